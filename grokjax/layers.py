@@ -1,0 +1,349 @@
+"""The parts of a decoder layer but the experts: embedding, RMSNorm, RoPE and attention, each for a stack of layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from grokjax.cache import CACHE_AXES, write
+from grokjax.config import GrokConfig
+from grokjax.quantization import QuantizedArray, Weight, float_precision, matmul, specs
+from grokjax.sharding import Axes, Partitioner
+
+
+def weight_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, quantized: bool = False
+) -> nnx.Param:
+    """A random weight [..., C, O] whose products keep the scale of their input, with its logical axes beside it.
+
+    Plain weights are normal with deviation `C ** -0.5`; quantised ones are born as uniform int8 with the same deviation.
+    """
+    deviation = shape[-2] ** -0.5
+    if not quantized:
+        return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(deviation, dtype), logical_axes=axes)
+    weight = jax.random.randint(rngs.params(), shape, -127, 128, jnp.int8)
+    uniform_deviation = (127 * 128 / 3) ** 0.5  # of the integers -127 ... 127
+    scales = jnp.full((*shape[:-2], 1, shape[-1]), deviation / uniform_deviation, jnp.bfloat16)
+    return nnx.Param(QuantizedArray(weight, scales), logical_axes=axes)
+
+
+def gather_embed(param: nnx.Param, layer: jax.Array, partitioner: Partitioner) -> tuple[Weight, jax.Array]:
+    """A stacked weight as its layer's computation wants it: no dimension split by the `embed` rule.
+
+    Without that rule this is the stack itself, to be indexed where it is used. With it, one layer is cut out and gathered.
+
+    Returns:
+      The weight [L or 1, ...] and the index, int32 [], of the layer in it.
+    """
+    stack: Weight = param.get_value()
+    if partitioner.rules.embed is None:
+        return stack, layer
+    one = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer), stack)
+    whole = specs(one, param.logical_axes, partitioner.without_embed())
+    place = lambda leaf, spec: lax.with_sharding_constraint(leaf, jax.NamedSharding(partitioner.mesh, spec))  # noqa: E731
+    return jax.tree.map(place, one, whole), jnp.zeros((), jnp.int32)
+
+
+class Embedding(nnx.Module):
+    """The token table [V, D], used to embed tokens and, transposed, to make logits."""
+
+    def __init__(self, config: GrokConfig, *, dtype: DTypeLike, partitioner: Partitioner, rngs: nnx.Rngs):
+        self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
+        table = jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim), dtype)
+        self.table = nnx.Param(table * jnp.asarray(config.model_dim**-0.5, dtype), logical_axes=("vocab", "embed"))
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        """Embeds tokens, int32 [B, T], into the compute dtype [B, T, D], multiplier applied.
+
+        Each device looks up the tokens of its own rows of the table: left to the compiler, XLA:GPU gathers the table.
+        """
+        partitioner = self.partitioner.without_embed()
+        rows = partitioner.spec(("batch", None), tokens.shape)
+
+        def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            own = tokens - partitioner.index("vocab") * table.shape[0]
+            found = (own >= 0) & (own < table.shape[0])
+            embedded = table[jnp.clip(own, 0, table.shape[0] - 1)]
+            return partitioner.psum(jnp.where(found[..., None], embedded, jnp.zeros((), table.dtype)), "vocab")
+
+        table = self.table[...]
+        in_specs = (partitioner.spec(("vocab", "embed"), table.shape), rows)
+        embedded = partitioner.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))(table, tokens)
+        return (embedded.astype(jnp.float32) * self.config.embedding_multiplier).astype(self.dtype)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype, multiplier applied."""
+        partitioner = self.partitioner.without_embed()
+        rows = partitioner.spec(("batch", *(None,) * (x.ndim - 1)), x.shape)
+        table = self.table[...]
+        table_spec = partitioner.spec(("vocab", "embed"), table.shape)
+        out_spec = PartitionSpec(*rows[:-1], table_spec[0])
+        logits = partitioner.shard_map(_unembed, in_specs=(rows, table_spec), out_specs=out_spec)(x, table)
+        return logits * self.config.output_multiplier
+
+
+def _unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x [..., D] @ table [V, D].T` in float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    logits = lax.platform_dependent(rows, table, cpu=_blocked_unembed, default=_direct_unembed)
+    return logits.reshape(*x.shape[:-1], table.shape[0])
+
+
+def _direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(x.dtype))
+    return product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Block by block of the vocabulary: XLA's CPU backend would convert the whole table to float32 first."""
+    vocab, dim = table.shape
+    block = min(vocab, max(1, (1 << 20) // (dim * table.dtype.itemsize)))
+    whole, rest = divmod(vocab, block)
+
+    def add_block(first: jax.Array, size: int, logits: jax.Array) -> jax.Array:
+        part = _direct_unembed(x, lax.dynamic_slice_in_dim(table, first, size))
+        return lax.dynamic_update_slice_in_dim(logits, part, first, axis=1)
+
+    logits = jnp.zeros((x.shape[0], vocab), jnp.float32)
+    logits = lax.fori_loop(0, whole, lambda i, logits: add_block(i * block, block, logits), logits)
+    return add_block(jnp.asarray(whole * block), rest, logits) if rest else logits
+
+
+class RMSNorm(nnx.Module):
+    """Scales vectors [..., D] to unit root mean square, then by a learnt factor; in float32 inside."""
+
+    def __init__(self, config: GrokConfig, *, num_layers: int | None = None):
+        stack = () if num_layers is None else (num_layers,)
+        axes: Axes = (None,) if num_layers is None else ("layers", None)
+        self.epsilon = config.norm_eps
+        self.scale = nnx.Param(jnp.ones((*stack, config.model_dim), jnp.float32), logical_axes=axes)
+
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+        """Normalises x [..., D]; `layer`, int32 [], picks the factor where the norm is stacked."""
+        scale = self.scale[...]
+        if layer is not None:
+            scale = lax.dynamic_index_in_dim(scale, layer, keepdims=False)
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return (wide * lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding in float32, pairing the first half of the features with the second.
+
+    Args:
+      x: float32 [B, T, heads, H].
+      positions: int32 [B, T].
+      base: of the geometric sequence of wavelengths.
+
+    Returns:
+      float32 [B, T, heads, H].
+
+    Source: Su et al., RoFormer (arXiv 2104.09864), in the half-split form of GPT-NeoX.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    phases = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]  # [B, T, 1, H / 2]
+    cos, sin = jnp.cos(phases), jnp.sin(phases)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+# Keys, and queries, that one step of blocked attention handles: bounds the score matrix in memory.
+KEY_BLOCK = 256
+QUERY_BLOCK = 256
+
+
+def attend(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    layer: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    multiplier: float,
+    softcap: float,
+) -> jax.Array:
+    """Causal attention of new tokens over one layer of a cache that holds them already.
+
+    Blocks of keys are taken one after the other, up to the longest filled row, with a running maximum and sum, so the
+    cost follows the filled length and no [T, S] matrix exists.
+
+    Args:
+      query: [B, T, N, H], after RoPE, in the compute dtype.
+      keys: [L, B, K, S, H].
+      values: [L, B, K, S, H].
+      layer: int32 [], which layer of the cache.
+      start: int32 [B], position of each row's first query.
+      count: int32 [B], real queries of each row; the others' results mean nothing.
+      multiplier: factor on the scores.
+      softcap: c in `c * tanh(score / c)`.
+
+    Returns:
+      The compute dtype, [B, T, N * H].
+
+    Source: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867).
+    """
+    batch, num_new, _, head_dim = query.shape
+    block = min(QUERY_BLOCK, num_new)
+    num_blocks = -(-num_new // block)
+    padded = jnp.pad(query, ((0, 0), (0, num_blocks * block - num_new), (0, 0), (0, 0)))
+    one_block = functools.partial(
+        _attend_block, keys=keys, values=values, layer=layer, multiplier=multiplier, softcap=softcap
+    )
+
+    def run(i: jax.Array) -> jax.Array:
+        queries = lax.dynamic_slice_in_dim(padded, i * block, block, axis=1)
+        filled = jnp.max(start + jnp.minimum(count, (i + 1) * block))
+        return one_block(queries, first=start + i * block, filled=filled)
+
+    if num_blocks == 1:
+        return run(jnp.zeros((), jnp.int32))
+    out = lax.map(run, jnp.arange(num_blocks))  # [blocks, B, block, N * H]
+    return out.swapaxes(0, 1).reshape(batch, num_blocks * block, -1)[:, :num_new]
+
+
+def _attend_block(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    layer: jax.Array,
+    first: jax.Array,
+    filled: jax.Array,
+    multiplier: float,
+    softcap: float,
+) -> jax.Array:
+    """Attention of a block of queries [B, T, N, H] at positions `first [B] + 0 ... T` over `filled` entries."""
+    batch, num_new, num_heads, head_dim = query.shape
+    num_kv_heads, max_len = keys.shape[2:4]
+    grouped = query.reshape(batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    block = min(KEY_BLOCK, max_len)
+    positions = (first[:, None] + jnp.arange(num_new)[None])[:, None, None, :, None]  # [B, 1, 1, T, 1]
+    precision = float_precision(query.dtype)
+    zero = jnp.zeros((), jnp.int32)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        peak, total, mixed = carry
+        begin = jnp.minimum(i * block, max_len - block)  # the last block slides left and masks what was seen before
+        index, sizes = (layer, zero, zero, begin, zero), (1, batch, num_kv_heads, block, head_dim)
+        key = lax.dynamic_slice(keys, index, sizes)[0].astype(query.dtype)
+        value = lax.dynamic_slice(values, index, sizes)[0].astype(query.dtype)
+        scores = jnp.einsum(
+            "btkgh,bksh->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32
+        )
+        scores = softcap * jnp.tanh(scores * (multiplier / softcap))
+        entry = (begin + jnp.arange(block))[None, None, None, None]
+        scores = jnp.where((entry <= positions) & (entry >= i * block), scores, -1e30)
+        new_peak = jnp.maximum(peak, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_peak[..., None])
+        decay = jnp.exp(peak - new_peak)
+        part = jnp.einsum(
+            "bkgts,bksh->bkgth", weights.astype(query.dtype), value, precision=precision, preferred_element_type=jnp.float32
+        )
+        return new_peak, total * decay + weights.sum(axis=-1), mixed * decay[..., None] + part
+
+    shape = (batch, num_kv_heads, num_heads // num_kv_heads, num_new)
+    empty = (jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32))
+    _, total, mixed = lax.fori_loop(0, -(-filled // block), step, empty)
+    # A batch of empty rows runs no step at all: its total is 0 and its result, never read, is 0 too.
+    out = mixed / jnp.maximum(total, 1e-30)[..., None]  # [B, K, G, T, H]
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, num_new, num_heads * head_dim).astype(query.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RoPE and capped scores, for a stack of layers.
+
+    Parameters: query [L, D, N * H], key and value [L, D, K * H], output [L, N * H, D].
+    """
+
+    def __init__(
+        self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
+        layers, dim = config.num_layers, config.model_dim
+        features, kv_features = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        weight = functools.partial(weight_param, rngs, dtype=dtype, quantized=quantized)
+        self.query = weight((layers, dim, features), ("layers", "embed", "heads"))
+        self.key = weight((layers, dim, kv_features), ("layers", "embed", "kv_heads"))
+        self.value = weight((layers, dim, kv_features), ("layers", "embed", "kv_heads"))
+        self.output = weight((layers, features, dim), ("layers", "heads", "embed"))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        *,
+        layer: jax.Array,
+        slot: jax.Array,
+        start: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Writes the new tokens' keys and values into the cache and attends.
+
+        Args:
+          x: [B, T, D] in the compute dtype.
+          keys: [L, B, K, S, H], the cache's.
+          values: [L, B, K, S, H], the cache's.
+          layer: int32 [], which layer's weights.
+          slot: int32 [], which layer of the cache.
+          start: int32 [B], filled entries before.
+          count: int32 [B], real new tokens of each row.
+
+        Returns:
+          The output [B, T, D] in the compute dtype, and the cache's keys and values.
+        """
+        partitioner = self.partitioner.without_embed()
+        params = (self.query, self.key, self.value, self.output)
+        weights, indices = zip(*(gather_embed(param, layer, self.partitioner) for param in params), strict=True)
+        weight_specs = tuple(specs(w, p.logical_axes, partitioner) for w, p in zip(weights, params, strict=True))
+        rows = partitioner.spec(("batch", None, None), x.shape)
+        row = PartitionSpec(rows[0])
+        cache = partitioner.spec(CACHE_AXES, keys.shape)
+        run = partitioner.shard_map(
+            self._local,
+            in_specs=(rows, weight_specs, cache, cache, PartitionSpec(), PartitionSpec(), row, row),
+            out_specs=(rows, cache, cache),
+        )
+        return run(x, weights, keys, values, indices[0], slot, start, count)
+
+    def _local(self, x, weights, keys, values, layer, slot, start, count):
+        """One device's heads and rows."""
+        batch, num_new, _ = x.shape
+        query_weight, key_weight, value_weight, output_weight = weights
+        positions = start[:, None] + jnp.arange(num_new)[None]
+        query = matmul(x, query_weight, at=(layer,)).reshape(batch, num_new, -1, self.config.head_dim)
+        query = rotate(query, positions, self.config.rope_base).astype(self.dtype)
+        key = rotate(self._kv_heads(matmul(x, key_weight, at=(layer,))), positions, self.config.rope_base)
+        value = self._kv_heads(matmul(x, value_weight, at=(layer,)))
+        place = {"layer": slot, "start": start, "count": count}
+        with jax.named_scope("cache_write"):
+            keys = write(keys, key.astype(self.dtype).swapaxes(1, 2), **place)
+            values = write(values, value.astype(self.dtype).swapaxes(1, 2), **place)
+        mixed = attend(
+            query,
+            keys,
+            values,
+            **place,
+            multiplier=self.config.attention_multiplier,
+            softcap=self.config.attention_softcap,
+        )
+        out = self.partitioner.psum(matmul(mixed, output_weight, at=(layer,)), "heads")
+        return out.astype(self.dtype), keys, values
+
+    def _kv_heads(self, features: jax.Array) -> jax.Array:
+        """This device's kv heads, [B, T, K, H], from its part of their features, [B, T, ...]."""
+        batch, num_new, _ = features.shape
+        copies = self.partitioner.kv_copies(self.config)
+        if copies > 1:
+            features = self.partitioner.all_gather(features, "kv_heads", dimension=2)
+            own = self.partitioner.index("kv_heads") // copies
+            features = lax.dynamic_slice_in_dim(features, own * self.config.head_dim, self.config.head_dim, axis=2)
+        return features.reshape(batch, num_new, -1, self.config.head_dim)

@@ -1,0 +1,171 @@
+"""The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from grokjax.cache import KVCache
+from grokjax.config import GrokConfig
+from grokjax.layers import Attention, Embedding, RMSNorm
+from grokjax.moe import FeedForward
+from grokjax.quantization import specs
+from grokjax.sharding import Partitioner, ShardingRules
+
+
+class DecoderLayers(nnx.Module):
+    """All decoder layers: every parameter has a leading [L] axis and is indexed where it is used.
+
+    `layers[i]` is a view of one layer, the same module with L = 1, for reading its parameters.
+    """
+
+    def __init__(
+        self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
+    ):
+        self.num_layers = config.num_layers
+        options = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner, "rngs": rngs}
+        self.pre_attention_norm = RMSNorm(config, num_layers=config.num_layers)
+        self.attention = Attention(config, **options)
+        self.post_attention_norm = RMSNorm(config, num_layers=config.num_layers)
+        self.pre_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
+        self.feed_forward = FeedForward(config, **options)
+        self.post_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
+
+    def __getitem__(self, index: int) -> "DecoderLayers":
+        if not -self.num_layers <= index < self.num_layers:
+            raise IndexError(f"layer {index} does not exist: the model has {self.num_layers} layers.")
+        index %= self.num_layers
+        graphdef, state = nnx.split(self)
+        view = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index : index + 1], state))
+        view.num_layers = 1
+        return view
+
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        *,
+        layer: jax.Array,
+        slot: jax.Array,
+        start: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """One layer, number `layer`; arguments and results as those of `Attention`."""
+        with jax.named_scope("attention"):
+            normed = self.pre_attention_norm(x, layer)
+            mixed, keys, values = self.attention(
+                normed, keys, values, layer=layer, slot=slot, start=start, count=count
+            )
+            x = x + self.post_attention_norm(mixed, layer)
+        with jax.named_scope("feed_forward"):
+            valid = jnp.arange(x.shape[1])[None] < count[:, None]
+            mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer)
+            return x + self.post_feed_forward_norm(mixed, layer), keys, values
+
+
+class Grok(nnx.Module):
+    """Grok-1: a decoder with grouped-query attention and a mixture of experts.
+
+    Make one with `init` or `load`; run it with `forward`, `prefill`, `decode` and `generate`.
+
+    Attributes:
+      config: the sizes.
+      dtype: compute dtype, float32 or bfloat16; plain weights are held in it too.
+      partitioner: mesh and sharding rules.
+    """
+
+    def __init__(
+        self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype, self.partitioner = config, check_dtype(dtype), partitioner
+        options = {"dtype": dtype, "partitioner": partitioner, "rngs": rngs}
+        self.embedding = Embedding(config, **options)
+        self.layers = DecoderLayers(config, quantized=quantized, **options)
+        self.final_norm = RMSNorm(config)
+
+    def __call__(self, tokens: jax.Array, count: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Runs new tokens through all layers, after what the cache's rows hold already.
+
+        Args:
+          tokens: int32 [B, T], right-padded.
+          count: int32 [B], real tokens of each row, 0 to T.
+          cache: of B rows; with a single layer it is scratch, used by every layer in turn.
+
+        Returns:
+          Hidden states after the last norm, [B, T, D] in the compute dtype, and the cache with the real tokens added.
+        """
+        start = cache.lengths
+        count = jnp.minimum(count, cache.max_len - start)
+        is_scratch = cache.keys.shape[0] == 1
+
+        def run_layer(layer: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
+            x, keys, values = carry
+            slot = jnp.zeros_like(layer) if is_scratch else layer
+            x, keys, values = self.layers(x, keys, values, layer=layer, slot=slot, start=start, count=count)
+            return self.partitioner.constrain(x, ("batch", None, None)), keys, values
+
+        x = self.partitioner.constrain(self.embedding.encode(tokens), ("batch", None, None))
+        x, keys, values = lax.fori_loop(0, self.config.num_layers, run_layer, (x, cache.keys, cache.values))
+        return self.final_norm(x), KVCache(keys, values, start + count)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
+        with jax.named_scope("unembed"):
+            return self.embedding.decode(hidden)
+
+
+def check_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The compute dtype as a `numpy.dtype`.
+
+    Raises:
+      ValueError: It is neither float32 nor bfloat16.
+    """
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name} is not a compute dtype: choose float32 or bfloat16.")
+    return jnp.dtype(dtype)
+
+
+def init(
+    config: GrokConfig,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    quantized: bool = True,
+) -> Grok:
+    """A model with random weights, each shard made on its own device; the same weights on every mesh.
+
+    Args:
+      config: the sizes.
+      seed: of the weights.
+      mesh: from `make_mesh`; one device by default.
+      rules: sharding rules; tensor parallel by default.
+      dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
+      quantized: int8 weights in attention and experts, else plain ones.
+
+    Raises:
+      ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
+    """
+    partitioner = Partitioner.create(config, mesh, rules)
+    check_dtype(dtype)
+
+    def build() -> Grok:
+        return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(seed))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(build))
+    make = jax.jit(lambda: nnx.split(build())[1], out_shardings=state_shardings(abstract, partitioner))
+    return nnx.merge(graphdef, make())
+
+
+def state_shardings(state: nnx.State, partitioner: Partitioner) -> nnx.State:
+    """`NamedSharding`s for the parameters of a model, in the structure of its (possibly abstract) state."""
+
+    def place(param: nnx.Variable) -> nnx.Variable:
+        tree = specs(param.get_value(), param.logical_axes, partitioner)
+        return param.replace(jax.tree.map(lambda spec: jax.NamedSharding(partitioner.mesh, spec), tree))
+
+    return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

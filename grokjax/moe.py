@@ -1,0 +1,141 @@
+"""The router and the experts: a token is evaluated by the experts that it chose, and by no other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from grokjax.config import GrokConfig
+from grokjax.layers import gather_embed, weight_param
+from grokjax.quantization import Weight, matmul, specs
+from grokjax.sharding import Partitioner
+
+# Most token rows that share one read of an expert's weights.
+ROW_BLOCK = 128
+
+
+class FeedForward(nnx.Module):
+    """Gated feed-forward experts with a softmax router, for a stack of layers; with E = 1 a dense block, no router.
+
+    Parameters: router [L, D, E] in float32, gate and up [L, E, D, F], down [L, E, F, D].
+    """
+
+    def __init__(
+        self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
+        stack = (config.num_layers, config.num_experts)
+        weight = functools.partial(weight_param, rngs, dtype=dtype, quantized=quantized)
+        if config.num_experts > 1:
+            router_shape = (config.num_layers, config.model_dim, config.num_experts)
+            self.router = weight_param(rngs, router_shape, ("layers", None, None), dtype=jnp.float32)
+        self.gate = weight((*stack, config.model_dim, config.ffn_dim), ("layers", "experts", "embed", "ffn"))
+        self.up = weight((*stack, config.model_dim, config.ffn_dim), ("layers", "experts", "embed", "ffn"))
+        self.down = weight((*stack, config.ffn_dim, config.model_dim), ("layers", "experts", "ffn", "embed"))
+
+    def __call__(self, x: jax.Array, valid: jax.Array, *, layer: jax.Array) -> jax.Array:
+        """Mixes the outputs of each token's experts.
+
+        Args:
+          x: [B, T, D] in the compute dtype.
+          valid: bool [B, T]; the other tokens evaluate no expert and give 0.
+          layer: int32 [], which layer's weights.
+
+        Returns:
+          [B, T, D] in the compute dtype.
+        """
+        gates, experts = self.route(x, layer=layer)
+        partitioner = self.partitioner.without_embed()
+        params = (self.gate, self.up, self.down)
+        weights, indices = zip(*(gather_embed(param, layer, self.partitioner) for param in params), strict=True)
+        weight_specs = tuple(specs(w, p.logical_axes, partitioner) for w, p in zip(weights, params, strict=True))
+        rows = partitioner.spec(("batch", None, None), x.shape)
+        run = partitioner.shard_map(
+            self._local,
+            in_specs=(rows, rows, rows, PartitionSpec(*rows[:2]), weight_specs, PartitionSpec()),
+            out_specs=rows,
+        )
+        return run(x, gates, experts, valid, weights, indices[0])
+
+    def route(self, x: jax.Array, *, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The experts of each token, best first, and their gates: softmax over all E, not renormalised.
+
+        Args:
+          x: [B, T, D].
+          layer: int32 [].
+
+        Returns:
+          Gates, float32 [B, T, X], and expert numbers, int32 [B, T, X].
+        """
+        if self.config.num_experts == 1:
+            shape = (*x.shape[:2], 1)
+            return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+        probabilities = jax.nn.softmax(self.router_logits(x, layer=layer), axis=-1)
+        return lax.top_k(probabilities, self.config.experts_per_token)
+
+    def router_logits(self, x: jax.Array, *, layer: jax.Array) -> jax.Array:
+        """The router's scores, float32 [B, T, E], of x [B, T, D], computed in float32."""
+        router = lax.dynamic_index_in_dim(self.router[...], layer, keepdims=False)
+        return jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
+
+    def _local(self, x, gates, experts, valid, weights, layer):
+        """One device's share of the experts, for its rows."""
+        tokens = x.reshape(-1, x.shape[-1])
+        own = experts.reshape(tokens.shape[0], -1) - self.partitioner.index("experts") * weights[0].shape[1]
+        own = jnp.where(valid.reshape(-1, 1), own, -1)
+        out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer)
+        return self.partitioner.psum(out, "experts", "ffn").reshape(x.shape).astype(self.dtype)
+
+
+def evaluate_experts(
+    x: jax.Array, gates: jax.Array, experts: jax.Array, weights: tuple[Weight, Weight, Weight], *, layer: jax.Array
+) -> jax.Array:
+    """The gated sum over each token's experts, one block of tokens of one expert at a time.
+
+    The (token, expert) pairs are sorted by expert and cut into blocks of at most `ROW_BLOCK` rows that never mix
+    experts; a loop of as many steps as there are such blocks reads each block's expert from the stack. An expert that
+    nobody chose is not read; one that several tokens chose is read once a block.
+
+    Args:
+      x: [M, D] in the compute dtype.
+      gates: float32 [M, X].
+      experts: int32 [M, X], numbers of experts in `weights`; others (below 0, or E and above) are left out.
+      weights: gate and up [L, E, D, F] and down [L, E, F, D].
+      layer: int32 [].
+
+    Returns:
+      float32 [M, D].
+    """
+    num_tokens, per_token = experts.shape
+    num_experts = weights[0].shape[1]
+    block = min(num_tokens, ROW_BLOCK)
+    flat = experts.reshape(-1)
+    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # what is left out sorts last
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.bincount(flat, length=num_experts)
+    block_ends = jnp.cumsum(-(-counts // block))
+    group_starts = jnp.cumsum(counts) - counts
+    order = jnp.pad(order, (0, block))  # the last block reads past the last pair
+
+    def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
+        expert = jnp.searchsorted(block_ends, i, side="right").astype(jnp.int32)
+        done = (i - jnp.where(expert > 0, block_ends[expert - 1], 0)) * block
+        pairs = lax.dynamic_slice_in_dim(order, group_starts[expert] + done, block)
+        real = done + jnp.arange(block) < counts[expert]
+        tokens = jnp.where(real, pairs // per_token, num_tokens)
+        rows = x.at[tokens].get(mode="fill", fill_value=0)
+        y = gated_unit(rows, weights, at=(layer, expert)) * gates.reshape(-1)[pairs][:, None]
+        return out.at[tokens].add(y, mode="drop")
+
+    return lax.fori_loop(0, block_ends[-1], add_block, jnp.zeros(x.shape, jnp.float32))
+
+
+def gated_unit(x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...]) -> jax.Array:
+    """`(gelu(x @ gate) * (x @ up)) @ down` with the tanh form of GELU, float32 [M, D], for x [M, D]."""
+    gate, up, down = weights
+    hidden = jax.nn.gelu(matmul(x, gate, at=at), approximate=True) * matmul(x, up, at=at)
+    return matmul(hidden.astype(x.dtype), down, at=at)

@@ -1,0 +1,214 @@
+"""int8 weights with blocked scales, and the matrix product that takes them or plain weights."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from grokjax.sharding import Axes, Partitioner
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """An int8 weight and the scales that restore it; a pytree of two leaves, so it shards, scans and saves as such.
+
+    Row c of the contracting axis belongs to scale block `c // (C / Q)`; element [..., c, o] stands for
+    `weight[..., c, o] * scales[..., block, o]`. Leading axes (layers, experts) are the same in both leaves.
+
+    Attributes:
+      weight: int8 [..., C, O].
+      scales: bfloat16 or float32 [..., Q, O]; Q divides C.
+
+    Source: the release's `QuantizedWeight8bit`, where Q is 8 or 1.
+    """
+
+    weight: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that this stands for."""
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the weight that this stands for."""
+        return self.weight.ndim
+
+    @property
+    def num_blocks(self) -> int:
+        """Q, the scale blocks along the contracting axis."""
+        return self.scales.shape[-2]
+
+    def refine(self, num_blocks: int) -> "QuantizedArray":
+        """The same values with each scale block cut into equal parts, `num_blocks` (a multiple of Q) in all."""
+        if num_blocks % self.num_blocks or self.shape[-2] % num_blocks:
+            raise ValueError(
+                f"{self.num_blocks} scale blocks over {self.shape[-2]} rows cannot be cut into {num_blocks}: choose a "
+                "multiple of the blocks that divides the rows."
+            )
+        return QuantizedArray(self.weight, self.scales.repeat(num_blocks // self.num_blocks, axis=-2))
+
+
+Weight = jax.Array | QuantizedArray
+
+
+def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.float32) -> QuantizedArray:
+    """Rounds a weight to int8, symmetrically, with one scale for each output and block of rows.
+
+    Args:
+      w: float [..., C, O].
+      num_blocks: Q, must divide C.
+      scale_dtype: dtype of the scales; the weight is divided by the scale as rounded to it.
+
+    Returns:
+      The array whose values differ from `w` by at most half a scale (a little more where a bfloat16 scale rounds down).
+
+    Raises:
+      ValueError: `num_blocks` does not divide C.
+    """
+    *lead, rows, outputs = w.shape
+    if rows % num_blocks:
+        raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
+    blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
+    scales = (jnp.abs(blocks).max(axis=-2) / 127).astype(scale_dtype)
+    divisor = jnp.where(scales == 0, jnp.ones_like(scales), scales).astype(jnp.float32)
+    levels = jnp.clip(jnp.round(blocks / divisor[..., None, :]), -127, 127)
+    return QuantizedArray(levels.astype(jnp.int8).reshape(w.shape), scales)
+
+
+def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """The plain weight [..., C, O] in `dtype`; a plain weight is only cast."""
+    if not isinstance(w, QuantizedArray):
+        return w.astype(dtype)
+    *lead, rows, outputs = w.shape
+    blocks = w.weight.astype(jnp.float32).reshape(*lead, w.num_blocks, rows // w.num_blocks, outputs)
+    return (blocks * w.scales.astype(jnp.float32)[..., None, :]).reshape(w.shape).astype(dtype)
+
+
+def einsum(subscripts: str, x: jax.Array, w: Weight) -> jax.Array:
+    """`jnp.einsum` of an activation and a plain or quantised weight, in float32.
+
+    For any contraction; it may hold the dequantised weight in memory, which `matmul` never does.
+    """
+    return jnp.einsum(subscripts, x.astype(jnp.float32), dequantize(w), precision=lax.Precision.HIGHEST)
+
+
+def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Array:
+    """`x @ w[at]`, reading only that part of a stack of weights and never holding a converted copy of it.
+
+    float32 activations are multiplied in float32. With bfloat16 activations and a quantised weight the CPU splits up to
+    16 rows into two int8 rows each, a relative error of 2e-3, that of bfloat16 itself.
+
+    Args:
+      x: float32 or bfloat16 [..., C].
+      w: plain or quantised [*stack, C, O].
+      at: one index, int32 [], for each stack axis.
+
+    Returns:
+      float32 [..., O].
+    """
+    weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
+    rows = x.reshape(-1, x.shape[-1])
+    at = tuple(jnp.asarray(index, jnp.int32) for index in at)
+    out = lax.platform_dependent(rows, weight, scales, at, cpu=_blocked_matmul, default=_direct_matmul)
+    return out.reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def specs(w: Weight, axes: Axes, partitioner: Partitioner) -> "PartitionSpec | QuantizedArray":
+    """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1."""
+    if not isinstance(w, QuantizedArray):
+        return partitioner.spec(axes, w.shape)
+    scale_axes = axes if w.num_blocks > 1 else (*axes[:-2], None, axes[-1])
+    return QuantizedArray(partitioner.spec(axes, w.shape), partitioner.spec(scale_axes, w.scales.shape))
+
+
+def shardable_blocks(num_blocks: int, axes: Axes, partitioner: Partitioner) -> int:
+    """The scale blocks to `refine` to, so that every device holds whole blocks for its rows of the weight."""
+    contracting = axes[-2]
+    return num_blocks if num_blocks == 1 or contracting is None else math.lcm(num_blocks, partitioner.shards(contracting))
+
+
+def float_precision(dtype: DTypeLike) -> lax.Precision | None:
+    """Full precision for float32 operands (TPUs would round them to bfloat16), the default for others."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _select(stack: jax.Array, at: tuple[jax.Array, ...], start: jax.Array | int, size: int) -> jax.Array:
+    """Rows [size, O] from row `start` of `stack[at]`, in one slice."""
+    zero = jnp.zeros((), jnp.int32)
+    index = (*at, jnp.asarray(start, jnp.int32), zero)
+    sizes = (1,) * len(at) + (size, stack.shape[-1])
+    return lax.dynamic_slice(stack, index, sizes).reshape(size, stack.shape[-1])
+
+
+def _direct_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """One product on the slice: compilers for accelerators fuse the slice and the cast into it."""
+    rows, outputs = weight.shape[-2:]
+    w = _select(weight, at, 0, rows).astype(x.dtype)
+    precision = float_precision(x.dtype)
+    if scales is None:
+        return jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
+    num_blocks = scales.shape[-2]
+    s = _select(scales, at, 0, num_blocks).astype(jnp.float32)
+    if num_blocks == 1:
+        return jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32) * s
+    x_blocks = x.reshape(-1, num_blocks, rows // num_blocks)  # [M, Q, C / Q]
+    w_blocks = w.reshape(num_blocks, rows // num_blocks, outputs)
+    out = jnp.einsum("mqc,qco->qmo", x_blocks, w_blocks, precision=precision, preferred_element_type=jnp.float32)
+    return (out * s[:, None, :]).sum(axis=0)
+
+
+# Bytes of weight that one step of the blocked product converts: small enough for a core's own cache.
+_BLOCK_BYTES = 1 << 20
+# Most rows for which two int8 rows each beat a conversion of the weight to bfloat16.
+_SPLIT_ROWS = 16
+
+
+def _blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """The product as a loop over blocks of rows: XLA's CPU backend would copy, then convert, the whole slice first."""
+    rows, outputs = weight.shape[-2:]
+    num_blocks = 1 if scales is None else scales.shape[-2]
+    scale_rows = rows // num_blocks
+    block = min(scale_rows, max(32, _BLOCK_BYTES // (outputs * weight.dtype.itemsize)))
+    whole, rest = divmod(scale_rows, block)
+    split = scales is not None and x.dtype == jnp.bfloat16 and x.shape[0] <= _SPLIT_ROWS
+    left, join = _split_rows(x) if split else (x, None)
+    sum_dtype = jnp.int32 if split else jnp.float32
+
+    def product(start: jax.Array, size: int) -> jax.Array:
+        w = _select(weight, at, start, size)
+        part = lax.dynamic_slice_in_dim(left, start, size, axis=1)
+        return jnp.matmul(
+            part, w.astype(part.dtype), precision=float_precision(part.dtype), preferred_element_type=sum_dtype
+        )
+
+    def add_scale_block(q: jax.Array, out: jax.Array) -> jax.Array:
+        first = q * scale_rows
+        total = jnp.zeros((left.shape[0], outputs), sum_dtype)
+        total = lax.fori_loop(0, whole, lambda i, total: total + product(first + i * block, block), total)
+        if rest:
+            total = total + product(first + whole * block, rest)
+        joined = total if join is None else join(total)
+        return out + (joined if scales is None else joined * _select(scales, at, q, 1).astype(jnp.float32))
+
+    return lax.fori_loop(0, num_blocks, add_scale_block, jnp.zeros((x.shape[0], outputs), jnp.float32))
+
+
+def _split_rows(x: jax.Array):
+    """Writes each row as two int8 rows, coarse and fine, and how to join their products again."""
+    x = x.astype(jnp.float32)
+    step = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127  # [M, 1]
+    coarse = jnp.round(x / step)
+    fine = jnp.round((x / step - coarse) * 254)  # in -127 ... 127: the rest is at most half a step
+
+    def join(product: jax.Array) -> jax.Array:
+        high, low = jnp.split(product.astype(jnp.float32), 2)
+        return (high + low / 254) * step
+
+    return jnp.concatenate([coarse, fine]).astype(jnp.int8), join

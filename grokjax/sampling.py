@@ -1,0 +1,329 @@
+"""Sampling: per-row settings, the filters (top-k, min-p, top-p) and one draw per row with that row's own key.
+
+Every filter is a threshold on the logits: values below it become -1e10, ties with it stay. Arithmetic is float32
+whatever the logits' dtype.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+# The logit of a token that must not be drawn. Source: the release's `runners.py`, `top_p_filter` and `sample_token`.
+_EXCLUDED = -1e10
+# Below this a division overflows or the hardware flushes the divisor to zero, so such a temperature is greedy too.
+_SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How each of B rows is sampled; a pytree, so settings may change between steps without a recompilation.
+
+    `create` fills in the defaults and checks the values. `sample_token` only checks shapes.
+
+    Attributes:
+      temperature: divisor of the logits [B] float32, finite and 0 or more; 0 is greedy.
+      nucleus_p: top-p, the probability mass kept [B] float32 in [0, 1]; 1 keeps all.
+      top_k: number of tokens kept [B] int32, 0 or more; 0 keeps all.
+      min_p: least probability kept, as a fraction of the largest [B] float32 in [0, 1]; 0 keeps all.
+      mask: allowed tokens [B, V] bool, at least one a row; None allows all (and is a different pytree structure,
+        so going from None to an array recompiles).
+      active: rows that are sampled at all [B] bool.
+    """
+
+    temperature: jax.Array
+    nucleus_p: jax.Array
+    top_k: jax.Array
+    min_p: jax.Array
+    mask: jax.Array | None
+    active: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        batch_size: int,
+        *,
+        temperature: ArrayLike = 1.0,
+        nucleus_p: ArrayLike = 1.0,
+        top_k: ArrayLike = 0,
+        min_p: ArrayLike = 0.0,
+        mask: ArrayLike | None = None,
+        active: ArrayLike = True,
+    ) -> Self:
+        """Settings for `batch_size` rows from concrete values, each one for all rows or one per row.
+
+        Args:
+          batch_size: B, 1 or more.
+          temperature: scalar or [B], finite, 0 (greedy) or more.
+          nucleus_p: scalar or [B], from 0 to 1.
+          top_k: scalar or [B], integers, 0 (off) or more.
+          min_p: scalar or [B], from 0 (off) to 1.
+          mask: [V] or [B, V], bool or 0 and 1; true where a token is allowed.
+          active: scalar or [B] bool.
+
+        Raises:
+          ValueError: A value is out of range or of the wrong shape, or a row of the mask allows no token.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more: settings describe the rows of a batch.")
+        return cls(
+            temperature=_real_rows("temperature", temperature, batch_size, high=_LARGEST),
+            nucleus_p=_real_rows("nucleus_p", nucleus_p, batch_size, high=1.0),
+            top_k=_count_rows("top_k", top_k, batch_size),
+            min_p=_real_rows("min_p", min_p, batch_size, high=1.0),
+            mask=None if mask is None else _mask_rows(mask, batch_size),
+            active=jnp.asarray(_rows("active", active, batch_size).astype(np.bool_)),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleOutput:
+    """What one step sampled, for B rows. Every field of an inactive row is 0.
+
+    Attributes:
+      token_id: the sampled token [B] int32.
+      prob: its probability in the distribution it was drawn from: after temperature, mask and filters [B] float32.
+        A greedy row reports temperature 1 here and in `top_k_probs`: its own distribution, a one-hot, says nothing.
+      logprob: its natural log-probability under the model itself [B] float32: temperature 1, no mask, no filter.
+      top_k_token_ids: the `num_top` most probable tokens, best first [B, num_top] int32; None when `num_top` is 0.
+        Where fewer tokens survive the filters, the rest are fillers of probability 0.
+      top_k_probs: their probabilities, as in `prob` [B, num_top] float32; None when `num_top` is 0.
+    """
+
+    token_id: jax.Array
+    prob: jax.Array
+    logprob: jax.Array
+    top_k_token_ids: jax.Array | None
+    top_k_probs: jax.Array | None
+
+
+def row_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
+    """Each row's key for one position: `fold_in(key, position)`, so a request draws the same in any slot and batch.
+
+    Args:
+      keys: the requests' keys, typed [B] or raw uint32 [B, 2].
+      positions: index in its sequence of the token to draw [B] int32.
+
+    Returns:
+      Keys of the same kind and shape as `keys`.
+    """
+    return jax.vmap(jax.random.fold_in)(keys, positions)
+
+
+def sample_token(keys: jax.Array, logits: jax.Array, settings: SampleSettings, *, num_top: int = 0) -> SampleOutput:
+    """Draws one token per row: temperature, mask, top-k, min-p, top-p, then one categorical draw in float32.
+
+    The same keys give the same tokens as the release, which ran with `jax_threefry_partitionable=False`. The nucleus of
+    top-p is taken of what top-k and min-p leave. A row's result does not depend on the other rows: together they only
+    decide whether to sort the vocabulary (for top-k and top-p) and whether to draw V random numbers a row (not if all
+    are greedy).
+
+    Args:
+      keys: one key per row, typed [B] or raw uint32 [B, 2].
+      logits: [B, V] of any float dtype.
+      settings: for the same B rows.
+      num_top: how many of the most probable tokens to report as well, at most V; static.
+
+    Raises:
+      ValueError: Shapes disagree, or `num_top` is outside 0 to V.
+    """
+    _check_shapes(keys, logits, settings, num_top)
+    logits = logits.astype(jnp.float32)
+    greedy = settings.temperature < _SMALLEST_TEMPERATURE
+    with jax.named_scope("filter"):
+        scaled = _scale(logits, settings.mask, jnp.where(greedy, 1.0, settings.temperature))
+        filtered = _filter(scaled, settings)
+    with jax.named_scope("draw"):
+        token_id = _draw(keys, filtered, greedy, needs_draw=jnp.any(settings.active & ~greedy))
+    output = SampleOutput(
+        token_id=token_id,
+        prob=jnp.exp(log_probs_of(filtered, token_id)),
+        logprob=log_probs_of(logits, token_id),
+        **_top(filtered, num_top),
+    )
+    return jax.tree.map(lambda field: _zero_inactive(field, settings.active), output)
+
+
+def log_probs_of(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """Natural log-probabilities of given tokens under softmax(logits), for scoring a text.
+
+    Args:
+      logits: [..., V] of any float dtype.
+      token_ids: [...] integers in [0, V); not checked.
+
+    Returns:
+      [...] float32.
+    """
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, token_ids[..., None], axis=-1)[..., 0]  # [...]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def top_p_filter(logits: jax.Array, top_p: ArrayLike) -> jax.Array:
+    """Keeps the most probable tokens whose mass reaches top-p; the others become -1e10.
+
+    In ascending order, the first token whose cumulative probability reaches 1 - top_p is the threshold; ties with it
+    stay. The top token always survives: the release keeps every token when rounding leaves the sum short of 1 - top_p.
+
+    Args:
+      logits: [..., V].
+      top_p: scalar or [...]; 0 keeps the top token (and its ties) only, 1 keeps all.
+
+    Source: the release's `runners.py`, `top_p_filter`.
+    """
+    return _keep_from(logits, _top_p_threshold(_ascending(logits), _per_row(top_p, logits, jnp.float32)))
+
+
+def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
+    """Keeps the `top_k` largest logits and ties with the last of them; the others become -1e10.
+
+    Args:
+      logits: [..., V].
+      top_k: integers, scalar or [...]; 0, V and more keep all.
+    """
+    return _keep_from(logits, _top_k_threshold(_ascending(logits), _per_row(top_k, logits, jnp.int32)))
+
+
+def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
+    """Keeps tokens at least `min_p` times as probable as the top token; the others become -1e10.
+
+    Args:
+      logits: [..., V].
+      min_p: scalar or [...] in [0, 1]; 0 keeps all, 1 keeps the top token and its ties.
+
+    Source: Nguyen et al., "Turning Up the Heat: Min-p Sampling", arXiv 2407.01082.
+    """
+    return _keep_from(logits, _min_p_threshold(logits, _per_row(min_p, logits, jnp.float32)))
+
+
+def _scale(logits: jax.Array, mask: jax.Array | None, temperature: jax.Array) -> jax.Array:
+    """Logits over temperature with the best allowed one at 0, so that no temperature overflows into NaN."""
+    allowed = logits if mask is None else jnp.where(mask, logits, _EXCLUDED)
+    scaled = (logits - allowed.max(axis=-1, keepdims=True)) / temperature[:, None]  # [B, V]
+    return scaled if mask is None else jnp.where(mask, scaled, _EXCLUDED)
+
+
+def _filter(scaled: jax.Array, settings: SampleSettings) -> jax.Array:
+    """All filters at once on [B, V] float32; sorts only if an active row asks for a rank or a nucleus."""
+    min_p_only = _min_p_threshold(scaled, settings.min_p)
+
+    def threshold_by_rank() -> jax.Array:
+        ascending = _ascending(scaled)
+        threshold = jnp.maximum(min_p_only, _top_k_threshold(ascending, settings.top_k))
+        return jnp.maximum(threshold, _top_p_threshold(_keep_from(ascending, threshold), settings.nucleus_p))
+
+    needs_rank = jnp.any(settings.active & ((settings.top_k > 0) | (settings.nucleus_p < 1.0)))
+    return _keep_from(scaled, jax.lax.cond(needs_rank, threshold_by_rank, lambda: min_p_only))
+
+
+def _draw(keys: jax.Array, filtered: jax.Array, greedy: jax.Array, needs_draw: jax.Array) -> jax.Array:
+    """One token per row [B] int32: the best one if greedy, else drawn; no random numbers if no row needs them."""
+    best = jnp.argmax(filtered, axis=-1)
+    drawn = jax.lax.cond(needs_draw, lambda: jax.vmap(jax.random.categorical)(keys, filtered), lambda: best)
+    return jnp.where(greedy, best, drawn).astype(jnp.int32)
+
+
+def _keep_from(logits: jax.Array, threshold: jax.Array) -> jax.Array:
+    """`logits` [..., V] where they reach `threshold` [..., 1] float32, -1e10 elsewhere."""
+    return jnp.where(logits.astype(jnp.float32) >= threshold, logits, _EXCLUDED)
+
+
+def _ascending(logits: jax.Array) -> jax.Array:
+    return jnp.sort(logits, axis=-1).astype(jnp.float32)
+
+
+def _top_p_threshold(ascending: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest logit kept [..., 1] float32, from sorted logits [..., V] float32 and [...] float32."""
+    mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+    # At top_p = 0 the sum may round to 1 before its end, and just below 1 at its end.
+    reached = (mass >= 1.0 - top_p[..., None]) & (top_p[..., None] > 0.0)
+    index = jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), ascending.shape[-1] - 1)
+    return jnp.take_along_axis(ascending, index[..., None], axis=-1)
+
+
+def _top_k_threshold(ascending: jax.Array, top_k: jax.Array) -> jax.Array:
+    """The smallest logit kept [..., 1] float32, from sorted logits [..., V] float32 and [...] int32."""
+    vocab_size = ascending.shape[-1]
+    kept = jnp.where(top_k == 0, vocab_size, jnp.clip(top_k, 1, vocab_size))
+    return jnp.take_along_axis(ascending, (vocab_size - kept)[..., None], axis=-1)
+
+
+def _min_p_threshold(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """The smallest logit kept [..., 1] float32: a ratio of probabilities is a difference of logits, without a sum."""
+    return logits.max(axis=-1, keepdims=True).astype(jnp.float32) + jnp.log(min_p)[..., None]
+
+
+def _top(filtered: jax.Array, num_top: int) -> dict[str, jax.Array | None]:
+    if not num_top:
+        return {"top_k_token_ids": None, "top_k_probs": None}
+    values, token_ids = jax.lax.top_k(filtered, num_top)  # [B, num_top]
+    probs = jnp.exp(values - jax.nn.logsumexp(filtered, axis=-1, keepdims=True))
+    return {"top_k_token_ids": token_ids.astype(jnp.int32), "top_k_probs": probs}
+
+
+def _zero_inactive(field: jax.Array, active: jax.Array) -> jax.Array:
+    return jnp.where(jnp.expand_dims(active, tuple(range(1, field.ndim))), field, jnp.zeros_like(field))
+
+
+def _per_row(value: ArrayLike, logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(value, dtype), logits.shape[:-1])
+
+
+def _check_shapes(keys: jax.Array, logits: jax.Array, settings: SampleSettings, num_top: int) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits have shape {logits.shape}: give [B, V], the logits of one position per row.")
+    batch_size, vocab_size = logits.shape
+    if len(keys) != batch_size or settings.temperature.shape != (batch_size,):
+        raise ValueError(
+            f"logits have {batch_size} rows, but there are {len(keys)} keys and settings of shape "
+            f"{settings.temperature.shape}: give one key and one setting per row."
+        )
+    if settings.mask is not None and settings.mask.shape != logits.shape:
+        raise ValueError(
+            f"mask has shape {settings.mask.shape}, logits have {logits.shape}: a mask says for every token of every "
+            "row whether it is allowed."
+        )
+    if not 0 <= num_top <= vocab_size:
+        raise ValueError(f"num_top={num_top} must be from 0 to the {vocab_size} tokens of the vocabulary.")
+
+
+def _rows(name: str, value: ArrayLike, batch_size: int) -> np.ndarray:
+    array = np.asarray(value)
+    if array.shape not in ((), (batch_size,)):
+        raise ValueError(f"{name} has shape {array.shape}: give one value, or one for each of the {batch_size} rows.")
+    return np.broadcast_to(array, (batch_size,))
+
+
+def _real_rows(name: str, value: ArrayLike, batch_size: int, *, high: float) -> jax.Array:
+    array = _rows(name, value, batch_size).astype(np.float64)
+    wrong = ~((array >= 0) & (array <= high))  # also true for NaN
+    if wrong.any():
+        limits = "a finite number, 0 (greedy) or more" if high == _LARGEST else f"a number from 0 to {high:g}"
+        raise ValueError(f"{name}={array[wrong][0]:g} in row {wrong.argmax()} must be {limits}.")
+    return jnp.asarray(array.astype(np.float32))
+
+
+def _count_rows(name: str, value: ArrayLike, batch_size: int) -> jax.Array:
+    array = _rows(name, value, batch_size)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} has dtype {array.dtype}: give integers, 0 for no limit.")
+    if (array < 0).any():
+        raise ValueError(f"{name}={array[array < 0][0]} in row {(array < 0).argmax()} must be 0 (no limit) or more.")
+    return jnp.asarray(np.minimum(array, np.iinfo(np.int32).max).astype(np.int32))
+
+
+def _mask_rows(mask: ArrayLike, batch_size: int) -> jax.Array:
+    allowed = np.asarray(mask) != 0
+    if allowed.ndim not in (1, 2) or (allowed.ndim == 2 and len(allowed) != batch_size):
+        raise ValueError(f"mask has shape {allowed.shape}: give [V], or [B, V] for {batch_size} rows.")
+    allowed = np.broadcast_to(allowed, (batch_size, allowed.shape[-1]))
+    empty = ~allowed.any(axis=-1)
+    if empty.any():
+        raise ValueError(f"mask allows no token in row {empty.argmax()}: at least one must remain to be drawn.")
+    return jnp.asarray(allowed)

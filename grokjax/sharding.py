@@ -1,0 +1,220 @@
+"""Where arrays live: the mesh, rules from logical axes to mesh axes, and the one translator to `NamedSharding`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grokjax.config import GrokConfig
+
+Axes = tuple[str | None, ...]
+
+MESH_AXES = ("data", "model")
+
+
+def make_mesh(
+    local: tuple[int, int] = (1, 1),
+    between_hosts: tuple[int, int] = (1, 1),
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with the axes `("data", "model")`, in Auto mode.
+
+    Args:
+      local: (data, model) extent over the devices of one host.
+      between_hosts: (data, model) extent over hosts; each host is one granule of the mesh.
+      devices: devices to use, by default `jax.devices()`; on one host the first `data * model` of them are taken.
+
+    Raises:
+      ValueError: There are not as many devices or hosts as the mesh needs.
+
+    Source: the release's `runners.py`, `make_mesh`.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    per_host, hosts = math.prod(local), math.prod(between_hosts)
+    if min(*local, *between_hosts) < 1:
+        raise ValueError(f"mesh extents must be 1 or more, not local={local}, between_hosts={between_hosts}.")
+    if per_host * hosts > len(devices) or (hosts > 1 and per_host * hosts != len(devices)):
+        raise ValueError(
+            f"a mesh of local={local} x between_hosts={between_hosts} needs {per_host * hosts} devices and there are "
+            f"{len(devices)}: choose extents whose product is at most that (on a CPU, "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={per_host * hosts} simulates as many)."
+        )
+    if hosts == 1:
+        grid = mesh_utils.create_device_mesh(local, devices[:per_host])
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(local, between_hosts, devices, process_is_granule=True)
+    return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axis splits each logical axis; None keeps it whole on every device.
+
+    Attributes:
+      batch: rows. Rows that the mesh axis does not divide are computed on every device of that axis.
+      embed: D of the weights only; `"data"` shards the parameters fully, gathered layer by layer at use.
+      heads: N; the projections are split between heads, never inside one.
+      kv_heads: K; must name the same mesh axis as `heads`. Where that axis is longer than K, each head of the cache
+        lives on a group of `axis / K` neighbouring devices, while the key and value weights are still split evenly.
+      experts: E; `"model"` is expert parallelism.
+      ffn: F; `"model"` is tensor parallelism inside every expert.
+      vocab: V.
+    """
+
+    batch: str | None = "data"
+    embed: str | None = None
+    heads: str | None = "model"
+    kv_heads: str | None = "model"
+    experts: str | None = None
+    ffn: str | None = "model"
+    vocab: str | None = "model"
+
+    @classmethod
+    def tensor_parallel(cls) -> Self:
+        """Heads, expert hidden and vocabulary over `model`, rows over `data`: the default."""
+        return cls()
+
+    @classmethod
+    def expert_parallel(cls) -> Self:
+        """As tensor parallel, but whole experts are spread over `model`."""
+        return cls(experts="model", ffn=None)
+
+    def replace(self, **changes: str | None) -> Self:
+        """A copy with some rules changed; `replace(embed="data")` shards the parameters fully."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioner:
+    """A mesh and its rules: translates logical axes into shardings. Hashable, a static part of the model."""
+
+    mesh: Mesh
+    rules: ShardingRules
+
+    @classmethod
+    def create(cls, config: GrokConfig, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Self:
+        """The translator for `config` on `mesh` (one device by default), checked once and wholly.
+
+        Raises:
+          ValueError: The mesh lacks an axis that a rule names, or an axis does not divide a size of `config`.
+        """
+        partitioner = cls(make_mesh() if mesh is None else mesh, ShardingRules() if rules is None else rules)
+        partitioner._check_rules()
+        partitioner._check_sizes(config)
+        return partitioner
+
+    def without_embed(self) -> "Partitioner":
+        """The same, with D of the weights whole: how they are used, gathered where the `embed` rule shards them."""
+        return dataclasses.replace(self, rules=self.rules.replace(embed=None))
+
+    def shards(self, axis: str) -> int:
+        """How many pieces the logical `axis` is cut into."""
+        name = self._mesh_axis(axis)
+        return 1 if name is None else self.mesh.shape[name]
+
+    def kv_copies(self, config: GrokConfig) -> int:
+        """How many neighbouring devices hold each kv head: 1 unless the mesh axis is longer than K."""
+        return max(1, self.shards("kv_heads") // config.num_kv_heads)
+
+    def spec(self, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
+        """The `PartitionSpec` of an array of `shape` whose dimensions have the logical `axes`.
+
+        Raises:
+          ValueError: An axis is unknown, two dimensions land on one mesh axis, or a size is not divisible.
+        """
+        if len(axes) != len(shape):
+            raise ValueError(f"the shape {shape} has {len(shape)} dimensions and its logical axes {axes} name {len(axes)}.")
+        names = [self._place(axis, size) for axis, size in zip(axes, shape, strict=True)]
+        used = [name for name in names if name is not None]
+        if len(used) != len(set(used)):
+            raise ValueError(
+                f"the logical axes {axes} put two dimensions on one mesh axis ({names}): change a rule of {self.rules}."
+            )
+        return PartitionSpec(*names)
+
+    def sharding(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+        """The `NamedSharding` of an array of `shape` with the logical `axes`."""
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """States the sharding of an activation inside a compiled function."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
+
+    def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """Runs `function` on each device's own pieces; collectives inside name mesh axes."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def psum(self, x: jax.Array, *axes: str) -> jax.Array:
+        """Inside `shard_map`: the sum over the mesh axes that split the logical `axes`."""
+        names = {self._mesh_axis(axis) for axis in axes} - {None}
+        return jax.lax.psum(x, tuple(sorted(names))) if names else x
+
+    def index(self, axis: str) -> jax.Array | int:
+        """Inside `shard_map`: this device's piece number, int32 [], along the logical `axis`."""
+        name = self._mesh_axis(axis)
+        return 0 if name is None else jax.lax.axis_index(name)
+
+    def all_gather(self, x: jax.Array, axis: str, *, dimension: int) -> jax.Array:
+        """Inside `shard_map`: the pieces along the logical `axis`, joined along `dimension`."""
+        name = self._mesh_axis(axis)
+        return x if name is None else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
+
+    def _mesh_axis(self, axis: str) -> str | None:
+        if axis == "layers":
+            return None
+        if axis not in _LOGICAL_AXES:
+            raise ValueError(f"{axis!r} is not a logical axis; those are {('layers', *_LOGICAL_AXES)}.")
+        return getattr(self.rules, axis)
+
+    def _place(self, axis: str | None, size: int) -> str | None:
+        name = None if axis is None else self._mesh_axis(axis)
+        if name is None or size % self.mesh.shape[name] == 0:
+            return name
+        if axis == "batch":
+            return None
+        raise ValueError(_indivisible(f"{axis} of size {size}", name, self.mesh.shape[name]))
+
+    def _check_rules(self) -> None:
+        for axis in _LOGICAL_AXES:
+            name = getattr(self.rules, axis)
+            if name is not None and name not in self.mesh.shape:
+                raise ValueError(f"the rule {axis}={name!r} names no axis of the mesh, which has {self.mesh.axis_names}.")
+        if self.rules.heads != self.rules.kv_heads:
+            raise ValueError(
+                f"the rules heads={self.rules.heads!r} and kv_heads={self.rules.kv_heads!r} must name the same mesh axis: "
+                "a device needs the kv heads of its query heads."
+            )
+
+    def _check_sizes(self, config: GrokConfig) -> None:
+        sizes = {
+            "heads": ("num_heads", config.num_heads),
+            "ffn": ("ffn_dim", config.ffn_dim),
+            "vocab": ("vocab_size", config.vocab_size),
+            "experts": ("num_experts", config.num_experts),
+            "embed": ("model_dim", config.model_dim),
+        }
+        for axis, (field, size) in sizes.items():
+            if size % self.shards(axis):
+                raise ValueError(_indivisible(f"{field}={size}", getattr(self.rules, axis), self.shards(axis)))
+        shards, heads = self.shards("kv_heads"), config.num_kv_heads
+        if heads % shards and (shards % heads or heads * config.head_dim % shards):
+            raise ValueError(
+                _indivisible(f"num_kv_heads={heads}", self.rules.kv_heads, shards)
+                + " A longer axis works too where it is a multiple of the kv heads."
+            )
+
+
+_LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(ShardingRules))
+
+
+def _indivisible(what: str, mesh_axis: str | None, extent: int) -> str:
+    return (
+        f"the mesh axis {mesh_axis!r} of {extent} devices does not divide {what}: choose a mesh whose {mesh_axis!r} extent "
+        "divides it, or a sharding rule that leaves it whole."
+    )

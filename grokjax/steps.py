@@ -1,0 +1,287 @@
+"""The pure steps: forward, prefill, decode and generate. The only place on the run path that compiles or donates."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from grokjax.cache import KVCache
+from grokjax.model import Grok
+from grokjax.sampling import SampleSettings, row_keys, sample_token
+
+
+def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
+    """Logits at every position, without a cache.
+
+    Args:
+      model: the model.
+      tokens: integers [B, T] in the vocabulary; padding on the right changes nothing before it.
+
+    Returns:
+      float32 [B, T, V].
+
+    Raises:
+      ValueError: The shape is not [B, T], T exceeds the longest sequence, or a token is outside the vocabulary.
+    """
+    tokens = _check_tokens(model, tokens, ndim=2)
+    if tokens.shape[1] > model.config.max_seq_len:
+        raise ValueError(f"{tokens.shape[1]} tokens exceed max_seq_len={model.config.max_seq_len}: pass fewer.")
+    return _forward(model, tokens)
+
+
+def prefill(model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Adds prompts, or further chunks of them, to the cache's rows. DONATES `cache`.
+
+    Args:
+      model: the model.
+      tokens: integers [B, T] in the vocabulary, right-padded.
+      lengths: integers [B], real tokens of each row in this call, 0 to T; a row of 0 is left as it is.
+      cache: of B rows, made with the model's mesh and rules; each row continues after what it holds.
+
+    Returns:
+      Logits, float32 [B, V], at each row's last real token (meaningless for rows of 0), and the cache.
+
+    Raises:
+      ValueError: Shapes disagree, a token is outside the vocabulary, a length is outside 0 ... T, or a row has no room.
+        Under a caller's own jit only shapes are checked, and what does not fit into a row is dropped.
+    """
+    tokens = _check_tokens(model, tokens, ndim=2)
+    lengths = _as_int32(lengths)
+    _check_cache(model, cache, tokens.shape[0])
+    if lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
+    if tokens.shape[1] > cache.max_len:
+        raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
+    if _is_concrete(lengths, cache.lengths):
+        _check_range("lengths", lengths, tokens.shape[1])
+        _check_room(cache, lengths)
+    return _prefill(model, tokens, lengths, cache)
+
+
+def decode(
+    model: Grok, tokens: ArrayLike, cache: KVCache, *, active: ArrayLike | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Adds one token to each active row and gives the logits of the next. DONATES `cache`.
+
+    Called as it is, it waits for the cache's lengths to check them. A loop that must not wait puts it under its own
+    `jax.jit` and keeps count of the room left; there a row without room stays as it is and its logits are NaN.
+
+    Args:
+      model: the model.
+      tokens: integers [B] in the vocabulary.
+      cache: of B rows, made with the model's mesh and rules.
+      active: bool [B]; the other rows stay untouched and their logits mean nothing. All rows by default.
+
+    Returns:
+      Logits, float32 [B, V], and the cache.
+
+    Raises:
+      ValueError: Shapes disagree, a token is outside the vocabulary, or an active row is full.
+    """
+    tokens = _check_tokens(model, tokens, ndim=1)
+    active = jnp.ones(tokens.shape, bool) if active is None else jnp.asarray(active, bool)
+    _check_cache(model, cache, tokens.shape[0])
+    if active.shape != tokens.shape:
+        raise ValueError(f"active has shape {active.shape} and tokens {tokens.shape}: pass one value for each row.")
+    if _is_concrete(active, cache.lengths):
+        _check_room(cache, active)
+    return _decode(model, tokens, cache, active)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Continuations of a batch of prompts.
+
+    Attributes:
+      tokens: int32 [B, max_new_tokens], the pad id after each row's end.
+      lengths: int32 [B], tokens of each continuation, the end-of-sequence token included.
+      logprobs: float32 [B, max_new_tokens], log-probability of each token in the distribution it was drawn from, 0
+        after the end.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    logprobs: jax.Array
+
+
+def generate(
+    model: Grok,
+    tokens: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    max_new_tokens: int,
+    settings: SampleSettings | None = None,
+    keys: jax.Array | None = None,
+    eos_id: int | None = None,
+) -> Generated:
+    """Continues prompts, the whole loop on the device, until every row has ended.
+
+    The draw at position p of a row uses `fold_in(key of the row, p)`, so a row's result does not depend on its
+    neighbours.
+
+    Args:
+      model: the model.
+      tokens: integers [B, T] in the vocabulary, right-padded.
+      lengths: integers [B], tokens of each prompt, 1 to T.
+      max_new_tokens: longest continuation; T and it together may not exceed the configuration's longest sequence.
+      settings: how to draw; greedy by default.
+      keys: a key for each row, [B]; by default folded from seed 0 and the row's number.
+      eos_id: token that ends a row; none by default, so that every row gets `max_new_tokens`.
+
+    Raises:
+      ValueError: Shapes disagree, a token is outside the vocabulary, a prompt is empty, or there is no room.
+    """
+    tokens = _check_tokens(model, tokens, ndim=2)
+    lengths = _as_int32(lengths)
+    batch, longest = tokens.shape
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
+    if max_new_tokens < 1 or longest + max_new_tokens > model.config.max_seq_len:
+        raise ValueError(
+            f"{longest} prompt tokens and max_new_tokens={max_new_tokens} must leave at least one new token and fit into "
+            f"max_seq_len={model.config.max_seq_len}."
+        )
+    if _is_concrete(lengths):
+        _check_range("lengths", lengths, longest, least=1)
+    settings = SampleSettings.create(batch, temperature=0.0) if settings is None else settings
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)) if keys is None else keys
+    return _generate(model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id)
+
+
+@jax.jit
+def _forward(model: Grok, tokens: jax.Array) -> jax.Array:
+    batch, num_new = tokens.shape
+    scratch = _create_cache(model, batch, num_new, num_layers=1)
+    hidden, _ = model(tokens, jnp.full((batch,), num_new, jnp.int32), scratch)
+    return model.logits(hidden)
+
+
+def _prefill_step(model: Grok, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    hidden, cache = model(tokens, lengths, cache)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    return model.logits(hidden), cache
+
+
+def _decode_step(
+    model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    is_full = active & (cache.lengths >= cache.max_len)
+    hidden, cache = model(tokens[:, None], active.astype(jnp.int32), cache)
+    return jnp.where(is_full[:, None], jnp.nan, model.logits(hidden[:, 0])), cache
+
+
+_prefill = jax.jit(_prefill_step, donate_argnames="cache")
+_decode = jax.jit(_decode_step, donate_argnames="cache")
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id"))
+def _generate(
+    model: Grok,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    settings: SampleSettings,
+    keys: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+) -> Generated:
+    batch, longest = tokens.shape
+    cache = _create_cache(model, batch, longest + max_new_tokens, num_layers=model.config.num_layers)
+    logits, cache = _prefill_step(model, tokens, lengths, cache)
+    shape = (batch, max_new_tokens)
+    out = Generated(
+        tokens=jnp.full(shape, model.config.pad_id, jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+    )
+
+    def draw(step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated) -> tuple[jax.Array, jax.Array, Generated]:
+        drawn = sample_token(row_keys(keys, lengths + step), logits, settings)
+        token = jnp.where(active, drawn.token_id, model.config.pad_id)
+        logprob = jnp.where(active, drawn.logprob, 0)
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
+        out = Generated(
+            tokens=write(out.tokens, token[:, None]),
+            lengths=out.lengths + active.astype(jnp.int32),
+            logprobs=write(out.logprobs, logprob[:, None]),
+        )
+        return token, active if eos_id is None else active & (token != eos_id), out
+
+    def is_running(state) -> jax.Array:
+        step, _, active, *_ = state
+        return (step < max_new_tokens) & active.any()
+
+    def advance(state):
+        step, token, active, cache, out = state
+        logits, cache = _decode_step(model, token, cache, active)
+        token, active, out = draw(step, active, logits, out)
+        return step + 1, token, active, cache, out
+
+    token, active, out = draw(jnp.zeros((), jnp.int32), settings.active, logits, out)
+    state = (jnp.ones((), jnp.int32), token, active, cache, out)
+    return lax.while_loop(is_running, advance, state)[-1]
+
+
+def _create_cache(model: Grok, batch_size: int, max_len: int, *, num_layers: int) -> KVCache:
+    return KVCache.create(
+        model.config.replace(num_layers=num_layers),
+        batch_size,
+        max_len,
+        dtype=model.dtype,
+        mesh=model.partitioner.mesh,
+        rules=model.partitioner.rules,
+    )
+
+
+def _is_concrete(*arrays: jax.Array) -> bool:
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def _as_int32(values: ArrayLike) -> jax.Array:
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise ValueError(f"tokens and lengths must be integers, not {values.dtype}.")
+    return values.astype(jnp.int32)
+
+
+def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
+    tokens = _as_int32(tokens)
+    if tokens.ndim != ndim or not tokens.size:
+        shape = "[batch, length]" if ndim == 2 else "[batch]"
+        raise ValueError(f"tokens must have shape {shape} and not be empty; these have shape {tokens.shape}.")
+    if _is_concrete(tokens):
+        _check_range("tokens", tokens, model.config.vocab_size - 1)
+    return tokens
+
+
+def _check_range(name: str, values: jax.Array, most: int, least: int = 0) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < least or high > most:
+        raise ValueError(f"{name} must be between {least} and {most}; these reach from {low} to {high}.")
+
+
+def _check_cache(model: Grok, cache: KVCache, batch_size: int) -> None:
+    heads = model.config.num_kv_heads * model.partitioner.kv_copies(model.config)
+    needed = (model.config.num_layers, batch_size, heads, cache.max_len, model.config.head_dim)
+    if cache.keys.shape != needed:
+        raise ValueError(
+            f"the cache holds keys of shape {cache.keys.shape} and this call needs {needed}: create it with the model's "
+            f"configuration, mesh and rules, and with {batch_size} rows."
+        )
+
+
+def _check_room(cache: KVCache, count: jax.Array) -> None:
+    filled = np.asarray(cache.lengths)
+    needed = filled + np.asarray(count, np.int32)
+    if (needed > cache.max_len).any():
+        row = int(needed.argmax())
+        raise ValueError(
+            f"row {row} holds {filled[row]} tokens of at most {cache.max_len} and has no room for {needed[row] - filled[row]}"
+            " more: nothing was written; create a longer cache or end the row."
+        )

@@ -1,0 +1,105 @@
+"""The floor of every test: 8 simulated CPU devices, strict dtypes and ranks; and the tokenizers that tests share."""
+
+import os
+
+# Both must be set before jax starts its backends, and any test module may be the first to import jax.
+_DEVICES = "--xla_force_host_platform_device_count"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+import sentencepiece
+
+from grokjax.tokenizer import SentencePieceTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# No persistent compilation cache: tests read what the compiler makes of a program (its memory, its collectives), and
+# a program that comes back from disk answers such questions differently.
+
+# The same examples at each run where a failure must be repeatable; elsewhere new ones, which find new bugs.
+hypothesis.settings.register_profile(
+    "grokjax", deadline=None, max_examples=50, database=None, derandomize="CI" in os.environ, print_blob=True
+)
+hypothesis.settings.load_profile("grokjax")
+
+
+def pytest_sessionstart() -> None:
+    found = len(jax.devices("cpu"))
+    if found != 8:
+        raise pytest.UsageError(
+            f"the tests need 8 simulated CPU devices, jax has {found}: unset XLA_FLAGS, or put {_DEVICES}=8 into it."
+        )
+
+
+def release_tokenizer() -> Path | None:
+    """The release's `tokenizer.model`: GROKJAX_TOKENIZER, or the place beside the checkout; None if there is none."""
+    named = os.environ.get("GROKJAX_TOKENIZER")
+    if named and not Path(named).is_file():
+        raise pytest.UsageError(f"GROKJAX_TOKENIZER={named!r} is not a file: set it to the release's tokenizer.model.")
+    path = Path(named) if named else ROOT.parent / "shared" / "tokenizer" / "tokenizer.model"
+    return path if path.is_file() else None
+
+
+def pytest_report_header() -> str:
+    found = release_tokenizer()
+    return f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if release_tokenizer() is not None:
+        return
+    absent = [item for item in items if item.get_closest_marker("release_tokenizer")]
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if item not in absent]
+
+
+@pytest.fixture(scope="session")
+def release_tokenizer_path() -> Path:
+    """The release's `tokenizer.model`, for tests marked `release_tokenizer`: without the file they are deselected."""
+    path = release_tokenizer()
+    assert path is not None, "mark this test with pytest.mark.release_tokenizer"
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 512 pieces, made with the release's settings: special ids, byte pieces, dummy prefix."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    spaces, newlines = (" " * n for n in range(2, 17)), ("\n" * n for n in range(1, 11))
+    markers = ["<|separator|>", "<|mask|>", *(f"<|control{n}|>" for n in range(1, 5))]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter((ROOT / "LICENSE").read_text().splitlines()),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=512,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece="[PAD]",
+            bos_piece="[BOS]",
+            eos_piece="[EOS]",
+            unk_piece="[UNK]",
+            unk_surface="[UNK]",
+            user_defined_symbols=[*newlines, *"0123456789", "\t", *spaces, *markers],
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_tokenizer(trained_tokenizer_path: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(trained_tokenizer_path)

@@ -1,0 +1,114 @@
+"""What the documents show is run: Python blocks, commands, the examples in docstrings; links lead somewhere.
+
+`docs/contributing.md` describes the convention.
+"""
+
+import dataclasses
+import doctest
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "grokjax").rglob("*.py")
+    if path.name != "__main__.py"  # importing it runs the command line
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, whether it is run, its text, and the document's line on which the text begins."""
+
+    language: str
+    runs: bool
+    text: str
+    line: int
+
+
+def read_blocks(text: str) -> list[Block]:
+    blocks = []
+    for match in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        language, *words = match[1].split() or [""]
+        assert words in ([], ["no-run"]), f"a fence says {match[1]!r}; after the language only no-run may stand"
+        blocks.append(Block(language, not words, match[2], text.count("\n", 0, match.start(2)) + 1))
+    return blocks
+
+
+def read_commands(text: str) -> list[list[str]]:
+    """The commands of the shell blocks that begin with `python` or `grokjax`, as arguments for this Python."""
+    commands = []
+    for block in read_blocks(text):
+        if block.language not in ("bash", "console") or not block.runs:
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(line.removeprefix("$ "), comments=True) or [""]
+            if program in ("python", "grokjax"):
+                commands.append([sys.executable, *(["-m", "grokjax"] if program == "grokjax" else []), *arguments])
+    return commands
+
+
+def name(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in read_blocks(document.read_text()):
+        if block.language == "python":
+            # The empty lines in front make a traceback point at the line of the document.
+            code = compile("\n" * (block.line - 1) + block.text, str(document), "exec")
+            if block.runs:
+                exec(code, namespace)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_commands_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for command in read_commands(document.read_text()):
+        done = subprocess.run(
+            command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_relative_links_lead_to_files(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing, f"{name(document)} links to files that are not there: {missing}"
+
+
+def test_blocks_know_their_line_and_whether_they_run() -> None:
+    text = "# Title\n\n```python\na = 1\n```\n\n```bash no-run\nrm x\n```\n```\nplain\n```\n"
+    assert read_blocks(text) == [
+        Block("python", True, "a = 1\n", 4),
+        Block("bash", False, "rm x\n", 8),
+        Block("", True, "plain\n", 11),
+    ]
+    with pytest.raises(AssertionError, match="only no-run may stand"):
+        read_blocks("```python norun\n```\n")
+
+
+def test_commands_are_found_in_shell_blocks() -> None:
+    text = '```bash\npip install x\npython -m a \\\n  "b c"  # why\n```\n```console\n$ grokjax d\nout\n```\n'
+    assert read_commands(text) == [
+        [sys.executable, "-m", "a", "b c"],
+        [sys.executable, "-m", "grokjax", "d"],
+    ]
+    assert read_commands("```bash no-run\npython -m a\n```\n```text\npython -m a\n```\n") == []

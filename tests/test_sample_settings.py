@@ -1,0 +1,59 @@
+"""How sampling settings are made, and what is said when they cannot be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grokjax.sampling import SampleSettings, sample_token
+
+
+def test_settings_broadcast_scalars_and_a_mask_for_all_rows() -> None:
+    created = SampleSettings.create(3, temperature=0.5, mask=[1, 0, 1])
+    np.testing.assert_array_equal(created.temperature, np.full(3, 0.5, np.float32))
+    np.testing.assert_array_equal(created.mask, [[True, False, True]] * 3)
+    assert created.top_k.dtype == jnp.int32
+    assert created.active.dtype == jnp.bool_
+
+
+@pytest.mark.parametrize(
+    ("controls", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature=-0\.1 in row 0 must be a finite number, 0 \(greedy\) or more"),
+        ({"temperature": [1.0, np.inf]}, r"temperature=inf in row 1 must be a finite number"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 in row 0 must be a finite number"),
+        ({"temperature": np.nan}, r"temperature=nan in row 0 must be a finite number"),
+        ({"nucleus_p": 1.5}, r"nucleus_p=1\.5 in row 0 must be a number from 0 to 1"),
+        ({"nucleus_p": [0.5, -0.5]}, r"nucleus_p=-0\.5 in row 1 must be a number from 0 to 1"),
+        ({"min_p": 2}, r"min_p=2 in row 0 must be a number from 0 to 1"),
+        ({"top_k": [3, -1]}, r"top_k=-1 in row 1 must be 0 \(no limit\) or more"),
+        ({"top_k": 2.5}, r"top_k has dtype float64: give integers"),
+        ({"temperature": [1.0, 1.0, 1.0]}, r"temperature has shape \(3,\): give one value, or one for each of the 2"),
+        ({"active": [True]}, r"active has shape \(1,\): give one value"),
+        ({"mask": np.ones((3, 4))}, r"mask has shape \(3, 4\): give \[V\], or \[B, V\] for 2 rows"),
+        ({"mask": True}, r"mask has shape \(\): give \[V\]"),
+        ({"mask": [[0, 1], [0, 0]]}, r"mask allows no token in row 1: at least one must remain"),
+    ],
+)
+def test_impossible_settings_are_refused_in_words(controls: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleSettings.create(2, **controls)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch_size=0 must be 1 or more"):
+        SampleSettings.create(0)
+
+
+def test_shapes_that_disagree_are_refused_in_words() -> None:
+    keys, logits, two = jax.random.split(jax.random.key(0), 2), np.zeros((2, 8), np.float32), SampleSettings.create(2)
+    with pytest.raises(ValueError, match=r"logits have shape \(2, 1, 8\): give \[B, V\]"):
+        sample_token(keys, logits[:, None], two)
+    with pytest.raises(ValueError, match=r"logits have 2 rows, but there are 2 keys and settings of shape \(3,\)"):
+        sample_token(keys, logits, SampleSettings.create(3))
+    with pytest.raises(ValueError, match=r"logits have 2 rows, but there are 1 keys"):
+        sample_token(keys[:1], logits, two)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 3\), logits have \(2, 8\)"):
+        sample_token(keys, logits, SampleSettings.create(2, mask=np.ones(3)))
+    with pytest.raises(ValueError, match=r"num_top=9 must be from 0 to the 8 tokens"):
+        sample_token(keys, logits, two, num_top=9)
