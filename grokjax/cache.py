@@ -39,7 +39,7 @@ class KVCache:
         batch_size: int,
         max_len: int | None = None,
         *,
-        dtype: DTypeLike = jnp.bfloat16,
+        dtype: DTypeLike | None = None,
         mesh: Mesh | None = None,
         rules: ShardingRules | None = None,
     ) -> Self:
@@ -49,7 +49,8 @@ class KVCache:
           config: the model's sizes.
           batch_size: B, rows.
           max_len: S, entries a row can hold; by default `config.max_seq_len`, which it may not exceed.
-          dtype: of keys and values.
+          dtype: of keys and values. By default bfloat16, but float32 on CPUs, which gain nothing from bfloat16 (and
+            jax 0.10 converts the whole cache at each write there).
           mesh: the model's mesh; one device by default.
           rules: the model's sharding rules.
 
@@ -62,6 +63,8 @@ class KVCache:
         if not 1 <= max_len <= config.max_seq_len:
             raise ValueError(f"max_len={max_len} must be between 1 and max_seq_len={config.max_seq_len}.")
         partitioner = Partitioner.create(config, mesh, rules)
+        if dtype is None:
+            dtype = jnp.float32 if partitioner.platform == "cpu" else jnp.bfloat16
         heads = config.num_kv_heads * partitioner.kv_copies(config)
         shape = (config.num_layers, batch_size, heads, max_len, config.head_dim)
         entries = partitioner.sharding(CACHE_AXES, shape)

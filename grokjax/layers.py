@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import CACHE_AXES, write
 from grokjax.config import GrokConfig
-from grokjax.quantization import QuantizedArray, Weight, float_precision, matmul, specs
+from grokjax.quantization import QuantizedArray, Weight, float_precision, matmul, pad_rows, specs
 from grokjax.sharding import Axes, Partitioner
 
 
@@ -67,13 +67,14 @@ class Embedding(nnx.Module):
         def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
             own = tokens - partitioner.index("vocab") * table.shape[0]
             found = (own >= 0) & (own < table.shape[0])
-            embedded = table[jnp.clip(own, 0, table.shape[0] - 1)]
-            return partitioner.psum(jnp.where(found[..., None], embedded, jnp.zeros((), table.dtype)), "vocab")
+            # Float32 from here on: a bfloat16 select makes jax 0.10 convert the whole table on CPUs.
+            embedded = table[jnp.clip(own, 0, table.shape[0] - 1)].astype(jnp.float32)
+            return partitioner.psum(jnp.where(found[..., None], embedded, 0), "vocab")
 
         table = self.table[...]
         in_specs = (partitioner.spec(("vocab", "embed"), table.shape), rows)
         embedded = partitioner.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))(table, tokens)
-        return (embedded.astype(jnp.float32) * self.config.embedding_multiplier).astype(self.dtype)
+        return (embedded * self.config.embedding_multiplier).astype(self.dtype)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype, multiplier applied."""
@@ -89,8 +90,8 @@ class Embedding(nnx.Module):
 def _unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     """`x [..., D] @ table [V, D].T` in float32."""
     rows = x.reshape(-1, x.shape[-1])
-    logits = lax.platform_dependent(rows, table, cpu=_blocked_unembed, default=_direct_unembed)
-    return logits.reshape(*x.shape[:-1], table.shape[0])
+    product = functools.partial(lax.platform_dependent, cpu=_padded_unembed, default=_direct_unembed)
+    return product(rows, table).reshape(*x.shape[:-1], table.shape[0])
 
 
 def _direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -98,19 +99,9 @@ def _direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     return product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Block by block of the vocabulary: XLA's CPU backend would convert the whole table to float32 first."""
-    vocab, dim = table.shape
-    block = min(vocab, max(1, (1 << 20) // (dim * table.dtype.itemsize)))
-    whole, rest = divmod(vocab, block)
-
-    def add_block(first: jax.Array, size: int, logits: jax.Array) -> jax.Array:
-        part = _direct_unembed(x, lax.dynamic_slice_in_dim(table, first, size))
-        return lax.dynamic_update_slice_in_dim(logits, part, first, axis=1)
-
-    logits = jnp.zeros((x.shape[0], vocab), jnp.float32)
-    logits = lax.fori_loop(0, whole, lambda i, logits: add_block(i * block, block, logits), logits)
-    return add_block(jnp.asarray(whole * block), rest, logits) if rest else logits
+def _padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """With rows enough for XLA's CPU backend to multiply the table as it is, not a float32 copy of it."""
+    return _direct_unembed(pad_rows(x), table)[: x.shape[0]]
 
 
 class RMSNorm(nnx.Module):

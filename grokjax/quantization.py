@@ -116,7 +116,9 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
     weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
     rows = x.reshape(-1, x.shape[-1])
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)
-    out = lax.platform_dependent(rows, weight, scales, at, cpu=_blocked_matmul, default=_direct_matmul)
+    out = lax.platform_dependent(
+        rows, weight, scales, at, cpu=_blocked_matmul, cuda=_reduced_matmul, default=_direct_matmul
+    )
     return out.reshape(*x.shape[:-1], weight.shape[-1])
 
 
@@ -137,6 +139,12 @@ def shardable_blocks(num_blocks: int, axes: Axes, partitioner: Partitioner) -> i
 def float_precision(dtype: DTypeLike) -> lax.Precision | None:
     """Full precision for float32 operands (TPUs would round them to bfloat16), the default for others."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def pad_rows(x: jax.Array) -> jax.Array:
+    """At least two rows [M, C] where they are bfloat16: for one, XLA's CPU backend casts the other factor whole first."""
+    missing = 2 - x.shape[0] if x.dtype == jnp.bfloat16 else 0
+    return jnp.pad(x, ((0, max(0, missing)), (0, 0)))
 
 
 def _select(stack: jax.Array, at: tuple[jax.Array, ...], start: jax.Array | int, size: int) -> jax.Array:
@@ -164,6 +172,22 @@ def _direct_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at
     return (out * s[:, None, :]).sum(axis=0)
 
 
+# Most rows for which XLA:GPU reads a weight in place, at one pass for every two rows.
+_REDUCED_ROWS = 8
+
+
+def _reduced_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """A few rows as sums of products, into which XLA:GPU fuses slice and cast; before a real product it copies the slice."""
+    if x.shape[0] > _REDUCED_ROWS:
+        return _direct_matmul(x, weight, scales, at)
+    rows, outputs = weight.shape[-2:]
+    num_blocks = 1 if scales is None else scales.shape[-2]
+    w = _select(weight, at, 0, rows).astype(jnp.float32)
+    products = [(row.astype(jnp.float32)[:, None] * w).reshape(num_blocks, -1, outputs).sum(axis=1) for row in x]
+    out = jnp.stack(products)  # [M, Q, O]
+    return (out if scales is None else out * _select(scales, at, 0, num_blocks).astype(jnp.float32)[None]).sum(axis=1)
+
+
 # Bytes of weight that one step of the blocked product converts: small enough for a core's own cache.
 _BLOCK_BYTES = 1 << 20
 # Most rows for which two int8 rows each beat a conversion of the weight to bfloat16.
@@ -178,7 +202,7 @@ def _blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, a
     block = min(scale_rows, max(32, _BLOCK_BYTES // (outputs * weight.dtype.itemsize)))
     whole, rest = divmod(scale_rows, block)
     split = scales is not None and x.dtype == jnp.bfloat16 and x.shape[0] <= _SPLIT_ROWS
-    left, join = _split_rows(x) if split else (x, None)
+    left, join = _split_rows(x) if split else (pad_rows(x), None)
     sum_dtype = jnp.int32 if split else jnp.float32
 
     def product(start: jax.Array, size: int) -> jax.Array:
@@ -194,7 +218,7 @@ def _blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, a
         total = lax.fori_loop(0, whole, lambda i, total: total + product(first + i * block, block), total)
         if rest:
             total = total + product(first + whole * block, rest)
-        joined = total if join is None else join(total)
+        joined = total[: x.shape[0]] if join is None else join(total)
         return out + (joined if scales is None else joined * _select(scales, at, q, 1).astype(jnp.float32))
 
     return lax.fori_loop(0, num_blocks, add_scale_block, jnp.zeros((x.shape[0], outputs), jnp.float32))

@@ -325,7 +325,8 @@ class _Walker:
         if not (isinstance(shape, tuple) and shape and all(type(size) is int and size > 0 for size in shape)):
             self._damaged(f"the array shape {_describe(shape)}", "axes have a size of 1 or more")
         if not (isinstance(dtype, _Dtype) and dtype.built and isinstance(payload, _Bytes)):
-            self._foreign(f"an array of {_describe(dtype)}", "a dtype and raw bytes were expected")
+            found = f"an array with {_describe(dtype)} and {_describe(payload)}"
+            self._foreign(found, "a whole dtype and raw bytes were expected")
         if fortran is not False:
             self._refuse("an array in Fortran order", "only C order is allowed", "store numpy.ascontiguousarray(array)")
         _, element = _DTYPES[dtype.code]

@@ -113,6 +113,11 @@ class Partitioner:
         """The same, with D of the weights whole: how they are used, gathered where the `embed` rule shards them."""
         return dataclasses.replace(self, rules=self.rules.replace(embed=None))
 
+    @property
+    def platform(self) -> str:
+        """The platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def shards(self, axis: str) -> int:
         """How many pieces the logical `axis` is cut into."""
         name = self._mesh_axis(axis)

@@ -233,7 +233,7 @@ def _create_cache(model: Grok, batch_size: int, max_len: int, *, num_layers: int
         model.config.replace(num_layers=num_layers),
         batch_size,
         max_len,
-        dtype=model.dtype,
+        dtype=jnp.float32 if model.dtype == jnp.float32 else None,
         mesh=model.partitioner.mesh,
         rules=model.partitioner.rules,
     )

@@ -140,7 +140,7 @@ def _draw(
 ) -> WrittenTensor:
     if len(shape) == 1:
         return WrittenTensor(rng.uniform(0.5, 1.5, shape).astype(np.float32))
-    if parameter == "embedding":
+    if parameter == "embedding.table":
         # Normalised features against these rows give logits of standard deviation 2 after the output multiplier.
         std = 2 / (math.sqrt(config.model_dim) * config.output_multiplier)
         return WrittenTensor((std * rng.standard_normal(shape)).astype(np.float32))
