@@ -1,4 +1,4 @@
-"""Grok-1 in JAX: a Flax NNX model, an explicit cache, pure steps, and the released checkpoint read straight into shards."""
+"""Grok-1 in JAX: a Flax NNX model, an explicit cache, pure steps, and the released checkpoint read into shards."""
 
 from grokjax.cache import KVCache
 from grokjax.checkpoint import load
@@ -9,7 +9,6 @@ from grokjax.release import CheckpointError
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.steps import Generated, decode, forward, generate, prefill
-
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [

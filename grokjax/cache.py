@@ -1,7 +1,7 @@
 """The key and value cache: a frozen pytree with a length for each row."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,21 @@ class KVCache:
         Raises:
           ValueError: A size is below 1, or `max_len` exceeds the configuration's longest sequence.
         """
+        shapes = cls.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+
+    @classmethod
+    def abstract(
+        cls,
+        config: GrokConfig,
+        batch_size: int,
+        max_len: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        mesh: Mesh | None = None,
+        rules: ShardingRules | None = None,
+    ) -> Self:
+        """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
         max_len = config.max_seq_len if max_len is None else max_len
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more.")
@@ -67,13 +82,10 @@ class KVCache:
             dtype = jnp.float32 if partitioner.platform == "cpu" else jnp.bfloat16
         heads = config.num_kv_heads * partitioner.kv_copies(config)
         shape = (config.num_layers, batch_size, heads, max_len, config.head_dim)
-        entries = partitioner.sharding(CACHE_AXES, shape)
-        lengths = partitioner.sharding((None,), (batch_size,))
-        return cls(
-            keys=jnp.zeros(shape, dtype, device=entries),
-            values=jnp.zeros(shape, dtype, device=entries),
-            lengths=jnp.zeros((batch_size,), jnp.int32, device=lengths),
-        )
+        entries: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.sharding(CACHE_AXES, shape))
+        whole = partitioner.sharding((None,), (batch_size,))
+        lengths: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=whole)
+        return cls(keys=entries, values=entries, lengths=lengths)
 
     @property
     def batch_size(self) -> int:
@@ -97,8 +109,8 @@ class KVCache:
         """
         if row_cache.batch_size != 1 or row_cache.max_len > self.max_len:
             raise ValueError(
-                f"insert takes a cache of one row and at most {self.max_len} entries, not {row_cache.batch_size} rows of "
-                f"{row_cache.max_len}."
+                f"insert takes a cache of one row and at most {self.max_len} entries, not {row_cache.batch_size} rows "
+                f"of {row_cache.max_len}."
             )
         row = self._check_row(row)
         zero = jnp.zeros((), jnp.int32)

@@ -2,8 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.model import Grok, check_dtype
+from grokjax.model import Grok, abstract_model, check_dtype
 from grokjax.quantization import QuantizedArray, Weight, shardable_blocks, specs
 from grokjax.release import CheckpointError, Payload, ReleaseCheckpoint, ReleaseTensor, open_release
-from grokjax.sharding import Partitioner, ShardingRules
+from grokjax.sharding import Axes, Partitioner, ShardingRules
 
 
 def load(
@@ -51,10 +52,7 @@ def load(
     checkpoint = open_release(path, config)
     partitioner = Partitioner.create(checkpoint.config, mesh, rules)
 
-    def build() -> Grok:
-        return Grok(checkpoint.config, dtype=dtype, quantized=False, partitioner=partitioner, rngs=nnx.Rngs(0))
-
-    graphdef, state = nnx.split(nnx.eval_shape(build))
+    graphdef, state = nnx.split(abstract_model(checkpoint.config, partitioner, dtype=dtype, quantized=False))
     loader = _Loader(checkpoint, partitioner, progress)
     params = [(path, param.replace(loader.load(path, param))) for path, param in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(params))
@@ -72,7 +70,7 @@ class _Loader:
         self.checkpoint, self.partitioner, self.progress = checkpoint, partitioner, progress
         self.done, self.total = 0, sum(_num_bytes(tensor) for tensor in checkpoint.tensors.values())
 
-    def load(self, path: tuple[str, ...], param: nnx.Variable) -> Weight:
+    def load(self, path: tuple[Any, ...], param: nnx.Variable) -> Weight:
         """The value of the model's parameter at `path`: one tensor, or the stack of the tensors of all layers."""
         template: jax.Array = param.get_value()
         if path[0] != "layers":
@@ -88,7 +86,9 @@ class _Loader:
         assert stack is not None
         return stack
 
-    def _parts(self, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, axes: tuple[str | None, ...]):
+    def _parts(
+        self, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype[Any], axes: Axes
+    ) -> Iterator[Weight]:
         tensors = [self.checkpoint.tensors[name] for name in names]
         blocks = self._common_blocks(names, tensors, axes)
         for name, tensor in zip(names, tensors, strict=True):
@@ -97,17 +97,15 @@ class _Loader:
             if self.progress is not None:
                 self.progress(name, self.done, self.total)
 
-    def _common_blocks(
-        self, names: Sequence[str], tensors: Sequence[ReleaseTensor], axes: tuple[str | None, ...]
-    ) -> int | None:
+    def _common_blocks(self, names: Sequence[str], tensors: Sequence[ReleaseTensor], axes: Axes) -> int | None:
         """Scale blocks that suit all layers and the mesh; None for plain weights."""
-        counts = {tensor.scales and tensor.scales.shape[-2] for tensor in tensors}
-        if None not in counts:
+        counts = [tensor.scales.shape[-2] for tensor in tensors if tensor.scales is not None]
+        if len(counts) == len(tensors):
             return shardable_blocks(math.lcm(*counts), axes, self.partitioner)
-        if counts != {None}:
+        if counts:
             raise CheckpointError(
-                f"{self.checkpoint.path}: of the tensors {names[0]} to {names[-1]} some are quantised and some are plain: "
-                "all layers must be alike; quantise the plain ones or restore the int8 files."
+                f"{self.checkpoint.path}: of the tensors {names[0]} to {names[-1]} some are quantised and some are "
+                "plain: all layers must be alike; quantise the plain ones or restore the int8 files."
             )
         return None
 
@@ -116,29 +114,31 @@ class _Loader:
         tensor: ReleaseTensor,
         blocks: int | None,
         shape: tuple[int, ...],
-        dtype: np.dtype,
-        axes: tuple[str | None, ...],
+        dtype: np.dtype[Any],
+        axes: Axes,
     ) -> Weight:
         if tensor.scales is None or blocks is None:
             return _from_file(tensor.weight, shape, self.partitioner.sharding(axes, shape), dtype)
         scales_shape = (*shape[:-2], blocks, shape[-1])
-        abstract = QuantizedArray(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(scales_shape, dtype))
-        place = jax.tree.map(lambda spec: NamedSharding(self.partitioner.mesh, spec), specs(abstract, axes, self.partitioner))
+        shapes: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(scales_shape, dtype)]
+        abstract = QuantizedArray(*shapes)
+        place = self.partitioner.shardings(specs(abstract, axes, self.partitioner))
         copies = blocks // tensor.scales.shape[-2]
         weight = _from_file(tensor.weight, shape, place.weight, np.dtype(np.int8))
         return QuantizedArray(weight, _from_file(tensor.scales, scales_shape, place.scales, copies=copies))
 
-    def _empty_stack(self, part: Weight, num_layers: int, axes: tuple[str | None, ...]) -> Weight:
+    def _empty_stack(self, part: Weight, num_layers: int, axes: Axes) -> Weight:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((num_layers, *leaf.shape), leaf.dtype), part)
-        place = specs(shapes, axes, self.partitioner)
-        mesh = self.partitioner.mesh
-        return jax.tree.map(
-            lambda leaf, spec: jnp.zeros(leaf.shape, leaf.dtype, device=NamedSharding(mesh, spec)), shapes, place
-        )
+        place = self.partitioner.shardings(specs(shapes, axes, self.partitioner))
+        return jax.tree.map(lambda leaf, where: jnp.zeros(leaf.shape, leaf.dtype, device=where), shapes, place)
 
 
 def _from_file(
-    payload: Payload, shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype | None = None, copies: int = 1
+    payload: Payload,
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    dtype: np.dtype[Any] | None = None,
+    copies: int = 1,
 ) -> jax.Array:
     """An array whose shards are read from the mapped file, cast, and each scale block repeated `copies` times.
 
@@ -146,7 +146,7 @@ def _from_file(
     """
     source = payload.array().reshape((*shape[:-2], shape[-2] // copies, shape[-1]) if copies > 1 else shape)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         if copies > 1:
             *lead, blocks, outputs = index
             wanted = np.arange(shape[-2])[blocks] // copies

@@ -153,19 +153,29 @@ class GrokConfig:
         for key in ("lm", "model"):
             if not isinstance(mapping.get(key), Mapping):
                 raise ValueError(
-                    f"a release configuration needs the keys 'lm' and 'model', each a mapping; {key!r} is missing here "
-                    f"(found {sorted(mapping)})."
+                    f"a release configuration needs the keys 'lm' and 'model', each a mapping of fields; {key!r} is "
+                    f"{'missing' if key not in mapping else 'no mapping'} here (found {sorted(mapping)})."
                 )
         lm, model = mapping["lm"], mapping["model"]
         missing = [f"lm.{name}" for name in _LM_FIELDS if name not in lm]
         missing += [f"model.{name}" for name in _MODEL_FIELDS if name not in model]
         if missing:
-            raise ValueError(f"the release configuration lacks {', '.join(missing)}: add what the checkpoint was made with.")
+            raise ValueError(
+                f"the release configuration lacks {', '.join(missing)}: add what the checkpoint was made with."
+            )
+        widening_factor = model.get("widening_factor", 4.0)
+        values = {
+            **{f"lm.{name}": lm[name] for name in _LM_FIELDS},
+            **{f"model.{name}": model[name] for name in _MODEL_FIELDS},
+        }
+        for name, value in {**values, "model.widening_factor": widening_factor}.items():
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} of the release configuration must be a number.")
         fields = {ours: lm[theirs] for theirs, ours in _LM_FIELDS.items()}
         fields |= {ours: model[theirs] for theirs, ours in _MODEL_FIELDS.items()}
-        fields["num_experts"] = max(1, fields["num_experts"])
-        fields["experts_per_token"] = min(max(1, fields["experts_per_token"]), fields["num_experts"])
-        return cls(ffn_dim=ffn_size(model["emb_size"], model.get("widening_factor", 4.0)), **fields)
+        if fields["num_experts"] <= 1:
+            fields["num_experts"] = fields["experts_per_token"] = 1
+        return cls(ffn_dim=ffn_size(model["emb_size"], widening_factor), **fields)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -227,6 +237,8 @@ def _check_number(name: str, value: Any, kind: Any) -> None:
     if kind is int:
         is_id = name.endswith("_id")
         if not isinstance(value, int) or isinstance(value, bool) or value < (0 if is_id else 1):
-            raise ValueError(f"{name}={value!r} must be {'a token id, 0 or more' if is_id else 'an integer, 1 or more'}.")
+            raise ValueError(
+                f"{name}={value!r} must be {'a token id, 0 or more' if is_id else 'an integer, 1 or more'}."
+            )
     elif not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r} must be a finite number above 0.")

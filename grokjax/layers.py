@@ -18,13 +18,15 @@ from grokjax.sharding import Axes, Partitioner
 def weight_param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, quantized: bool = False
 ) -> nnx.Param:
-    """A random weight [..., C, O] whose products keep the scale of their input, with its logical axes beside it.
+    """A random weight [..., C, O] that keeps the scale of what it multiplies, its logical axes beside it.
 
     Plain weights are normal with deviation `C ** -0.5`; quantised ones are born as uniform int8 with the same deviation.
     """
     deviation = shape[-2] ** -0.5
     if not quantized:
-        return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(deviation, dtype), logical_axes=axes)
+        return nnx.Param(
+            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(deviation, dtype), logical_axes=axes
+        )
     weight = jax.random.randint(rngs.params(), shape, -127, 128, jnp.int8)
     uniform_deviation = (127 * 128 / 3) ** 0.5  # of the integers -127 ... 127
     scales = jnp.full((*shape[:-2], 1, shape[-1]), deviation / uniform_deviation, jnp.bfloat16)
@@ -32,9 +34,9 @@ def weight_param(
 
 
 def gather_embed(param: nnx.Param, layer: jax.Array, partitioner: Partitioner) -> tuple[Weight, jax.Array]:
-    """A stacked weight as its layer's computation wants it: no dimension split by the `embed` rule.
+    """A stacked weight as a layer uses it: no dimension split by the `embed` rule.
 
-    Without that rule this is the stack itself, to be indexed where it is used. With it, one layer is cut out and gathered.
+    Without that rule this is the stack itself, to be indexed where it is used; with it, one layer, cut out and gathered.
 
     Returns:
       The weight [L or 1, ...] and the index, int32 [], of the layer in it.
@@ -44,8 +46,7 @@ def gather_embed(param: nnx.Param, layer: jax.Array, partitioner: Partitioner) -
         return stack, layer
     one = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer), stack)
     whole = specs(one, param.logical_axes, partitioner.without_embed())
-    place = lambda leaf, spec: lax.with_sharding_constraint(leaf, jax.NamedSharding(partitioner.mesh, spec))  # noqa: E731
-    return jax.tree.map(place, one, whole), jnp.zeros((), jnp.int32)
+    return lax.with_sharding_constraint(one, partitioner.shardings(whole)), jnp.zeros((), jnp.int32)
 
 
 class Embedding(nnx.Module):
@@ -181,7 +182,7 @@ def attend(
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867).
     """
-    batch, num_new, _, head_dim = query.shape
+    batch, num_new, _, _ = query.shape
     block = min(QUERY_BLOCK, num_new)
     num_blocks = -(-num_new // block)
     padded = jnp.pad(query, ((0, 0), (0, num_blocks * block - num_new), (0, 0), (0, 0)))
@@ -226,9 +227,7 @@ def _attend_block(
         index, sizes = (layer, zero, zero, begin, zero), (1, batch, num_kv_heads, block, head_dim)
         key = lax.dynamic_slice(keys, index, sizes)[0].astype(query.dtype)
         value = lax.dynamic_slice(values, index, sizes)[0].astype(query.dtype)
-        scores = jnp.einsum(
-            "btkgh,bksh->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32
-        )
+        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32)
         scores = softcap * jnp.tanh(scores * (multiplier / softcap))
         entry = (begin + jnp.arange(block))[None, None, None, None]
         scores = jnp.where((entry <= positions) & (entry >= i * block), scores, -1e30)
@@ -236,12 +235,20 @@ def _attend_block(
         weights = jnp.exp(scores - new_peak[..., None])
         decay = jnp.exp(peak - new_peak)
         part = jnp.einsum(
-            "bkgts,bksh->bkgth", weights.astype(query.dtype), value, precision=precision, preferred_element_type=jnp.float32
+            "bkgts,bksh->bkgth",
+            weights.astype(query.dtype),
+            value,
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
         return new_peak, total * decay + weights.sum(axis=-1), mixed * decay[..., None] + part
 
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, num_new)
-    empty = (jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32))
+    empty = (
+        jnp.full(shape, -1e30, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
     _, total, mixed = lax.fori_loop(0, -(-filled // block), step, empty)
     # A batch of empty rows runs no step at all: its total is 0 and its result, never read, is 0 too.
     out = mixed / jnp.maximum(total, 1e-30)[..., None]  # [B, K, G, T, H]
@@ -305,7 +312,17 @@ class Attention(nnx.Module):
         )
         return run(x, weights, keys, values, indices[0], slot, start, count)
 
-    def _local(self, x, weights, keys, values, layer, slot, start, count):
+    def _local(
+        self,
+        x: jax.Array,
+        weights: tuple[Weight, ...],
+        keys: jax.Array,
+        values: jax.Array,
+        layer: jax.Array,
+        slot: jax.Array,
+        start: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One device's heads and rows."""
         batch, num_new, _ = x.shape
         query_weight, key_weight, value_weight, output_weight = weights

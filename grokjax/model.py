@@ -1,5 +1,7 @@
 """The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,7 +27,7 @@ class DecoderLayers(nnx.Module):
         self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
     ):
         self.num_layers = config.num_layers
-        options = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner, "rngs": rngs}
         self.pre_attention_norm = RMSNorm(config, num_layers=config.num_layers)
         self.attention = Attention(config, **options)
         self.post_attention_norm = RMSNorm(config, num_layers=config.num_layers)
@@ -56,9 +58,7 @@ class DecoderLayers(nnx.Module):
         """One layer, number `layer`; arguments and results as those of `Attention`."""
         with jax.named_scope("attention"):
             normed = self.pre_attention_norm(x, layer)
-            mixed, keys, values = self.attention(
-                normed, keys, values, layer=layer, slot=slot, start=start, count=count
-            )
+            mixed, keys, values = self.attention(normed, keys, values, layer=layer, slot=slot, start=start, count=count)
             x = x + self.post_attention_norm(mixed, layer)
         with jax.named_scope("feed_forward"):
             valid = jnp.arange(x.shape[1])[None] < count[:, None]
@@ -81,7 +81,7 @@ class Grok(nnx.Module):
         self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
     ):
         self.config, self.dtype, self.partitioner = config, check_dtype(dtype), partitioner
-        options = {"dtype": dtype, "partitioner": partitioner, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "partitioner": partitioner, "rngs": rngs}
         self.embedding = Embedding(config, **options)
         self.layers = DecoderLayers(config, quantized=quantized, **options)
         self.final_norm = RMSNorm(config)
@@ -101,7 +101,7 @@ class Grok(nnx.Module):
         count = jnp.minimum(count, cache.max_len - start)
         is_scratch = cache.keys.shape[0] == 1
 
-        def run_layer(layer: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
+        def run_layer(layer: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             x, keys, values = carry
             slot = jnp.zeros_like(layer) if is_scratch else layer
             x, keys, values = self.layers(x, keys, values, layer=layer, slot=slot, start=start, count=count)
@@ -151,21 +151,35 @@ def init(
       ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
     """
     partitioner = Partitioner.create(config, mesh, rules)
+    graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
+
+    def make() -> nnx.State:
+        rngs = nnx.Rngs(seed)
+        return nnx.split(Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs))[1]
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return nnx.merge(graphdef, jax.jit(make, out_shardings=shardings)())
+
+
+def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:
+    """A model of `jax.ShapeDtypeStruct`s with shardings: what to load into, or to compile for, without any memory.
+
+    Raises:
+      ValueError: The dtype is not a compute dtype.
+    """
     check_dtype(dtype)
 
     def build() -> Grok:
-        return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(seed))
-
-    graphdef, abstract = nnx.split(nnx.eval_shape(build))
-    make = jax.jit(lambda: nnx.split(build())[1], out_shardings=state_shardings(abstract, partitioner))
-    return nnx.merge(graphdef, make())
-
-
-def state_shardings(state: nnx.State, partitioner: Partitioner) -> nnx.State:
-    """`NamedSharding`s for the parameters of a model, in the structure of its (possibly abstract) state."""
+        return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(0))
 
     def place(param: nnx.Variable) -> nnx.Variable:
-        tree = specs(param.get_value(), param.logical_axes, partitioner)
-        return param.replace(jax.tree.map(lambda spec: jax.NamedSharding(partitioner.mesh, spec), tree))
+        value = param.get_value()
+        shardings = partitioner.shardings(specs(value, param.logical_axes, partitioner))
+        return param.replace(
+            jax.tree.map(
+                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), value, shardings
+            )
+        )
 
-    return jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graphdef, jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

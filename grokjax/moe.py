@@ -74,15 +74,31 @@ class FeedForward(nnx.Module):
         if self.config.num_experts == 1:
             shape = (*x.shape[:2], 1)
             return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
-        probabilities = jax.nn.softmax(self.router_logits(x, layer=layer), axis=-1)
-        return lax.top_k(probabilities, self.config.experts_per_token)
+        logits = self.router_logits(x, layer=layer)
+        rows = self.partitioner.spec(("batch", None, None), logits.shape)
+        # Every device chooses for its own rows: XLA's CPU and GPU backends gather the operand of a top-k.
+        choose = self.partitioner.shard_map(self._choose, in_specs=rows, out_specs=(rows, rows))
+        gates, experts = choose(logits)
+        return gates, experts
 
     def router_logits(self, x: jax.Array, *, layer: jax.Array) -> jax.Array:
         """The router's scores, float32 [B, T, E], of x [B, T, D], computed in float32."""
         router = lax.dynamic_index_in_dim(self.router[...], layer, keepdims=False)
         return jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
 
-    def _local(self, x, gates, experts, valid, weights, layer):
+    def _choose(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gates, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.experts_per_token)
+        return gates, experts
+
+    def _local(
+        self,
+        x: jax.Array,
+        gates: jax.Array,
+        experts: jax.Array,
+        valid: jax.Array,
+        weights: tuple[Weight, Weight, Weight],
+        layer: jax.Array,
+    ) -> jax.Array:
         """One device's share of the experts, for its rows."""
         tokens = x.reshape(-1, x.shape[-1])
         own = experts.reshape(tokens.shape[0], -1) - self.partitioner.index("experts") * weights[0].shape[1]

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.sharding import Axes, Partitioner
@@ -122,18 +123,21 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
     return out.reshape(*x.shape[:-1], weight.shape[-1])
 
 
-def specs(w: Weight, axes: Axes, partitioner: Partitioner) -> "PartitionSpec | QuantizedArray":
+def specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
     """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1."""
     if not isinstance(w, QuantizedArray):
         return partitioner.spec(axes, w.shape)
     scale_axes = axes if w.num_blocks > 1 else (*axes[:-2], None, axes[-1])
-    return QuantizedArray(partitioner.spec(axes, w.shape), partitioner.spec(scale_axes, w.scales.shape))
+    leaves: list[Any] = [partitioner.spec(axes, w.shape), partitioner.spec(scale_axes, w.scales.shape)]
+    return QuantizedArray(*leaves)
 
 
 def shardable_blocks(num_blocks: int, axes: Axes, partitioner: Partitioner) -> int:
     """The scale blocks to `refine` to, so that every device holds whole blocks for its rows of the weight."""
     contracting = axes[-2]
-    return num_blocks if num_blocks == 1 or contracting is None else math.lcm(num_blocks, partitioner.shards(contracting))
+    return (
+        num_blocks if num_blocks == 1 or contracting is None else math.lcm(num_blocks, partitioner.shards(contracting))
+    )
 
 
 def float_precision(dtype: DTypeLike) -> lax.Precision | None:
@@ -142,7 +146,7 @@ def float_precision(dtype: DTypeLike) -> lax.Precision | None:
 
 
 def pad_rows(x: jax.Array) -> jax.Array:
-    """At least two rows [M, C] where they are bfloat16: for one, XLA's CPU backend casts the other factor whole first."""
+    """At least two rows [M, C] if they are bfloat16: for one, XLA's CPU backend casts the whole other factor first."""
     missing = 2 - x.shape[0] if x.dtype == jnp.bfloat16 else 0
     return jnp.pad(x, ((0, max(0, missing)), (0, 0)))
 
@@ -177,7 +181,7 @@ _REDUCED_ROWS = 8
 
 
 def _reduced_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
-    """A few rows as sums of products, into which XLA:GPU fuses slice and cast; before a real product it copies the slice."""
+    """A few rows as sums of products: XLA:GPU fuses slice and cast into them, and copies the slice for a matmul."""
     if x.shape[0] > _REDUCED_ROWS:
         return _direct_matmul(x, weight, scales, at)
     rows, outputs = weight.shape[-2:]
@@ -224,7 +228,7 @@ def _blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, a
     return lax.fori_loop(0, num_blocks, add_scale_block, jnp.zeros((x.shape[0], outputs), jnp.float32))
 
 
-def _split_rows(x: jax.Array):
+def _split_rows(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Writes each row as two int8 rows, coarse and fine, and how to join their products again."""
     x = x.astype(jnp.float32)
     step = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127  # [M, 1]

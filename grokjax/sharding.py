@@ -134,7 +134,9 @@ class Partitioner:
           ValueError: An axis is unknown, two dimensions land on one mesh axis, or a size is not divisible.
         """
         if len(axes) != len(shape):
-            raise ValueError(f"the shape {shape} has {len(shape)} dimensions and its logical axes {axes} name {len(axes)}.")
+            raise ValueError(
+                f"the shape {shape} has {len(shape)} dimensions and its logical axes {axes} name {len(axes)}."
+            )
         names = [self._place(axis, size) for axis, size in zip(axes, shape, strict=True)]
         used = [name for name in names if name is not None]
         if len(used) != len(set(used)):
@@ -146,6 +148,10 @@ class Partitioner:
     def sharding(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """The `NamedSharding` of an array of `shape` with the logical `axes`."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def shardings(self, specs: Any) -> Any:
+        """`NamedSharding`s for a tree of `PartitionSpec`s."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """States the sharding of an activation inside a compiled function."""
@@ -189,11 +195,13 @@ class Partitioner:
         for axis in _LOGICAL_AXES:
             name = getattr(self.rules, axis)
             if name is not None and name not in self.mesh.shape:
-                raise ValueError(f"the rule {axis}={name!r} names no axis of the mesh, which has {self.mesh.axis_names}.")
+                raise ValueError(
+                    f"the rule {axis}={name!r} names no axis of the mesh, which has {self.mesh.axis_names}."
+                )
         if self.rules.heads != self.rules.kv_heads:
             raise ValueError(
-                f"the rules heads={self.rules.heads!r} and kv_heads={self.rules.kv_heads!r} must name the same mesh axis: "
-                "a device needs the kv heads of its query heads."
+                f"the rules heads={self.rules.heads!r} and kv_heads={self.rules.kv_heads!r} must name the same mesh "
+                "axis: a device needs the kv heads of its query heads."
             )
 
     def _check_sizes(self, config: GrokConfig) -> None:
@@ -220,6 +228,6 @@ _LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(ShardingRules))
 
 def _indivisible(what: str, mesh_axis: str | None, extent: int) -> str:
     return (
-        f"the mesh axis {mesh_axis!r} of {extent} devices does not divide {what}: choose a mesh whose {mesh_axis!r} extent "
-        "divides it, or a sharding rule that leaves it whole."
+        f"the mesh axis {mesh_axis!r} of {extent} devices does not divide {what}: choose a mesh whose {mesh_axis!r} "
+        "extent divides it, or a sharding rule that leaves it whole."
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +51,11 @@ def prefill(model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache) 
         Under a caller's own jit only shapes are checked, and what does not fit into a row is dropped.
     """
     tokens = _check_tokens(model, tokens, ndim=2)
-    lengths = _as_int32(lengths)
+    lengths = _check_lengths(lengths, tokens, least=0)
     _check_cache(model, cache, tokens.shape[0])
-    if lengths.shape != tokens.shape[:1]:
-        raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
     if tokens.shape[1] > cache.max_len:
         raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
     if _is_concrete(lengths, cache.lengths):
-        _check_range("lengths", lengths, tokens.shape[1])
         _check_room(cache, lengths)
     return _prefill(model, tokens, lengths, cache)
 
@@ -137,19 +135,17 @@ def generate(
       ValueError: Shapes disagree, a token is outside the vocabulary, a prompt is empty, or there is no room.
     """
     tokens = _check_tokens(model, tokens, ndim=2)
-    lengths = _as_int32(lengths)
+    lengths = _check_lengths(lengths, tokens, least=1)
     batch, longest = tokens.shape
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
     if max_new_tokens < 1 or longest + max_new_tokens > model.config.max_seq_len:
         raise ValueError(
-            f"{longest} prompt tokens and max_new_tokens={max_new_tokens} must leave at least one new token and fit into "
-            f"max_seq_len={model.config.max_seq_len}."
+            f"{longest} prompt tokens and max_new_tokens={max_new_tokens} must leave at least one new token and fit "
+            f"into max_seq_len={model.config.max_seq_len}."
         )
-    if _is_concrete(lengths):
-        _check_range("lengths", lengths, longest, least=1)
     settings = SampleSettings.create(batch, temperature=0.0) if settings is None else settings
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)) if keys is None else keys
+    keys = (
+        jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)) if keys is None else keys
+    )
     return _generate(model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id)
 
 
@@ -168,9 +164,7 @@ def _prefill_step(model: Grok, tokens: jax.Array, lengths: jax.Array, cache: KVC
     return model.logits(hidden), cache
 
 
-def _decode_step(
-    model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Array
-) -> tuple[jax.Array, KVCache]:
+def _decode_step(model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Array) -> tuple[jax.Array, KVCache]:
     is_full = active & (cache.lengths >= cache.max_len)
     hidden, cache = model(tokens[:, None], active.astype(jnp.int32), cache)
     return jnp.where(is_full[:, None], jnp.nan, model.logits(hidden[:, 0])), cache
@@ -201,7 +195,9 @@ def _generate(
         logprobs=jnp.zeros(shape, jnp.float32),
     )
 
-    def draw(step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated) -> tuple[jax.Array, jax.Array, Generated]:
+    def draw(
+        step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated
+    ) -> tuple[jax.Array, jax.Array, Generated]:
         drawn = sample_token(row_keys(keys, lengths + step), logits, settings)
         token = jnp.where(active, drawn.token_id, model.config.pad_id)
         logprob = jnp.where(active, drawn.logprob, 0)
@@ -213,11 +209,11 @@ def _generate(
         )
         return token, active if eos_id is None else active & (token != eos_id), out
 
-    def is_running(state) -> jax.Array:
+    def is_running(state: tuple[Any, ...]) -> jax.Array:
         step, _, active, *_ = state
         return (step < max_new_tokens) & active.any()
 
-    def advance(state):
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, active, cache, out = state
         logits, cache = _decode_step(model, token, cache, active)
         token, active, out = draw(step, active, logits, out)
@@ -225,7 +221,8 @@ def _generate(
 
     token, active, out = draw(jnp.zeros((), jnp.int32), settings.active, logits, out)
     state = (jnp.ones((), jnp.int32), token, active, cache, out)
-    return lax.while_loop(is_running, advance, state)[-1]
+    generated: Generated = lax.while_loop(is_running, advance, state)[-1]
+    return generated
 
 
 def _create_cache(model: Grok, batch_size: int, max_len: int, *, num_layers: int) -> KVCache:
@@ -243,21 +240,31 @@ def _is_concrete(*arrays: jax.Array) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
-def _as_int32(values: ArrayLike) -> jax.Array:
-    values = values if isinstance(values, jax.Array) else np.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(f"tokens and lengths must be integers, not {values.dtype}.")
-    return values.astype(jnp.int32)
+def _as_integers(values: ArrayLike) -> jax.Array:
+    """The values as they are, int64 included: the check of their range must come before the cast."""
+    array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"tokens and lengths must be integers, not {array.dtype}.")
+    return array
 
 
 def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
-    tokens = _as_int32(tokens)
+    tokens = _as_integers(tokens)
     if tokens.ndim != ndim or not tokens.size:
         shape = "[batch, length]" if ndim == 2 else "[batch]"
         raise ValueError(f"tokens must have shape {shape} and not be empty; these have shape {tokens.shape}.")
     if _is_concrete(tokens):
         _check_range("tokens", tokens, model.config.vocab_size - 1)
-    return tokens
+    return tokens.astype(jnp.int32)
+
+
+def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.Array:
+    lengths = _as_integers(lengths)
+    if lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
+    if _is_concrete(lengths):
+        _check_range("lengths", lengths, tokens.shape[1], least)
+    return lengths.astype(jnp.int32)
 
 
 def _check_range(name: str, values: jax.Array, most: int, least: int = 0) -> None:
@@ -271,8 +278,8 @@ def _check_cache(model: Grok, cache: KVCache, batch_size: int) -> None:
     needed = (model.config.num_layers, batch_size, heads, cache.max_len, model.config.head_dim)
     if cache.keys.shape != needed:
         raise ValueError(
-            f"the cache holds keys of shape {cache.keys.shape} and this call needs {needed}: create it with the model's "
-            f"configuration, mesh and rules, and with {batch_size} rows."
+            f"the cache holds keys of shape {cache.keys.shape} and this call needs {needed}: create it with the "
+            f"model's configuration, mesh and rules, and with {batch_size} rows."
         )
 
 
@@ -282,6 +289,6 @@ def _check_room(cache: KVCache, count: jax.Array) -> None:
     if (needed > cache.max_len).any():
         row = int(needed.argmax())
         raise ValueError(
-            f"row {row} holds {filled[row]} tokens of at most {cache.max_len} and has no room for {needed[row] - filled[row]}"
-            " more: nothing was written; create a longer cache or end the row."
+            f"row {row} holds {filled[row]} tokens of at most {cache.max_len} and has no room for "
+            f"{needed[row] - filled[row]} more: nothing was written; create a longer cache or end the row."
         )

@@ -66,9 +66,7 @@ class TestFloat32:
         expected = golden.arrays["float32"]["full_logits"]
         np.testing.assert_allclose(real_logits(golden, logits), real_logits(golden, expected), atol=ATOL_LOGITS, rtol=0)
 
-    def test_prefill_and_greedy_decode_in_a_batch(
-        self, case: str, mesh: tuple[int, int], rules: ShardingRules
-    ) -> None:
+    def test_prefill_and_greedy_decode_in_a_batch(self, case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
         golden = load_case(case)
         check_generation(golden, load_model(case, mesh, rules), rows=range(len(golden.lengths)))
 

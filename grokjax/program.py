@@ -1,0 +1,93 @@
+"""Reads what the compiler made of a function: its memory, its collectives, the large values that it holds."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+
+# Operations that name a value without making one; what a call or a loop makes stands in its own computation.
+_VIEWS = frozenset({"bitcast", "call", "conditional", "constant", "get-tuple-element", "parameter", "tuple", "while"})
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_VALUE = re.compile(rf"({'|'.join(_BYTES)})\[([0-9,]+)\]")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An array that the program writes to memory: outside of any fusion, so not merely passed between registers.
+
+    Attributes:
+      dtype: in the compiler's short form, such as "s8".
+      shape: on one device.
+      operation: what makes it, such as "copy" or "fusion".
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    operation: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on one device."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Facts about a compiled function, per device.
+
+    Attributes:
+      argument_bytes: of all arguments.
+      aliased_bytes: of outputs that reuse the memory of a donated argument.
+      temporary_bytes: what the program allocates besides arguments and outputs.
+      collectives: how many instructions of each kind stand in the program; one in a loop's body counts once.
+      values: arrays that it writes, loops' bodies counted once, largest first.
+    """
+
+    argument_bytes: int
+    aliased_bytes: int
+    temporary_bytes: int
+    collectives: Mapping[str, int]
+    values: tuple[Value, ...]
+
+
+def read_program(compiled: jax.stages.Compiled) -> Program:
+    """The facts about what `jax.jit(f).lower(...).compile()` gave."""
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    values = [value for line in _unfused_lines(text) for value in _values(line)]
+    counts = collections.Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
+    return Program(
+        argument_bytes=memory.argument_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        collectives={kind: counts[kind] for kind in _COLLECTIVES},
+        values=tuple(sorted(values, key=lambda value: -value.num_bytes)),
+    )
+
+
+def _unfused_lines(text: str) -> list[str]:
+    """The instructions of all computations but the insides of fusions."""
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.\-]+)", text))
+    lines, inside = [], ""
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            inside = header[1]
+        elif inside not in fused:
+            lines.append(line)
+    return lines
+
+
+def _values(line: str) -> list[Value]:
+    instruction = _INSTRUCTION.match(line)
+    if not instruction or instruction[2] in _VIEWS:
+        return []
+    made, operation = instruction.groups()
+    return [
+        Value(dtype, tuple(int(size) for size in shape.split(",")), operation) for dtype, shape in _VALUE.findall(made)
+    ]

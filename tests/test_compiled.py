@@ -1,0 +1,113 @@
+"""The compiled decode step of the real model, read: nothing weight-sized is copied, gathered or converted."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grokjax.cache import KVCache
+from grokjax.config import GrokConfig
+from grokjax.model import abstract_model
+from grokjax.program import Program, Value, read_program
+from grokjax.sharding import Partitioner, ShardingRules, make_mesh
+from grokjax.steps import decode, prefill
+
+MIB = 1 << 20
+REAL = GrokConfig.grok_1()
+
+
+@functools.cache
+def compile_step(
+    mesh: tuple[int, int],
+    rules: ShardingRules,
+    *,
+    num_new: int = 1,
+    batch_size: int = 1,
+    config: GrokConfig = REAL,
+    max_len: int = 8192,
+    quantized: bool = True,
+    dtype: str = "bfloat16",
+) -> Program:
+    partitioner = Partitioner.create(config, make_mesh(mesh), rules)
+    model = abstract_model(config, partitioner, dtype=jnp.dtype(dtype), quantized=quantized)
+    cache = KVCache.abstract(config, batch_size, max_len, mesh=partitioner.mesh, rules=rules)
+    if num_new == 1:
+        arguments = (model, jax.ShapeDtypeStruct((batch_size,), jnp.int32), cache)
+        return read_program(jax.jit(decode, donate_argnums=2).lower(*arguments).compile())
+    tokens = jax.ShapeDtypeStruct((batch_size, num_new), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return read_program(jax.jit(prefill, donate_argnums=3).lower(model, tokens, lengths, cache).compile())
+
+
+def large_matrices(program: Program, *, cache: tuple[int, ...]) -> list[Value]:
+    """Matrices of over 1 MiB, but for the cache, which is updated where it lies.
+
+    Rows of activations and of scales are no matrices of 64 x 64 and more; a block of a weight has at most 1 MiB.
+    """
+    return [
+        value
+        for value in program.values
+        if value.num_bytes > MIB and len(value.shape) > 1 and min(value.shape[-2:]) >= 64 and value.shape != cache
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("rules", [ShardingRules.tensor_parallel(), ShardingRules.expert_parallel()], ids=["tp", "ep"])
+def test_decode_step_of_the_real_model(batch_size: int, rules: ShardingRules) -> None:
+    start = time.perf_counter()
+    program = compile_step((1, 8), rules, batch_size=batch_size)
+    assert time.perf_counter() - start < 30  # all 64 layers; 2 s on two slow cores
+    # One sum for the embedding, one after attention, one after the experts; nothing is gathered.
+    assert program.collectives == collectives(all_reduce=3)
+    # A device's largest matrices, of one expert, have 24 MiB (tensor parallel) or 192 MiB (expert parallel).
+    assert large_matrices(program, cache=(64, batch_size, 1, 8192, 128)) == []
+    assert program.temporary_bytes < 48 * MIB
+    assert_no_second_cache(program, batch_size)
+
+
+def test_decode_step_with_plain_weights() -> None:
+    config = REAL.replace(num_layers=8)
+    program = compile_step((1, 8), ShardingRules(), config=config, quantized=False, dtype="float32")
+    assert program.collectives == collectives(all_reduce=3)
+    assert large_matrices(program, cache=(8, 1, 1, 8192, 128)) == []
+    assert program.temporary_bytes < 48 * MIB
+
+
+def test_more_devices_than_kv_heads_gather_only_the_new_keys_and_values() -> None:
+    config = REAL.replace(num_layers=4, num_kv_heads=4)
+    program = compile_step((1, 8), ShardingRules(), config=config)
+    assert program.collectives == collectives(all_reduce=3, all_gather=2)
+    gathered = [value for value in program.values if value.operation == "all-gather"]
+    assert [value.shape[-1] for value in gathered] == [4 * 128] * 2
+    assert large_matrices(program, cache=(4, 1, 1, 8192, 128)) == []
+
+
+def test_the_cache_costs_no_collective_on_a_data_axis() -> None:
+    config = REAL.replace(num_layers=4)
+    program = compile_step((2, 4), ShardingRules(), config=config, batch_size=8)
+    assert program.collectives == collectives(all_reduce=3)
+    assert large_matrices(program, cache=(4, 4, 2, 8192, 128)) == []
+
+
+def test_prefill_updates_the_cache_in_place() -> None:
+    config = REAL.replace(num_layers=4)
+    program = compile_step((1, 8), ShardingRules(), config=config, num_new=256)
+    assert program.collectives["all-gather"] == 0
+    cache_bytes = 2 * 4 * 4 * 8192 * 128
+    assert program.aliased_bytes >= cache_bytes
+    assert not any(value.operation == "copy" and value.shape == (4, 1, 1, 8192, 128) for value in program.values)
+
+
+def collectives(*, all_reduce: int, all_gather: int = 0) -> dict[str, int]:
+    others = dict.fromkeys(("all-to-all", "collective-permute", "reduce-scatter"), 0)
+    return {"all-reduce": all_reduce, "all-gather": all_gather, **others}
+
+
+def assert_no_second_cache(program: Program, batch_size: int) -> None:
+    """Both halves of the float32 cache, of one kv head a device, reuse the donated memory, and none is copied."""
+    half = 4 * 64 * batch_size * 8192 * 128
+    assert program.aliased_bytes >= 2 * half
+    assert program.temporary_bytes < half / 4
+    assert not any(value.operation == "copy" and value.num_bytes == half for value in program.values)
