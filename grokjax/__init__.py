@@ -8,13 +8,15 @@ from grokjax.quantization import QuantizedArray, dequantize, quantize
 from grokjax.release import CheckpointError
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import ShardingRules, make_mesh
-from grokjax.steps import Generated, decode, forward, generate, prefill
+from grokjax.steps import Generated, decode, decode_and_sample, forward, generate, prefill
+from grokjax.text import GeneratedText, TextGenerator
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "ByteTokenizer",
     "CheckpointError",
     "Generated",
+    "GeneratedText",
     "Grok",
     "GrokConfig",
     "KVCache",
@@ -23,8 +25,10 @@ __all__ = [
     "SampleSettings",
     "SentencePieceTokenizer",
     "ShardingRules",
+    "TextGenerator",
     "Tokenizer",
     "decode",
+    "decode_and_sample",
     "dequantize",
     "forward",
     "generate",

@@ -20,23 +20,31 @@ def weight_param(
 ) -> nnx.Param:
     """A random weight [..., C, O] that keeps the scale of what it multiplies, its logical axes beside it.
 
-    Plain weights are normal with deviation `C ** -0.5`; quantised ones are born as uniform int8 with the same deviation.
+    Plain weights are normal with deviation `C ** -0.5`; quantised ones are born as uniform int8 of that deviation.
     """
     deviation = shape[-2] ** -0.5
     if not quantized:
         return nnx.Param(
             jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(deviation, dtype), logical_axes=axes
         )
-    weight = jax.random.randint(rngs.params(), shape, -127, 128, jnp.int8)
+    weight = _random_int8(rngs.params(), shape)
     uniform_deviation = (127 * 128 / 3) ** 0.5  # of the integers -127 ... 127
     scales = jnp.full((*shape[:-2], 1, shape[-1]), deviation / uniform_deviation, jnp.bfloat16)
     return nnx.Param(QuantizedArray(weight, scales), logical_axes=axes)
 
 
+def _random_int8(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform integers -127 ... 127, four from each random word: large models are made of many."""
+    *lead, last = shape
+    words = jax.random.bits(key, (*lead, -(-last // 4)), jnp.uint32)
+    levels = lax.bitcast_convert_type(words, jnp.int8).reshape(*lead, -1)[..., :last]
+    return jnp.maximum(levels, -127)
+
+
 def gather_embed(param: nnx.Param, layer: jax.Array, partitioner: Partitioner) -> tuple[Weight, jax.Array]:
     """A stacked weight as a layer uses it: no dimension split by the `embed` rule.
 
-    Without that rule this is the stack itself, to be indexed where it is used; with it, one layer, cut out and gathered.
+    Without that rule this is the stack itself, to be indexed at its use; with it, one layer, cut out and gathered.
 
     Returns:
       The weight [L or 1, ...] and the index, int32 [], of the layer in it.

@@ -58,7 +58,9 @@ class Program:
 
 def read_program(compiled: jax.stages.Compiled) -> Program:
     """The facts about what `jax.jit(f).lower(...).compile()` gave."""
-    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise ValueError("this backend tells nothing of its programs: compile for a CPU, a GPU or a TPU.")
     values = [value for line in _unfused_lines(text) for value in _values(line)]
     counts = collections.Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
     return Program(

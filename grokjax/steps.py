@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from grokjax.cache import KVCache
 from grokjax.model import Grok
-from grokjax.sampling import SampleSettings, row_keys, sample_token
+from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 
 
 def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
@@ -88,6 +88,28 @@ def decode(
     if _is_concrete(active, cache.lengths):
         _check_room(cache, active)
     return _decode(model, tokens, cache, active)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def decode_and_sample(
+    model: Grok, tokens: jax.Array, cache: KVCache, settings: SampleSettings, keys: jax.Array
+) -> tuple[SampleOutput, KVCache]:
+    """`decode`, then a draw of the next token: one step of a host's loop, which never waits. DONATES `cache`.
+
+    Nothing is checked but shapes: the caller keeps count of the room left in each row.
+
+    Args:
+      model: the model.
+      tokens: int32 [B].
+      cache: of B rows.
+      settings: how to draw; its inactive rows stay untouched.
+      keys: a key for each row, [B]; the draw at position p uses `fold_in(key, p)`.
+
+    Returns:
+      The drawn tokens and the cache.
+    """
+    logits, cache = _decode_step(model, tokens, cache, settings.active)
+    return sample_token(row_keys(keys, cache.lengths), logits, settings), cache
 
 
 @jax.tree_util.register_dataclass

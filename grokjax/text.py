@@ -1,0 +1,181 @@
+"""Text in, text out: a tokenizer and a model, one prompt at a time."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grokjax.cache import KVCache
+from grokjax.model import Grok
+from grokjax.sampling import SampleSettings, row_keys, sample_token
+from grokjax.steps import decode_and_sample, prefill
+from grokjax.tokenizer import StreamDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+# Padded lengths of prompts, so that few programs are compiled; a longer prompt is taken in pieces of the largest.
+_BUCKETS = (16, 64, 256, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedText:
+    """One continuation.
+
+    Attributes:
+      text: decoded, without the end-of-sequence token.
+      token_ids: the tokens drawn, the end-of-sequence token included.
+      prompt_ids: the tokens of the prompt.
+      finish_reason: "stop" at the end-of-sequence token, "length" at the token limit or the cache's end.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class TextGenerator:
+    """Continues prompts with a model and its tokenizer.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer.
+      max_len: tokens of prompt and continuation together, by default the configuration's longest sequence.
+      add_bos: put the beginning-of-sequence token before every prompt; the release does not.
+
+    Raises:
+      ValueError: The tokenizer has more tokens than the model, or `max_len` exceeds the longest sequence.
+    """
+
+    def __init__(self, model: Grok, tokenizer: Tokenizer, *, max_len: int | None = None, add_bos: bool = False):
+        config = model.config
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
+            )
+        self.max_len = config.max_seq_len if max_len is None else max_len
+        if not 2 <= self.max_len <= config.max_seq_len:
+            raise ValueError(f"max_len={max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+        self.model, self.tokenizer, self.add_bos = model, tokenizer, add_bos
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, with the beginning-of-sequence token where it is asked for.
+
+        Raises:
+          ValueError: There are none, or more than leave room for a continuation.
+        """
+        ids = [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty: give it some text, or ask for the beginning-of-sequence token.")
+        if len(ids) >= self.max_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and at most {self.max_len - 1} leave room for a continuation: "
+                "shorten it."
+            )
+        return ids
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> GeneratedText:
+        """The whole continuation of a prompt; the arguments are those of `stream`."""
+        prompt_ids = self.encode(prompt)
+        settings = SampleSettings.create(1, temperature=temperature, nucleus_p=top_p, top_k=top_k, min_p=min_p)
+        ids = tuple(self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos))
+        stopped = ids[-1] == self.tokenizer.eos_id and not ignore_eos
+        text = self.tokenizer.decode(ids[:-1] if stopped else ids)
+        return GeneratedText(text, ids, tuple(prompt_ids), "stop" if stopped else "length")
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """Pieces of the continuation as they are made, one for each token, never a part of a character.
+
+        Args:
+          prompt: the text to continue.
+          max_new_tokens: most tokens to draw; fewer at the end-of-sequence token or where `max_len` is reached.
+          temperature: divisor of the logits; 0 is greedy.
+          top_p: probability mass kept.
+          top_k: tokens kept; 0 keeps all.
+          min_p: least probability kept, as a fraction of the largest.
+          seed: of the draws; the draw at position p uses `fold_in(key(seed), p)`.
+          ignore_eos: go on past the end-of-sequence token.
+
+        Raises:
+          ValueError: The prompt is empty or too long, or a setting is out of range; before any work.
+        """
+        prompt_ids = self.encode(prompt)
+        settings = SampleSettings.create(1, temperature=temperature, nucleus_p=top_p, top_k=top_k, min_p=min_p)
+        return self._pieces(self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos), ignore_eos)
+
+    def _pieces(self, ids: Iterator[int], ignore_eos: bool) -> Iterator[str]:
+        decoder = StreamDecoder(self.tokenizer)
+        for token in ids:
+            # An empty piece still tells the caller that a token was made.
+            yield "" if token == self.tokenizer.eos_id and not ignore_eos else decoder.push(token)
+        yield decoder.flush()
+
+    def _tokens(
+        self, prompt_ids: Sequence[int], settings: SampleSettings, max_new_tokens: int, seed: int, ignore_eos: bool
+    ) -> Iterator[int]:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
+        return self._run(prompt_ids, settings, min(max_new_tokens, self.max_len - len(prompt_ids)), seed, ignore_eos)
+
+    def _run(
+        self, prompt_ids: Sequence[int], settings: SampleSettings, num_tokens: int, seed: int, ignore_eos: bool
+    ) -> Iterator[int]:
+        keys = jax.random.key(seed)[None]
+        logits, cache = self._prefill(prompt_ids)
+        next_id = sample_token(row_keys(keys, cache.lengths), logits, settings).token_id
+        for number in range(num_tokens):
+            current = next_id
+            if number + 1 < num_tokens:
+                # The next step is under way before this step's token is read.
+                output, cache = decode_and_sample(self.model, current, cache, settings, keys)
+                next_id = output.token_id
+            token = int(current[0])
+            yield token
+            if token == self.tokenizer.eos_id and not ignore_eos:
+                return
+
+    def _prefill(self, ids: Sequence[int]) -> tuple[jax.Array, KVCache]:
+        model = self.model
+        cache = KVCache.create(
+            model.config,
+            1,
+            self.max_len,
+            dtype=jnp.float32 if model.dtype == jnp.float32 else None,
+            mesh=model.partitioner.mesh,
+            rules=model.partitioner.rules,
+        )
+        buckets = [size for size in _BUCKETS if size < self.max_len] or [self.max_len]
+        logits = None
+        for first in range(0, len(ids), buckets[-1]):
+            chunk = ids[first : first + buckets[-1]]
+            bucket = next(size for size in buckets if size >= len(chunk))
+            tokens = np.full((1, bucket), model.config.pad_id)
+            tokens[0, : len(chunk)] = chunk
+            logits, cache = prefill(model, tokens, np.array([len(chunk)]), cache)
+        assert logits is not None
+        return logits, cache
