@@ -100,12 +100,11 @@ def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
     sys.stdout.flush()
     num_tokens = len(times) - 1  # the last piece is what the decoder held back
     # The first steps compile; the rate is that of the others.
-    rate = f", then {(num_tokens - 2) / (times[-2] - times[1]):.1f} tokens/s" if num_tokens > 2 else ""
+    rate = f", then {(num_tokens - 2) / (times[-2] - times[1]):.1f} tokens/s" if num_tokens > 8 else ""
     _say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}")
 
 
 def _random_model(arguments: argparse.Namespace) -> Grok:
-
     name = arguments.random
     if name not in _PRESETS and not Path(name).is_file():
         raise ValueError(f"--random {name}: neither a file nor one of {', '.join(_PRESETS)}.")
@@ -115,7 +114,6 @@ def _random_model(arguments: argparse.Namespace) -> Grok:
 
 
 def _load_model(arguments: argparse.Namespace) -> Grok:
-
     config = None if arguments.config is None else _read_config(arguments.config)
     checkpoint = open_release(arguments.checkpoint, config)
     return load(
@@ -135,7 +133,6 @@ def _read_config(path: Path) -> GrokConfig:
 
 
 def _mesh(text: str | None, config: GrokConfig) -> Mesh:
-
     if text is None:
         return make_mesh((1, _widest_model_axis(config, jax.device_count())))
     try:

@@ -1,0 +1,153 @@
+"""Speed of prefill and decode with random weights, against what the machine's memory allows.
+
+`python benchmarks/decode.py` measures `GrokConfig.bench_1b()` in int8 on whatever device there is. It prints a card of
+what one step must read, then medians, and last one JSON line with the keys `config`, `batch_size`, `prompt`, `new`,
+`dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`, `decode_tokens_per_second`,
+`decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`, `peak_memory_bytes` and the environment.
+"""
+
+import argparse
+import functools
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import card
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
+
+PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
+    parser.add_argument("--layers", type=int, help="only so many layers")
+    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each row's prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded after it")
+    parser.add_argument("--max-len", type=int, help="entries allocated in the cache (default: prompt + new)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
+    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
+    parser.add_argument("--repeats", type=int, default=3, help="of prefill and of the whole decode")
+    return parser.parse_args()
+
+
+def read_config(arguments: argparse.Namespace) -> GrokConfig:
+    name = arguments.config
+    config = PRESETS[name]() if name in PRESETS else GrokConfig.from_json(Path(name).read_text())
+    return config if arguments.layers is None else config.replace(num_layers=arguments.layers)
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def greedy_step(model: Grok, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    logits, cache = decode(model, tokens, cache)
+    return logits.argmax(axis=-1).astype(jnp.int32), cache
+
+
+class Runner:
+    """The two things that are timed, on fresh caches."""
+
+    def __init__(self, model: Grok, arguments: argparse.Namespace):
+        self.model, self.new = model, arguments.new
+        shape = (arguments.batch, arguments.prompt)
+        self.prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, shape)
+        self.lengths = np.full(arguments.batch, arguments.prompt)
+        self.max_len = arguments.max_len or arguments.prompt + arguments.new + 1
+
+    def new_cache(self) -> KVCache:
+        mesh = self.model.partitioner.mesh
+        return KVCache.create(self.model.config, len(self.lengths), self.max_len, mesh=mesh)
+
+    def prefill(self) -> tuple[jax.Array, KVCache]:
+        logits, cache = prefill(self.model, self.prompts, self.lengths, self.new_cache())
+        return logits.argmax(axis=-1).astype(jnp.int32), cache
+
+    def decode_steps(self) -> list[float]:
+        """Seconds of each step after a prefill."""
+        tokens, cache = jax.block_until_ready(self.prefill())
+        times = []
+        for _ in range(self.new):
+            start = time.perf_counter()
+            tokens, cache = jax.block_until_ready(greedy_step(self.model, tokens, cache))
+            times.append(time.perf_counter() - start)
+        return times
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = read_config(arguments)
+    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
+    dtype = jnp.dtype(arguments.dtype)
+    model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain)
+    runner = Runner(model, arguments)
+    filled = arguments.prompt + arguments.new // 2
+    itemsize = runner.new_cache().keys.dtype.itemsize
+    needed = card.step_bytes(model, batch_size=arguments.batch, filled=filled, cache_itemsize=itemsize)
+    bandwidth = card.read_bandwidth(mesh)
+    print_card(arguments, config, needed, bandwidth)
+
+    compile_seconds = card.seconds(runner.prefill) + card.seconds(lambda: greedy_step(model, *runner.prefill())[0])
+    prefill_seconds = card.median_seconds(runner.prefill, arguments.repeats)
+    steps = [step for _ in range(arguments.repeats) for step in runner.decode_steps()]
+    step_seconds = statistics.median(steps)
+    record = {
+        "benchmark": "decode",
+        "config": arguments.config,
+        "batch_size": arguments.batch,
+        "prompt": arguments.prompt,
+        "new": arguments.new,
+        "dtype": arguments.dtype,
+        "quantized": not arguments.plain,
+        "mesh": arguments.mesh,
+        "compile_seconds": round(compile_seconds, 2),
+        "prefill_tokens_per_second": round(arguments.batch * arguments.prompt / prefill_seconds, 2),
+        "decode_tokens_per_second": round(arguments.batch / step_seconds, 2),
+        "decode_step_seconds": round(step_seconds, 6),
+        "step_bytes": int(needed.total),
+        "read_bandwidth": int(bandwidth),
+        "percent_of_bandwidth": round(100 * needed.total / step_seconds / bandwidth, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **card.environment(),
+    }
+    print_results(record)
+    card.print_json(record)
+
+
+def print_card(arguments: argparse.Namespace, config: GrokConfig, needed: card.StepBytes, bandwidth: float) -> None:
+    weights = "plain" if arguments.plain else "int8"
+    card.print_rows(
+        f"{arguments.config}, {weights} weights, {arguments.dtype}, batch {arguments.batch}, mesh {arguments.mesh}",
+        {
+            "attention weights read a step": f"{needed.attention / 1e6:.1f} MB",
+            "expert weights read a step": f"{needed.experts / 1e6:.1f} MB",
+            "unembedding read a step": f"{needed.unembedding / 1e6:.1f} MB",
+            "cache read a step": f"{needed.cache / 1e6:.1f} MB",
+            "operations a token": f"{card.token_operations(config) / 1e9:.2f} GFLOP",
+            "measured read bandwidth": f"{bandwidth / 1e9:.1f} GB/s",
+            "ceiling": f"{arguments.batch * bandwidth / needed.total:.1f} tokens/s decoded",
+        },
+    )
+
+
+def print_results(record: dict) -> None:
+    card.print_rows(
+        "medians",
+        {
+            "compilation": f"{record['compile_seconds']} s, the first prefill and step included",
+            "prefill": f"{record['prefill_tokens_per_second']} tokens/s",
+            "decode": f"{record['decode_tokens_per_second']} tokens/s",
+            "decode step": f"{1e3 * record['decode_step_seconds']:.2f} ms",
+            "of the bandwidth ceiling": f"{record['percent_of_bandwidth']} %",
+            "peak memory": f"{record['peak_memory_bytes'] / 2**30:.2f} GiB",
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
