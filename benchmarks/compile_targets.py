@@ -83,7 +83,7 @@ def grid(devices: np.ndarray, data: int) -> jax.sharding.Mesh:
 
 
 def large_matrices(program: Program, cache: tuple[int, ...]) -> list[Value]:
-    """Matrices of 64 x 64 and more that the step writes, largest first, but for the cache, which it updates in place."""
+    """Matrices of 64 x 64 and more that the step writes, largest first, but for the cache, updated in place."""
     return [
         value
         for value in program.values

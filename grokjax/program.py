@@ -87,8 +87,8 @@ def _unfused_lines(text: str) -> list[str]:
 
 def _values(line: str) -> list[Value]:
     instruction = _INSTRUCTION.match(line)
-    if not instruction or instruction[2] in _VIEWS:
-        return []
+    if not instruction or instruction[2] in _VIEWS or instruction[2].endswith("-start"):
+        return []  # what an asynchronous operation makes stands at its end
     made, operation = instruction.groups()
     return [
         Value(dtype, tuple(int(size) for size in shape.split(",")), operation) for dtype, shape in _VALUE.findall(made)

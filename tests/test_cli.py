@@ -1,0 +1,145 @@
+"""The command line: what goes to which stream, exit statuses, and the main job from files to text."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from goldens import GOLDEN_DIR, load_e2e
+
+from grokjax import GrokConfig
+from grokjax.cli import main
+from grokjax.testing import write_release_checkpoint
+
+E2E = GOLDEN_DIR / "e2e"
+SMALL = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(SMALL.to_json())
+    return path
+
+
+@pytest.mark.release_tokenizer
+def test_the_main_job(release_tokenizer_path: Path) -> None:
+    """The release's files and tokenizer in, the release's text out, in a process of its own."""
+    request = load_e2e().requests[0]
+    command = [
+        sys.executable,
+        "-m",
+        "grokjax",
+        "generate",
+        "--checkpoint",
+        str(E2E),
+        "--config",
+        str(E2E / "config.json"),
+    ]
+    command += ["--tokenizer", str(release_tokenizer_path), "--temperature", "0.01", "--top-p", "1.0", "--seed", "42"]
+    command += ["--max-new-tokens", str(request["max_len"]), "--ignore-eos", request["prompt"]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == request["text"] + "\n"
+    assert "GB/s" in done.stderr
+    assert "16 tokens" in done.stderr
+
+
+def test_random_model(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--random", str(small_config), "--max-new-tokens", "3", "--temperature", "0", "--ignore-eos"]
+    assert main([*command, "--mesh", "2,4", "hello"]) == 0
+    first = capsys.readouterr()
+    assert "the weights are random" in first.err
+    assert "3 tokens" in first.err
+    assert "random" not in first.out
+    assert main([*command, "hello"]) == 0
+    assert capsys.readouterr().out == first.out
+
+
+def test_tokenizer_beside_the_checkpoint(
+    trained_tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
+    (tmp_path / "config.json").write_text(SMALL.to_json())
+    command = ["generate", "--checkpoint", str(tmp_path), "--config", str(tmp_path / "config.json")]
+    command += ["--max-new-tokens", "2", "--mesh", "1,1", "--dtype", "float32", "--add-bos", "hello"]
+    assert main(command) == 2
+    assert "name the release's tokenizer.model with --tokenizer" in capsys.readouterr().err
+    (tmp_path / "tokenizer.model").write_bytes(trained_tokenizer_path.read_bytes())
+    assert main(command) == 0
+    assert "2 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--random", "huge", "hi"], "--random huge: neither a file nor one of tiny, bench_1b, grok_1"),
+        (["--random", "tiny", ""], "the prompt is empty"),
+        (["--random", "tiny", "--mesh", "8", "hi"], "--mesh 8: give two numbers"),
+        (["--random", "tiny", "--mesh", "1,64", "hi"], "needs 64 devices and there are 8"),
+        (["--random", "tiny", "--mesh", "1,3", "hi"], "does not divide num_heads=8"),
+        (["--random", "tiny", "--temperature", "-1", "hi"], "temperature"),
+        (["--random", "tiny", "--tokenizer", "nowhere.model", "hi"], "nowhere.model"),
+        (["--checkpoint", "nowhere", "--tokenizer", "x", "hi"], "nowhere"),
+        (["--checkpoint", str(E2E), "--tokenizer", "x", "hi"], "config"),
+        (
+            ["--checkpoint", str(E2E), "--tokenizer", "x", "--config", "nowhere.json", "hi"],
+            "nowhere.json cannot be read",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+def test_interrupt(small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grokjax.cli.init", interrupt)
+    assert main(["generate", "--random", str(small_config), "hello"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_usage_errors_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "hello"])
+    assert "--checkpoint --random is required" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("grokjax ")
+
+
+def test_reader_that_leaves(small_config: Path) -> None:
+    """`grokjax ... | head -c 1` ends quietly."""
+    command = f"{sys.executable} -m grokjax generate --random {small_config} --max-new-tokens 20 hello | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_benchmark_prints_a_json_line(small_config: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "decode.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--config",
+        str(small_config),
+        "--prompt",
+        "8",
+        "--new",
+        "4",
+        "--repeats",
+        "1",
+    ]
+    done = subprocess.run([*command, "--mesh", "1,2", "--batch", "2"], capture_output=True, text=True, check=True)
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["decode_tokens_per_second"] > 0
+    assert record["prefill_tokens_per_second"] > 0
+    assert record["percent_of_bandwidth"] > 0
+    assert record["mesh"] == "1,2"
