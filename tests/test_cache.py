@@ -1,0 +1,110 @@
+"""The cache: its making, its one way of writing, and the rows that come and go."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from grokjax.cache import KVCache, write
+from grokjax.config import GrokConfig
+from grokjax.sharding import make_mesh
+
+TINY = GrokConfig.tiny()
+LAYERS, ROWS, HEADS, LENGTH, NEW, DIM = 2, 3, 2, 10, 4, 2
+
+
+def test_shape_sharding_and_dtype() -> None:
+    cache = KVCache.create(TINY, 4, 16, mesh=make_mesh((2, 4)))
+    assert cache.keys.shape == cache.values.shape == (2, 4, 4, 16, 16)
+    assert cache.keys.sharding.spec == P(None, "data", "model", None, None)
+    assert (cache.batch_size, cache.max_len) == (4, 16)
+    assert cache.keys.dtype == jnp.float32  # the default on CPUs
+    assert KVCache.create(TINY, 1, dtype=jnp.bfloat16).keys.dtype == jnp.bfloat16
+    assert KVCache.create(TINY, 1).max_len == TINY.max_seq_len
+    np.testing.assert_array_equal(cache.lengths, np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "max_len", "message"),
+    [
+        (0, 8, "batch_size=0 must be 1 or more"),
+        (1, 0, "max_len=0 must be between 1 and max_seq_len=256"),
+        (1, 257, "max_len=257 must be between 1 and max_seq_len=256"),
+    ],
+)
+def test_impossible_caches(batch_size: int, max_len: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCache.create(TINY, batch_size, max_len)
+
+
+@functools.cache
+def compiled_write():
+    return jax.jit(write)
+
+
+@given(
+    layer=st.integers(0, LAYERS - 1),
+    start=st.lists(st.integers(0, LENGTH), min_size=ROWS, max_size=ROWS),
+    count=st.lists(st.integers(0, NEW), min_size=ROWS, max_size=ROWS),
+    seed=st.integers(0, 100),
+)
+def test_write_against_a_loop(layer: int, start: list[int], count: list[int], seed: int) -> None:
+    """Every entry lands where it belongs, what lies beyond the end is dropped, all else stays as it was."""
+    rng = np.random.default_rng(seed)
+    stack = rng.standard_normal((LAYERS, ROWS, HEADS, LENGTH, DIM)).astype(np.float32)
+    new = rng.standard_normal((ROWS, HEADS, NEW, DIM)).astype(np.float32)
+    expected = stack.copy()
+    for row in range(ROWS):
+        for i in range(count[row]):
+            if start[row] + i < LENGTH:
+                expected[layer, row, :, start[row] + i] = new[row, :, i]
+    place = {"layer": jnp.int32(layer), "start": jnp.array(start, jnp.int32), "count": jnp.array(count, jnp.int32)}
+    np.testing.assert_array_equal(compiled_write()(jnp.asarray(stack), jnp.asarray(new), **place), expected)
+
+
+def filled(batch_size: int, max_len: int, mesh: tuple[int, int], value: float) -> KVCache:
+    cache = KVCache.create(TINY, batch_size, max_len, mesh=make_mesh(mesh))
+    full = jax.tree.map(lambda leaf: leaf + jnp.asarray(value, leaf.dtype), cache)
+    assert full.keys.sharding == cache.keys.sharding
+    return full
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (8, 1)])
+@pytest.mark.parametrize("row", [0, 2, 7])
+def test_insert_replaces_one_row(mesh: tuple[int, int], row: int) -> None:
+    cache, one = filled(8, 12, mesh, 1), filled(1, 5, mesh, 3)
+    after = cache.insert(one, row)
+    others = [i for i in range(8) if i != row]
+    for half in (after.keys, after.values):
+        assert half.sharding.is_equivalent_to(cache.keys.sharding, half.ndim)
+        half = np.asarray(half)
+        assert (half[:, row, :, :5] == 3).all()
+        assert (half[:, others] == 1).all()
+    np.testing.assert_array_equal(after.lengths, np.where(np.arange(8) == row, 3, 1))
+
+
+def test_reset_empties_one_row() -> None:
+    np.testing.assert_array_equal(filled(3, 4, (1, 1), 2).reset(1).lengths, [2, 0, 2])
+
+
+def test_rows_under_jit() -> None:
+    cache, one = filled(3, 4, (1, 1), 1), filled(1, 4, (1, 1), 2)
+    inserted = jax.jit(lambda cache, one, row: cache.insert(one, row).reset(row - 1))(cache, one, jnp.int32(2))
+    np.testing.assert_array_equal(inserted.lengths, [1, 0, 2])
+
+
+def test_refused_rows() -> None:
+    cache = filled(3, 4, (1, 1), 1)
+    with pytest.raises(ValueError, match="row 3 is outside the cache's 3 rows"):
+        cache.reset(3)
+    with pytest.raises(ValueError, match="row -1 is outside the cache's 3 rows"):
+        cache.insert(filled(1, 4, (1, 1), 1), -1)
+    with pytest.raises(ValueError, match="one row and at most 4 entries, not 1 rows of 5"):
+        cache.insert(filled(1, 5, (1, 1), 1), 0)
+    with pytest.raises(ValueError, match="one row and at most 4 entries, not 2 rows of 4"):
+        cache.insert(filled(2, 4, (1, 1), 1), 0)

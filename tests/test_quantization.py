@@ -1,0 +1,141 @@
+"""int8 weights: rounding, scale blocks, products in every form, and life inside jit, scan, shards and checkpoints."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from orbax.checkpoint import v1 as ocp
+
+from grokjax.quantization import (
+    QuantizedArray,
+    _blocked_matmul,
+    _direct_matmul,
+    _reduced_matmul,
+    dequantize,
+    einsum,
+    matmul,
+    quantize,
+    shardable_blocks,
+    specs,
+)
+from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules, make_mesh
+
+RNG = np.random.default_rng(0)
+
+
+def random(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_blocks", [1, 4, 8])
+def test_rounding_error_is_half_a_step(num_blocks: int, scale_dtype: str) -> None:
+    w = random(3, 40, 24)
+    quantized = quantize(jnp.asarray(w), num_blocks=num_blocks, scale_dtype=scale_dtype)
+    assert quantized.weight.dtype == jnp.int8
+    assert quantized.scales.dtype == scale_dtype
+    assert quantized.scales.shape == (3, num_blocks, 24)
+    step = np.asarray(quantized.scales, np.float32).repeat(40 // num_blocks, axis=1)
+    # A bfloat16 scale may round down by 2 ** -9, which cuts the largest level by that of 127.
+    slack = 0.5 if scale_dtype == "float32" else 0.5 + 127 * 2**-8
+    assert (np.abs(np.asarray(dequantize(quantized)) - w) <= slack * step + 1e-6).all()
+
+
+def test_blocks_are_consecutive_rows() -> None:
+    weight = jnp.ones((4, 1), jnp.int8)
+    quantized = QuantizedArray(weight, jnp.array([[1.0], [10.0]]))
+    np.testing.assert_array_equal(dequantize(quantized)[:, 0], [1, 1, 10, 10])
+
+
+def test_zeros_stay_zeros() -> None:
+    np.testing.assert_array_equal(dequantize(quantize(jnp.zeros((8, 4)))), np.zeros((8, 4)))
+
+
+def test_refined_blocks_mean_the_same() -> None:
+    quantized = quantize(jnp.asarray(random(2, 16, 8)), num_blocks=2)
+    np.testing.assert_array_equal(dequantize(quantized.refine(8)), dequantize(quantized))
+    assert quantized.refine(8).num_blocks == 8
+    with pytest.raises(ValueError, match="2 scale blocks over 16 rows cannot be cut into 3"):
+        quantized.refine(3)
+
+
+def test_indivisible_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_blocks=3 does not divide the 16 rows"):
+        quantize(jnp.ones((16, 4)), num_blocks=3)
+
+
+@pytest.mark.parametrize("product", [_direct_matmul, _blocked_matmul, _reduced_matmul])
+@pytest.mark.parametrize("num_blocks", [0, 1, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+def test_every_form_of_the_product(product, num_blocks: int, dtype: str, tolerance: float, rows: int) -> None:
+    """The forms for accelerators run on CPUs too, so that each is held to the definition here."""
+    stack = jnp.asarray(random(2, 3, 96, 40))
+    w = quantize(stack, num_blocks=num_blocks) if num_blocks else stack.astype(dtype)
+    x = jnp.asarray(random(rows, 96)).astype(dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)[1, 2]
+    weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
+    at = (jnp.int32(1), jnp.int32(2))
+    out = jax.jit(product)(x, weight, scales, at)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+def test_blocks_that_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that the block does not divide: 96 rows of scale block by blocks of 32 and 7 more."""
+    monkeypatch.setattr("grokjax.quantization._BLOCK_BYTES", 40 * 32)
+    w = quantize(jnp.asarray(random(2 * 103, 40)), num_blocks=2)
+    x = jnp.asarray(random(3, 206))
+    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
+    np.testing.assert_allclose(_blocked_matmul(x, w.weight, w.scales, ()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_leading_axes(shape: tuple[int, ...]) -> None:
+    w, x = quantize(jnp.asarray(random(16, 8))), jnp.asarray(random(*shape, 16))
+    np.testing.assert_allclose(matmul(x, w), np.asarray(x) @ np.asarray(dequantize(w)), atol=1e-5)
+
+
+def test_einsum() -> None:
+    w, x = quantize(jnp.asarray(random(3, 16, 8))), jnp.asarray(random(5, 16))
+    np.testing.assert_allclose(einsum("mc,eco->meo", x, w), einsum("mc,eco->meo", x, dequantize(w)), atol=1e-6)
+
+
+def test_inside_a_scan() -> None:
+    w, x = quantize(jnp.asarray(random(4, 16, 16)) / 4), jnp.asarray(random(2, 16))
+    out, _ = jax.jit(lambda x, w: jax.lax.scan(lambda x, layer: (matmul(x, layer), None), x, w))(x, w)
+    expected = np.asarray(x)
+    for layer in np.asarray(dequantize(w)):
+        expected = expected @ layer
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("blocks", "devices", "refined"), [(1, 8, 1), (4, 8, 8), (8, 4, 8), (6, 4, 12), (8, 8, 8)])
+def test_shards_hold_whole_scale_blocks(blocks: int, devices: int, refined: int) -> None:
+    partitioner = Partitioner(make_mesh((1, devices)), ShardingRules())
+    axes = ("layers", "heads", "embed")
+    assert shardable_blocks(blocks, axes, partitioner) == refined
+    w = quantize(jnp.asarray(random(2, 48, 8)), num_blocks=blocks).refine(refined)
+    placed = jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(partitioner.mesh, spec)), w, specs(w, axes, partitioner)
+    )
+    for weight, scales in zip(placed.weight.addressable_shards, placed.scales.addressable_shards, strict=True):
+        assert weight.data.shape == (2, 48 // devices, 8)
+        own = dequantize(QuantizedArray(weight.data, scales.data))
+        np.testing.assert_array_equal(own, np.asarray(dequantize(w))[weight.index])
+
+
+def test_orbax_round_trip(tmp_path: Path) -> None:
+    mesh = make_mesh((1, 8))
+    w = quantize(jnp.asarray(random(16, 8)), num_blocks=8, scale_dtype="bfloat16")
+    ocp.save(tmp_path / "weights", {"query": w})
+    sharding = NamedSharding(mesh, jax.P(MESH_AXES[1], None))
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), {"query": w})
+    restored = ocp.load(tmp_path / "weights", target)["query"]
+    assert isinstance(restored, QuantizedArray)
+    assert restored.weight.sharding == sharding
+    np.testing.assert_array_equal(restored.weight, w.weight)
+    np.testing.assert_array_equal(np.asarray(restored.scales, np.float32), np.asarray(w.scales, np.float32))
