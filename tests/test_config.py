@@ -149,12 +149,21 @@ def test_json_that_is_no_config_is_refused_in_words(text: str, message: str) -> 
         GrokConfig.from_json(text)
 
 
+def _changed(**changes: Any) -> dict[str, Any]:
+    return {"lm": RELEASE["lm"], "model": {**RELEASE["model"], **changes}}
+
+
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"lm": {}}, r"needs the keys 'lm' and 'model', each a mapping; 'model' is missing here \(found \['lm'\]\)"),
-        ({"lm": 3, "model": {}}, r"each a mapping; 'lm' is missing here"),
+        ({"lm": {}}, r"needs the keys 'lm' and 'model', each a mapping of fields; 'model' is missing here \(found"),
+        ({"lm": 3, "model": {}}, r"'lm' is no mapping here"),
         ({"lm": RELEASE["lm"], "model": {"emb_size": 64}}, r"lacks model\.key_size, model\.num_q_heads"),
+        (_changed(emb_size="64"), r"model\.emb_size='64' of the release configuration must be a number"),
+        (_changed(widening_factor="8"), r"model\.widening_factor='8' of the release configuration must be a number"),
+        (_changed(num_experts=True), r"model\.num_experts=True of the release configuration must be a number"),
+        (_changed(num_selected_experts=None), r"model\.num_selected_experts=None of the release configuration"),
+        (_changed(num_selected_experts=9), r"experts_per_token=9 exceeds num_experts=8"),
     ],
 )
 def test_an_incomplete_release_configuration_is_refused_in_words(mapping: dict[str, Any], message: str) -> None:

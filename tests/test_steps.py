@@ -1,0 +1,203 @@
+"""The public steps: what they refuse, what they leave untouched, and that all ways through a text agree."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grokjax import GrokConfig, KVCache, SampleSettings, decode, forward, generate, init, make_mesh, prefill
+from grokjax.sampling import row_keys, sample_token
+
+CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+TOKENS = np.random.default_rng(0).integers(3, 500, (3, 8))
+LENGTHS = np.array([8, 5, 1])
+
+
+@functools.cache
+def model():
+    return init(CONFIG, dtype=jnp.float32)
+
+
+def empty(batch_size: int = 3, max_len: int = 16) -> KVCache:
+    return KVCache.create(CONFIG, batch_size, max_len)
+
+
+def full_rows() -> KVCache:
+    """Rows that hold 16, 5 and 1 of 16 entries."""
+    return dataclasses.replace(prefill(model(), TOKENS, LENGTHS, empty())[1], lengths=jnp.array([16, 5, 1]))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            ([[512]], "tokens must be between 0 and 511; these reach from 512 to 512"),
+            ([[3, -1]], "tokens must be between 0 and 511; these reach from -1 to 3"),
+            ([[2**32]], "tokens must be between 0 and 511"),
+            ([3], r"tokens must have shape \[batch, length\] and not be empty; these have shape \(1,\)"),
+            ([[]], "must be integers, not float64"),
+            (np.zeros((1, 0), int), "not be empty"),
+            ([[0.5]], "must be integers, not float64"),
+            ([[3] * 33], "33 tokens exceed max_seq_len=32"),
+        ],
+    )
+    def test_forward(self, tokens, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            forward(model(), tokens)
+
+    @pytest.mark.parametrize(
+        ("tokens", "lengths", "message"),
+        [
+            (TOKENS + 600, LENGTHS, "tokens must be between"),
+            (TOKENS, [8, 5], r"lengths has shape \(2,\) and tokens \(3, 8\)"),
+            (TOKENS, [9, 5, 1], "lengths must be between 0 and 8; these reach from 1 to 9"),
+            (TOKENS, [-1, 5, 1], "lengths must be between 0 and 8"),
+            (TOKENS[:2], LENGTHS[:2], "this call needs .*and with 2 rows"),
+            (np.full((3, 17), 3), LENGTHS, "17 tokens a row exceed the cache's max_len=16"),
+        ],
+    )
+    def test_prefill(self, tokens, lengths, message: str) -> None:
+        cache = empty()
+        with pytest.raises(ValueError, match=message):
+            prefill(model(), tokens, lengths, cache)
+        assert not cache.keys.is_deleted()  # a refused call donates nothing
+
+    def test_prefill_without_room(self) -> None:
+        cache = full_rows()
+        with pytest.raises(ValueError, match="row 0 holds 16 tokens of at most 16 and has no room for 2 more"):
+            prefill(model(), TOKENS, [2, 0, 0], cache)
+        assert not cache.keys.is_deleted()
+        prefill(model(), TOKENS, [0, 8, 8], cache)
+
+    def test_decode(self) -> None:
+        cache = full_rows()
+        with pytest.raises(ValueError, match="row 0 holds 16 tokens of at most 16 and has no room for 1 more"):
+            decode(model(), [3, 4, 5], cache)
+        with pytest.raises(ValueError, match=r"active has shape \(2,\) and tokens \(3,\)"):
+            decode(model(), [3, 4, 5], cache, active=[True, True])
+        with pytest.raises(ValueError, match="tokens must be between"):
+            decode(model(), [3, 4, 512], cache)
+        with pytest.raises(ValueError, match="this call needs"):
+            decode(model(), [3, 4], cache)
+        decode(model(), [3, 4, 5], cache, active=[False, True, True])
+
+    @pytest.mark.parametrize(
+        ("lengths", "max_new_tokens", "message"),
+        [
+            (LENGTHS, 25, "8 prompt tokens and max_new_tokens=25 must leave at least one new token and fit"),
+            (LENGTHS, 0, "max_new_tokens=0"),
+            ([8, 0, 1], 4, "lengths must be between 1 and 8; these reach from 0 to 8"),
+        ],
+    )
+    def test_generate(self, lengths, max_new_tokens: int, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            generate(model(), TOKENS, lengths, max_new_tokens=max_new_tokens)
+
+    def test_cache_of_another_mesh(self) -> None:
+        wide = init(CONFIG, dtype=jnp.float32, mesh=make_mesh((1, 8)))  # 4 kv heads on 8 devices
+        with pytest.raises(ValueError, match="create it with the model's configuration, mesh and rules"):
+            decode(wide, [3, 4, 5], empty())
+
+
+def test_inactive_rows_stay_as_they_are() -> None:
+    _, cache = prefill(model(), TOKENS, LENGTHS, empty())
+    before = jax.device_get(cache)
+    _, after = decode(model(), [3, 4, 5], cache, active=[True, False, True])
+    np.testing.assert_array_equal(after.lengths, [9, 5, 2])
+    for half in ("keys", "values"):
+        old, new = getattr(before, half), np.asarray(getattr(after, half))
+        np.testing.assert_array_equal(new[:, 1], old[:, 1])
+        assert (new[:, 0, :, 8] != old[:, 0, :, 8]).any()
+        np.testing.assert_array_equal(new[:, 0, :, :8], old[:, 0, :, :8])
+
+
+def test_full_row_under_a_callers_jit() -> None:
+    """There is nobody to raise an error to: the row stays, its logits are NaN, the others go on."""
+    cache = full_rows()
+    before = jax.device_get(cache)
+    logits, after = jax.jit(decode)(model(), jnp.array([3, 4, 5]), cache)
+    np.testing.assert_array_equal(np.isnan(logits).all(axis=1), [True, False, False])
+    np.testing.assert_array_equal(after.lengths, [16, 6, 2])
+    np.testing.assert_array_equal(np.asarray(after.keys)[:, 0], before.keys[:, 0])
+
+
+def test_prefill_and_decode_under_a_callers_jit() -> None:
+    @jax.jit
+    def two_steps(model, tokens, lengths, cache):
+        logits, cache = prefill(model, tokens, lengths, cache)
+        return decode(model, logits.argmax(-1), cache)
+
+    logits, cache = prefill(model(), TOKENS, LENGTHS, empty())
+    expected, _ = decode(model(), logits.argmax(-1), cache)
+    together, cache = two_steps(model(), TOKENS, LENGTHS, empty())
+    np.testing.assert_allclose(together, expected, atol=1e-5)
+    np.testing.assert_array_equal(cache.lengths, LENGTHS + 1)
+
+
+def test_the_cache_is_donated() -> None:
+    cache = empty()
+    logits, after = prefill(model(), TOKENS, LENGTHS, cache)
+    assert cache.keys.is_deleted()
+    decode(model(), logits.argmax(-1), after)
+    assert after.keys.is_deleted()
+
+
+@pytest.mark.parametrize("chunks", [[8], [3, 3, 2], [1] * 8, [7, 1]], ids=str)
+def test_one_piece_is_chunks_is_token_by_token(chunks: list[int]) -> None:
+    expected = np.asarray(forward(model(), TOKENS))
+    cache, done = empty(), 0
+    for size in chunks:
+        piece = TOKENS[:, done : done + size]
+        if size == 1:
+            logits, cache = decode(model(), piece[:, 0], cache)
+        else:
+            logits, cache = prefill(model(), np.pad(piece, ((0, 0), (0, 8 - size))), np.full(3, size), cache)
+        done += size
+        np.testing.assert_allclose(logits, expected[:, done - 1], atol=2e-5)
+
+
+class TestGenerate:
+    def test_greedy_by_default(self) -> None:
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=6)
+        logits, cache = prefill(model(), TOKENS, LENGTHS, empty())
+        for step in range(6):
+            token = np.asarray(logits).argmax(-1)
+            np.testing.assert_array_equal(result.tokens[:, step], token)
+            expected = jax.nn.log_softmax(logits)[np.arange(3), token]
+            np.testing.assert_allclose(result.logprobs[:, step], expected, atol=1e-4)
+            logits, cache = decode(model(), token, cache)
+        np.testing.assert_array_equal(result.lengths, [6, 6, 6])
+
+    def test_drawn_as_by_hand(self) -> None:
+        settings = SampleSettings.create(3, temperature=[0.7, 1.0, 1.3], nucleus_p=0.9, top_k=50)
+        keys = jax.random.split(jax.random.key(1), 3)
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=5, settings=settings, keys=keys)
+        logits, cache = prefill(model(), TOKENS, LENGTHS, empty())
+        for step in range(5):
+            drawn = sample_token(row_keys(keys, cache.lengths), logits, settings)
+            np.testing.assert_array_equal(result.tokens[:, step], drawn.token_id)
+            logits, cache = decode(model(), drawn.token_id, cache)
+
+    def test_stops_row_by_row(self) -> None:
+        free = np.asarray(generate(model(), TOKENS, LENGTHS, max_new_tokens=6).tokens)
+        eos = int(free[0, 2])
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=6, eos_id=eos)
+        for row in range(3):
+            at = np.flatnonzero(free[row] == eos)
+            length = int(at[0]) + 1 if at.size else 6
+            assert result.lengths[row] == length
+            np.testing.assert_array_equal(result.tokens[row, :length], free[row, :length])
+            np.testing.assert_array_equal(result.tokens[row, length:], CONFIG.pad_id)
+            np.testing.assert_array_equal(result.logprobs[row, length:], 0)
+        assert result.lengths[0] <= 3
+
+    def test_inactive_rows_make_nothing(self) -> None:
+        settings = SampleSettings.create(3, temperature=0.0, active=[True, False, True])
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=3, settings=settings)
+        np.testing.assert_array_equal(result.lengths, [3, 0, 3])
+        np.testing.assert_array_equal(result.tokens[1], CONFIG.pad_id)
+        everyone = generate(model(), TOKENS, LENGTHS, max_new_tokens=3)
+        np.testing.assert_array_equal(result.tokens[0], everyone.tokens[0])
