@@ -14,8 +14,8 @@ from grokjax.layers import gather_embed, weight_param
 from grokjax.quantization import Weight, matmul, specs
 from grokjax.sharding import Partitioner
 
-# Most token rows that share one read of an expert's weights.
-ROW_BLOCK = 128
+# Fewest and most token rows that are multiplied by an expert's weights together.
+_FEWEST_ROWS, _MOST_ROWS = 8, 128
 
 
 class FeedForward(nnx.Module):
@@ -103,18 +103,34 @@ class FeedForward(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         own = experts.reshape(tokens.shape[0], -1) - self.partitioner.index("experts") * weights[0].shape[1]
         own = jnp.where(valid.reshape(-1, 1), own, -1)
-        out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer)
+        block = rows_per_block(len(tokens), per_token=own.shape[1], num_experts=self.config.num_experts)
+        out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer, block=block)
         return self.partitioner.psum(out, "experts", "ffn").reshape(x.shape).astype(self.dtype)
 
 
+def rows_per_block(num_tokens: int, *, per_token: int, num_experts: int) -> int:
+    """Rows of a block: an expert's fair share of the tokens, rounded up to a power of two, within limits.
+
+    Larger blocks would be filled up with rows of nobody, smaller ones would read the weights more often.
+    """
+    fair_share = max(1, num_tokens * per_token // num_experts)
+    return min(num_tokens, _MOST_ROWS, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))
+
+
 def evaluate_experts(
-    x: jax.Array, gates: jax.Array, experts: jax.Array, weights: tuple[Weight, Weight, Weight], *, layer: jax.Array
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    weights: tuple[Weight, Weight, Weight],
+    *,
+    layer: jax.Array,
+    block: int,
 ) -> jax.Array:
     """The gated sum over each token's experts, one block of tokens of one expert at a time.
 
-    The (token, expert) pairs are sorted by expert and cut into blocks of at most `ROW_BLOCK` rows that never mix
-    experts; a loop of as many steps as there are such blocks reads each block's expert from the stack. An expert that
-    nobody chose is not read; one that several tokens chose is read once a block.
+    The (token, expert) pairs are sorted by expert and cut into blocks of rows that never mix experts; a loop of as many
+    steps as there are blocks reads each block's expert from the stack. An expert that nobody chose is not read; one that
+    several tokens chose is read once a block.
 
     Args:
       x: [M, D] in the compute dtype.
@@ -122,13 +138,13 @@ def evaluate_experts(
       experts: int32 [M, X], numbers of experts in `weights`; others (below 0, or E and above) are left out.
       weights: gate and up [L, E, D, F] and down [L, E, F, D].
       layer: int32 [].
+      block: rows of a block, see `rows_per_block`.
 
     Returns:
       float32 [M, D].
     """
     num_tokens, per_token = experts.shape
     num_experts = weights[0].shape[1]
-    block = min(num_tokens, ROW_BLOCK)
     flat = experts.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # what is left out sorts last
     order = jnp.argsort(flat, stable=True)

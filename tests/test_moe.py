@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokjax.moe import ROW_BLOCK, evaluate_experts
+from grokjax.moe import evaluate_experts, rows_per_block
 from grokjax.quantization import quantize
 
 LAYERS, EXPERTS, DIM, HIDDEN = 2, 8, 16, 24
@@ -42,11 +42,20 @@ def routed(num_tokens: int, per_token: int, seed: int = 0) -> tuple[np.ndarray, 
 
 
 def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: int = 1) -> np.ndarray:
-    return np.asarray(jax.jit(evaluate_experts)(x, gates, experts, stacks, layer=jnp.int32(layer)))
+    block = rows_per_block(len(x), per_token=experts.shape[1], num_experts=EXPERTS)
+    compiled = jax.jit(functools.partial(evaluate_experts, block=block))
+    return np.asarray(compiled(x, gates, experts, stacks, layer=jnp.int32(layer)))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "rows"), [(1, 1), (2, 2), (8, 8), (32, 8), (33, 8), (40, 16), (128, 32), (512, 128), (8192, 128)]
+)
+def test_rows_of_a_block(num_tokens: int, rows: int) -> None:
+    assert rows_per_block(num_tokens, per_token=2, num_experts=8) == rows
 
 
 @pytest.mark.parametrize("per_token", [1, 2, 8])
-@pytest.mark.parametrize("num_tokens", [1, 2, 9, ROW_BLOCK, ROW_BLOCK + 1, 3 * ROW_BLOCK - 1])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 128, 129, 383])
 def test_against_the_definition(num_tokens: int, per_token: int) -> None:
     x, gates, experts = routed(num_tokens, per_token, seed=num_tokens)
     out = run(x, gates, experts, tuple(map(jnp.asarray, weights())))
@@ -54,7 +63,7 @@ def test_against_the_definition(num_tokens: int, per_token: int) -> None:
 
 
 def test_all_tokens_on_one_expert() -> None:
-    x, gates, _ = routed(2 * ROW_BLOCK + 5, 1)
+    x, gates, _ = routed(261, 1)
     experts = np.full((len(x), 1), 6, np.int32)
     out = run(x, gates, experts, tuple(map(jnp.asarray, weights())))
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
