@@ -129,8 +129,8 @@ def evaluate_experts(
     """The gated sum over each token's experts, one block of tokens of one expert at a time.
 
     The (token, expert) pairs are sorted by expert and cut into blocks of rows that never mix experts; a loop of as many
-    steps as there are blocks reads each block's expert from the stack. An expert that nobody chose is not read; one that
-    several tokens chose is read once a block.
+    steps as there are blocks reads each block's expert from the stack. An expert that nobody chose is not read; one
+    that several tokens chose is read once a block.
 
     Args:
       x: [M, D] in the compute dtype.
