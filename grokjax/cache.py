@@ -105,12 +105,20 @@ class KVCache:
           row: int32 [], the row to fill.
 
         Raises:
-          ValueError: `row_cache` has more than one row or is longer, or `row` is outside the batch.
+          ValueError: `row_cache` has more than one row, is longer or of another model or mesh, or `row` is outside the
+            batch.
         """
         if row_cache.batch_size != 1 or row_cache.max_len > self.max_len:
             raise ValueError(
                 f"insert takes a cache of one row and at most {self.max_len} entries, not {row_cache.batch_size} rows "
                 f"of {row_cache.max_len}."
+            )
+        # A smaller update would be written into a corner of the row without an error.
+        ours, theirs = self._entry_shape(), row_cache._entry_shape()
+        if ours != theirs:
+            raise ValueError(
+                f"the row holds entries of (layers, kv heads, head size) {theirs} and this cache {ours}: create both "
+                "with the same configuration, mesh and rules."
             )
         row = self._check_row(row)
         zero = jnp.zeros((), jnp.int32)
@@ -124,6 +132,10 @@ class KVCache:
     def reset(self, row: jax.Array | int) -> "KVCache":
         """This cache with row `row` empty."""
         return dataclasses.replace(self, lengths=self.lengths.at[self._check_row(row)].set(0))
+
+    def _entry_shape(self) -> tuple[int, ...]:
+        layers, _, heads, _, head_dim = self.keys.shape
+        return layers, heads, head_dim
 
     def _check_row(self, row: jax.Array | int) -> jax.Array:
         if not isinstance(row, jax.core.Tracer) and not 0 <= int(row) < self.batch_size:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import io
 import os
 import sys
 import time
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer, make_mesh
-from grokjax.release import open_release
+from grokjax.release import ReleaseCheckpoint, open_release
+from grokjax.sampling import SampleSettings
+from grokjax.text import check_limits, encode_prompt
 
 _PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
 
@@ -21,6 +24,8 @@ _PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of few characters must not end the run
     try:
         return _generate(arguments)
     except KeyboardInterrupt:
@@ -70,13 +75,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    tokenizer_path = None if arguments.random else _find_tokenizer(arguments.checkpoint, arguments.tokenizer)
-    model = _random_model(arguments) if arguments.random else _load_model(arguments)
-    generator = TextGenerator(
-        model, _tokenizer(model, tokenizer_path or arguments.tokenizer), add_bos=arguments.add_bos
-    )
-    _stream(generator, arguments)
+    if arguments.random:
+        config = _random_config(arguments)
+        tokenizer = _tokenizer(config, arguments.tokenizer)
+        _check_request(config, tokenizer, arguments)
+        model = _random_model(config, arguments)
+    else:
+        path = _find_tokenizer(arguments.checkpoint, arguments.tokenizer)
+        checkpoint = _open_checkpoint(arguments)
+        tokenizer = _tokenizer(checkpoint.config, path)
+        _check_request(checkpoint.config, tokenizer, arguments)
+        model = _load_model(checkpoint, arguments)
+    _stream(TextGenerator(model, tokenizer, add_bos=arguments.add_bos), arguments)
     return 0
+
+
+def _check_request(config: GrokConfig, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
+    """Refuses now what `stream` would refuse after the model has loaded, which takes minutes."""
+    check_limits(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    SampleSettings.create(
+        1,
+        temperature=arguments.temperature,
+        nucleus_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+    )
+    encode_prompt(tokenizer, arguments.prompt, max_len=config.max_seq_len, add_bos=arguments.add_bos)
 
 
 def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
@@ -91,6 +115,7 @@ def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         ignore_eos=arguments.ignore_eos,
     )
+    _say("compiling the first steps")
     times = []
     for piece in pieces:
         sys.stdout.write(piece)
@@ -104,18 +129,26 @@ def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
     _say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}")
 
 
-def _random_model(arguments: argparse.Namespace) -> Grok:
+def _random_config(arguments: argparse.Namespace) -> GrokConfig:
     name = arguments.random
+    if arguments.config is not None:
+        raise ValueError("--config goes with --checkpoint: give a configuration file to --random itself.")
     if name not in _PRESETS and not Path(name).is_file():
         raise ValueError(f"--random {name}: neither a file nor one of {', '.join(_PRESETS)}.")
-    config = _PRESETS[name]() if name in _PRESETS else GrokConfig.from_json(Path(name).read_text())
-    _say(f"the weights are random ({name}): expect noise")
+    return _PRESETS[name]() if name in _PRESETS else _read_config("--random", Path(name))
+
+
+def _random_model(config: GrokConfig, arguments: argparse.Namespace) -> Grok:
+    _say(f"the weights are random ({arguments.random}): expect noise")
     return init(config, mesh=_mesh(arguments.mesh, config), dtype=jnp.dtype(arguments.dtype))
 
 
-def _load_model(arguments: argparse.Namespace) -> Grok:
-    config = None if arguments.config is None else _read_config(arguments.config)
-    checkpoint = open_release(arguments.checkpoint, config)
+def _open_checkpoint(arguments: argparse.Namespace) -> ReleaseCheckpoint:
+    config = None if arguments.config is None else _read_config("--config", arguments.config)
+    return open_release(arguments.checkpoint, config)
+
+
+def _load_model(checkpoint: ReleaseCheckpoint, arguments: argparse.Namespace) -> Grok:
     return load(
         checkpoint.path,
         checkpoint.config,
@@ -125,11 +158,14 @@ def _load_model(arguments: argparse.Namespace) -> Grok:
     )
 
 
-def _read_config(path: Path) -> GrokConfig:
+def _read_config(option: str, path: Path) -> GrokConfig:
     try:
-        return GrokConfig.from_json(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}.") from error
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not a text file: give a JSON configuration.") from error
+    return GrokConfig.from_json(text)
 
 
 def _mesh(text: str | None, config: GrokConfig) -> Mesh:
@@ -163,8 +199,8 @@ def _find_tokenizer(checkpoint: Path, given: Path | None) -> Path:
     raise ValueError(f"there is no {found[0]} and no {found[1]}: name the release's tokenizer.model with --tokenizer.")
 
 
-def _tokenizer(model: Grok, path: Path | None) -> Tokenizer:
-    return ByteTokenizer(model.config.vocab_size) if path is None else load_tokenizer(path)
+def _tokenizer(config: GrokConfig, path: Path | None) -> Tokenizer:
+    return ByteTokenizer(config.vocab_size) if path is None else load_tokenizer(path)
 
 
 class _LoadProgress:

@@ -45,6 +45,12 @@ def make_mesh(
             f"{len(devices)}: choose extents whose product is at most that (on a CPU, "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={per_host * hosts} simulates as many)."
         )
+    found = len({device.process_index for device in devices})
+    if hosts > 1 and hosts != found:
+        raise ValueError(
+            f"between_hosts={between_hosts} needs {hosts} hosts and the devices belong to {found}: "
+            "name extents over hosts whose product is their number, and put the rest into `local`."
+        )
     if hosts == 1:
         grid = mesh_utils.create_device_mesh(local, devices[:per_host])
     else:

@@ -67,15 +67,7 @@ class TextGenerator:
         Raises:
           ValueError: There are none, or more than leave room for a continuation.
         """
-        ids = [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty: give it some text, or ask for the beginning-of-sequence token.")
-        if len(ids) >= self.max_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and at most {self.max_len - 1} leave room for a continuation: "
-                "shorten it."
-            )
-        return ids
+        return encode_prompt(self.tokenizer, prompt, max_len=self.max_len, add_bos=self.add_bos)
 
     def generate(
         self,
@@ -91,6 +83,7 @@ class TextGenerator:
     ) -> GeneratedText:
         """The whole continuation of a prompt; the arguments are those of `stream`."""
         prompt_ids = self.encode(prompt)
+        check_limits(max_new_tokens=max_new_tokens, seed=seed)
         settings = SampleSettings.create(1, temperature=temperature, nucleus_p=top_p, top_k=top_k, min_p=min_p)
         ids = tuple(self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos))
         stopped = ids[-1] == self.tokenizer.eos_id and not ignore_eos
@@ -118,13 +111,14 @@ class TextGenerator:
           top_p: probability mass kept.
           top_k: tokens kept; 0 keeps all.
           min_p: least probability kept, as a fraction of the largest.
-          seed: of the draws; the draw at position p uses `fold_in(key(seed), p)`.
+          seed: of the draws, 0 to 2**32 - 1; the draw at position p uses `fold_in(key(seed), p)`.
           ignore_eos: go on past the end-of-sequence token.
 
         Raises:
           ValueError: The prompt is empty or too long, or a setting is out of range; before any work.
         """
         prompt_ids = self.encode(prompt)
+        check_limits(max_new_tokens=max_new_tokens, seed=seed)
         settings = SampleSettings.create(1, temperature=temperature, nucleus_p=top_p, top_k=top_k, min_p=min_p)
         return self._pieces(self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos), ignore_eos)
 
@@ -138,8 +132,6 @@ class TextGenerator:
     def _tokens(
         self, prompt_ids: Sequence[int], settings: SampleSettings, max_new_tokens: int, seed: int, ignore_eos: bool
     ) -> Iterator[int]:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
         return self._run(prompt_ids, settings, min(max_new_tokens, self.max_len - len(prompt_ids)), seed, ignore_eos)
 
     def _run(
@@ -179,3 +171,32 @@ class TextGenerator:
             logits, cache = prefill(model, tokens, np.array([len(chunk)]), cache)
         assert logits is not None
         return logits, cache
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, max_len: int, add_bos: bool) -> list[int]:
+    """The tokens of a prompt that is to be continued within `max_len` tokens.
+
+    Raises:
+      ValueError: There are none, or more than leave room for a continuation.
+    """
+    ids = [tokenizer.bos_id] * add_bos + tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty: give it some text, or ask for the beginning-of-sequence token.")
+    if len(ids) >= max_len:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and at most {max_len - 1} leave room for a continuation: shorten it."
+        )
+    return ids
+
+
+def check_limits(*, max_new_tokens: int, seed: int) -> None:
+    """Refuses what a request may not ask for.
+
+    Raises:
+      ValueError: There is no token to draw, or the seed has more than 32 bits.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
+    # Without 64-bit types JAX keeps the low half of a seed, so two seeds would silently give one text.
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be between 0 and 2**32 - 1.")

@@ -47,17 +47,18 @@ def compiled_write():
     return jax.jit(write)
 
 
+@pytest.mark.parametrize("num_new", [NEW, LENGTH])
 @given(
     layer=st.integers(0, LAYERS - 1),
     start=st.lists(st.integers(0, LENGTH), min_size=ROWS, max_size=ROWS),
-    count=st.lists(st.integers(0, NEW), min_size=ROWS, max_size=ROWS),
+    count=st.lists(st.integers(0, LENGTH), min_size=ROWS, max_size=ROWS),
     seed=st.integers(0, 100),
 )
-def test_write_against_a_loop(layer: int, start: list[int], count: list[int], seed: int) -> None:
+def test_write_against_a_loop(num_new: int, layer: int, start: list[int], count: list[int], seed: int) -> None:
     """Every entry lands where it belongs, what lies beyond the end is dropped, all else stays as it was."""
-    rng = np.random.default_rng(seed)
+    rng, count = np.random.default_rng(seed), [min(n, num_new) for n in count]
     stack = rng.standard_normal((LAYERS, ROWS, HEADS, LENGTH, DIM)).astype(np.float32)
-    new = rng.standard_normal((ROWS, HEADS, NEW, DIM)).astype(np.float32)
+    new = rng.standard_normal((ROWS, HEADS, num_new, DIM)).astype(np.float32)
     expected = stack.copy()
     for row in range(ROWS):
         for i in range(count[row]):
@@ -108,3 +109,18 @@ def test_refused_rows() -> None:
         cache.insert(filled(1, 5, (1, 1), 1), 0)
     with pytest.raises(ValueError, match="one row and at most 4 entries, not 2 rows of 4"):
         cache.insert(filled(2, 4, (1, 1), 1), 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "theirs"),
+    [
+        (TINY.replace(num_layers=1), r"\(1, 4, 16\)"),
+        (TINY.replace(num_kv_heads=2), r"\(2, 2, 16\)"),
+        (TINY.replace(num_kv_heads=8), r"\(2, 8, 16\)"),
+        (TINY.replace(head_dim=8), r"\(2, 4, 8\)"),
+    ],
+)
+def test_rows_of_another_model_are_refused(config: GrokConfig, theirs: str) -> None:
+    """A smaller row would fit into a corner of this one, and leave the rest of it as it was."""
+    with pytest.raises(ValueError, match=rf"head size\) {theirs} and this cache \(2, 4, 16\): create both"):
+        filled(3, 4, (1, 1), 1).insert(KVCache.create(config, 1, 4), 0)

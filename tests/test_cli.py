@@ -1,6 +1,6 @@
 """The command line: what goes to which stream, exit statuses, and the main job from files to text."""
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from goldens import GOLDEN_DIR, load_e2e
 
-from grokjax import GrokConfig
+from grokjax import GrokConfig, load_tokenizer
 from grokjax.cli import main
 from grokjax.testing import write_release_checkpoint
 
@@ -43,6 +43,24 @@ def test_the_main_job(release_tokenizer_path: Path) -> None:
     assert done.stdout == request["text"] + "\n"
     assert "GB/s" in done.stderr
     assert "16 tokens" in done.stderr
+
+
+@pytest.mark.release_tokenizer
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_greedy_text_of_the_release(
+    dtype: str, release_tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(release_tokenizer_path)
+    requests = [r for r in load_e2e().requests if r["temperature"] == 0.01 and r["strict_identical"]]
+    assert len(requests) == 7
+    for request in requests:
+        command = ["generate", "--checkpoint", str(E2E), "--config", str(E2E / "config.json"), "--dtype", dtype]
+        command += ["--tokenizer", str(release_tokenizer_path), "--temperature", "0.01", "--top-p", "1"]
+        command += ["--seed", str(request["rng_seed"]), "--max-new-tokens", str(request["max_len"])]
+        assert main([*command, "--ignore-eos", "--", request["prompt"]]) == 0
+        # The release gives two tokens where one is asked for.
+        expected = tokenizer.decode(request["token_ids"][: request["max_len"]])
+        assert capsys.readouterr().out == expected + "\n"
 
 
 def test_random_model(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +115,48 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hi", "--seed", "4294967296"], "seed=4294967296 must be between"),
+        (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1 or more"),
+        (["hi", "--top-k", "-1"], "top_k=-1"),
+        (["a" * 32], "the prompt has 32 tokens and at most 31"),
+        (["hi", "--config", "nowhere.json"], "--config goes with --checkpoint"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_requests_are_refused_before_the_model_is_made(
+    arguments: list[str],
+    message: str,
+    small_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("grokjax.cli.init", lambda *_, **__: pytest.fail("the model was made"))
+    assert main(["generate", "--random", str(small_config), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_tokenizer_is_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
+    (tmp_path / "config.json").write_text(SMALL.to_json())
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing")
+    monkeypatch.setattr("grokjax.cli.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    command = ["generate", "--checkpoint", str(tmp_path), "--config", str(tmp_path / "config.json"), "hi"]
+    assert main(command) == 2
+    assert "is not a SentencePiece model" in capsys.readouterr().err
+
+
+def test_a_binary_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.bin"
+    path.write_bytes(b"\xff\xfe")
+    assert main(["generate", "--random", str(path), "hi"]) == 2
+    assert f"--random {path} is not a text file" in capsys.readouterr().err
+
+
 def test_interrupt(small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -123,23 +183,9 @@ def test_reader_that_leaves(small_config: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_benchmark_prints_a_json_line(small_config: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "decode.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--config",
-        str(small_config),
-        "--prompt",
-        "8",
-        "--new",
-        "4",
-        "--repeats",
-        "1",
-    ]
-    done = subprocess.run([*command, "--mesh", "1,2", "--batch", "2"], capture_output=True, text=True, check=True)
-    record = json.loads(done.stdout.splitlines()[-1])
-    assert record["decode_tokens_per_second"] > 0
-    assert record["prefill_tokens_per_second"] > 0
-    assert record["percent_of_bandwidth"] > 0
-    assert record["mesh"] == "1,2"
+def test_terminal_without_the_characters(small_config: Path) -> None:
+    command = [sys.executable, "-m", "grokjax", "generate", "--random", str(small_config), "--max-new-tokens", "20"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "hello"], capture_output=True, env=environment, check=True)
+    assert b"20 tokens" in done.stderr
+    assert done.stdout.isascii()

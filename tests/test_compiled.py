@@ -42,14 +42,15 @@ def compile_step(
 
 
 def large_matrices(program: Program, *, cache: tuple[int, ...]) -> list[Value]:
-    """Matrices of over 1 MiB, but for the cache, which is updated where it lies.
+    """Matrices of over 2 MiB, but for the cache, which is updated where it lies.
 
-    Rows of activations and of scales are no matrices of 64 x 64 and more; a block of a weight has at most 1 MiB.
+    Rows of activations and of scales are no matrices of 64 x 64 and more; a block of a weight has at most 1 MiB, or
+    2 MiB when cast to bfloat16.
     """
     return [
         value
         for value in program.values
-        if value.num_bytes > MIB and len(value.shape) > 1 and min(value.shape[-2:]) >= 64 and value.shape != cache
+        if value.num_bytes > 2 * MIB and len(value.shape) > 1 and min(value.shape[-2:]) >= 64 and value.shape != cache
     ]
 
 

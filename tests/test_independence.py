@@ -2,14 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokjax import GrokConfig, KVCache, forward, init, make_mesh, prefill
-from grokjax.steps import decode
+from grokjax import GrokConfig, KVCache, SampleSettings, decode, forward, generate, init, make_mesh, prefill
 
 CONFIG = GrokConfig.tiny().replace(num_layers=2, max_seq_len=32)
 ROWS, CHUNK, LONGEST = 4, 6, 18
@@ -41,7 +41,7 @@ def schedules(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(schedule=schedules(), pad=st.integers(0, CONFIG.vocab_size - 1))
 def test_any_schedule_gives_each_row_its_own_logits(
     mesh: tuple[int, int], schedule: tuple[list[int], list[list[int]]], pad: int
@@ -81,6 +81,45 @@ def test_a_row_moved_to_another_slot_goes_on(mesh: tuple[int, int]) -> None:
     np.testing.assert_allclose(logits, alone(mesh)[[0, 1, 5, 3], CHUNK], atol=2e-5)
 
 
+@settings(max_examples=8)
+@given(
+    texts=st.lists(st.integers(0, 15), min_size=ROWS, max_size=ROWS),
+    lengths=st.lists(st.integers(1, CHUNK), min_size=ROWS, max_size=ROWS),
+    pad=st.integers(0, CONFIG.vocab_size - 1),
+)
+def test_a_drawn_continuation_is_the_rows_own(texts: list[int], lengths: list[int], pad: int) -> None:
+    """The same prompt, key and temperature give the same tokens in any company and slot."""
+    piece = np.where(np.arange(CHUNK) < np.array(lengths)[:, None], tokens()[texts, :CHUNK], pad)
+    together = draw_continuations(piece, lengths, texts)
+    order = [2, 0, 3, 1]
+    company = [(text + 1) % 16 for text in texts]
+    for slot, row in enumerate(order):
+        others = tokens()[company, :CHUNK].copy()
+        others[slot] = tokens()[texts[row], :CHUNK]  # the row's own padding is other tokens now
+        mixed_lengths = [1] * ROWS
+        mixed_lengths[slot] = lengths[row]
+        keys = [*company[:slot], texts[row], *company[slot + 1 :]]
+        np.testing.assert_array_equal(draw_continuations(others, mixed_lengths, keys)[slot], together[row])
+
+
+def draw_continuations(piece: np.ndarray, lengths: list[int], seeds: list[int]) -> np.ndarray:
+    """Four tokens for each row [ROWS, 4], drawn with the keys of `seeds`."""
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+    drawing = SampleSettings.create(ROWS, temperature=0.8, nucleus_p=0.95)
+    made = generate(model((1, 1)), piece, lengths, max_new_tokens=4, settings=drawing, keys=keys)
+    return np.asarray(made.tokens)
+
+
+def test_rows_that_the_data_axis_does_not_divide() -> None:
+    """Three rows on two rows of devices: computed on both, and the same."""
+    mesh, lengths = make_mesh((2, 4)), np.array([6, 2, 4])
+    cache = KVCache.create(CONFIG, 3, 24, mesh=mesh)
+    logits, cache = prefill(model((2, 4)), tokens()[:3, :CHUNK], lengths, cache)
+    np.testing.assert_allclose(logits, alone((2, 4))[np.arange(3), lengths - 1], atol=2e-5)
+    logits, _ = decode(model((2, 4)), tokens()[np.arange(3), lengths], cache)
+    np.testing.assert_allclose(logits, alone((2, 4))[np.arange(3), lengths], atol=2e-5)
+
+
 def test_blocks_of_attention_join_exactly() -> None:
     """Texts longer than a block of queries and of keys, in a cache that the block does not divide."""
     config = CONFIG.replace(num_layers=1, max_seq_len=700)
@@ -90,7 +129,7 @@ def test_blocks_of_attention_join_exactly() -> None:
     cache = KVCache.create(config, 1, 611)
     logits, cache = prefill(long_model, text[:, :300], np.array([300]), cache)
     np.testing.assert_allclose(logits[0], expected[299], atol=2e-5)
-    logits, cache = prefill(long_model, text[:, 300:599], np.array([299]), cache)
+    logits, cache = prefill(long_model, text[:, 300:], np.array([299]), cache)
     np.testing.assert_allclose(logits[0], expected[598], atol=2e-5)
     logits, cache = decode(long_model, text[:, 599], cache)
     np.testing.assert_allclose(logits[0], expected[599], atol=2e-5)

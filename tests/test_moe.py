@@ -6,9 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from grokjax.moe import evaluate_experts, rows_per_block
+from grokjax.config import GrokConfig
+from grokjax.moe import FeedForward, evaluate_experts, rows_per_block
 from grokjax.quantization import quantize
+from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
 LAYERS, EXPERTS, DIM, HIDDEN = 2, 8, 16, 24
 
@@ -28,10 +33,14 @@ def definition(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, layer: int
         for expert, share in zip(chosen, shares, strict=True):
             if 0 <= expert < EXPERTS:
                 gate, up, down = (np.asarray(w[layer, expert], np.float64) for w in weights())
-                z = row @ gate
-                gelu = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
-                out[token] += share * ((gelu * (row @ up)) @ down)
+                out[token] += share * gated(row, gate, up, down)
     return out
+
+
+def gated(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    z = x @ gate
+    gelu = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+    return (gelu * (x @ up)) @ down
 
 
 def routed(num_tokens: int, per_token: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -62,6 +71,35 @@ def test_against_the_definition(num_tokens: int, per_token: int) -> None:
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
+@functools.cache
+def compiled_blocks(block: int):
+    return jax.jit(functools.partial(evaluate_experts, block=block))
+
+
+@settings(max_examples=30)
+@pytest.mark.parametrize("block", [4, 16])
+@given(seed=st.integers(0, 10**6), chosen=st.sets(st.integers(-1, EXPERTS), min_size=2), layer=st.integers(0, 1))
+def test_any_routes(block: int, seed: int, chosen: set[int], layer: int) -> None:
+    """Some experts crowded, some empty, some numbers outside, as of padding and of other devices' experts.
+
+    The weights of experts that nobody chose are NaN, and so would be whatever touches them.
+    """
+    x, gates, _ = routed(30, 2, seed)
+    rng, numbers = np.random.default_rng(seed), sorted(chosen)
+    experts = np.stack([rng.choice(numbers, 2, replace=False) for _ in x]).astype(np.int32)
+    stacks = tuple(jnp.asarray(poisoned(stack, layer, experts)) for stack in weights())
+    out = compiled_blocks(block)(x, gates, experts, stacks, layer=jnp.int32(layer))
+    np.testing.assert_allclose(out, definition(x, gates, experts, layer), atol=2e-5)
+
+
+def poisoned(stack: np.ndarray, layer: int, experts: np.ndarray) -> np.ndarray:
+    """The stack [L, E, ...] with NaN for all but the experts of one layer that are chosen."""
+    chosen = np.intersect1d(experts, np.arange(EXPERTS))
+    out = np.full_like(stack, np.nan)
+    out[layer, chosen] = stack[layer, chosen]
+    return out
+
+
 def test_all_tokens_on_one_expert() -> None:
     x, gates, _ = routed(261, 1)
     experts = np.full((len(x), 1), 6, np.int32)
@@ -69,24 +107,10 @@ def test_all_tokens_on_one_expert() -> None:
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
-def test_only_chosen_experts_are_evaluated() -> None:
-    """Whatever touches an expert of NaN is NaN: here, nothing is."""
-    x, gates, experts = routed(40, 2)
-    experts = np.where(experts == 3, -1, experts)  # left out, as another device's experts and padding are
-    poisoned = []
-    for stack in weights():
-        stack = stack.copy()
-        stack[:, 3] = np.nan
-        stack[0] = np.nan
-        poisoned.append(jnp.asarray(stack))
-    out = run(x, gates, experts, tuple(poisoned))
-    np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
-
-
 def test_nobody_chose_anything() -> None:
     x, gates, experts = routed(5, 2)
-    poisoned = tuple(jnp.full_like(jnp.asarray(stack), jnp.nan) for stack in weights())
-    np.testing.assert_array_equal(run(x, gates, np.full_like(experts, EXPERTS), poisoned), np.zeros_like(x))
+    nan = tuple(jnp.full_like(jnp.asarray(stack), jnp.nan) for stack in weights())
+    np.testing.assert_array_equal(run(x, gates, np.full_like(experts, EXPERTS), nan), np.zeros_like(x))
 
 
 def test_quantised_experts() -> None:
@@ -95,3 +119,44 @@ def test_quantised_experts() -> None:
     out = run(x, gates, experts, stacks)
     exact = definition(x, gates, experts, 1)
     assert np.abs(out - exact).max() < 0.03 * np.abs(exact).max()
+
+
+SMALL = GrokConfig.tiny().replace(model_dim=DIM, ffn_dim=HIDDEN, num_layers=2)
+
+
+def block_on(mesh: tuple[int, int], rules: ShardingRules, config: GrokConfig = SMALL) -> FeedForward:
+    partitioner = Partitioner.create(config, make_mesh(mesh), rules)
+    return FeedForward(config, dtype=jnp.float32, quantized=False, partitioner=partitioner, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def compiled_module():
+    return jax.jit(lambda module, x, valid: module(x, valid, layer=jnp.int32(1)))
+
+
+@pytest.mark.parametrize(
+    "rules", [ShardingRules.tensor_parallel(), ShardingRules.expert_parallel()], ids=["tensor", "expert"]
+)
+def test_invalid_tokens_evaluate_nothing(rules: ShardingRules) -> None:
+    """Experts that only padding chose are NaN: nothing is, and the padding's own results are 0."""
+    module, x = block_on((2, 4), rules), jnp.asarray(routed(8, 1)[0].reshape(2, 4, DIM))
+    valid = np.array([[True, True, False, False], [True, False, False, False]])
+    clean = np.asarray(compiled_module()(module, x, valid))
+    experts = np.asarray(module.route(x, layer=jnp.int32(1))[1])
+    assert set(experts[~valid].flat) - set(experts[valid].flat), "the padding must have chosen experts of its own"
+    for param in (module.gate, module.up, module.down):
+        param.set_value(jnp.asarray(poisoned(np.asarray(param.get_value()), 1, experts[valid])))
+    out = np.asarray(compiled_module()(module, x, valid))
+    np.testing.assert_array_equal(out, clean)
+    assert (out[~valid] == 0).all()
+    assert (out[valid] != 0).any(axis=-1).all()
+
+
+def test_dense_block() -> None:
+    """One expert: no router, no gate."""
+    module = block_on((1, 1), ShardingRules(), SMALL.replace(num_experts=1, experts_per_token=1))
+    assert not hasattr(module, "router")
+    x = routed(8, 1)[0]
+    gate, up, down = (np.asarray(p.get_value(), np.float64)[1, 0] for p in (module.gate, module.up, module.down))
+    out = compiled_module()(module, jnp.asarray(x.reshape(2, 4, DIM)), np.ones((2, 4), bool))
+    np.testing.assert_allclose(out, gated(x, gate, up, down).reshape(2, 4, DIM), atol=2e-5)

@@ -11,6 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from grokjax.quantization import (
     QuantizedArray,
+    Weight,
     _blocked_matmul,
     _direct_matmul,
     _reduced_matmul,
@@ -23,11 +24,20 @@ from grokjax.quantization import (
 )
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules, make_mesh
 
-RNG = np.random.default_rng(0)
-
 
 def random(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def product_in_float64(x: jax.Array, w: Weight) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
+
+
+def assert_close(out: jax.Array, expected: np.ndarray, dtype: str = "float32") -> None:
+    """Within 1e-5 (float32) or 1e-2 (bfloat16) of the largest value."""
+    assert out.dtype == jnp.float32
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    np.testing.assert_allclose(out, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
@@ -67,21 +77,32 @@ def test_indivisible_blocks_are_refused() -> None:
         quantize(jnp.ones((16, 4)), num_blocks=3)
 
 
-@pytest.mark.parametrize("product", [_direct_matmul, _blocked_matmul, _reduced_matmul])
-@pytest.mark.parametrize("num_blocks", [0, 1, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("rows", [1, 2, 8, 40])
-def test_every_form_of_the_product(product, num_blocks: int, dtype: str, tolerance: float, rows: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rows", "num_blocks"),
+    [*((rows, 4) for rows in (1, 2, 8, 9, 16, 17, 200)), *((rows, blocks) for rows in (1, 17) for blocks in (0, 1, 8))],
+)
+def test_every_form_of_the_product(rows: int, num_blocks: int, dtype: str) -> None:
     """The forms for accelerators run on CPUs too, so that each is held to the definition here."""
     stack = jnp.asarray(random(2, 3, 96, 40))
-    w = quantize(stack, num_blocks=num_blocks) if num_blocks else stack.astype(dtype)
+    w = quantize(stack, num_blocks=num_blocks, scale_dtype=dtype) if num_blocks else stack.astype(dtype)
     x = jnp.asarray(random(rows, 96)).astype(dtype)
-    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)[1, 2]
     weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
     at = (jnp.int32(1), jnp.int32(2))
-    out = jax.jit(product)(x, weight, scales, at)
-    assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+    forms = (_direct_matmul, _blocked_matmul, _reduced_matmul)
+    every_form = jax.jit(lambda x, weight, scales, at: [form(x, weight, scales, at) for form in forms])
+    expected = product_in_float64(x, jax.tree.map(lambda leaf: leaf[1, 2], w))
+    for out in every_form(x, weight, scales, at):
+        assert_close(out, expected, dtype)
+
+
+@pytest.mark.parametrize("stack", [(), (3,), (2, 3)], ids=str)
+def test_every_index_of_a_stack(stack: tuple[int, ...]) -> None:
+    w, x = quantize(jnp.asarray(random(*stack, 16, 8)), num_blocks=2), jnp.asarray(random(4, 16))
+    product = jax.jit(matmul)
+    for index in np.ndindex(stack):
+        expected = product_in_float64(x, jax.tree.map(lambda leaf, index=index: leaf[index], w))
+        assert_close(product(x, w, at=tuple(map(jnp.int32, index))), expected)
 
 
 def test_blocks_that_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,19 +110,43 @@ def test_blocks_that_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grokjax.quantization._BLOCK_BYTES", 40 * 32)
     w = quantize(jnp.asarray(random(2 * 103, 40)), num_blocks=2)
     x = jnp.asarray(random(3, 206))
-    expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
-    np.testing.assert_allclose(_blocked_matmul(x, w.weight, w.scales, ()), expected, atol=1e-4)
+    assert_close(_blocked_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
 def test_leading_axes(shape: tuple[int, ...]) -> None:
     w, x = quantize(jnp.asarray(random(16, 8))), jnp.asarray(random(*shape, 16))
-    np.testing.assert_allclose(matmul(x, w), np.asarray(x) @ np.asarray(dequantize(w)), atol=1e-5)
+    assert_close(matmul(x, w), product_in_float64(x, w))
 
 
-def test_einsum() -> None:
-    w, x = quantize(jnp.asarray(random(3, 16, 8))), jnp.asarray(random(5, 16))
-    np.testing.assert_allclose(einsum("mc,eco->meo", x, w), einsum("mc,eco->meo", x, dequantize(w)), atol=1e-6)
+@pytest.mark.parametrize("num_blocks", [0, 4])
+def test_einsum(num_blocks: int) -> None:
+    plain, x = jnp.asarray(random(3, 16, 8)), jnp.asarray(random(5, 16))
+    w = quantize(plain, num_blocks=num_blocks) if num_blocks else plain
+    expected = np.stack([product_in_float64(x, one) for one in dequantize(w)], axis=1)
+    assert_close(einsum("mc,eco->meo", x, w), expected)
+
+
+def test_inside_vmap() -> None:
+    w, x = quantize(jnp.asarray(random(3, 16, 8)), num_blocks=2), jnp.asarray(random(3, 5, 16))
+    expected = np.stack([product_in_float64(rows, one) for rows, one in zip(x, dequantize(w), strict=True)])
+    assert_close(jax.vmap(matmul)(x, w), expected)
+
+
+@pytest.mark.parametrize(
+    ("axes", "num_blocks"), [(("heads", "embed"), 1), (("heads", "embed"), 8), (("embed", "ffn"), 8)]
+)
+def test_on_a_mesh(axes: tuple[str, str], num_blocks: int) -> None:
+    """Each device multiplies its own rows or columns, with its own scales, as inside the model."""
+    partitioner = Partitioner(make_mesh((1, 8)), ShardingRules())
+    w, x = quantize(jnp.asarray(random(64, 16)), num_blocks=num_blocks), jnp.asarray(random(5, 64))
+    in_specs = (partitioner.spec((None, axes[0]), x.shape), specs(w, axes, partitioner))
+    product = partitioner.shard_map(
+        lambda x, w: partitioner.psum(matmul(x, w), axes[0]),
+        in_specs=in_specs,
+        out_specs=partitioner.spec((None, axes[1]), (5, 16)),
+    )
+    assert_close(jax.jit(product)(x, w), product_in_float64(x, w))
 
 
 def test_inside_a_scan() -> None:

@@ -1,19 +1,24 @@
 """Meshes, rules, and where every parameter and cache entry lies."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
-from grokjax.model import abstract_model, init
+from grokjax.model import Grok, abstract_model, init
+from grokjax.quantization import QuantizedArray, specs
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
 TINY = GrokConfig.tiny()
+SMALL = TINY.replace(num_layers=1)
 
 
 def partitioner(mesh: tuple[int, int], config: GrokConfig = TINY, **changes: str | None) -> Partitioner:
@@ -34,6 +39,7 @@ def test_mesh(shape: tuple[int, int]) -> None:
         ((1, 4), (1, 4), "needs 16 devices and there are 8"),
         ((1, 2), (1, 2), "needs 4 devices and there are 8"),
         ((0, 8), (1, 1), "mesh extents must be 1 or more"),
+        ((1, 4), (1, 2), r"between_hosts=\(1, 2\) needs 2 hosts and the devices belong to 1"),
     ],
 )
 def test_impossible_meshes(local: tuple[int, int], between_hosts: tuple[int, int], message: str) -> None:
@@ -63,6 +69,26 @@ def test_refused_specs(axes: tuple[str, ...], shape: tuple[int, ...], message: s
         partitioner((2, 4)).spec(axes, shape)
 
 
+def test_scale_blocks_that_the_axis_cuts_are_refused() -> None:
+    abstract = QuantizedArray(jnp.zeros((64, 8), jnp.int8), jnp.ones((4, 8)))
+    with pytest.raises(ValueError, match="the mesh axis 'model' of 8 devices does not divide heads of size 4"):
+        specs(abstract, ("heads", "embed"), partitioner((1, 8)))
+
+
+COLLISION = "put two dimensions on one mesh axis .*: change a rule of ShardingRules"
+
+
+@pytest.mark.parametrize("changes", [{"experts": "model"}, {"embed": "model"}], ids=str)
+def test_colliding_rules_of_weights_are_refused(changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=COLLISION):
+        abstract_parameters((2, 4), ShardingRules().replace(**changes))
+
+
+def test_colliding_rules_of_the_cache_are_refused() -> None:
+    with pytest.raises(ValueError, match=COLLISION):
+        KVCache.abstract(TINY, 4, 8, mesh=make_mesh((2, 4)), rules=ShardingRules(batch="model"))
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
@@ -86,7 +112,7 @@ def test_the_data_axis_must_divide_what_it_shards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "kv_heads", "copies"), [((1, 8), 8, 1), ((1, 8), 4, 2), ((2, 4), 1, 4), ((8, 1), 4, 1)]
+    ("mesh", "kv_heads", "copies"), [((1, 8), 8, 1), ((1, 8), 4, 2), ((2, 4), 2, 2), ((2, 4), 1, 4), ((8, 1), 4, 1)]
 )
 def test_groups_of_devices_for_each_kv_head(mesh: tuple[int, int], kv_heads: int, copies: int) -> None:
     config = TINY.replace(num_kv_heads=kv_heads)
@@ -94,30 +120,54 @@ def test_groups_of_devices_for_each_kv_head(mesh: tuple[int, int], kv_heads: int
     cache = KVCache.create(config, 1, 8, mesh=make_mesh(mesh))
     assert cache.keys.shape[2] == kv_heads * copies
     assert cache.keys.addressable_shards[0].data.shape[2] == max(1, kv_heads // mesh[1])
+    # The weights are split evenly all the same, each head between the devices of its group.
+    key = abstract_parameters(mesh, ShardingRules(), config)["key"].weight
+    assert key.sharding.shard_shape(key.shape) == (2, 64, kv_heads * 16 // mesh[1])
 
 
-EXPECTED = {
-    "tensor": {"query": P(None, None, "model"), "output": P(None, "model", None), "table": P("model", None)}
-    | {"gate": P(None, None, None, "model"), "down": P(None, None, "model", None), "router": P(None, None, None)},
-    "expert": {"query": P(None, None, "model"), "gate": P(None, "model", None, None)}
-    | {"down": P(None, "model", None, None)},
-    "fully": {"query": P(None, "data", "model"), "output": P(None, "model", "data"), "table": P("model", "data")}
-    | {"gate": P(None, None, "data", "model"), "down": P(None, None, "model", "data")},
-}
 RULES = {
     "tensor": ShardingRules.tensor_parallel(),
     "expert": ShardingRules.expert_parallel(),
     "fully": ShardingRules().replace(embed="data"),
 }
+# Where a weight lies under the three sets of rules, in their order; all others are whole on every device.
+INTO_HEADS = (P(None, None, "model"), P(None, None, "model"), P(None, "data", "model"))
+INTO_EXPERTS = (P(None, None, None, "model"), P(None, "model", None, None), P(None, None, "data", "model"))
+EXPECTED = {
+    "table": (P("model", None), P("model", None), P("model", "data")),
+    "query": INTO_HEADS,
+    "key": INTO_HEADS,
+    "value": INTO_HEADS,
+    "output": (P(None, "model", None), P(None, "model", None), P(None, "model", "data")),
+    "gate": INTO_EXPERTS,
+    "up": INTO_EXPERTS,
+    "down": (P(None, None, "model", None), P(None, "model", None, None), P(None, None, "model", "data")),
+}
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_every_parameter_lies_where_the_rules_say(name: str) -> None:
-    model = init(TINY, mesh=make_mesh((2, 4)), rules=RULES[name])
-    found = {path[-1]: param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
-    for leaf, spec in EXPECTED[name].items():
-        value = found[leaf]
-        assert getattr(value, "weight", value).sharding.spec == spec, leaf
+def abstract_parameters(
+    mesh: tuple[int, int], rules: ShardingRules, config: GrokConfig = TINY, *, quantized: bool = True
+) -> dict[str, Any]:
+    """Shapes and shardings of all parameters by the last word of their path; those of the norms run together."""
+    place = Partitioner.create(config, make_mesh(mesh), rules)
+    model = abstract_model(config, place, dtype=jnp.float32, quantized=quantized)
+    return {path[-1]: param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["int8", "plain"])
+@pytest.mark.parametrize(("column", "rules"), list(enumerate(RULES.values())), ids=RULES)
+def test_every_parameter_lies_where_the_rules_say(column: int, rules: ShardingRules, quantized: bool) -> None:
+    found = abstract_parameters((2, 4), rules, quantized=quantized)
+    assert set(found) == {*EXPECTED, "router", "scale"}
+    for name, value in found.items():
+        if name not in EXPECTED:
+            assert value.sharding.is_fully_replicated, name
+            continue
+        spec = EXPECTED[name][column]
+        assert getattr(value, "weight", value).sharding.spec == spec, name
+        if isinstance(value, QuantizedArray):
+            # One block of scales belongs to all rows of the weight; it follows the other axes.
+            assert value.scales.sharding.spec == P(*spec[:-2], None, spec[-1]), name
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
@@ -138,7 +188,18 @@ def test_nothing_large_of_the_real_model_is_whole_on_a_device(rules: ShardingRul
     assert per_device < 1.01 * total / 8
 
 
-def test_random_weights_are_the_same_on_every_mesh() -> None:
-    one, many = init(TINY), init(TINY, mesh=make_mesh((2, 4)), rules=RULES["fully"])
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
-        assert (jax.device_get(a) == jax.device_get(b)).all()
+@pytest.mark.parametrize("rules", ["expert", "fully"])
+def test_random_weights_are_the_same_on_every_mesh(rules: str) -> None:
+    mesh = make_mesh((2, 4))
+    place = Partitioner.create(SMALL, mesh, RULES[rules])
+    planned = jax.tree.leaves(abstract_model(SMALL, place, dtype=jnp.bfloat16, quantized=True))
+    many = jax.tree.leaves(init(SMALL, mesh=mesh, rules=RULES[rules]))
+    for a, b, plan in zip(jax.tree.leaves(on_one_device()), many, planned, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        assert b.sharding.is_equivalent_to(plan.sharding, b.ndim)
+        assert {shard.data.shape for shard in b.addressable_shards} == {plan.sharding.shard_shape(b.shape)}
+
+
+@functools.cache
+def on_one_device() -> Grok:
+    return init(SMALL)

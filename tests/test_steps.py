@@ -8,8 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokjax import GrokConfig, KVCache, SampleSettings, decode, forward, generate, init, make_mesh, prefill
+from grokjax import (
+    GrokConfig,
+    KVCache,
+    SampleSettings,
+    decode,
+    decode_and_sample,
+    forward,
+    generate,
+    init,
+    make_mesh,
+    prefill,
+    steps,
+)
+from grokjax.model import abstract_model
 from grokjax.sampling import row_keys, sample_token
+from grokjax.sharding import Partitioner
 
 CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
 TOKENS = np.random.default_rng(0).integers(3, 500, (3, 8))
@@ -19,6 +33,10 @@ LENGTHS = np.array([8, 5, 1])
 @functools.cache
 def model():
     return init(CONFIG, dtype=jnp.float32)
+
+
+NEW = 6  # tokens that `generate` makes: one number, so that it compiles once
+OVERFULL = jnp.array([16, 10, 1])
 
 
 def empty(batch_size: int = 3, max_len: int = 16) -> KVCache:
@@ -52,6 +70,7 @@ class TestRefusals:
         ("tokens", "lengths", "message"),
         [
             (TOKENS + 600, LENGTHS, "tokens must be between"),
+            (TOKENS[0], LENGTHS, r"must have shape \[batch, length\]"),
             (TOKENS, [8, 5], r"lengths has shape \(2,\) and tokens \(3, 8\)"),
             (TOKENS, [9, 5, 1], "lengths must be between 0 and 8; these reach from 1 to 9"),
             (TOKENS, [-1, 5, 1], "lengths must be between 0 and 8"),
@@ -78,26 +97,38 @@ class TestRefusals:
             decode(model(), [3, 4, 5], cache)
         with pytest.raises(ValueError, match=r"active has shape \(2,\) and tokens \(3,\)"):
             decode(model(), [3, 4, 5], cache, active=[True, True])
+        with pytest.raises(ValueError, match=r"tokens must have shape \[batch\] and not be empty"):
+            decode(model(), [[3, 4, 5]], cache)
         with pytest.raises(ValueError, match="tokens must be between"):
             decode(model(), [3, 4, 512], cache)
         with pytest.raises(ValueError, match="this call needs"):
             decode(model(), [3, 4], cache)
+        assert not cache.keys.is_deleted()
         decode(model(), [3, 4, 5], cache, active=[False, True, True])
 
     @pytest.mark.parametrize(
-        ("lengths", "max_new_tokens", "message"),
+        ("tokens", "lengths", "max_new_tokens", "message"),
         [
-            (LENGTHS, 25, "8 prompt tokens and max_new_tokens=25 must leave at least one new token and fit"),
-            (LENGTHS, 0, "max_new_tokens=0"),
-            ([8, 0, 1], 4, "lengths must be between 1 and 8; these reach from 0 to 8"),
+            (TOKENS, LENGTHS, 25, "8 prompt tokens and max_new_tokens=25 must leave at least one new token and fit"),
+            (TOKENS, LENGTHS, 0, "max_new_tokens=0"),
+            (TOKENS, [8, 0, 1], 4, "lengths must be between 1 and 8; these reach from 0 to 8"),
+            (TOKENS, [8.0, 5.0, 1.0], 4, "lengths must be integers, not float64"),
+            (TOKENS, [8], 4, r"lengths has shape \(1,\) and tokens \(3, 8\)"),
+            (TOKENS[0], LENGTHS, 4, r"must have shape \[batch, length\]"),
+            (TOKENS + 600, LENGTHS, 4, "tokens must be between 0 and 511"),
         ],
     )
-    def test_generate(self, lengths, max_new_tokens: int, message: str) -> None:
+    def test_generate(self, tokens, lengths, max_new_tokens: int, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            generate(model(), TOKENS, lengths, max_new_tokens=max_new_tokens)
+            generate(model(), tokens, lengths, max_new_tokens=max_new_tokens)
+
+    def test_generate_with_settings_of_another_batch(self) -> None:
+        with pytest.raises(ValueError, match="one key and one setting per row"):
+            generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, settings=SampleSettings.create(2))
 
     def test_cache_of_another_mesh(self) -> None:
-        wide = init(CONFIG, dtype=jnp.float32, mesh=make_mesh((1, 8)))  # 4 kv heads on 8 devices
+        place = Partitioner.create(CONFIG, make_mesh((1, 8)))  # 4 kv heads on 8 devices
+        wide = abstract_model(CONFIG, place, dtype=jnp.float32, quantized=True)
         with pytest.raises(ValueError, match="create it with the model's configuration, mesh and rules"):
             decode(wide, [3, 4, 5], empty())
 
@@ -114,6 +145,15 @@ def test_inactive_rows_stay_as_they_are() -> None:
         np.testing.assert_array_equal(new[:, 0, :, :8], old[:, 0, :, :8])
 
 
+def test_prefill_leaves_rows_of_nothing_as_they_are() -> None:
+    _, cache = prefill(model(), TOKENS, LENGTHS, empty())
+    before = jax.device_get(cache)
+    _, after = prefill(model(), TOKENS, [0, 3, 0], cache)
+    np.testing.assert_array_equal(after.lengths, [8, 8, 1])
+    for half in ("keys", "values"):
+        np.testing.assert_array_equal(np.asarray(getattr(after, half))[:, [0, 2]], getattr(before, half)[:, [0, 2]])
+
+
 def test_full_row_under_a_callers_jit() -> None:
     """There is nobody to raise an error to: the row stays, its logits are NaN, the others go on."""
     cache = full_rows()
@@ -124,17 +164,33 @@ def test_full_row_under_a_callers_jit() -> None:
     np.testing.assert_array_equal(np.asarray(after.keys)[:, 0], before.keys[:, 0])
 
 
-def test_prefill_and_decode_under_a_callers_jit() -> None:
+def test_every_step_under_a_callers_jit() -> None:
     @jax.jit
-    def two_steps(model, tokens, lengths, cache):
+    def all_steps(model, tokens, lengths, cache):
         logits, cache = prefill(model, tokens, lengths, cache)
-        return decode(model, logits.argmax(-1), cache)
+        result = generate(model, tokens, lengths, max_new_tokens=NEW)
+        return forward(model, tokens), decode(model, logits.argmax(-1), cache), result
 
-    logits, cache = prefill(model(), TOKENS, LENGTHS, empty())
-    expected, _ = decode(model(), logits.argmax(-1), cache)
-    together, cache = two_steps(model(), TOKENS, LENGTHS, empty())
-    np.testing.assert_allclose(together, expected, atol=1e-5)
-    np.testing.assert_array_equal(cache.lengths, LENGTHS + 1)
+    everywhere, (following, cache), result = all_steps(model(), TOKENS, LENGTHS, empty())
+    logits, expected_cache = prefill(model(), TOKENS, LENGTHS, empty())
+    expected, expected_cache = decode(model(), logits.argmax(-1), expected_cache)
+    np.testing.assert_allclose(everywhere, forward(model(), TOKENS), atol=1e-5)
+    np.testing.assert_allclose(following, expected, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_array_equal(result.tokens, generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW).tokens)
+
+
+def test_prefill_beyond_the_end_under_a_callers_jit() -> None:
+    """What does not fit is dropped, and what the row held before is not."""
+    cache = full_rows()
+    before = jax.device_get(cache)
+    _, after = jax.jit(prefill)(model(), TOKENS, jnp.array([8, 8, 8]), dataclasses.replace(cache, lengths=OVERFULL))
+    np.testing.assert_array_equal(after.lengths, [16, 16, 9])
+    np.testing.assert_array_equal(np.asarray(after.keys)[:, 0], before.keys[:, 0])
+    np.testing.assert_array_equal(np.asarray(after.keys)[:, 1, :, :10], before.keys[:, 1, :, :10])
+    fresh = np.asarray(after.keys)[:, 1, :, 10:]
+    assert (np.abs(fresh).max(axis=(0, 1, 3)) > 0).all()
 
 
 def test_the_cache_is_donated() -> None:
@@ -161,43 +217,67 @@ def test_one_piece_is_chunks_is_token_by_token(chunks: list[int]) -> None:
 
 class TestGenerate:
     def test_greedy_by_default(self) -> None:
-        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=6)
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW)
         logits, cache = prefill(model(), TOKENS, LENGTHS, empty())
-        for step in range(6):
+        for step in range(NEW):
             token = np.asarray(logits).argmax(-1)
             np.testing.assert_array_equal(result.tokens[:, step], token)
             expected = jax.nn.log_softmax(logits)[np.arange(3), token]
             np.testing.assert_allclose(result.logprobs[:, step], expected, atol=1e-4)
             logits, cache = decode(model(), token, cache)
-        np.testing.assert_array_equal(result.lengths, [6, 6, 6])
+        np.testing.assert_array_equal(result.lengths, [NEW] * 3)
 
     def test_drawn_as_by_hand(self) -> None:
         settings = SampleSettings.create(3, temperature=[0.7, 1.0, 1.3], nucleus_p=0.9, top_k=50)
         keys = jax.random.split(jax.random.key(1), 3)
-        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=5, settings=settings, keys=keys)
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, settings=settings, keys=keys)
+        assert (result.tokens != generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW).tokens).any()
+        draw = jax.jit(lambda logits, positions: sample_token(row_keys(keys, positions), logits, settings))
         logits, cache = prefill(model(), TOKENS, LENGTHS, empty())
-        for step in range(5):
-            drawn = sample_token(row_keys(keys, cache.lengths), logits, settings)
-            np.testing.assert_array_equal(result.tokens[:, step], drawn.token_id)
+        drawn = fused = draw(logits, cache.lengths)
+        fused_cache = jax.tree.map(jnp.copy, cache)
+        for step in range(NEW):
+            for made in (drawn, fused):
+                np.testing.assert_array_equal(result.tokens[:, step], made.token_id)
+                np.testing.assert_allclose(result.logprobs[:, step], made.logprob, atol=1e-5)
             logits, cache = decode(model(), drawn.token_id, cache)
+            drawn = draw(logits, cache.lengths)
+            fused, fused_cache = decode_and_sample(model(), fused.token_id, fused_cache, settings, keys)
 
-    def test_stops_row_by_row(self) -> None:
-        free = np.asarray(generate(model(), TOKENS, LENGTHS, max_new_tokens=6).tokens)
-        eos = int(free[0, 2])
-        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=6, eos_id=eos)
+    def test_stops_row_by_row_and_as_soon_as_all_have_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        free = np.asarray(generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW).tokens)
+        eos, calls = int(free[0, 2]), []
+
+        def counted(*args):
+            jax.debug.callback(lambda: calls.append(1))
+            return decode_step(*args)
+
+        decode_step = steps._decode_step
+        monkeypatch.setattr(steps, "_decode_step", counted)  # read while this end of sequence is compiled
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, eos_id=eos)
         for row in range(3):
             at = np.flatnonzero(free[row] == eos)
-            length = int(at[0]) + 1 if at.size else 6
+            length = int(at[0]) + 1 if at.size else NEW
             assert result.lengths[row] == length
             np.testing.assert_array_equal(result.tokens[row, :length], free[row, :length])
             np.testing.assert_array_equal(result.tokens[row, length:], CONFIG.pad_id)
             np.testing.assert_array_equal(result.logprobs[row, length:], 0)
         assert result.lengths[0] <= 3
+        jax.effects_barrier()
+        assert len(calls) == result.lengths.max() - 1
+
+        # Alone, the row that ends early ends the loop; the others are not even begun.
+        calls.clear()
+        only_first = SampleSettings.create(3, temperature=0.0, active=[True, False, False])
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, eos_id=eos, settings=only_first)
+        jax.effects_barrier()
+        assert len(calls) == result.lengths[0] - 1 < NEW - 1
+        np.testing.assert_array_equal(result.lengths[1:], [0, 0])
 
     def test_inactive_rows_make_nothing(self) -> None:
         settings = SampleSettings.create(3, temperature=0.0, active=[True, False, True])
-        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=3, settings=settings)
-        np.testing.assert_array_equal(result.lengths, [3, 0, 3])
+        result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, settings=settings)
+        np.testing.assert_array_equal(result.lengths, [NEW, 0, NEW])
         np.testing.assert_array_equal(result.tokens[1], CONFIG.pad_id)
-        everyone = generate(model(), TOKENS, LENGTHS, max_new_tokens=3)
-        np.testing.assert_array_equal(result.tokens[0], everyone.tokens[0])
+        everyone = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW)
+        np.testing.assert_array_equal(result.tokens[::2], everyone.tokens[::2])

@@ -112,6 +112,9 @@ def test_errors_before_any_work(generator: TextGenerator) -> None:
         generator.stream("a" * 64)
     with pytest.raises(ValueError, match="max_new_tokens=0 must be 1 or more"):
         generator.stream("a", max_new_tokens=0)
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match=rf"seed={seed} must be between 0 and 2\*\*32 - 1"):
+            generator.stream("a", seed=seed)
     with pytest.raises(ValueError, match="temperature"):
         generator.stream("a", temperature=-1)
     with pytest.raises(ValueError, match="max_len=65 must be between 2 and max_seq_len=64"):

@@ -1,0 +1,53 @@
+"""Builds what several test modules need: small checkpoints on disk, with what the float64 reference makes of them."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+import reference
+
+from grokjax.config import GrokConfig
+from grokjax.testing import WrittenTensor, write_release_checkpoint
+
+# 8 devices divide its heads, expert hidden and vocabulary; they outnumber its kv heads.
+SMALL = GrokConfig.tiny().replace(
+    model_dim=32, num_heads=8, num_kv_heads=4, head_dim=8, ffn_dim=48, vocab_size=64, max_seq_len=32, num_layers=1
+)
+DENSE = SMALL.replace(num_experts=1, experts_per_token=1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WrittenCheckpoint:
+    """A checkpoint in the release's format.
+
+    Attributes:
+      path: the parent of `ckpt-0`.
+      config: the sizes.
+      tensors: our parameter path -> what its file holds.
+    """
+
+    path: Path
+    config: GrokConfig
+    tensors: dict[str, WrittenTensor]
+
+    def stack(self, name: str) -> np.ndarray:
+        """The stored weights of all layers, [L, ...], of a parameter such as `attention.query`."""
+        return np.stack([self.tensors[f"layers.{i}.{name}"].weight for i in range(self.config.num_layers)])
+
+    def dequantised_stack(self, name: str) -> np.ndarray:
+        """What the stored weights of all layers stand for, float32 [L, ...]."""
+        return np.stack([self.tensors[f"layers.{i}.{name}"].dequantised() for i in range(self.config.num_layers)])
+
+    def expected_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """The float64 reference's logits [B, T, V] for tokens [B, T]."""
+        return np.stack([reference.forward(self._weights, self.config, row).logits for row in tokens])
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, np.ndarray]:
+        return {name: tensor.dequantised().astype(np.float64) for name, tensor in self.tensors.items()}
+
+
+def write_checkpoint(path: Path, config: GrokConfig = SMALL, **options) -> WrittenCheckpoint:
+    """Writes `path/ckpt-0`; the options are those of `write_release_checkpoint`."""
+    return WrittenCheckpoint(path, config, write_release_checkpoint(path / "ckpt-0", config, **options))

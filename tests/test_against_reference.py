@@ -1,0 +1,72 @@
+"""The loaded model against a NumPy float64 model of the same files: this proof needs nothing but the repository."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import DENSE, SMALL, WrittenCheckpoint, write_checkpoint
+
+from grokjax import Grok, GrokConfig, KVCache, ShardingRules, decode, forward, load, make_mesh, prefill
+
+TOKENS = np.random.default_rng(0).integers(3, SMALL.vocab_size, (2, 9))
+EXPERT_PARALLEL = ShardingRules.expert_parallel()
+FULLY_SHARDED = ShardingRules().replace(embed="data")
+
+
+def load_float32(checkpoint: WrittenCheckpoint, mesh: tuple[int, int], rules: ShardingRules | None = None) -> Grok:
+    return load(checkpoint.path, checkpoint.config, make_mesh(mesh), jnp.float32, rules=rules)
+
+
+def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(logits, expected, atol=5e-5 * expected.std(), rtol=0)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        pytest.param(SMALL, {"scale_blocks": 1}, id="one block of scales"),
+        pytest.param(SMALL, {"scale_blocks": 4}, id="4 blocks"),
+        pytest.param(SMALL.replace(num_layers=2), {"scale_blocks": 8}, id="8 blocks"),
+        pytest.param(SMALL.replace(num_layers=2), {"quantized": False}, id="plain"),
+        pytest.param(DENSE, {"scale_blocks": 4}, id="dense"),
+        pytest.param(DENSE.replace(num_layers=2), {"quantized": False}, id="dense plain"),
+    ],
+)
+def test_logits(tmp_path: Path, config: GrokConfig, options: dict, mesh: tuple[int, int]) -> None:
+    checkpoint = write_checkpoint(tmp_path, config, **options)
+    assert_close(forward(load_float32(checkpoint, mesh), TOKENS), checkpoint.expected_logits(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "scale_blocks"),
+    [
+        pytest.param((1, 8), None, 4, id="a block on two devices"),
+        pytest.param((1, 8), None, 8, id="a block on each device"),
+        pytest.param((2, 4), EXPERT_PARALLEL, 8, id="expert parallel"),
+        pytest.param((2, 4), FULLY_SHARDED, 4, id="fully sharded"),
+    ],
+)
+def test_logits_under_other_rules(
+    tmp_path: Path, mesh: tuple[int, int], rules: ShardingRules | None, scale_blocks: int
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, scale_blocks=scale_blocks)
+    assert_close(forward(load_float32(checkpoint, mesh, rules), TOKENS), checkpoint.expected_logits(TOKENS))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
+def test_twelve_layers_step_by_step(tmp_path: Path, mesh: tuple[int, int]) -> None:
+    """Prompts of two lengths, then one token after the other.
+
+    File block 2 holds layer 10: layers loaded in the order of the files would give noise, and no error.
+    """
+    checkpoint = write_checkpoint(tmp_path, SMALL.replace(num_layers=12), scale_blocks=4)
+    expected, lengths = checkpoint.expected_logits(TOKENS), np.array([6, 3])
+    model, rows = load_float32(checkpoint, mesh), np.arange(2)
+    cache = KVCache.create(checkpoint.config, 2, 16, mesh=make_mesh(mesh))
+    logits, cache = prefill(model, TOKENS[:, :6], lengths, cache)
+    assert_close(logits, expected[rows, lengths - 1])
+    for step in range(3):
+        logits, cache = decode(model, TOKENS[rows, lengths + step], cache)
+        assert_close(logits, expected[rows, lengths + step])
