@@ -1,6 +1,8 @@
 """The experts: each token gets the gated sum over its own, and no other expert is looked at."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grokjax.config import GrokConfig
-from grokjax.moe import FeedForward, evaluate_experts, rows_per_block
+from grokjax.moe import FeedForward, evaluate_experts, gated_unit, rows_per_block
 from grokjax.quantization import quantize
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
@@ -71,9 +73,41 @@ def test_against_the_definition(num_tokens: int, per_token: int) -> None:
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recorded:
+    """A compiled function that notes each evaluation of an expert as (layer, expert) while it runs.
+
+    NaN in the weights of the others would not do: the rows that fill up a block are dropped, NaN or not, so an expert
+    evaluated for nobody leaves no trace in the result.
+    """
+
+    run: Callable[..., jax.Array]
+    evaluated: list[tuple[int, int]]
+
+    def __call__(self, *args, **kwargs) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        self.evaluated.clear()
+        out = np.asarray(self.run(*args, **kwargs))
+        jax.effects_barrier()
+        return out, sorted(self.evaluated)
+
+
+def recorded(function: Callable[..., jax.Array], *args, **kwargs) -> Recorded:
+    """Compiles for arguments like these."""
+    evaluated = []
+
+    def noted(x: jax.Array, weights, *, at: tuple[jax.Array, ...]) -> jax.Array:
+        jax.debug.callback(lambda layer, expert: evaluated.append((int(layer), int(expert))), *at)
+        return gated_unit(x, weights, at=at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grokjax.moe.gated_unit", noted)
+        return Recorded(jax.jit(function).lower(*args, **kwargs).compile(), evaluated)
+
+
 @functools.cache
-def compiled_blocks(block: int):
-    return jax.jit(functools.partial(evaluate_experts, block=block))
+def recorded_blocks(block: int) -> Recorded:
+    stacks = tuple(map(jnp.asarray, weights()))
+    return recorded(functools.partial(evaluate_experts, block=block), *routed(30, 2), stacks, layer=jnp.int32(0))
 
 
 @settings(max_examples=30)
@@ -82,14 +116,16 @@ def compiled_blocks(block: int):
 def test_any_routes(block: int, seed: int, chosen: set[int], layer: int) -> None:
     """Some experts crowded, some empty, some numbers outside, as of padding and of other devices' experts.
 
-    The weights of experts that nobody chose are NaN, and so would be whatever touches them.
+    Each expert is evaluated as often as its tokens fill blocks, one that nobody chose never.
     """
     x, gates, _ = routed(30, 2, seed)
     rng, numbers = np.random.default_rng(seed), sorted(chosen)
     experts = np.stack([rng.choice(numbers, 2, replace=False) for _ in x]).astype(np.int32)
     stacks = tuple(jnp.asarray(poisoned(stack, layer, experts)) for stack in weights())
-    out = compiled_blocks(block)(x, gates, experts, stacks, layer=jnp.int32(layer))
+    out, evaluated = recorded_blocks(block)(x, gates, experts, stacks, layer=jnp.int32(layer))
     np.testing.assert_allclose(out, definition(x, gates, experts, layer), atol=2e-5)
+    blocks = {expert: -(-int((experts == expert).sum()) // block) for expert in range(EXPERTS)}
+    assert evaluated == [(layer, expert) for expert, times in blocks.items() for _ in range(times)]
 
 
 def poisoned(stack: np.ndarray, layer: int, experts: np.ndarray) -> np.ndarray:
@@ -108,9 +144,11 @@ def test_all_tokens_on_one_expert() -> None:
 
 
 def test_nobody_chose_anything() -> None:
-    x, gates, experts = routed(5, 2)
-    nan = tuple(jnp.full_like(jnp.asarray(stack), jnp.nan) for stack in weights())
-    np.testing.assert_array_equal(run(x, gates, np.full_like(experts, EXPERTS), nan), np.zeros_like(x))
+    x, gates, experts = routed(30, 2)
+    stacks = tuple(map(jnp.asarray, weights()))
+    out, evaluated = recorded_blocks(4)(x, gates, np.full_like(experts, EXPERTS), stacks, layer=jnp.int32(0))
+    assert evaluated == []
+    np.testing.assert_array_equal(out, np.zeros_like(x))
 
 
 def test_quantised_experts() -> None:
@@ -129,25 +167,28 @@ def block_on(mesh: tuple[int, int], rules: ShardingRules, config: GrokConfig = S
     return FeedForward(config, dtype=jnp.float32, quantized=False, partitioner=partitioner, rngs=nnx.Rngs(0))
 
 
-@functools.cache
-def compiled_module():
-    return jax.jit(lambda module, x, valid: module(x, valid, layer=jnp.int32(1)))
+def second_layer(module: FeedForward, x: jax.Array, valid: jax.Array) -> jax.Array:
+    return module(x, valid, layer=jnp.int32(1))
 
 
 @pytest.mark.parametrize(
-    "rules", [ShardingRules.tensor_parallel(), ShardingRules.expert_parallel()], ids=["tensor", "expert"]
+    ("mesh", "rules", "devices_of_an_expert"),
+    [
+        pytest.param((1, 1), ShardingRules.tensor_parallel(), 1, id="one device"),
+        pytest.param((1, 8), ShardingRules.tensor_parallel(), 8, id="tensor parallel"),
+        pytest.param((1, 8), ShardingRules.expert_parallel(), 1, id="expert parallel"),
+    ],
 )
-def test_invalid_tokens_evaluate_nothing(rules: ShardingRules) -> None:
-    """Experts that only padding chose are NaN: nothing is, and the padding's own results are 0."""
-    module, x = block_on((2, 4), rules), jnp.asarray(routed(8, 1)[0].reshape(2, 4, DIM))
+def test_invalid_tokens_evaluate_nothing(
+    mesh: tuple[int, int], rules: ShardingRules, devices_of_an_expert: int
+) -> None:
+    module, x = block_on(mesh, rules), jnp.asarray(routed(8, 1)[0].reshape(2, 4, DIM))
     valid = np.array([[True, True, False, False], [True, False, False, False]])
-    clean = np.asarray(compiled_module()(module, x, valid))
     experts = np.asarray(module.route(x, layer=jnp.int32(1))[1])
-    assert set(experts[~valid].flat) - set(experts[valid].flat), "the padding must have chosen experts of its own"
-    for param in (module.gate, module.up, module.down):
-        param.set_value(jnp.asarray(poisoned(np.asarray(param.get_value()), 1, experts[valid])))
-    out = np.asarray(compiled_module()(module, x, valid))
-    np.testing.assert_array_equal(out, clean)
+    chosen = set(experts[valid].flat)
+    assert set(experts[~valid].flat) - chosen, "the padding must have chosen experts of its own"
+    out, evaluated = recorded(second_layer, module, x, valid)(module, x, valid)
+    assert len(evaluated) == devices_of_an_expert * len(chosen)
     assert (out[~valid] == 0).all()
     assert (out[valid] != 0).any(axis=-1).all()
 
@@ -158,5 +199,5 @@ def test_dense_block() -> None:
     assert not hasattr(module, "router")
     x = routed(8, 1)[0]
     gate, up, down = (np.asarray(p.get_value(), np.float64)[1, 0] for p in (module.gate, module.up, module.down))
-    out = compiled_module()(module, jnp.asarray(x.reshape(2, 4, DIM)), np.ones((2, 4), bool))
+    out = jax.jit(second_layer)(module, jnp.asarray(x.reshape(2, 4, DIM)), np.ones((2, 4), bool))
     np.testing.assert_allclose(out, gated(x, gate, up, down).reshape(2, 4, DIM), atol=2e-5)
