@@ -73,7 +73,10 @@ class TestFloat32:
 
 @pytest.mark.parametrize(
     ("case", "mesh", "rules"),
-    [(case, mesh, TENSOR) for case in ("tiny-moe-s8", "tiny-dense-2x4") for mesh in ((1, 1), (2, 4))],
+    [
+        *(("tiny-moe-s8", mesh, TENSOR) for mesh in ((1, 1), (1, 8), (2, 4), (8, 1))),
+        *(("tiny-dense-2x4", mesh, TENSOR) for mesh in ((1, 1), (2, 4))),
+    ],
     ids=str,
 )
 def test_row_by_row(case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
