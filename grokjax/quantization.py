@@ -47,7 +47,7 @@ class QuantizedArray:
 
     def refine(self, num_blocks: int) -> "QuantizedArray":
         """The same values with each scale block cut into equal parts, `num_blocks` (a multiple of Q) in all."""
-        if num_blocks % self.num_blocks or self.shape[-2] % num_blocks:
+        if num_blocks < 1 or num_blocks % self.num_blocks or self.shape[-2] % num_blocks:
             raise ValueError(
                 f"{self.num_blocks} scale blocks over {self.shape[-2]} rows cannot be cut into {num_blocks}: choose a "
                 "multiple of the blocks that divides the rows."
@@ -73,7 +73,7 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
       ValueError: `num_blocks` does not divide C.
     """
     *lead, rows, outputs = w.shape
-    if rows % num_blocks:
+    if num_blocks < 1 or rows % num_blocks:
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
     scales = (jnp.abs(blocks).max(axis=-2) / 127).astype(scale_dtype)
@@ -112,7 +112,14 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
 
     Returns:
       float32 [..., O].
+
+    Raises:
+      ValueError: C differs, or there is not one index for each stack axis.
     """
+    if x.shape[-1] != w.shape[-2] or len(at) != w.ndim - 2:
+        raise ValueError(
+            f"activations of shape {x.shape} and {len(at)} indices do not fit a weight of shape {w.shape}."
+        )
     weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
     rows = x.reshape(-1, x.shape[-1])
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)

@@ -105,7 +105,7 @@ class Partitioner:
 
     @classmethod
     def create(cls, config: GrokConfig, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Self:
-        """The translator for `config` on `mesh` (one device by default), checked once and wholly.
+        """The translator for `config` on `mesh` (one device by default), with every size checked once.
 
         Raises:
           ValueError: The mesh lacks an axis that a rule names, or an axis does not divide a size of `config`.

@@ -154,15 +154,24 @@ def generate(
       eos_id: token that ends a row; none by default, so that every row gets `max_new_tokens`.
 
     Raises:
-      ValueError: Shapes disagree, a token is outside the vocabulary, a prompt is empty, or there is no room.
+      ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, or there is no
+        room.
     """
     tokens = _check_tokens(model, tokens, ndim=2)
     lengths = _check_lengths(lengths, tokens, least=1)
     batch, longest = tokens.shape
-    if max_new_tokens < 1 or longest + max_new_tokens > model.config.max_seq_len:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1 or longest + max_new_tokens > model.config.max_seq_len:
         raise ValueError(
             f"{longest} prompt tokens and max_new_tokens={max_new_tokens} must leave at least one new token and fit "
             f"into max_seq_len={model.config.max_seq_len}."
+        )
+    if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
+        raise ValueError(
+            f"eos_id={eos_id} is outside the vocabulary of {model.config.vocab_size} tokens: it would never come."
+        )
+    if keys is not None and keys.shape[:1] != (batch,):
+        raise ValueError(
+            f"keys has shape {keys.shape} for {batch} rows: pass one key for each, such as jax.random.split gives."
         )
     settings = SampleSettings.create(batch, temperature=0.0) if settings is None else settings
     keys = (

@@ -184,3 +184,17 @@ def test_orbax_round_trip(tmp_path: Path) -> None:
     assert restored.weight.sharding == sharding
     np.testing.assert_array_equal(restored.weight, w.weight)
     np.testing.assert_array_equal(np.asarray(restored.scales, np.float32), np.asarray(w.scales, np.float32))
+
+
+@pytest.mark.parametrize(("x_shape", "num_indices"), [((3, 8), 1), ((3, 16), 0), ((3, 16), 2)])
+def test_shapes_that_do_not_fit_are_refused(x_shape: tuple[int, int], num_indices: int) -> None:
+    w = quantize(jnp.ones((2, 16, 4)))
+    with pytest.raises(ValueError, match=r"indices do not fit a weight of shape \(2, 16, 4\)"):
+        matmul(jnp.ones(x_shape), w, at=(jnp.int32(0),) * num_indices)
+
+
+def test_no_blocks_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_blocks=0 does not divide"):
+        quantize(jnp.ones((16, 4)), num_blocks=0)
+    with pytest.raises(ValueError, match="cannot be cut into 0"):
+        quantize(jnp.ones((16, 4))).refine(0)

@@ -122,6 +122,21 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             generate(model(), tokens, lengths, max_new_tokens=max_new_tokens)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"max_new_tokens": 4.5}, r"max_new_tokens=4\.5 must leave"),
+            ({"eos_id": 512}, "eos_id=512 is outside the vocabulary of 512 tokens"),
+            ({"eos_id": -1}, "eos_id=-1 is outside the vocabulary"),
+            ({"keys": jax.random.key(0)}, r"keys has shape \(\) for 3 rows: pass one key for each"),
+            ({"keys": jax.random.split(jax.random.key(0), 2)}, r"keys has shape \(2,\) for 3 rows"),
+        ],
+        ids=["half_a_token", "eos_512", "eos_-1", "one_key", "two_keys"],
+    )
+    def test_generate_options(self, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            generate(model(), TOKENS, LENGTHS, **{"max_new_tokens": NEW, **options})
+
     def test_generate_with_settings_of_another_batch(self) -> None:
         with pytest.raises(ValueError, match="one key and one setting per row"):
             generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, settings=SampleSettings.create(2))
