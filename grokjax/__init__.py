@@ -1,25 +1,29 @@
-"""Grok-1 in JAX: a Flax NNX model, an explicit cache, pure steps, and the released checkpoint read into shards."""
+"""Grok-1 in JAX: a Flax NNX model, an explicit cache, pure steps, and checkpoints read straight into shards."""
 
 from grokjax.cache import KVCache
-from grokjax.checkpoint import load
+from grokjax.checkpoint import CheckpointInfo, Progress, describe, load, load_parameters, save
 from grokjax.config import GrokConfig
+from grokjax.conversion import ConversionPlan, convert, export, plan_conversion, verify
 from grokjax.model import Grok, init
 from grokjax.quantization import QuantizedArray, dequantize, quantize
-from grokjax.release import CheckpointError
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.steps import Generated, decode, decode_and_sample, forward, generate, prefill
+from grokjax.stored import CheckpointError
 from grokjax.text import GeneratedText, TextGenerator
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "ByteTokenizer",
     "CheckpointError",
+    "CheckpointInfo",
+    "ConversionPlan",
     "Generated",
     "GeneratedText",
     "Grok",
     "GrokConfig",
     "KVCache",
+    "Progress",
     "QuantizedArray",
     "SampleOutput",
     "SampleSettings",
@@ -27,17 +31,24 @@ __all__ = [
     "ShardingRules",
     "TextGenerator",
     "Tokenizer",
+    "convert",
     "decode",
     "decode_and_sample",
     "dequantize",
+    "describe",
+    "export",
     "forward",
     "generate",
     "init",
     "load",
+    "load_parameters",
     "load_tokenizer",
     "make_mesh",
+    "plan_conversion",
     "prefill",
     "quantize",
     "row_keys",
     "sample_token",
+    "save",
+    "verify",
 ]

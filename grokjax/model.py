@@ -1,5 +1,6 @@
 """The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.layers import Attention, Embedding, RMSNorm
 from grokjax.moe import FeedForward
-from grokjax.quantization import specs
+from grokjax.quantization import Weight, specs
 from grokjax.sharding import Partitioner, ShardingRules
 
 
@@ -123,7 +124,7 @@ def check_dtype(dtype: DTypeLike) -> jnp.dtype:
     Raises:
       ValueError: It is neither float32 nor bfloat16.
     """
-    if dtype not in (jnp.float32, jnp.bfloat16):
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         raise ValueError(f"dtype={jnp.dtype(dtype).name} is not a compute dtype: choose float32 or bfloat16.")
     return jnp.dtype(dtype)
 
@@ -152,13 +153,50 @@ def init(
     """
     partitioner = Partitioner.create(config, mesh, rules)
     graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
+    values = init_parameters(config, partitioner, seed=seed, dtype=dtype, quantized=quantized)
+    params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(params))
 
-    def make() -> nnx.State:
-        rngs = nnx.Rngs(seed)
-        return nnx.split(Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs))[1]
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return nnx.merge(graphdef, jax.jit(make, out_shardings=shardings)())
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """A parameter's path in the model as text: `layers.attention.query`."""
+    return ".".join(map(str, path))
+
+
+def init_parameters(
+    config: GrokConfig,
+    partitioner: Partitioner,
+    *,
+    seed: int,
+    dtype: DTypeLike,
+    quantized: bool,
+    names: Collection[str] | None = None,
+) -> dict[str, Weight]:
+    """The random values that `init` gives to some parameters, by path (`layers.attention.query`), or to all.
+
+    They are made one after the other, so that the devices hold what one of them takes to make beside the results.
+    """
+    abstract = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[1]
+    made: dict[str, Weight] = {}
+    for name in (parameter_name(path) for path, _ in nnx.to_flat_state(abstract)):
+        if names is None or name in names:
+            maker = parameter_maker(config, partitioner, name, seed=seed, dtype=dtype, quantized=quantized)
+            made[name] = jax.block_until_ready(maker())
+    return made
+
+
+def parameter_maker(
+    config: GrokConfig, partitioner: Partitioner, name: str, *, seed: int, dtype: DTypeLike, quantized: bool
+) -> jax.stages.Wrapped:
+    """The compiled function without arguments that makes one parameter of `init` in its shards."""
+    options: dict[str, Any] = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner}
+    abstract = _values(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: _values(Grok(config, rngs=nnx.Rngs(seed), **options))[name], out_shardings=shardings)
+
+
+def _values(model: Grok) -> dict[str, Weight]:
+    return {parameter_name(path): param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
 
 
 def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:

@@ -27,19 +27,15 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from grokjax.config import GrokConfig
 from grokjax.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used as it is; the message names the file, what was found, what is allowed, what to do."""
+from grokjax.stored import Array, CheckpointError, Index, list_problems, mismatches, parameter_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +63,19 @@ class Payload:
         """Maps the array read-only: pages are read from the disk as they are touched, a slice reads only its own."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
+    def read(self, index: Index = ()) -> Array:
+        """A part of the array in memory of its own; leading numbers alone are read without a map."""
+        numbers = [part for part in index if isinstance(part, int)]
+        if len(numbers) < len(index):
+            return np.array(self.array()[index], order="C")
+        shape = self.shape[len(index) :]
+        count = math.prod(shape)
+        number = int(np.ravel_multi_index(numbers, self.shape[: len(index)])) if index else 0
+        data = np.fromfile(self.path, self.dtype, count, offset=self.offset + number * count * self.dtype.itemsize)
+        if data.size != count:
+            raise CheckpointError(f"{self.path}: the file has become shorter while it was read: download it again.")
+        return data.reshape(shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseTensor:
@@ -91,11 +100,13 @@ class ReleaseCheckpoint:
       path: the folder that holds the files.
       config: the configuration that the files were checked against.
       tensors: our parameter path -> its file, in the order of the files.
+      layout: `release`.
     """
 
     path: Path
     config: GrokConfig
     tensors: Mapping[str, ReleaseTensor]
+    layout: str = "release"
 
 
 # Our names -> the release's. Source: the release's `checkpoint.py` and the module names of its `model.py`.
@@ -121,8 +132,6 @@ _ROUTER = "feed_forward.router"
 
 # Five digits, as the release wrote them; a hostile name with more of them would ask for a huge range of numbers.
 _FILE_NAME = re.compile(r"tensor([0-9]{5})_([0-9]{3})")
-_FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
-_MOST_LINES = 20
 # Ranks of the first eight files (embedding, norm, three feed-forward weights, key, output, query) -> files of a layer.
 _FILES_PER_LAYER = {"21333222": 12, "21222222": 11}
 
@@ -180,32 +189,6 @@ def release_name(parameter: str, config: GrokConfig | None = None) -> str:
         )
     name = _LAYER_NAMES[found[2]]
     return f"transformer/decoder_layer_{found[1]}/{name.removeprefix('moe/') if dense else name}"
-
-
-def parameter_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of our parameters as the release stores it, layers in numeric order."""
-    dim, queries = config.model_dim, config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    dense = config.num_experts == 1
-    experts = () if dense else (config.num_experts,)
-    layer: dict[str, tuple[int, ...]] = {
-        "attention.query": (dim, queries),
-        "attention.key": (dim, keys),
-        "attention.value": (dim, keys),
-        "attention.output": (queries, dim),
-        "feed_forward.router": (dim, config.num_experts),
-        "feed_forward.gate": (*experts, dim, config.ffn_dim),
-        "feed_forward.up": (*experts, dim, config.ffn_dim),
-        "feed_forward.down": (*experts, config.ffn_dim, dim),
-        "pre_attention_norm.scale": (dim,),
-        "post_attention_norm.scale": (dim,),
-        "pre_feed_forward_norm.scale": (dim,),
-        "post_feed_forward_norm.scale": (dim,),
-    }
-    if dense:
-        del layer[_ROUTER]
-    shapes: dict[str, tuple[int, ...]] = {"embedding.table": (config.vocab_size, dim), "final_norm.scale": (dim,)}
-    return shapes | {f"layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
 
 
 def parameter_names(config: GrokConfig) -> dict[str, str]:
@@ -282,9 +265,10 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
             problems.append(str(error))
             continue
         where = f"{name} ({release_name(parameter, config)})"
-        problems += [f"{where}: {text}" for text in _mismatches(tensors[parameter], parameter, shapes[parameter])]
+        problems += [f"{where}: {text}" for text in mismatches(tensors[parameter], parameter, shapes[parameter])]
     if problems:
-        raise CheckpointError(_report(folder, problems))
+        advice = "Pass the configuration that the checkpoint was made with, or download these files again."
+        raise CheckpointError(list_problems(folder, problems, advice))
     return ReleaseCheckpoint(folder, config, types.MappingProxyType(tensors))
 
 
@@ -344,39 +328,4 @@ def _known_config(folder: Path) -> GrokConfig:
     raise CheckpointError(
         f"{folder}: the files say {', '.join(f'{name}={size}' for name, size in sizes.items())}, which is not Grok-1; "
         f"they cannot say {', '.join(asked)}: pass the whole configuration, config=GrokConfig(...) or --config FILE."
-    )
-
-
-def _mismatches(tensor: ReleaseTensor, parameter: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """A sentence for each way in which one file is not the parameter."""
-    weight, scales = tensor.weight, tensor.scales
-    if weight.shape != shape:
-        yield f"the weight has the shape {list(weight.shape)}, the configuration asks for {list(shape)}"
-    if scales is None:
-        if weight.dtype not in _FLOATS:
-            yield f"the weight is {weight.dtype.name} without scales; only float32 and bfloat16 go without"
-        return
-    if len(weight.shape) < 2 or not re.search(r"\.attention\.|\.feed_forward\.(gate|up|down)", parameter):
-        yield "the weight is quantised; only attention and feed-forward weights are, in a release"
-        return
-    if weight.dtype != np.int8 or scales.dtype not in _FLOATS:
-        yield (
-            f"the weight is {weight.dtype.name} with {scales.dtype.name} scales; "
-            "int8 with float32 or bfloat16 scales is allowed"
-        )
-    # Against the weight as found: if its own shape is wrong, that is one problem and not two.
-    *lead, rows, outputs = weight.shape
-    same_axes = len(scales.shape) == len(weight.shape) and (*scales.shape[:-2], scales.shape[-1]) == (*lead, outputs)
-    if not same_axes or rows % scales.shape[-2]:
-        allowed = ", ".join(map(str, [*lead, "Q", outputs]))
-        yield f"the scales have the shape {list(scales.shape)}; [{allowed}] is allowed, Q any divisor of {rows}"
-
-
-def _report(folder: Path, problems: list[str]) -> str:
-    shown = "".join(f"\n  {problem}" for problem in problems[:_MOST_LINES])
-    hidden = len(problems) - _MOST_LINES
-    return (
-        f"{folder}: the files do not fit the configuration, {len(problems)} problems:{shown}"
-        f"{f'{chr(10)}  and {hidden} more' if hidden > 0 else ''}\n"
-        "Pass the configuration that the checkpoint was made with, or download these files again."
     )

@@ -61,6 +61,8 @@ def parse_tensor(stream: BinaryIO, size: int) -> TensorHeader:
 # A file of the release takes about 130 opcodes; the bound only keeps a hostile file from being walked for hours.
 _MAX_OPCODES = 1000
 _MAX_TEXT = 255
+# The release needs 3 and NumPy can have 64. The sizes' product is printed: Python refuses that beyond 4300 digits.
+_MAX_AXES = 8
 
 _QUANTIZED = "__main__.QuantizedWeight8bit"
 _RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
@@ -322,8 +324,11 @@ class _Walker:
         if not (isinstance(state, tuple) and len(state) == 5 and state[0] == 1):
             self._foreign(f"an array state of {_describe(state)}", "NumPy's version 1 has five entries")
         _, shape, dtype, fortran, payload = state
-        if not (isinstance(shape, tuple) and shape and all(type(size) is int and size > 0 for size in shape)):
-            self._damaged(f"the array shape {_describe(shape)}", "axes have a size of 1 or more")
+        axes = shape if isinstance(shape, tuple) and len(shape) <= _MAX_AXES else ()
+        if not (axes and all(type(size) is int and size > 0 for size in axes)):
+            self._damaged(
+                f"the array shape {_describe(shape)}", f"1 to {_MAX_AXES} axes of a size of 1 or more are allowed"
+            )
         if not (isinstance(dtype, _Dtype) and dtype.built and isinstance(payload, _Bytes)):
             found = f"an array with {_describe(dtype)} and {_describe(payload)}"
             self._foreign(found, "a whole dtype and raw bytes were expected")

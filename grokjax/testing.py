@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from grokjax.config import GrokConfig
-from grokjax.release import parameter_names, parameter_shapes
+from grokjax.release import parameter_names
+from grokjax.stored import parameter_shapes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import reference
 
 from grokjax.config import GrokConfig
-from grokjax.testing import WrittenTensor, write_release_checkpoint
+from grokjax.release import parameter_names
+from grokjax.stored import parameter_shapes
+from grokjax.testing import WrittenTensor, tensor_pickle, write_release_checkpoint
 
 # 8 devices divide its heads, expert hidden and vocabulary; they outnumber its kv heads.
 SMALL = GrokConfig.tiny().replace(
@@ -51,3 +55,27 @@ class WrittenCheckpoint:
 def write_checkpoint(path: Path, config: GrokConfig = SMALL, **options) -> WrittenCheckpoint:
     """Writes `path/ckpt-0`; the options are those of `write_release_checkpoint`."""
     return WrittenCheckpoint(path, config, write_release_checkpoint(path / "ckpt-0", config, **options))
+
+
+def write_full_release(folder: Path) -> None:
+    """All 770 files of the release at their full size: headers and scales are real, weights are holes."""
+    shapes = parameter_shapes(GrokConfig.grok_1())
+    for file, parameter in parameter_names(GrokConfig.grok_1()).items():
+        suffix = ".".join(parameter.split(".")[2:])
+        plain = not suffix or suffix.endswith(("scale", "router"))
+        blocks = 8 if suffix.endswith(("output", "down")) else 1
+        _write_sparse_tensor(folder / file, shapes[parameter], None if plain else blocks)
+        if file == "tensor00000_000":
+            assert (folder / file).stat().st_blocks < 100, "these tests need a file system that keeps holes as holes"
+
+
+def _write_sparse_tensor(path: Path, shape: tuple[int, ...], scale_blocks: int | None) -> None:
+    """A file of the release's full size whose payloads are holes: zeros that take no space on the disk."""
+    dtype = np.float32 if scale_blocks is None else np.int8
+    scales = None if scale_blocks is None else np.zeros((*shape[:-2], scale_blocks, shape[-1]), ml_dtypes.bfloat16)
+    with path.open("wb") as stream:
+        for part in tensor_pickle(np.zeros(shape, dtype), scales):
+            if isinstance(part, memoryview):
+                stream.seek(part.nbytes, os.SEEK_CUR)
+            else:
+                stream.write(part)

@@ -14,6 +14,7 @@ import hypothesis
 import jax
 import pytest
 import sentencepiece
+from builders import write_full_release
 
 from grokjax.tokenizer import SentencePieceTokenizer
 
@@ -103,3 +104,12 @@ def trained_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_tokenizer(trained_tokenizer_path: Path) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(trained_tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def full_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a release at full size, which takes hardly any room."""
+    folder = tmp_path_factory.mktemp("full") / "ckpt-0"
+    folder.mkdir()
+    write_full_release(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""The decode benchmark in a process of its own: first the card, then medians, last one JSON line."""
+"""The benchmarks, each in a process of its own: first the card, then medians, last one JSON line."""
 
 import json
 import os
@@ -9,17 +9,27 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "decode.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ENVIRONMENT = {"benchmark", "device", "devices", "jax", "python"}
 
 
 @pytest.fixture(scope="module")
 def output() -> list[str]:
-    command = [sys.executable, str(SCRIPT), "--config", "tiny", "--layers", "1", "--prompt", "8", "--new", "4"]
-    command += ["--repeats", "1", "--mesh", "1,2", "--batch", "2"]
+    options = ["--layers", "1", "--prompt", "8", "--new", "4", "--repeats", "1", "--mesh", "1,2", "--batch", "2"]
+    return run("decode.py", *options)
+
+
+def run(script: str, *options: str) -> list[str]:
+    command = [sys.executable, str(BENCHMARKS / script), "--config", "tiny", *options]
     # The checkout's own package, also where another one is installed.
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return done.stdout.splitlines()
+
+
+def documented_keys(script: str) -> set[str]:
+    docstring = (BENCHMARKS / script).read_text().split('"""')[1]
+    return set(re.findall(r"`(\w+)`", docstring.partition("with the keys")[2]))
 
 
 def test_the_card_comes_first(output: list[str]) -> None:
@@ -37,8 +47,12 @@ def test_the_last_line_is_a_record(output: list[str]) -> None:
 
 
 def test_the_documented_keys_are_there(output: list[str]) -> None:
-    docstring = SCRIPT.read_text().split('"""')[1]
-    documented = set(re.findall(r"`(\w+)`", docstring.partition("with the keys")[2]))
+    documented = documented_keys("decode.py")
     assert len(documented) > 10
-    environment = {"benchmark", "device", "devices", "jax", "python"}
-    assert set(json.loads(output[-1])) == documented | environment
+    assert set(json.loads(output[-1])) == documented | ENVIRONMENT
+
+
+def test_the_benchmark_of_conversions() -> None:
+    record = json.loads(run("convert.py", "--layers", "1", "--repeats", "1", "--kills", "1")[-1])
+    assert set(record) == documented_keys("convert.py") | ENVIRONMENT
+    assert record["identical"]

@@ -41,7 +41,7 @@ def test_the_main_job(release_tokenizer_path: Path) -> None:
     command += ["--max-new-tokens", str(request["max_len"]), "--ignore-eos", request["prompt"]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == request["text"] + "\n"
-    assert "GB/s" in done.stderr
+    assert "MB/s" in done.stderr
     assert "16 tokens" in done.stderr
 
 
@@ -133,7 +133,7 @@ def test_requests_are_refused_before_the_model_is_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("grokjax.cli.init", lambda *_, **__: pytest.fail("the model was made"))
+    monkeypatch.setattr("grokjax.cli_generate.init", lambda *_, **__: pytest.fail("the model was made"))
     assert main(["generate", "--random", str(small_config), *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def test_a_damaged_tokenizer_is_refused_before_loading(
     write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
     (tmp_path / "config.json").write_text(SMALL.to_json())
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
-    monkeypatch.setattr("grokjax.cli.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("grokjax.cli_generate.load", lambda *_, **__: pytest.fail("the model was loaded"))
     command = ["generate", "--checkpoint", str(tmp_path), "--config", str(tmp_path / "config.json"), "hi"]
     assert main(command) == 2
     assert "is not a SentencePiece model" in capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_interrupt(small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grokjax.cli.init", interrupt)
+    monkeypatch.setattr("grokjax.cli_generate.init", interrupt)
     assert main(["generate", "--random", str(small_config), "hello"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """The compiled decode step of the real model, read: nothing weight-sized is copied, gathered or converted."""
 
 import functools
+import math
 import time
 
 import jax
@@ -9,10 +10,11 @@ import pytest
 
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
-from grokjax.model import abstract_model
+from grokjax.model import abstract_model, parameter_maker
 from grokjax.program import Program, Value, read_program
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 from grokjax.steps import decode, prefill
+from grokjax.stored import parameter_shapes
 
 MIB = 1 << 20
 REAL = GrokConfig.grok_1()
@@ -99,6 +101,17 @@ def test_prefill_updates_the_cache_in_place() -> None:
     cache_bytes = 2 * 4 * 4 * 8192 * 128
     assert program.aliased_bytes >= cache_bytes
     assert not any(value.operation == "copy" and value.shape == (4, 1, 1, 8192, 128) for value in program.values)
+
+
+@pytest.mark.parametrize("name", ["layers.feed_forward.gate", "layers.feed_forward.down", "layers.attention.output"])
+def test_random_weights_are_born_in_their_shards(name: str) -> None:
+    """A device makes its own part with little beside it: 13 GB of an expert stack leave no room for more."""
+    partitioner = Partitioner.create(REAL, make_mesh((1, 8)))
+    maker = parameter_maker(REAL, partitioner, name, seed=0, dtype=jnp.bfloat16, quantized=True)
+    program = read_program(maker.lower().compile())
+    stack = math.prod(parameter_shapes(REAL)[name.replace("layers", "layers.0")]) * REAL.num_layers
+    assert program.temporary_bytes < stack / 8 / 8
+    assert program.collectives == collectives(all_reduce=0)
 
 
 def collectives(*, all_reduce: int, all_gather: int = 0) -> dict[str, int]:

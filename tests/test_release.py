@@ -1,11 +1,9 @@
 """The release's files: found, measured and mapped without unpickling; whatever is wrong with them is a sentence."""
 
-import os
 import pickle
 import re
-import shutil
 import tracemalloc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,10 @@ from grokjax.release import (
     infer_sizes,
     open_release,
     parameter_names,
-    parameter_shapes,
     read_tensor,
     release_name,
 )
+from grokjax.stored import parameter_shapes
 from grokjax.testing import tensor_pickle, write_release_checkpoint, write_tensor
 
 TINY = GrokConfig.tiny()
@@ -113,34 +111,6 @@ PUBLISHED_SIZES = {
     "post_feed_forward_norm.scale": 24_727,
     "feed_forward.router": 196_770,
 }
-
-
-def write_sparse_tensor(path: Path, shape: tuple[int, ...], scale_blocks: int | None) -> None:
-    """A file of the release's full size whose payloads are holes: zeros that take no space on the disk."""
-    dtype = np.float32 if scale_blocks is None else np.int8
-    scales = None if scale_blocks is None else np.zeros((*shape[:-2], scale_blocks, shape[-1]), ml_dtypes.bfloat16)
-    with path.open("wb") as stream:
-        for part in tensor_pickle(np.zeros(shape, dtype), scales):
-            if isinstance(part, memoryview):
-                stream.seek(part.nbytes, os.SEEK_CUR)
-            else:
-                stream.write(part)
-
-
-@pytest.fixture(scope="module")
-def full_release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("full") / "ckpt-0"
-    folder.mkdir()
-    shapes = parameter_shapes(GrokConfig.grok_1())
-    for file, parameter in parameter_names(GrokConfig.grok_1()).items():
-        suffix = ".".join(parameter.split(".")[2:])
-        plain = not suffix or suffix.endswith(("scale", "router"))
-        blocks = 8 if suffix.endswith(("output", "down")) else 1
-        write_sparse_tensor(folder / file, shapes[parameter], None if plain else blocks)
-        if file == "tensor00000_000":
-            assert (folder / file).stat().st_blocks < 100, "these tests need a file system that keeps holes as holes"
-    yield folder
-    shutil.rmtree(folder)
 
 
 class TestFullRelease:

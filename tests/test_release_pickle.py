@@ -67,6 +67,14 @@ class TestMalformedFile:
                 PLAIN.replace(b"K\x02K\x03\x86", b"K\x00K\x03\x86"),
                 r"found the array shape tuple of 2 \(0, 3\).*size of 1 or more",
             ),
+            (
+                PLAIN.replace(b"K\x02K\x03\x86", b"(" + b"J\xff\xff\xff\x7f" * 500 + b"t"),
+                "found the array shape tuple of 500 .*1 to 8 axes",  # a product that Python would not print
+            ),
+            (
+                PLAIN.replace(b"K\x02K\x03\x86", b"(" + b"K\x01" * 63 + b"K\x02K\x03t"),
+                "found the array shape tuple of 65 .*1 to 8 axes",  # more than NumPy has
+            ),
             (PLAIN.replace(b"K\x02K\x03\x86", b"K\x02\x88\x86"), r"found the array shape tuple of 2 \(2, True\)"),
             (
                 b"\x80\x04" + b"N" * 2000 + b".",

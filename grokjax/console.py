@@ -1,0 +1,110 @@
+"""What the commands share: messages on standard error, progress, configuration files, meshes."""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from grokjax.checkpoint import Progress
+from grokjax.config import GrokConfig
+from grokjax.conversion import EARLIER
+from grokjax.sharding import make_mesh
+
+
+class ProgressLine:
+    """Says once a second how many bytes are done, at what rate, and how long the rest takes.
+
+    Args:
+      what: the work, such as `loaded`.
+    """
+
+    def __init__(self, what: str):
+        self.what, self.start, self.said = what, time.perf_counter(), 0.0
+        self.first_bytes: int | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Says it for one more piece; renamed and fresh parameters are always named."""
+        now, done, total = time.perf_counter(), progress.done_bytes, progress.total_bytes
+        if self.first_bytes is None:
+            # What an earlier run has done took this one no time.
+            self.first_bytes = done if progress.parameter == progress.source == EARLIER else 0
+        if progress.source is None:
+            say(f"{progress.parameter} keeps its fresh value")
+        elif progress.source != progress.parameter:
+            say(f"{progress.parameter} from {progress.source}")
+        if now - self.said < 1 and done < total:
+            return
+        self.said = now
+        rate = max(done - self.first_bytes, 1) / (now - self.start)
+        left = f"{size(rate)}/s, {duration((total - done) / rate)} left"
+        say(f"{self.what} {size(done)} of {size(total)}, {left}: {progress.parameter}")
+
+
+def size(num_bytes: float) -> str:
+    """`845 kB`, `1.61 GB`: three digits in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `7 min` or `1 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error."""
+    print(f"grokjax: {text}", file=sys.stderr, flush=True)
+
+
+def read_config(option: str, path: Path) -> GrokConfig:
+    """Reads a configuration file that the command's `option` names.
+
+    Raises:
+      ValueError: It cannot be read or is no configuration.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not a text file: give a JSON configuration.") from error
+    return GrokConfig.from_json(text)
+
+
+def read_extents(text: str) -> tuple[int, int]:
+    """`1,8` as numbers.
+
+    Raises:
+      ValueError: It is anything else.
+    """
+    try:
+        data, model = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--mesh {text}: give two numbers, such as 1,8.") from None
+    return data, model
+
+
+def choose_mesh(text: str | None, config: GrokConfig) -> Mesh:
+    """The mesh of a `--mesh` option, or the widest model axis that fits the configuration and the devices."""
+    if text is not None:
+        return make_mesh(read_extents(text))
+    return make_mesh((1, _widest_model_axis(config, jax.device_count())))
+
+
+def _widest_model_axis(config: GrokConfig, num_devices: int) -> int:
+    """The most devices that divide everything that tensor parallelism splits."""
+    kv_heads = config.num_kv_heads
+    return max(
+        n
+        for n in range(1, num_devices + 1)
+        if not (config.num_heads % n or config.ffn_dim % n or config.vocab_size % n)
+        and (kv_heads % n == 0 or n % kv_heads == 0)
+    )

@@ -1,0 +1,359 @@
+"""Conversion of a checkpoint of any layout into one of ours, matrix by matrix, and export to safetensors.
+
+A conversion is a list of units. Each is read, changed if asked, and written whole or not at all; what is there already
+is not done again. So a conversion needs the memory of a few matrices, can be interrupted at any moment, and goes on
+where it stopped.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import math
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from grokjax.checkpoint import Progress, Report, make_folder
+from grokjax.config import GrokConfig
+from grokjax.layouts import open_checkpoint
+from grokjax.model import check_dtype
+from grokjax.orbax_layout import (
+    MANIFEST,
+    UNFINISHED,
+    Manifest,
+    OrbaxCheckpoint,
+    commit,
+    finished_units,
+    open_orbax,
+    read_manifest,
+    write_unit,
+)
+from grokjax.recipe import Leaves, Recipe, Weights
+from grokjax.safetensors_export import write_safetensors
+from grokjax.stored import (
+    Array,
+    ArraySpec,
+    Checkpoint,
+    CheckpointError,
+    Piece,
+    TensorSpec,
+    Unit,
+    pieces_of,
+    units_of,
+)
+
+# What `Progress` calls the units that an interrupted run has left.
+EARLIER = "an earlier run"
+# Python, NumPy, JAX and Orbax themselves, the slices that are converted, and what the allocator does not give back.
+_BASE_BYTES = 896 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionPlan:
+    """What a conversion will do, known before anything is written.
+
+    Attributes:
+      source: the checkpoint.
+      target: folder of the new one.
+      recipe: what is done with the weights.
+      specs: the new checkpoint's path -> shapes and dtypes.
+      num_units: of the new checkpoint.
+      num_done: of them are there already, from an interrupted run.
+      write_bytes: bytes of the arrays still to be written.
+      free_bytes: free on the target's disk.
+      peak_host_bytes: the most memory that the process takes.
+    """
+
+    source: Checkpoint
+    target: Path
+    recipe: Recipe
+    specs: Mapping[str, TensorSpec]
+    num_units: int
+    num_done: int
+    write_bytes: int
+    free_bytes: int
+    peak_host_bytes: int
+
+
+def plan_conversion(
+    source: str | Path,
+    target: str | Path,
+    config: GrokConfig | None = None,
+    *,
+    weights: Weights = "keep",
+    scale_blocks: int = 1,
+) -> ConversionPlan:
+    """Checks a conversion and measures it, writing nothing; the arguments are those of `convert`.
+
+    Raises:
+      CheckpointError: The source is no whole checkpoint, or the target exists and is not an interrupted run of this
+        same conversion.
+      ValueError: The options do not fit the source.
+    """
+    checkpoint = open_checkpoint(source, config)
+    recipe = Recipe(weights, scale_blocks)
+    folder = Path(target).absolute()
+    if folder == checkpoint.path.absolute():
+        raise CheckpointError(f"{folder}: source and target are the same: choose another target.")
+    found = {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
+    specs = {name: recipe.result(name, spec) for name, spec in found.items()}
+    units = units_of(checkpoint.config)
+    done = _done_units(folder, _manifest(checkpoint, recipe, specs))
+    missing = [_num_bytes(specs, unit) for unit in units if unit.name not in done]
+    return ConversionPlan(
+        source=checkpoint,
+        target=folder,
+        recipe=recipe,
+        specs=specs,
+        num_units=len(units),
+        num_done=len(units) - len(missing),
+        write_bytes=sum(missing),
+        free_bytes=shutil.disk_usage(_existing(folder)).free,
+        peak_host_bytes=_peak_bytes(found, specs, units),
+    )
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    config: GrokConfig | None = None,
+    *,
+    weights: Weights = "keep",
+    scale_blocks: int = 1,
+    progress: Report | None = None,
+) -> None:
+    """Writes a checkpoint of any layout as one of ours, going on where an interrupted run of the same stopped.
+
+    Args:
+      source: a checkpoint of any layout.
+      target: a folder that does not exist, or that an interrupted run of this conversion left.
+      config: what the source was made with, where its files cannot tell.
+      weights: `keep` leaves every array as it is; `int8` quantises float weights of attention and experts;
+        `bfloat16` and `float32` make everything plain in that dtype, norms and router excepted.
+      scale_blocks: Q of weights that are quantised here.
+      progress: called after each unit, and first for what was there already.
+
+    Raises:
+      CheckpointError: The source is damaged, the target exists, the disk is full, or the target cannot be written.
+      ValueError: The options do not fit the source.
+    """
+    plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
+    if plan.write_bytes > plan.free_bytes:
+        raise CheckpointError(
+            f"{plan.target}: {plan.write_bytes / 1e9:.1f} GB are to be written and {plan.free_bytes / 1e9:.1f} GB are "
+            "free: make room or choose another disk."
+        )
+    make_folder(plan.target)
+    manifest = _manifest(plan.source, plan.recipe, plan.specs)
+    with _locked(plan.target):
+        manifest.write(plan.target, UNFINISHED)
+        done = finished_units(plan.target)
+        units = [unit for unit in units_of(plan.source.config) if unit.name not in done]
+        total = sum(spec.num_bytes for spec in plan.specs.values())
+        written = total - plan.write_bytes
+        if progress is not None and written:
+            progress(Progress(EARLIER, EARLIER, written, total))
+        for unit, arrays in _convert_units(plan, units):
+            write_unit(plan.target, unit.name, arrays)
+            written += _num_bytes(plan.specs, unit)
+            if progress is not None:
+                progress(Progress(unit.name, unit.name, written, total))
+        commit(plan.target, manifest)
+
+
+def verify(
+    target: str | Path,
+    source: str | Path | None = None,
+    config: GrokConfig | None = None,
+    *,
+    progress: Report | None = None,
+) -> None:
+    """Reads a checkpoint of ours back and compares the checksum of every array.
+
+    With the source of its conversion, every array of it is read and converted again, and the checksums are kept in
+    `grokjax.json`. Without it, the arrays are compared with the checksums kept there.
+
+    Args:
+      target: a checkpoint of ours.
+      source: what it was converted from.
+      config: what the source was made with, where its files cannot tell.
+      progress: called after each unit.
+
+    Raises:
+      CheckpointError: Arrays differ, all of them listed; or there is nothing to compare with.
+    """
+    stored = open_orbax(target)
+    original = None if source is None else open_checkpoint(source, config)
+    if original is None and not stored.manifest.checksums:
+        raise CheckpointError(
+            f"{stored.path / MANIFEST}: holds no checksums: verify the checkpoint once beside what it was made from."
+        )
+    recipe = _recipe_of(stored) if original is not None else Recipe()
+    checksums: dict[str, str] = {}
+    differing: list[str] = []
+    done, total = 0, sum(spec.num_bytes for spec in stored.manifest.specs.values())
+    for unit in units_of(stored.config):
+        for piece in unit.pieces:
+            found = _checksums(piece, _read_piece(stored, piece))
+            expected = dict(stored.manifest.checksums)
+            if original is not None:
+                spec = stored.manifest.specs[piece.parameter].piece(piece)
+                expected = _checksums(piece, recipe.apply(_read_piece(original, piece), spec))
+            differing += [name for name in found if found[name] != expected.get(name)]
+            checksums |= found
+        done += _num_bytes(stored.manifest.specs, unit)
+        if progress is not None:
+            progress(Progress(unit.name, unit.name, done, total))
+    if differing:
+        listed = "".join(f"\n  {name}" for name in differing[:20])
+        raise CheckpointError(
+            f"{stored.path}: {len(differing)} arrays differ from what they were made from:{listed}\n"
+            "Remove the folder and convert again; if they differ again, check the disk."
+        )
+    dataclasses.replace(stored.manifest, checksums=checksums).write(stored.path, MANIFEST)
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    config: GrokConfig | None = None,
+    *,
+    dtype: DTypeLike = "bfloat16",
+    progress: Report | None = None,
+) -> None:
+    """Writes a checkpoint of any layout as safetensors files with the names of keyfan/grok-1-hf.
+
+    int8 weights are written as what they stand for: exactly so in float32, rounded in bfloat16.
+
+    Args:
+      source: a checkpoint of any layout.
+      target: a folder that does not exist or is empty.
+      config: what the source was made with, where its files cannot tell.
+      dtype: of all arrays, float32 or bfloat16.
+      progress: called after each piece, with the bytes that are written.
+
+    Raises:
+      CheckpointError: The source is damaged, the target exists or cannot be written, or the disk is full.
+      ValueError: The dtype is neither of the two.
+    """
+    checkpoint = open_checkpoint(source, config)
+    name = check_dtype(dtype).name
+    found = {parameter: TensorSpec.of(tensor) for parameter, tensor in checkpoint.tensors.items()}
+    total = sum(math.prod(spec.weight.shape) for spec in found.values()) * np.dtype(name).itemsize
+
+    def pieces() -> Iterator[tuple[str, int | None, Array]]:
+        done = 0
+        for piece in [piece for parameter in found for piece in pieces_of(parameter, checkpoint.config)]:
+            array = _plain(_read_piece(checkpoint, piece), np.dtype(name))
+            yield piece.parameter, piece.expert, array
+            done += array.nbytes
+            if progress is not None:
+                progress(Progress(piece.name, piece.name, done, total))
+
+    write_safetensors(target, checkpoint.config, pieces(), dtype=name)
+
+
+def _plain(leaves: Leaves, dtype: np.dtype[Any]) -> Array:
+    if "scales" not in leaves:
+        return leaves["weight"].astype(dtype, copy=False)
+    spec = TensorSpec(ArraySpec(leaves["weight"].shape, dtype), None)
+    return Recipe().apply(leaves, spec)["weight"]
+
+
+def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tuple[Unit, dict[str, Leaves]]]:
+    """Converted units in order, the next one being read while the caller writes one."""
+
+    def convert_unit(unit: Unit) -> dict[str, Leaves]:
+        return {
+            piece.name: plan.recipe.apply(_read_piece(plan.source, piece), plan.specs[piece.parameter].piece(piece))
+            for piece in unit.pieces
+        }
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as reader:
+        following = [reader.submit(convert_unit, unit) for unit in units[:1]]
+        for number, unit in enumerate(units):
+            arrays = following.pop().result()
+            following += [reader.submit(convert_unit, unit) for unit in units[number + 1 : number + 2]]
+            yield unit, arrays
+
+
+def _read_piece(checkpoint: Checkpoint, piece: Piece) -> Leaves:
+    tensor = checkpoint.tensors[piece.parameter]
+    leaves = {"weight": tensor.weight.read(piece.index)}
+    return leaves if tensor.scales is None else leaves | {"scales": tensor.scales.read(piece.index)}
+
+
+def _checksums(piece: Piece, leaves: Leaves) -> dict[str, str]:
+    return {
+        f"{piece.name}/{leaf}": f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
+        for leaf, array in leaves.items()
+    }
+
+
+def _num_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
+    return sum(specs[piece.parameter].piece(piece).num_bytes for piece in unit.pieces)
+
+
+def _peak_bytes(found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec], units: Sequence[Unit]) -> int:
+    """Most memory of a conversion: a unit being written, its copy in chunks, and the next being read and converted."""
+    changed = found != specs
+    peak = 0
+    for unit, following in zip(units, (*units[1:], None), strict=True):
+        # The table is cut between rows, which needs no copy.
+        held = _num_bytes(specs, unit) * (1 if unit.name == "embedding.table" else 2)
+        if following is not None:
+            held += _num_bytes(found, following) + (_num_bytes(specs, following) if changed else 0)
+        peak = max(peak, held, _num_bytes(found, unit) + _num_bytes(specs, unit) if changed else 0)
+    return _BASE_BYTES + peak
+
+
+def _manifest(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> Manifest:
+    origin = {
+        "made_by": "convert",
+        "source": str(checkpoint.path.absolute()),
+        "layout": checkpoint.layout,
+        **dataclasses.asdict(recipe),
+    }
+    return Manifest(checkpoint.config, specs, origin)
+
+
+def _recipe_of(checkpoint: OrbaxCheckpoint) -> Recipe:
+    origin = checkpoint.manifest.origin
+    return Recipe(origin.get("weights", "keep"), origin.get("scale_blocks", 1))
+
+
+def _done_units(folder: Path, manifest: Manifest) -> set[str]:
+    """Units that an interrupted run of the same conversion left; the error if the folder is anything else."""
+    if (folder / UNFINISHED).is_file():
+        if read_manifest(folder / UNFINISHED) != manifest:
+            raise CheckpointError(
+                f"{folder}: holds an unfinished conversion of another source or with other options: repeat that one, "
+                "or remove the folder."
+            )
+        return {entry.name for entry in (folder / "weights").glob("*") if entry.is_dir()}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        kind = "is a whole checkpoint already" if (folder / MANIFEST).is_file() else "exists and is not empty"
+        raise CheckpointError(f"{folder}: {kind}: choose another target, or remove it first.")
+    return set()
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process from writing the same checkpoint."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: another process is writing it: wait until it has finished.") from error
+        yield
+    (folder / "lock").unlink()

@@ -1,0 +1,373 @@
+"""Our own checkpoints on disk: `grokjax.json` beside `weights/`, which holds one Orbax checkpoint for each unit.
+
+A unit (`stored.units_of`) is one expert's matrix of one layer, the rest of a layer, or a parameter outside the layers.
+Orbax commits each by a rename, so a unit is there or it is not, and writing needs the memory of one matrix. The whole
+is committed by another rename: while it is written, the manifest is called `unfinished.json`.
+
+Inside a unit each array is named by its full path (`layers.3.feed_forward.gate.5` / `weight`, `scales`), so that a
+folder in another's place is noticed; arrays are stored uncompressed (int8 weights do not compress) in chunks that the
+usual meshes read without reading more than they need.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from grokjax.config import GrokConfig
+from grokjax.stored import (
+    Array,
+    ArraySpec,
+    CheckpointError,
+    Index,
+    Piece,
+    StoredTensor,
+    TensorSpec,
+    Unit,
+    list_problems,
+    mismatches,
+    parameter_shapes,
+    pieces_of,
+    unit_name,
+    units_of,
+)
+
+FORMAT_VERSION = 1
+MANIFEST = "grokjax.json"
+UNFINISHED = "unfinished.json"
+_WEIGHTS = "weights"
+_CHUNK_BYTES = 16 << 20
+# Large enough to cut the table between rows only: such chunks are written without a copy.
+_TABLE_CHUNK_BYTES = 128 << 20
+_READ_BYTES = 1 << 30
+# A save and a load in two threads of one process mix up each other's temporary folders (orbax-checkpoint 0.12.8).
+_ORBAX = threading.Lock()
+_NEEDLESS_LOGS = re.compile(
+    "Skipping merge of OCDBT"  # warned of at every save without that format
+    "|TensorStore data files not found"  # and at every load
+    "|_SignalingThread.run.. raised an exception"  # which we raise as one sentence
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `grokjax.json` says.
+
+    Attributes:
+      config: of the model.
+      specs: our parameter path -> shapes and dtypes.
+      origin: what it was made from and how; a conversion goes on only where this is the same.
+      checksums: `PIECE/weight` or `PIECE/scales` -> CRC-32 of the array's bytes; empty until it has been verified.
+    """
+
+    config: GrokConfig
+    specs: Mapping[str, TensorSpec]
+    origin: Mapping[str, Any]
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def units(self) -> dict[str, Unit]:
+        """The units by name."""
+        return {unit.name: unit for unit in units_of(self.config)}
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        tensors = {
+            parameter: {
+                leaf: {"shape": list(spec.shape), "dtype": spec.dtype.name} for leaf, spec in tensor.leaves().items()
+            }
+            for parameter, tensor in self.specs.items()
+        }
+        document = {
+            "format": "grokjax",
+            "format_version": FORMAT_VERSION,
+            "config": dataclasses.asdict(self.config),
+            "origin": dict(self.origin),
+            "tensors": tensors,
+            "checksums": dict(self.checksums),
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    def write(self, folder: Path, name: str) -> None:
+        """Writes the file so that it is there whole or not at all."""
+        temporary = folder / f"{name}.tmp"
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(self.to_json())
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(folder / name)
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxArray:
+    """One array of a checkpoint; an expert axis is put together from the experts' units."""
+
+    folder: Path
+    manifest: Manifest
+    parameter: str
+    leaf: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return self.manifest.specs[self.parameter].leaves()[self.leaf].shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """int8, float32 or bfloat16."""
+        return self.manifest.specs[self.parameter].leaves()[self.leaf].dtype
+
+    def read(self, index: Index = ()) -> Array:
+        """A part of the array; whole pieces are read."""
+        pieces = pieces_of(self.parameter, self.manifest.config)
+        if pieces[0].expert is None:
+            return self._read_piece(pieces[0])[index]
+        if index and isinstance(index[0], int):
+            return self._read_piece(pieces[index[0]])[index[1:]]
+        chosen = pieces[index[0]] if index else pieces
+        assert isinstance(chosen, tuple)
+        return np.stack([self._read_piece(piece)[index[1:]] for piece in chosen])
+
+    def _read_piece(self, piece: Piece) -> Array:
+        spec = self.manifest.specs[self.parameter].piece(piece).leaves()[self.leaf]
+        # A view of one element tells shape and dtype without memory for all of them.
+        wanted = {piece.name: {self.leaf: np.broadcast_to(np.zeros((), spec.dtype), spec.shape)}}
+        array: Array = read_unit(self.folder, self.manifest, unit_name(piece), wanted)[piece.name][self.leaf]
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxTensor:
+    """One parameter of a checkpoint."""
+
+    weight: OrbaxArray
+    scales: OrbaxArray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxCheckpoint:
+    """A whole checkpoint of ours.
+
+    Attributes:
+      path: its folder.
+      manifest: what `grokjax.json` says.
+      config: the manifest's.
+      tensors: our parameter path -> its arrays.
+      layout: `orbax`.
+    """
+
+    path: Path
+    manifest: Manifest
+    config: GrokConfig
+    tensors: Mapping[str, OrbaxTensor]
+    layout: str = "orbax"
+
+
+def find_orbax(path: str | Path) -> Path | None:
+    """`path` if it is a checkpoint of ours, whole or unfinished, else None."""
+    folder = Path(path)
+    return folder if any((folder / name).is_file() for name in (MANIFEST, UNFINISHED)) else None
+
+
+def open_orbax(path: str | Path) -> OrbaxCheckpoint:
+    """Opens the folder that holds `grokjax.json` and checks that all units are there; no array is read.
+
+    Raises:
+      CheckpointError: It is unfinished, of a newer format, or damaged.
+    """
+    folder = Path(path).absolute()
+    if not (folder / MANIFEST).is_file():
+        state = "the writing of this checkpoint was interrupted" if (folder / UNFINISHED).is_file() else "not found"
+        raise CheckpointError(
+            f"{folder / MANIFEST}: {state}: run the same conversion again, it goes on where it stopped."
+        )
+    manifest = read_manifest(folder / MANIFEST)
+    tensors = {parameter: _tensor(folder, manifest, parameter) for parameter in manifest.specs}
+    problems = _shape_problems(tensors, manifest.config) or _unit_problems(folder, manifest)
+    if problems:
+        advice = (
+            "Pass no configuration, or the one of grokjax.json; restore damaged folders from a copy or convert again."
+        )
+        raise CheckpointError(list_problems(folder, problems, advice))
+    return OrbaxCheckpoint(folder, manifest, manifest.config, types.MappingProxyType(tensors))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads `grokjax.json` or `unfinished.json`.
+
+    Raises:
+      CheckpointError: It cannot be read, is not ours, or is of a newer format.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}): restore it from a copy or convert again.") from error
+    if not isinstance(document, dict) or document.get("format") != "grokjax":
+        raise CheckpointError(f"{path}: not the manifest of a grokjax checkpoint: check the path.")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: written in format version {version!r}, this grokjax reads {FORMAT_VERSION}: "
+            "install the version of grokjax that wrote it, or convert again."
+        )
+    try:
+        specs = {parameter: _tensor_spec(entry) for parameter, entry in document["tensors"].items()}
+        config = GrokConfig(**document["config"])
+        return Manifest(config, specs, document["origin"], document["checksums"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}): restore it from a copy or convert again.") from error
+
+
+def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes one unit whole or not at all: piece name -> `weight`, `scales` -> NumPy or JAX array.
+
+    Raises:
+      CheckpointError: The disk is full, or the folder cannot be written.
+    """
+    path = unit_path(folder, name)
+    try:
+        with _ORBAX, _context():
+            ocp.save(path, {piece: dict(leaves) for piece, leaves in arrays.items()})
+    except Exception as error:  # Orbax passes on whatever its libraries raise
+        free = shutil.disk_usage(folder).free
+        raise CheckpointError(
+            f"{path}: cannot be written ({_first_line(error)}), {free / 1e9:.1f} GB are free: "
+            "make room or check the permissions, then run the same command again; it goes on where it stopped."
+        ) from error
+
+
+def read_unit(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    wanted: Mapping[str, Mapping[str, Any]],
+    max_bytes: int = _READ_BYTES,
+) -> dict[str, dict[str, Any]]:
+    """Reads arrays of one unit, piece name -> `weight`, `scales` -> as what to read it.
+
+    That is a NumPy array of the shape and dtype, or a `jax.ShapeDtypeStruct` with a sharding. At most `max_bytes` are
+    in flight on the host, or the largest single array if that is more.
+
+    Raises:
+      CheckpointError: The unit is missing, damaged, or holds something else.
+    """
+    path = unit_path(folder, name)
+    # All that is in the unit must be named, so that one in another's place is an error and not a piece of nothing.
+    tree = {
+        piece.name: dict.fromkeys(manifest.specs[piece.parameter].leaves(), ocp.PLACEHOLDER)
+        | dict(wanted.get(piece.name, {}))
+        for piece in manifest.units[name].pieces
+    }
+    largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), default=0)
+    try:
+        with _ORBAX, _context(read_bytes=max(max_bytes, largest)):
+            found: dict[str, dict[str, Any]] = ocp.load(path, tree)
+            return found
+    except Exception as error:  # Orbax itself raises bare Exceptions for damaged files
+        raise CheckpointError(
+            f"{path}: cannot be read ({_first_line(error)}): restore this folder from a copy or convert again."
+        ) from error
+
+
+def unit_path(folder: Path, name: str) -> Path:
+    """The folder of one unit."""
+    return folder / _WEIGHTS / name
+
+
+def finished_units(folder: Path) -> set[str]:
+    """Names of the units that are there; what an interrupted write left behind is removed first."""
+    weights = folder / _WEIGHTS
+    weights.mkdir(exist_ok=True)
+    for entry in weights.glob("*orbax-checkpoint-tmp*"):
+        shutil.rmtree(entry)
+    return {entry.name for entry in weights.iterdir() if entry.is_dir()}
+
+
+def commit(folder: Path, manifest: Manifest) -> None:
+    """Makes a folder with all its units a checkpoint."""
+    os.sync()  # the units must be on the disk before the name says that they are
+    manifest.write(folder, UNFINISHED)
+    (folder / UNFINISHED).replace(folder / MANIFEST)
+
+
+def _tensor(folder: Path, manifest: Manifest, parameter: str) -> OrbaxTensor:
+    leaves = manifest.specs[parameter].leaves()
+    weight, scales = (OrbaxArray(folder, manifest, parameter, leaf) for leaf in ("weight", "scales"))
+    return OrbaxTensor(weight, scales if "scales" in leaves else None)
+
+
+def _tensor_spec(entry: Mapping[str, Any]) -> TensorSpec:
+    leaves = {name: ArraySpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"])) for name, leaf in entry.items()}
+    return TensorSpec(leaves["weight"], leaves.get("scales"))
+
+
+def _shape_problems(tensors: Mapping[str, StoredTensor], config: GrokConfig) -> list[str]:
+    shapes = parameter_shapes(config)
+    problems = [f"{parameter}: missing" for parameter in shapes if parameter not in tensors]
+    problems += [f"{parameter}: surplus" for parameter in tensors if parameter not in shapes]
+    for parameter in [parameter for parameter in shapes if parameter in tensors]:
+        problems += [f"{parameter}: {text}" for text in mismatches(tensors[parameter], parameter, shapes[parameter])]
+    return problems
+
+
+def _unit_problems(folder: Path, manifest: Manifest) -> list[str]:
+    units = manifest.units
+    there = {entry.name for entry in (folder / _WEIGHTS).iterdir()} if (folder / _WEIGHTS).is_dir() else set()
+    problems = [f"{_WEIGHTS}/{name}: missing" for name in units if name not in there]
+    problems += [f"{_WEIGHTS}/{name}: surplus" for name in sorted(there - set(units))]
+    for name in [name for name in units if name in there]:
+        needed = sum(manifest.specs[piece.parameter].piece(piece).num_bytes for piece in units[name].pieces)
+        found = sum(file.stat().st_size for file in _chunk_files(unit_path(folder, name)))
+        if found < needed:
+            problems.append(f"{_WEIGHTS}/{name}: {found} bytes, its arrays take {needed}")
+    return problems
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not _NEEDLESS_LOGS.search(record.getMessage())
+
+
+def _chunk_files(unit: Path) -> Iterator[Path]:
+    """The files of a unit that hold values: Zarr keeps each array's chunks in a folder `c`."""
+    return (file for file in unit.rglob("*") if "c" in file.relative_to(unit).parts and file.is_file())
+
+
+def _context(read_bytes: int | None = None) -> ocp.Context:
+    logging.getLogger("absl").addFilter(_is_wanted)
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_compression = False
+    # Plain files: twice as fast as the default database, and the same bytes at each run.
+    saving.use_ocdbt = False
+    saving.enable_write_sharding_file = False
+    saving.array_metadata_store = None
+    saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    saving.scoped_storage_options_creator = _table_options
+    context.memory.deepcopy_host_arrays = False
+    context.memory.read_concurrent_bytes = read_bytes
+    return context
+
+
+def _table_options(path: tuple[Any, ...], _: Any) -> Any:
+    """Options of the embedding table; None, the general ones, for other arrays."""
+    options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_TABLE_CHUNK_BYTES)
+    return options if "embedding.table" in jax.tree_util.keystr(path) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,115 @@
+"""The commands for checkpoints, as a user types them, on a small one in the release's format."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grokjax.checkpoint import Progress
+from grokjax.cli import main
+from grokjax.console import ProgressLine, duration, size
+
+
+@pytest.fixture(scope="module")
+def download(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "download"
+    assert main(["make-release-fixture", str(path), "--layers", "1"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(download: Path) -> Path:
+    path = download.parent / "converted"
+    assert main(["convert", str(download), str(path), *config_of(download), "--verify"]) == 0
+    return path
+
+
+def config_of(download: Path) -> list[str]:
+    return ["--config", str(download / "config.json")]
+
+
+def test_fixture(download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(list((download / "ckpt-0").iterdir())) == 14
+    assert main(["make-release-fixture", str(download)]) == 2
+    assert "exists already: choose another path" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(download), str(tmp_path / "new"), *config_of(download), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "0 of 27 units are there" in said
+    assert "GiB of memory" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_says_how_far_it_is(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(download), str(tmp_path / "new"), *config_of(download)]) == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "left: embedding.table" in output.err
+    assert f"{tmp_path / 'new'} is complete" in output.err
+
+
+def test_convert_needs_the_configuration(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(download), str(tmp_path / "new")]) == 2
+    assert "pass the whole configuration, config=GrokConfig(...) or --config FILE" in capsys.readouterr().err
+
+
+def test_verify(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(converted)]) == 0
+    assert main(["verify", str(converted), "--source", str(download), *config_of(download)]) == 0
+    assert "every array is as it should be" in capsys.readouterr().err
+
+
+def test_info(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(converted), "--mesh", "1,8", "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert main(["info", str(download), *config_of(download), "--mesh", "1,8", "--json"]) == 0
+    theirs = json.loads(capsys.readouterr().out)
+    assert (ours["layout"], theirs["layout"]) == ("orbax", "release")
+    for key in ("num_parameters", "num_bytes", "config", "parameters", "bytes_per_device"):
+        assert ours[key] == theirs[key]
+    assert main(["info", str(converted), "--mesh", "1,3"]) == 2
+    assert "does not divide" in capsys.readouterr().err
+    assert main(["info", str(converted)]) == 0
+    text = capsys.readouterr().out
+    assert f"on a mesh of 1 x 8 devices: {ours['bytes_per_device']} bytes on each" in text
+    assert "layers.0.feed_forward.gate" in text
+
+
+def test_export(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(converted), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "model.safetensors.index.json").is_file()
+    assert main(["info", str(tmp_path / "exported"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "safetensors"
+
+
+def test_generate_from_every_layout(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tokenizer", "bytes", "--max-new-tokens", "4", "--temperature", "0", "hello"]
+    assert main(["generate", "--checkpoint", str(converted), *options]) == 0
+    ours = capsys.readouterr().out
+    assert main(["generate", "--checkpoint", str(download), *config_of(download), *options]) == 0
+    assert capsys.readouterr().out == ours
+
+
+def test_sizes_and_times_are_readable() -> None:
+    assert [size(n) for n in (0, 845, 845_568, 1_611_137_347, 318_239_886_140, 2.5e13)] == [
+        "0 B",
+        "845 B",
+        "846 kB",
+        "1.61 GB",
+        "318 GB",
+        "25 TB",
+    ]
+    assert [duration(s) for s in (0.4, 99, 420, 4800)] == ["0 s", "99 s", "7 min", "1 h 20 min"]
+
+
+def test_progress_names_what_is_renamed(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine("loaded")
+    line(Progress("layers.0.feed_forward.router", None, 0, 100))
+    line(Progress("final_norm.scale", "last_norm", 50, 100))
+    line(Progress("embedding.table", "embedding.table", 100, 100))
+    said = capsys.readouterr().err
+    assert "layers.0.feed_forward.router keeps its fresh value" in said
+    assert "final_norm.scale from last_norm" in said
+    assert "loaded 100 B of 100 B" in said

@@ -1,0 +1,325 @@
+"""Conversion: every layout into ours, interrupted anywhere, and the model is the same."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import DENSE, SMALL, WrittenCheckpoint, write_checkpoint
+from goldens import GoldenCase, load_case
+from test_model_goldens import ATOL_LOGITS, EXPERT, FULLY, TENSOR, check_generation, real_logits
+
+from grokjax import (
+    CheckpointError,
+    ShardingRules,
+    conversion,
+    convert,
+    dequantize,
+    describe,
+    forward,
+    load,
+    make_mesh,
+    plan_conversion,
+    quantize,
+    verify,
+)
+from grokjax.testing import write_release_checkpoint
+
+TWO_LAYERS = SMALL.replace(num_layers=2)
+
+
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    """The files that hold values, by name."""
+    weights = checkpoint / "weights"
+    return {
+        str(file.relative_to(weights)): file.read_bytes()
+        for file in sorted(weights.rglob("*"))
+        if file.is_file() and "c" in file.relative_to(weights).parts
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> WrittenCheckpoint:
+    return write_checkpoint(tmp_path_factory.mktemp("release"), TWO_LAYERS, scale_blocks=4)
+
+
+@pytest.fixture(scope="module")
+def converted(source: WrittenCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("converted") / "model"
+    convert(source.path, path, source.config)
+    return path
+
+
+@pytest.fixture(scope="module", params=["tiny-moe-s8", "tiny-dense-2x4"])
+def golden(request: pytest.FixtureRequest) -> GoldenCase:
+    return load_case(request.param)
+
+
+@pytest.fixture(scope="module")
+def golden_path(golden: GoldenCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("golden") / "model"
+    convert(golden.checkpoint, path, golden.config)
+    return path
+
+
+class TestGoldens:
+    """The release's files, converted, restored onto every mesh: the release's numbers."""
+
+    @pytest.mark.parametrize(
+        ("mesh", "rules"),
+        [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), TENSOR), ((2, 4), FULLY), ((8, 1), TENSOR)],
+        ids=str,
+    )
+    def test_logits(self, golden: GoldenCase, golden_path: Path, mesh: tuple[int, int], rules: ShardingRules) -> None:
+        model = load(golden_path, mesh=make_mesh(mesh), dtype=jnp.float32, rules=rules)
+        logits = np.asarray(forward(model, golden.tokens))
+        expected = real_logits(golden, golden.arrays["float32"]["full_logits"])
+        np.testing.assert_allclose(real_logits(golden, logits), expected, atol=ATOL_LOGITS, rtol=0)
+
+    def test_decode_with_experts_spread(self, golden: GoldenCase, golden_path: Path) -> None:
+        mesh, rules = ((1, 8), EXPERT) if golden.config.num_experts > 1 else ((2, 4), TENSOR)
+        model = load(golden_path, mesh=make_mesh(mesh), dtype=jnp.float32, rules=rules)
+        check_generation(golden, model, rows=range(len(golden.lengths)))
+
+
+def test_twelve_layers_in_their_order(tmp_path: Path) -> None:
+    """Files in the order of names, 0, 1, 10, 11, 2 ...: a wrong order would load, and compute something else."""
+    source = write_checkpoint(tmp_path / "release", SMALL.replace(num_layers=12, num_experts=2), scale_blocks=8)
+    convert(source.path, tmp_path / "model", source.config)
+    tokens = np.arange(3, 15)[None]
+    logits = forward(load(tmp_path / "model", mesh=make_mesh((1, 8)), dtype=jnp.float32), tokens)
+    np.testing.assert_allclose(logits, source.expected_logits(tokens), atol=2e-4, rtol=0)
+
+
+def test_every_array_is_kept(source: WrittenCheckpoint, converted: Path) -> None:
+    for name, spec in describe(converted).specs.items():
+        written = source.tensors[name]
+        assert (spec.weight.shape, spec.weight.dtype) == (written.weight.shape, written.weight.dtype)
+    model = load(converted, dtype=jnp.float32)
+    value = model.layers.feed_forward.down.get_value()
+    np.testing.assert_array_equal(value.weight, source.stack("feed_forward.down"))
+    np.testing.assert_array_equal(dequantize(value), source.dequantised_stack("feed_forward.down"))
+    np.testing.assert_array_equal(model.embedding.table[...], source.tensors["embedding.table"].weight)
+
+
+class TestWeights:
+    @pytest.mark.parametrize("blocks", [1, 4])
+    def test_quantised(self, tmp_path: Path, blocks: int) -> None:
+        plain = write_checkpoint(tmp_path, quantized=False)
+        convert(plain.path, tmp_path / "model", plain.config, weights="int8", scale_blocks=blocks)
+        found = load(tmp_path / "model").layers.attention.output.get_value()
+        expected = quantize(jnp.asarray(plain.stack("attention.output")), num_blocks=blocks)
+        np.testing.assert_array_equal(found.weight, expected.weight)
+        np.testing.assert_array_equal(found.scales, expected.scales)
+
+    def test_plain(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        convert(source.path, tmp_path / "model", source.config, weights="bfloat16")
+        specs = describe(tmp_path / "model").specs
+        assert specs["embedding.table"].weight.dtype == specs["layers.1.attention.key"].weight.dtype == jnp.bfloat16
+        assert (
+            specs["layers.1.feed_forward.router"].weight.dtype == specs["final_norm.scale"].weight.dtype == np.float32
+        )
+        found = load(tmp_path / "model").layers.feed_forward.up[...]
+        np.testing.assert_array_equal(found, source.dequantised_stack("feed_forward.up").astype(jnp.bfloat16))
+
+    def test_from_ours(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        """Plain and then int8 again: within the rounding of a second quantisation."""
+        convert(converted, tmp_path / "plain", weights="float32")
+        convert(tmp_path / "plain", tmp_path / "int8", weights="int8")
+        verify(tmp_path / "int8", tmp_path / "plain")
+        expected = source.dequantised_stack("attention.query")
+        found = np.asarray(dequantize(load(tmp_path / "int8").layers.attention.query.get_value()))
+        assert np.abs(found - expected).max() <= np.abs(expected).max() / 127
+
+    def test_columns_are_converted_in_slices(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = write_checkpoint(tmp_path, quantized=False)
+        convert(plain.path, tmp_path / "whole", plain.config, weights="int8")
+        monkeypatch.setattr("grokjax.recipe._SLICE_BYTES", 7 * 4 * 32)  # 7 columns of 32 rows
+        convert(plain.path, tmp_path / "sliced", plain.config, weights="int8")
+        assert contents(tmp_path / "sliced") == contents(tmp_path / "whole")
+
+    def test_dense(self, tmp_path: Path) -> None:
+        dense = write_checkpoint(tmp_path, DENSE, scale_blocks=8)
+        convert(dense.path, tmp_path / "model", DENSE, weights="float32")
+        found = load(tmp_path / "model", dtype=jnp.float32).layers.feed_forward.down[...]
+        np.testing.assert_array_equal(found[:, 0], dense.dequantised_stack("feed_forward.down"))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"weights": "int4"}, "weights='int4': choose one of keep, int8, bfloat16, float32"),
+            (
+                {"weights": "int8", "scale_blocks": 5},
+                "scale_blocks=5 does not divide the 32 rows of layers.0.feed_for",
+            ),
+        ],
+    )
+    def test_bad_options(self, tmp_path: Path, options: Mapping, message: str) -> None:
+        plain = write_checkpoint(tmp_path, quantized=False)
+        with pytest.raises(ValueError, match=message):
+            convert(plain.path, tmp_path / "model", plain.config, **options)
+        assert not (tmp_path / "model").exists()
+
+
+class TestInterrupted:
+    def test_goes_on_after_an_exception_at_any_unit(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        target, seen = tmp_path / "model", []
+
+        def interrupt(progress) -> None:
+            seen.append(progress)
+            if len(seen) in (1, 4, 9, 23):
+                raise KeyboardInterrupt
+
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                convert(source.path, target, source.config, progress=interrupt)
+            with pytest.raises(CheckpointError, match="was interrupted"):
+                load(target)
+        plan = plan_conversion(source.path, target, source.config)
+        assert 0 < plan.num_done < plan.num_units
+        convert(source.path, target, source.config, progress=seen.append)
+        assert seen[-1].done_bytes == seen[-1].total_bytes
+        assert contents(target) == contents(converted)
+        verify(target, source.path, source.config)
+
+    def test_killed(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        """kill -9 as soon as the first units are there, each time a little later."""
+        target, config = tmp_path / "model", tmp_path / "config.json"
+        config.write_text(source.config.to_json())
+        command = [sys.executable, "-m", "grokjax", "convert", str(source.path), str(target), "--config", str(config)]
+        for wanted in (1, 8, 20):
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            while process.poll() is None and len(list((target / "weights").glob("*"))) < wanted:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert not (target / "grokjax.json").exists()
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        assert contents(target) == contents(converted)
+        assert not list(target.rglob("*orbax-checkpoint-tmp*"))
+
+    def test_other_options_do_not_go_on(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        target = tmp_path / "model"
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=raise_interrupt)
+        with pytest.raises(CheckpointError, match="unfinished conversion of another source or with other options"):
+            convert(source.path, target, source.config, weights="bfloat16")
+
+    def test_two_processes(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        def second(_) -> None:
+            convert(source.path, tmp_path / "model", source.config)
+
+        with pytest.raises(CheckpointError, match="another process is writing it: wait until it has finished"):
+            convert(source.path, tmp_path / "model", source.config, progress=second)
+
+
+def raise_interrupt(_) -> None:
+    raise KeyboardInterrupt
+
+
+class TestRefused:
+    def test_no_space(self, source: WrittenCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+        with pytest.raises(CheckpointError, match=r"are to be written and 0.0 GB are free: make room"):
+            convert(source.path, tmp_path / "model", source.config)
+        assert not (tmp_path / "model").exists()
+
+    def test_disk_full_on_the_way(self, tmp_path: Path) -> None:
+        """No file may exceed 40000 bytes, so the table fits and an expert does not; later it does."""
+        source = write_checkpoint(tmp_path / "release", SMALL.replace(ffn_dim=2048))
+        target, config = tmp_path / "model", tmp_path / "config.json"
+        config.write_text(source.config.to_json())
+        arguments = ["convert", str(source.path), str(target), "--config", str(config)]
+        limited = (
+            "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "import grokjax.cli; resource.setrlimit(resource.RLIMIT_FSIZE, (40000, 40000));"
+            f"sys.exit(grokjax.cli.main({arguments!r}))"
+        )
+        failed = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=False)
+        assert failed.returncode == 2
+        assert "cannot be written" in failed.stderr
+        assert "it goes on where it stopped" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert plan_conversion(source.path, target, source.config).num_done > 0
+        convert(source.path, target, source.config)
+        verify(target, source.path, source.config)
+
+    def test_existing_targets(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("precious")
+        with pytest.raises(CheckpointError, match="exists and is not empty: choose another target"):
+            convert(source.path, tmp_path, source.config)
+        with pytest.raises(CheckpointError, match="is a whole checkpoint already"):
+            convert(source.path, converted, source.config)
+        with pytest.raises(CheckpointError, match="source and target are the same"):
+            convert(converted, converted)
+        assert (tmp_path / "mine").read_text() == "precious"
+
+    def test_a_target_that_cannot_be_made(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(CheckpointError, match="cannot be made"):
+            convert(source.path, tmp_path / "file" / "model", source.config)
+
+    def test_a_damaged_source_is_found_before_anything_is_written(self, tmp_path: Path) -> None:
+        write_release_checkpoint(tmp_path / "ckpt-0", SMALL)
+        file = tmp_path / "ckpt-0" / "tensor00003_000"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"tensor00003_000.*truncated"):
+            convert(tmp_path, tmp_path / "model", SMALL)
+        assert not (tmp_path / "model").exists()
+
+    def test_malicious_pickle(self, tmp_path: Path) -> None:
+        write_release_checkpoint(tmp_path / "ckpt-0", SMALL)
+        canary = tmp_path / "canary"
+        hostile = b"\x80\x04cos\nmkdir\n(V" + str(canary).encode() + b"\ntR."
+        (tmp_path / "ckpt-0" / "tensor00002_000").write_bytes(hostile)
+        with pytest.raises(CheckpointError, match=r"tensor00002_000.*global 'os.mkdir'"):
+            convert(tmp_path, tmp_path / "model", SMALL)
+        assert not canary.exists()
+
+
+class TestVerify:
+    def test_a_flipped_bit_is_found(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        verify(converted, source.path, source.config)
+        verify(converted)
+        chunk = next((converted / "weights" / "layers.1.feed_forward.up.1").rglob("c/0/0"))
+        good = chunk.read_bytes()
+        try:
+            chunk.write_bytes(bytes([good[0] ^ 4]) + good[1:])
+            for arguments in ((converted,), (converted, source.path, source.config)):
+                with pytest.raises(CheckpointError, match=r"1 arrays differ.*\n  layers.1.feed_forward.up.1/weight"):
+                    verify(*arguments)
+        finally:
+            chunk.write_bytes(good)
+        verify(converted)
+
+    def test_a_swapped_source_is_found(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        other = write_checkpoint(tmp_path, source.config, scale_blocks=4, seed=1)
+        with pytest.raises(CheckpointError, match="arrays differ from what they were made from"):
+            verify(converted, other.path, other.config)
+
+    def test_without_checksums(self, tmp_path: Path) -> None:
+        checkpoint = write_checkpoint(tmp_path)
+        convert(checkpoint.path, tmp_path / "model", checkpoint.config)
+        with pytest.raises(CheckpointError, match="holds no checksums: verify the checkpoint once beside"):
+            verify(tmp_path / "model")
+
+
+class TestPlan:
+    def test_says_what_it_takes(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        plan = plan_conversion(source.path, tmp_path / "model", source.config)
+        assert (plan.num_units, plan.num_done) == (2 + 2 * (1 + 3 * SMALL.num_experts), 0)
+        assert plan.write_bytes == describe(source.path, source.config).num_bytes
+        assert not (tmp_path / "model").exists()
+
+    def test_the_real_model_needs_one_table_and_a_gibibyte(self, full_release: Path, tmp_path: Path) -> None:
+        plan = plan_conversion(full_release, tmp_path / "model")
+        table = 4 * 131072 * 6144
+        assert plan.peak_host_bytes <= table + 2**30
+        assert plan.write_bytes == describe(full_release).num_bytes

@@ -1,0 +1,237 @@
+"""Safetensors checkpoints: both sets of public names, read in our orientation, slice by slice."""
+
+import json
+import os
+import re
+import struct
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors_files import (
+    DENSE,
+    DTYPES,
+    SCHEMES,
+    SMALL,
+    TWELVE,
+    Names,
+    as_stored,
+    assert_holds,
+    draw,
+    hpcai_name,
+    keyfan_name,
+    write,
+)
+
+from grokjax import safetensors_names
+from grokjax.config import GrokConfig
+from grokjax.safetensors_layout import find_safetensors, open_safetensors
+from grokjax.safetensors_names import HPCAI, KEYFAN
+from grokjax.stored import CheckpointError, Piece, parameter_shapes, pieces_of
+
+
+class TestValues:
+    @pytest.mark.parametrize("names", SCHEMES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("num_files", [1, 3])
+    def test_every_parameter(self, tmp_path: Path, names: Names, dtype: str, num_files: int) -> None:
+        weights = draw(SMALL, dtype)
+        write(tmp_path, as_stored(SMALL, weights, names), num_files)
+        checkpoint = open_safetensors(tmp_path, SMALL)
+        assert (checkpoint.path, checkpoint.config, checkpoint.layout) == (tmp_path, SMALL, "safetensors")
+        assert all(tensor.scales is None for tensor in checkpoint.tensors.values())
+        assert_holds(checkpoint, weights)
+
+    @pytest.mark.parametrize("names", SCHEMES)
+    def test_dense_model(self, tmp_path: Path, names: Names) -> None:
+        weights = draw(DENSE, "bfloat16")
+        assert weights["layers.0.feed_forward.gate"].shape == (24, 40)
+        write(tmp_path, as_stored(DENSE, weights, names))
+        assert_holds(open_safetensors(tmp_path, DENSE), weights)
+
+    @pytest.mark.parametrize("names", SCHEMES)
+    def test_twelve_layers_keep_their_numbers(self, tmp_path: Path, names: Names) -> None:
+        weights = draw(TWELVE, "float32")
+        write(tmp_path, as_stored(TWELVE, weights, names), num_files=5)
+        assert_holds(open_safetensors(tmp_path, TWELVE), weights)
+
+    def test_twelve_experts_keep_their_numbers(self, tmp_path: Path) -> None:
+        config = SMALL.replace(num_experts=12, num_layers=1)
+        weights = draw(config, "float32")
+        write(tmp_path, as_stored(config, weights, keyfan_name))
+        assert_holds(open_safetensors(tmp_path, config), weights)
+
+    def test_several_files_without_an_index(self, tmp_path: Path) -> None:
+        weights = draw(SMALL, "float32")
+        write(tmp_path, as_stored(SMALL, weights, keyfan_name), num_files=3)
+        (tmp_path / "model.safetensors.index.json").unlink()
+        assert_holds(open_safetensors(tmp_path, SMALL), weights)
+
+    def test_parameters_may_differ_in_dtype(self, tmp_path: Path) -> None:
+        weights = draw(SMALL, "bfloat16") | {"layers.1.feed_forward.router": np.ones((24, 3), np.float32)}
+        write(tmp_path, as_stored(SMALL, weights, keyfan_name))
+        assert_holds(open_safetensors(tmp_path, SMALL), weights)
+
+    @pytest.mark.parametrize("names", SCHEMES)
+    def test_tied_head_is_not_read(self, tmp_path: Path, names: Names) -> None:
+        weights = draw(SMALL, "bfloat16")
+        write(tmp_path, as_stored(SMALL, weights, names) | {"lm_head.weight": np.full((56, 24), np.nan, np.float32)})
+        assert_holds(open_safetensors(tmp_path, SMALL), weights)
+
+
+INDICES: dict[str, list[tuple[int | slice, ...]]] = {
+    "final_norm.scale": [(), (slice(3, 9),), (5,), (-1,), (slice(-4, None),), (slice(9, 3),)],
+    "embedding.table": [
+        (slice(8, 16),),
+        (slice(None), slice(6, 12)),
+        (7,),
+        (7, slice(0, 5)),
+        (-1, 3),
+        (slice(50, 99),),
+    ],
+    "layers.1.attention.query": [(slice(4, 8),), (slice(None), slice(8, 24)), (slice(2, 20), slice(30, 32)), (3,)],
+    "layers.1.feed_forward.router": [(slice(None), slice(1, 2)), (slice(None), 1), (-2, -1)],
+    "layers.1.feed_forward.gate": [
+        (1,),
+        (-1,),
+        (slice(1, 3),),
+        (slice(None), slice(None), slice(10, 20)),
+        (2, slice(3, 20), slice(0, 7)),
+        (slice(0, 2), 5, slice(1, None)),
+        (slice(0, 1), slice(None), 39),
+        (0, 23, 39),
+        (slice(2, 2),),
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder, weights = tmp_path_factory.mktemp("slices"), draw(SMALL, request.param)
+    write(folder, as_stored(SMALL, weights, hpcai_name), num_files=2)
+    return folder, weights
+
+
+class TestSlices:
+    @pytest.mark.parametrize(("parameter", "index"), [(name, index) for name in INDICES for index in INDICES[name]])
+    @pytest.mark.parametrize("block_bytes", [1 << 20, 100, 1])
+    def test_equal_to_numpys(
+        self, written: tuple[Path, Any], parameter: str, index: Any, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("grokjax.safetensors_layout._BLOCK_BYTES", block_bytes)
+        folder, weights = written
+        found = open_safetensors(folder, SMALL).tensors[parameter].weight.read(index)
+        expected = weights[parameter][index]
+        assert isinstance(found, np.ndarray)
+        assert (found.shape, found.dtype, found.tobytes()) == (expected.shape, expected.dtype, expected.tobytes())
+        assert found.flags.c_contiguous
+
+    @pytest.mark.parametrize("index", [(3,), (slice(None), 24), (0, 0, -41)])
+    def test_outside(self, written: tuple[Path, Any], index: Any) -> None:
+        array = open_safetensors(written[0], SMALL).tensors["layers.0.feed_forward.gate"].weight
+        with pytest.raises(IndexError):
+            array.read(index)
+
+    def test_memory_is_the_slice_and_a_block(self, tmp_path: Path) -> None:
+        config = DENSE.replace(num_layers=1, model_dim=1024, ffn_dim=8192)
+        stored = as_stored(config, draw(config, "bfloat16"), keyfan_name)
+        write(tmp_path, stored)
+        tracemalloc.start()
+        try:
+            gate = open_safetensors(tmp_path, config).tensors["layers.0.feed_forward.gate"].weight
+            opened = tracemalloc.get_traced_memory()[1]
+            whole = gate.read()
+            tracemalloc.reset_peak()
+            part = gate.read((slice(None), slice(0, 2048)))
+            now, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert opened < 1 << 20
+        assert (whole.nbytes, part.nbytes) == (16 << 20, 4 << 20)
+        assert now < (20 << 20) + (1 << 19)
+        assert peak < (22 << 20) + (1 << 19)
+
+
+class TestNames:
+    @pytest.mark.parametrize(("scheme", "names"), [(KEYFAN, keyfan_name), (HPCAI, hpcai_name)])
+    @pytest.mark.parametrize("config", [TWELVE, DENSE], ids=["experts", "dense"])
+    def test_of_every_piece(self, scheme: Any, names: Names, config: GrokConfig) -> None:
+        pieces = [piece for parameter in parameter_shapes(config) for piece in pieces_of(parameter, config)]
+        assert [scheme.name(piece) for piece in pieces] == [names(piece.name) for piece in pieces]
+        assert len({scheme.name(piece) for piece in pieces}) == len(pieces)
+
+    def test_of_the_published_files(self) -> None:
+        assert (
+            KEYFAN.name(Piece("layers.63.feed_forward.down", 7)) == "transformer.decoder_layer.63.moe.7.linear_1.weight"
+        )
+        assert (
+            KEYFAN.name(Piece("layers.0.post_feed_forward_norm.scale"))
+            == "transformer.decoder_layer.0.rms_norm_3.weight"
+        )
+        assert (
+            HPCAI.name(Piece("layers.63.feed_forward.up", 7)) == "model.layers.63.moe_block.experts.7.linear_v.weight"
+        )
+        assert HPCAI.name(Piece("layers.0.pre_feed_forward_norm.scale")) == "model.layers.0.pre_moe_norm.scale"
+
+    def test_docstring_tables_are_the_names(self) -> None:
+        rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \|$", safetensors_names.__doc__ or "", re.MULTILINE)
+        prefixes = next(row for row in rows if row[0] == "layers.{i}.")
+        assert prefixes[1:] == tuple(scheme.layer_prefix.replace("{layer}", "{i}") for scheme in (KEYFAN, HPCAI))
+        for column, scheme in ((1, KEYFAN), (2, HPCAI)):
+            table = {row[0]: row[column].replace("{e}", "{expert}") for row in rows if row is not prefixes}
+            assert table == {**scheme.model, **scheme.layer}
+
+
+class TestFind:
+    @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "any.safetensors"])
+    def test_found(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).touch()
+        assert find_safetensors(tmp_path) == tmp_path
+        assert find_safetensors(str(tmp_path)) == tmp_path
+
+    def test_not_found(self, tmp_path: Path) -> None:
+        (tmp_path / "shard-00001.part").touch()
+        (tmp_path / "folder.safetensors").mkdir()
+        os.mkfifo(tmp_path / "pipe.safetensors")
+        assert find_safetensors(tmp_path) is None
+        assert find_safetensors(tmp_path / "shard-00001.part") is None
+        assert find_safetensors(tmp_path / "absent") is None
+        with pytest.raises(
+            CheckpointError, match=r"found no \*\.safetensors files and no model\.saf.*: pass the folder"
+        ):
+            open_safetensors(tmp_path, SMALL)
+
+    def test_package_is_needed_to_open_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(tmp_path, as_stored(SMALL, draw(SMALL, "float32"), keyfan_name))
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+        assert find_safetensors(tmp_path) == tmp_path
+        with pytest.raises(
+            CheckpointError, match=r"safetensors is not installed: pip install 'grokjax\[safetensors\]'"
+        ):
+            open_safetensors(tmp_path, SMALL)
+
+
+class TestGrok1:
+    @pytest.mark.parametrize("names", [keyfan_name, hpcai_name])
+    def test_is_recognised_without_a_configuration(self, tmp_path: Path, names: Names) -> None:
+        config = GrokConfig.grok_1()
+        end, header = 0, {}
+        for parameter, shape in parameter_shapes(config).items():
+            for piece in pieces_of(parameter, config):
+                part = shape[len(piece.index) :]
+                stored = part[::-1] if parameter != "embedding.table" else part
+                start, end = end, end + 2 * int(np.prod(part))
+                header[names(piece.name)] = {"dtype": "BF16", "shape": stored, "data_offsets": [start, end]}
+        data = json.dumps(header).encode()
+        with (tmp_path / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(data)) + data)
+            file.truncate(8 + len(data) + end)  # the arrays are a hole, which takes no space on the disk
+        assert (tmp_path / "model.safetensors").stat().st_blocks < 10_000, "a file system that keeps holes is needed"
+        checkpoint = open_safetensors(tmp_path)
+        assert checkpoint.config == config
+        down = checkpoint.tensors["layers.63.feed_forward.down"].weight
+        assert down.shape == (8, 32768, 6144)
+        assert down.read((7, slice(32760, None), slice(0, 4))).tolist() == [[0] * 4] * 8

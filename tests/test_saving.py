@@ -1,0 +1,266 @@
+"""Checkpoints of ours: whatever mesh they were written from, every mesh restores them; what is damaged is refused."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import DENSE, SMALL
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from grokjax import (
+    CheckpointError,
+    Grok,
+    GrokConfig,
+    QuantizedArray,
+    ShardingRules,
+    dequantize,
+    describe,
+    init,
+    load,
+    load_parameters,
+    make_mesh,
+    save,
+)
+from grokjax.model import parameter_name
+from grokjax.stored import parameter_shapes
+
+CONFIG = SMALL.replace(num_experts=4)
+TENSOR = ShardingRules.tensor_parallel()
+EXPERT = ShardingRules.expert_parallel()
+FULLY = TENSOR.replace(embed="data")
+PLACES = [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT), ((2, 4), FULLY), ((8, 1), TENSOR)]
+
+
+def parameters(model: Grok) -> dict[str, jax.Array | QuantizedArray]:
+    return {parameter_name(path): param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
+
+
+def assert_same_model(found: Grok, expected: Grok) -> None:
+    """Bit for bit; scale blocks may be cut finer for another mesh."""
+    ours, theirs = parameters(found), parameters(expected)
+    assert set(ours) == set(theirs)
+    for name, value in ours.items():
+        if isinstance(value, QuantizedArray):
+            np.testing.assert_array_equal(value.weight, theirs[name].weight)
+            np.testing.assert_array_equal(dequantize(value), dequantize(theirs[name]))
+        else:
+            assert value.dtype == theirs[name].dtype
+            np.testing.assert_array_equal(value, theirs[name])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["int8", "bfloat16"])
+def model(request: pytest.FixtureRequest) -> Grok:
+    return init(CONFIG, mesh=make_mesh((1, 4)), rules=TENSOR, quantized=request.param)
+
+
+@pytest.fixture(scope="module")
+def saved(model: Grok, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    save(model, path)
+    return path
+
+
+@pytest.fixture
+def copied(tmp_path: Path, saved: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(("mesh", "rules"), PLACES, ids=str)
+def test_restored_onto_every_mesh(saved: Path, model: Grok, mesh: tuple[int, int], rules: ShardingRules) -> None:
+    restored = load(saved, mesh=make_mesh(mesh), rules=rules)
+    assert_same_model(restored, model)
+    expected = nnx.split(
+        init(CONFIG, mesh=make_mesh(mesh), rules=rules, quantized=isinstance(query(model), QuantizedArray))
+    )
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(expected[1]), strict=True):
+        if ours.shape == theirs.shape:  # scale blocks aside
+            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+
+
+def query(model: Grok) -> jax.Array | QuantizedArray:
+    return model.layers.attention.query.get_value()
+
+
+@pytest.mark.parametrize(("mesh", "rules"), PLACES[1:], ids=str)
+def test_written_from_every_mesh(tmp_path: Path, mesh: tuple[int, int], rules: ShardingRules) -> None:
+    model = init(CONFIG, mesh=make_mesh(mesh), rules=rules)
+    save(model, tmp_path / "model")
+    assert_same_model(load(tmp_path / "model"), model)
+
+
+def test_dense_models(tmp_path: Path) -> None:
+    model = init(DENSE, quantized=False, dtype=jnp.float32)
+    save(model, tmp_path / "model")
+    assert_same_model(load(tmp_path / "model", dtype=jnp.float32), model)
+
+
+def test_devices_are_given_no_more_than_their_part(saved: Path) -> None:
+    before = {id(array) for array in jax.live_arrays()}
+    model = load(saved, mesh=make_mesh((1, 8)))
+    own = {id(leaf) for leaf in jax.tree.leaves(model)}
+    assert not [a.shape for a in jax.live_arrays() if id(a) not in before | own and a.size > 64]
+
+
+def test_units_are_checkpoints_of_orbax(saved: Path, model: Grok) -> None:
+    """A reader without grokjax finds each matrix under its name."""
+    expected = query(model)
+    expected = expected.weight if isinstance(expected, QuantizedArray) else expected
+    tree = {"layers.0.attention.query": {"weight": np.zeros(expected.shape[1:], expected.dtype)}}
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        found = ocp.load(saved / "weights" / "layers.0", tree)
+    np.testing.assert_array_equal(found["layers.0.attention.query"]["weight"], np.asarray(expected[0]))
+
+
+def test_progress(tmp_path: Path, model: Grok) -> None:
+    calls = []
+    save(model, tmp_path / "model", progress=calls.append)
+    done = [call.done_bytes for call in calls]
+    assert done == sorted(done)
+    assert done[-1] == calls[0].total_bytes == describe(tmp_path / "model").num_bytes
+
+
+class TestPartialLoads:
+    def test_some_layers(self, tmp_path: Path) -> None:
+        model = init(CONFIG.replace(num_layers=3))
+        save(model, tmp_path / "model")
+        part = load(tmp_path / "model", layers=[2, 0])
+        assert part.config.num_layers == 2
+        for ours, theirs in ((0, 2), (1, 0)):
+            np.testing.assert_array_equal(query(part).weight[ours], query(model).weight[theirs])
+        with pytest.raises(ValueError, match=r"layers=\[3\]: name one or more of the checkpoint's 0 to 2"):
+            load(tmp_path / "model", layers=[3])
+
+    def test_some_parameters(self, saved: Path, model: Grok) -> None:
+        found = load_parameters(
+            saved, [r"layers\.0\.feed_forward\.(gate|router)", "final_norm.*"], mesh=make_mesh((2, 4))
+        )
+        assert set(found) == {"layers.0.feed_forward.gate", "layers.0.feed_forward.router", "final_norm.scale"}
+        gate = model.layers.feed_forward.gate.get_value()
+        np.testing.assert_array_equal(
+            dequantize(found["layers.0.feed_forward.gate"]), dequantize(jax.tree.map(lambda leaf: leaf[0], gate))
+        )
+        assert found["layers.0.feed_forward.router"].dtype == jnp.float32
+
+    def test_no_such_parameter(self, saved: Path) -> None:
+        with pytest.raises(ValueError, match=r"'layers.9.*' matches no parameter"):
+            load_parameters(saved, ["layers.9.*"])
+
+
+class TestDescribe:
+    def test_sizes(self, saved: Path, model: Grok) -> None:
+        info = describe(saved)
+        assert (info.layout, info.config) == ("orbax", CONFIG)
+        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        assert info.bytes_per_device((1, 1)) == pytest.approx(stored, rel=0.01)  # scale blocks are those of the mesh
+        assert info.specs["layers.0.feed_forward.gate"].weight.shape == (4, 32, 48)
+
+    @pytest.mark.parametrize(("mesh", "rules"), PLACES, ids=str)
+    def test_bytes_per_device_are_what_a_device_then_holds(
+        self, saved: Path, mesh: tuple[int, int], rules: ShardingRules
+    ) -> None:
+        restored = load(saved, mesh=make_mesh(mesh), rules=rules)
+        device = restored.partitioner.mesh.devices.flat[-1]
+        shards = [s for leaf in jax.tree.leaves(restored) for s in leaf.addressable_shards if s.device == device]
+        assert describe(saved).bytes_per_device(mesh, rules=rules) == sum(shard.data.nbytes for shard in shards)
+
+    def test_grok_1_on_eight_devices(self, full_release: Path) -> None:
+        info = describe(full_release)
+        assert info.num_parameters == sum(math.prod(shape) for shape in parameter_shapes(GrokConfig.grok_1()).values())
+        assert 37e9 < info.bytes_per_device((1, 8)) < 41e9
+
+
+class TestDamage:
+    def test_unfinished(self, copied: Path) -> None:
+        (copied / "grokjax.json").rename(copied / "unfinished.json")
+        with pytest.raises(CheckpointError, match="was interrupted: run the same conversion again"):
+            load(copied)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda text: text[:-40], "not JSON"),
+            (lambda text: "[]", "not the manifest of a grokjax checkpoint"),
+            (
+                lambda text: text.replace('"format_version": 1', '"format_version": 2'),
+                "written in format version 2, this",
+            ),
+            (lambda text: text.replace('"num_heads": 8', '"num_heads": 7'), "damaged .*num_heads=7"),
+            (lambda text: text.replace('"config"', '"konfig"'), "damaged"),
+            (lambda text: text.replace('"ffn_dim": 48', '"ffn_dim": 40'), r"the configuration asks for \[4, 32, 40\]"),
+        ],
+        ids=["truncated", "foreign", "newer", "contradiction", "incomplete", "other-sizes"],
+    )
+    def test_manifest(self, copied: Path, change: Callable[[str], str], message: str) -> None:
+        manifest = copied / "grokjax.json"
+        manifest.write_text(change(manifest.read_text()))
+        with pytest.raises(CheckpointError, match=message):
+            load(copied)
+
+    def test_missing_and_surplus_units_in_one_list(self, copied: Path) -> None:
+        weights = copied / "weights"
+        (weights / "layers.0.feed_forward.up.2").rename(weights / "layers.7.feed_forward.up.2")
+        with pytest.raises(CheckpointError) as caught:
+            load(copied)
+        assert "weights/layers.0.feed_forward.up.2: missing" in str(caught.value)
+        assert "weights/layers.7.feed_forward.up.2: surplus" in str(caught.value)
+
+    def test_truncated_file(self, copied: Path) -> None:
+        largest(copied / "weights" / "embedding.table").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"weights/embedding.table: \d+ bytes, its arrays take 4096"):
+            load(copied)
+
+    def test_file_shorter_by_a_little(self, copied: Path) -> None:
+        file = largest(copied / "weights" / "embedding.table")
+        file.write_bytes(file.read_bytes()[:-3])
+        with pytest.raises(CheckpointError, match=r"embedding.table: cannot be read .*restore this folder from a copy"):
+            load(copied)
+
+    def test_swapped_units(self, copied: Path) -> None:
+        one, other = (copied / "weights" / f"layers.0.feed_forward.gate.{i}" for i in (0, 1))
+        one.rename(copied / "x")
+        other.rename(one)
+        (copied / "x").rename(other)
+        with pytest.raises(CheckpointError, match=r"layers.0.feed_forward.gate.\d: cannot be read"):
+            load(copied)
+
+    def test_configuration_that_does_not_fit(self, saved: Path) -> None:
+        with pytest.raises(CheckpointError) as caught:
+            load(saved, CONFIG.replace(num_layers=2, vocab_size=128))
+        assert "embedding.table: the weight has the shape [64, 32], the configuration asks for [128, 32]" in str(
+            caught.value
+        )
+        assert "layers.1.attention.query: the checkpoint has no layers.1.attention.query" in str(caught.value)
+
+    def test_layers_left_over(self, tmp_path: Path) -> None:
+        save(init(CONFIG.replace(num_layers=2)), tmp_path / "model")
+        with pytest.raises(CheckpointError, match=r"layers.1.attention.query: not used by the model"):
+            load(tmp_path / "model", CONFIG)
+
+    def test_existing_target(self, saved: Path, model: Grok) -> None:
+        with pytest.raises(CheckpointError, match="exists already: choose another path, or remove it first"):
+            save(model, saved)
+
+    def test_target_that_cannot_be_made(self, tmp_path: Path, model: Grok) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(
+            CheckpointError, match=r"cannot be made \(Not a directory\): choose a path that you may write"
+        ):
+            save(model, tmp_path / "file" / "model")
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="a folder without a checkpoint: a folder with tensorNNNNN_000 files"):
+            load(tmp_path)
+        with pytest.raises(CheckpointError, match="no such folder"):
+            load(tmp_path / "absent")
+
+
+def largest(folder: Path) -> Path:
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
