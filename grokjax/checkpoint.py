@@ -17,7 +17,7 @@ from grokjax.config import GrokConfig
 from grokjax.layouts import open_checkpoint
 from grokjax.mapping import check_layers, check_sources, map_parameters, stack_name
 from grokjax.model import Grok, abstract_model, check_dtype, init_parameters, parameter_name
-from grokjax.orbax_layout import UNFINISHED, Manifest, commit, finished_units, write_unit
+from grokjax.orbax_layout import UNFINISHED, Manifest, commit, prepare_units, write_unit
 from grokjax.quantization import QuantizedArray, Weight
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
 from grokjax.stacks import Builder, Slot, Stack, take_piece
@@ -82,7 +82,8 @@ def load(
       rules: sharding rules; tensor parallel by default.
       layers: numbers of the checkpoint's layers to use, in this order; all by default. The model has as many layers.
       rename: pairs of a regular expression and its replacement. The first that is found in a parameter's path (as in
-        docs/model.md, with the layer's number: `layers.3.attention.query`) turns it into the checkpoint's path.
+        docs/model.md, with the layer's number: `layers.3.attention.query`) turns it into the checkpoint's path. With
+        rules, or with `layers`, parameters of the checkpoint may be left unused; otherwise that is an error.
       exclude: regular expressions; a parameter in whose path one is found keeps its fresh random value.
       seed: of the fresh values.
       max_host_bytes: what reading may hold on the host at once; one matrix is always allowed.
@@ -102,7 +103,7 @@ def load(
     config = config.replace(num_layers=len(chosen))
     partitioner = Partitioner.create(config, mesh, rules)
     sources = map_parameters(config, chosen, rename, exclude)
-    check_sources(checkpoint, sources, parameter_shapes(config), may_leave=exclude if layers is None else [""])
+    check_sources(checkpoint, sources, parameter_shapes(config), may_leave=[""] if layers or rename else exclude)
 
     graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=False))
     params = nnx.to_flat_state(state)
@@ -169,8 +170,7 @@ def load_parameters(
 def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> None:
     """Writes a model as a checkpoint of ours, which `load` restores onto any mesh.
 
-    Each process writes its own shards; the host holds one matrix at a time. Until all is written the folder is no
-    checkpoint, and `load` says so.
+    The host holds one matrix at a time. Until all is written the folder is no checkpoint, and `load` says so.
 
     Args:
       model: on any mesh.
@@ -188,7 +188,7 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     manifest = Manifest(model.config, specs, {"made_by": "save"})
     make_folder(folder)
     manifest.write(folder, UNFINISHED)
-    finished_units(folder)
+    prepare_units(folder, manifest)
     done, total = 0, sum(spec.num_bytes for spec in specs.values())
     for unit in units_of(model.config):
         write_unit(folder, unit.name, {piece.name: _take(values, piece) for piece in unit.pieces})

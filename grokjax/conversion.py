@@ -7,8 +7,10 @@ where it stopped.
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
+import itertools
 import math
 import shutil
 import zlib
@@ -31,6 +33,7 @@ from grokjax.orbax_layout import (
     commit,
     finished_units,
     open_orbax,
+    prepare_units,
     read_manifest,
     write_unit,
 )
@@ -50,8 +53,8 @@ from grokjax.stored import (
 
 # What `Progress` calls the units that an interrupted run has left.
 EARLIER = "an earlier run"
-# Python, NumPy, JAX and Orbax themselves, the slices that are converted, and what the allocator does not give back.
-_BASE_BYTES = 896 << 20
+# Python, NumPy, JAX and Orbax themselves, and the slices that are converted.
+_BASE_BYTES = 768 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ def plan_conversion(
         num_done=len(units) - len(missing),
         write_bytes=sum(missing),
         free_bytes=shutil.disk_usage(_existing(folder)).free,
-        peak_host_bytes=_peak_bytes(found, specs, units),
+        peak_host_bytes=_peak_bytes(checkpoint, found, specs),
     )
 
 
@@ -153,7 +156,7 @@ def convert(
     manifest = _manifest(plan.source, plan.recipe, plan.specs)
     with _locked(plan.target):
         manifest.write(plan.target, UNFINISHED)
-        done = finished_units(plan.target)
+        done = prepare_units(plan.target, manifest)
         units = [unit for unit in units_of(plan.source.config) if unit.name not in done]
         total = sum(spec.num_bytes for spec in plan.specs.values())
         written = total - plan.write_bytes
@@ -161,6 +164,7 @@ def convert(
             progress(Progress(EARLIER, EARLIER, written, total))
         for unit, arrays in _convert_units(plan, units):
             write_unit(plan.target, unit.name, arrays)
+            _return_freed_memory()
             written += _num_bytes(plan.specs, unit)
             if progress is not None:
                 progress(Progress(unit.name, unit.name, written, total))
@@ -300,17 +304,27 @@ def _num_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
     return sum(specs[piece.parameter].piece(piece).num_bytes for piece in unit.pieces)
 
 
-def _peak_bytes(found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec], units: Sequence[Unit]) -> int:
+def _peak_bytes(checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> int:
     """Most memory of a conversion: a unit being written, its copy in chunks, and the next being read and converted."""
     changed = found != specs
+    # Orbax reads whole chunks and copies them into place.
+    copies = 2 if isinstance(checkpoint, OrbaxCheckpoint) else 1
+    units = units_of(checkpoint.config)
     peak = 0
-    for unit, following in zip(units, (*units[1:], None), strict=True):
-        # The table is cut between rows, which needs no copy.
-        held = _num_bytes(specs, unit) * (1 if unit.name == "embedding.table" else 2)
-        if following is not None:
-            held += _num_bytes(found, following) + (_num_bytes(specs, following) if changed else 0)
-        peak = max(peak, held, _num_bytes(found, unit) + _num_bytes(specs, unit) if changed else 0)
+    for unit, following in itertools.pairwise((None, *units, None)):
+        # The table is cut between rows, which needs no copy to write.
+        writing = _num_bytes(specs, unit) * (1 if unit.name == "embedding.table" else 2) if unit is not None else 0
+        reading = _num_bytes(found, following) * copies if following is not None else 0
+        converting = _num_bytes(specs, following) if following is not None and changed else 0
+        peak = max(peak, writing + reading + converting)
     return _BASE_BYTES + peak
+
+
+def _return_freed_memory() -> None:
+    """Gives back what was freed: glibc keeps it for each thread that Orbax copies chunks in, over a gigabyte in all."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _manifest(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> Manifest:
@@ -336,7 +350,7 @@ def _done_units(folder: Path, manifest: Manifest) -> set[str]:
                 f"{folder}: holds an unfinished conversion of another source or with other options: repeat that one, "
                 "or remove the folder."
             )
-        return {entry.name for entry in (folder / "weights").glob("*") if entry.is_dir()}
+        return finished_units(folder, manifest)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         kind = "is a whole checkpoint already" if (folder / MANIFEST).is_file() else "exists and is not empty"
         raise CheckpointError(f"{folder}: {kind}: choose another target, or remove it first.")

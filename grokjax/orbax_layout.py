@@ -275,7 +275,7 @@ def read_unit(
     }
     largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), default=0)
     try:
-        with _ORBAX, _context(read_bytes=max(max_bytes, largest)):
+        with _ORBAX, _context(read_bytes=max(max_bytes, largest + 1)):  # Orbax wants more than the largest
             found: dict[str, dict[str, Any]] = ocp.load(path, tree)
             return found
     except Exception as error:  # Orbax itself raises bare Exceptions for damaged files
@@ -289,18 +289,29 @@ def unit_path(folder: Path, name: str) -> Path:
     return folder / _WEIGHTS / name
 
 
-def finished_units(folder: Path) -> set[str]:
-    """Names of the units that are there; what an interrupted write left behind is removed first."""
+def finished_units(folder: Path, manifest: Manifest) -> set[str]:
+    """Names of the units that are there with all their bytes: after a power cut, files may have lost theirs."""
+    weights = folder / _WEIGHTS
+    there = {entry.name for entry in weights.iterdir()} if weights.is_dir() else set()
+    return {name for name in manifest.units if name in there and _missing_bytes(folder, manifest, name) == 0}
+
+
+def prepare_units(folder: Path, manifest: Manifest) -> set[str]:
+    """The same, once everything else that an interrupted write left has been removed."""
     weights = folder / _WEIGHTS
     weights.mkdir(exist_ok=True)
-    for entry in weights.glob("*orbax-checkpoint-tmp*"):
-        shutil.rmtree(entry)
-    return {entry.name for entry in weights.iterdir() if entry.is_dir()}
+    finished = finished_units(folder, manifest)
+    for entry in weights.iterdir():
+        if entry.name not in finished:
+            shutil.rmtree(entry)
+    return finished
 
 
 def commit(folder: Path, manifest: Manifest) -> None:
-    """Makes a folder with all its units a checkpoint."""
-    os.sync()  # the units must be on the disk before the name says that they are
+    """Makes a folder with all its units a checkpoint.
+
+    As after a copy, the kernel writes the bytes back when it likes; if it never does, `open_orbax` misses them.
+    """
     manifest.write(folder, UNFINISHED)
     (folder / UNFINISHED).replace(folder / MANIFEST)
 
@@ -331,11 +342,15 @@ def _unit_problems(folder: Path, manifest: Manifest) -> list[str]:
     problems = [f"{_WEIGHTS}/{name}: missing" for name in units if name not in there]
     problems += [f"{_WEIGHTS}/{name}: surplus" for name in sorted(there - set(units))]
     for name in [name for name in units if name in there]:
-        needed = sum(manifest.specs[piece.parameter].piece(piece).num_bytes for piece in units[name].pieces)
-        found = sum(file.stat().st_size for file in _chunk_files(unit_path(folder, name)))
-        if found < needed:
-            problems.append(f"{_WEIGHTS}/{name}: {found} bytes, its arrays take {needed}")
+        missing = _missing_bytes(folder, manifest, name)
+        if missing:
+            problems.append(f"{_WEIGHTS}/{name}: {missing} bytes of its arrays are missing")
     return problems
+
+
+def _missing_bytes(folder: Path, manifest: Manifest, name: str) -> int:
+    needed = sum(manifest.specs[piece.parameter].piece(piece).num_bytes for piece in manifest.units[name].pieces)
+    return max(0, needed - sum(file.stat().st_size for file in _chunk_files(unit_path(folder, name))))
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """The floor of every test: 8 simulated CPU devices, strict dtypes and ranks; and the tokenizers that tests share."""
 
 import os
+from collections.abc import Iterator
 
 # Both must be set before jax starts its backends, and any test module may be the first to import jax.
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -38,6 +39,13 @@ def pytest_sessionstart() -> None:
         raise pytest.UsageError(
             f"the tests need 8 simulated CPU devices, jax has {found}: unset XLA_FLAGS, or put {_DEVICES}=8 into it."
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """Each compiled program keeps memory maps, of which a process may have 65530: a whole run has more programs."""
+    yield
+    jax.clear_caches()
 
 
 def release_tokenizer() -> Path | None:

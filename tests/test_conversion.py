@@ -21,8 +21,10 @@ from grokjax import (
     convert,
     dequantize,
     describe,
+    export,
     forward,
     load,
+    load_parameters,
     make_mesh,
     plan_conversion,
     quantize,
@@ -166,6 +168,44 @@ class TestWeights:
         assert not (tmp_path / "model").exists()
 
 
+class TestSafetensors:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_plain_weights_come_back_bit_for_bit(self, tmp_path: Path, dtype: str) -> None:
+        source = write_checkpoint(tmp_path, SMALL.replace(num_layers=12, num_experts=2), quantized=False)
+        convert(source.path, tmp_path / "ours", source.config, weights=dtype)
+        export(tmp_path / "ours", tmp_path / "exported", dtype=dtype)
+        convert(tmp_path / "exported", tmp_path / "back")
+        ours, back = describe(tmp_path / "ours"), describe(tmp_path / "back")
+        assert ours.config == back.config
+        names = [name for name in ours.specs if ours.specs[name].weight.dtype == dtype]
+        assert len(names) > 12 * 7
+        first, second = (load_parameters(tmp_path / folder, names, dtype=dtype) for folder in ("ours", "back"))
+        for name in names:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+    def test_int8_weights_are_exported_as_what_they_stand_for(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        export(converted, tmp_path / "exported", dtype="float32")
+        model = load(tmp_path / "exported", dtype=jnp.float32)
+        for name in ("feed_forward.down", "attention.output"):
+            part, leaf = name.split(".")
+            found = getattr(getattr(model.layers, part), leaf)[...]
+            np.testing.assert_array_equal(found, source.dequantised_stack(name))
+        tokens = np.arange(3, 15)[None]
+        np.testing.assert_allclose(forward(model, tokens), source.expected_logits(tokens), atol=1e-4, rtol=0)
+
+    def test_quantised_on_the_way_in(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        """Half a step of the scale is the most that rounding may change."""
+        export(converted, tmp_path / "exported", dtype="float32")
+        convert(tmp_path / "exported", tmp_path / "int8", weights="int8", scale_blocks=4)
+        verify(tmp_path / "int8", tmp_path / "exported")
+        value = load(tmp_path / "int8").layers.feed_forward.gate.get_value()
+        difference = np.abs(dequantize(value) - source.dequantised_stack("feed_forward.gate"))
+        steps = np.repeat(value.scales, value.shape[-2] // value.num_blocks, axis=-2)
+        assert (difference <= 0.51 * steps).all()
+
+
 class TestInterrupted:
     def test_goes_on_after_an_exception_at_any_unit(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
@@ -204,6 +244,24 @@ class TestInterrupted:
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         assert contents(target) == contents(converted)
         assert not list(target.rglob("*orbax-checkpoint-tmp*"))
+
+    def test_files_that_lost_their_bytes_are_written_again(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        """As a power cut leaves them: the folder has its name, the files are empty."""
+        target, seen = tmp_path / "model", []
+
+        def interrupt(progress) -> None:
+            seen.append(progress)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=interrupt)
+        max((target / "weights" / "embedding.table").rglob("c/*/*")).write_bytes(b"")
+        assert plan_conversion(source.path, target, source.config).num_done == 2
+        convert(source.path, target, source.config)
+        assert contents(target) == contents(converted)
 
     def test_other_options_do_not_go_on(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
         target = tmp_path / "model"

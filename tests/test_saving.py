@@ -25,6 +25,7 @@ from grokjax import (
     load,
     load_parameters,
     make_mesh,
+    orbax_layout,
     save,
 )
 from grokjax.model import parameter_name
@@ -105,6 +106,20 @@ def test_devices_are_given_no_more_than_their_part(saved: Path) -> None:
     model = load(saved, mesh=make_mesh((1, 8)))
     own = {id(leaf) for leaf in jax.tree.leaves(model)}
     assert not [a.shape for a in jax.live_arrays() if id(a) not in before | own and a.size > 64]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, 64 * 32 * 2 + 1), (1 << 20, 1 << 20)])
+def test_reading_is_bounded(saved: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: int) -> None:
+    """By the caller's limit, or the largest array of a unit if that is more: here the table."""
+    limits, make_context = [], orbax_layout._context
+
+    def record(read_bytes: int | None = None) -> ocp.Context:
+        limits.append(read_bytes)
+        return make_context(read_bytes)
+
+    monkeypatch.setattr(orbax_layout, "_context", record)
+    load(saved, max_host_bytes=limit)
+    assert max(limits) == expected
 
 
 def test_units_are_checkpoints_of_orbax(saved: Path, model: Grok) -> None:
@@ -214,7 +229,7 @@ class TestDamage:
 
     def test_truncated_file(self, copied: Path) -> None:
         largest(copied / "weights" / "embedding.table").write_bytes(b"")
-        with pytest.raises(CheckpointError, match=r"weights/embedding.table: \d+ bytes, its arrays take 4096"):
+        with pytest.raises(CheckpointError, match=r"weights/embedding.table: \d+ bytes of its arrays are missing"):
             load(copied)
 
     def test_file_shorter_by_a_little(self, copied: Path) -> None:

@@ -1,0 +1,394 @@
+"""Continuous batching: requests share the rows of one batch, each as if it were alone."""
+
+import collections
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from grokjax.metrics import Meter, Metrics
+from grokjax.request import Completion, FinishReason, Piece, Request
+from grokjax.scheduler import Admission, PrefillGroup, Scheduler
+from grokjax.sequence import Drawn, Handle, Intake, LiveSample
+from grokjax.slot_steps import ModelSteps
+from grokjax.slots import Pending, PendingScores, SlotSettings, Steps
+from grokjax.tokenizer import Tokenizer
+from grokjax.warm_up import WarmedStep, warm_up
+
+# Padded lengths of pieces of prompts, so that few programs are compiled.
+_BUCKETS = (16, 64, 256, 1024)
+
+_Rows = tuple[tuple[int, LiveSample], ...]
+
+
+class Engine:
+    """Runs many requests at once over the slots of one batch.
+
+    A request's tokens do not depend on the others: not on its slot, nor on the order of arrival, nor on who runs, stops
+    or is cancelled beside it. The draw at position p uses `fold_in(key(seed), p)`, as in `generate`.
+
+    An engine belongs to one thread at a time.
+
+    Args:
+      model: a `Grok`.
+      tokenizer: for prompts and continuations as text; without it, requests give and get token ids.
+      slots: B, requests that run at once.
+      max_len: S, tokens of prompt and continuation together; by default the model's longest sequence.
+      prefill_buckets: padded lengths of prompts. A longer prompt is taken in pieces of the largest, a decode step
+        between two of them. By default those of 16, 64, 256 and 1024 that fit.
+      prefill_rows: prompts of one bucket that are prefilled together at most; of those waiting, a power of two is.
+      max_queue: requests that wait for a slot at most.
+      max_logprobs: most probable tokens that a request may ask for.
+      reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
+        smallest bucket.
+      add_bos: put the beginning-of-sequence token before prompts that are text.
+      clock: seconds, for timings.
+      make_steps: makes the `Steps` of the model; another one serves tests.
+
+    Raises:
+      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 8,
+        max_len: int | None = None,
+        prefill_buckets: Sequence[int] | None = None,
+        prefill_rows: int = 4,
+        max_queue: int = 1024,
+        max_logprobs: int = 8,
+        reuse_prefixes: bool = True,
+        add_bos: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+        make_steps: Callable[..., Steps] = ModelSteps,
+    ):
+        config = model.config
+        max_len = config.max_seq_len if max_len is None else max_len
+        _check_sizes(config, tokenizer, max_len, max_logprobs)
+        fitting = tuple(bucket for bucket in _BUCKETS if bucket <= max_len) or (max_len,)
+        self._scheduler: Scheduler[LiveSample] = Scheduler(
+            slots=slots,
+            max_len=max_len,
+            buckets=fitting if prefill_buckets is None else prefill_buckets,
+            prefill_rows=prefill_rows,
+            max_queue=max_queue,
+            reuse_prefixes=reuse_prefixes,
+        )
+        self._steps = make_steps(model, slots=slots, max_len=max_len, num_top=max_logprobs)
+        self._intake = Intake(
+            tokenizer,
+            vocab_size=config.vocab_size,
+            max_len=max_len,
+            max_logprobs=max_logprobs,
+            eos_id=config.eos_id if tokenizer is None else tokenizer.eos_id,
+            add_bos=add_bos,
+        )
+        self._clock, self._meter = clock, Meter()
+        self._live: dict[LiveSample, None] = {}
+        self._siblings: dict[Handle, tuple[int, list[LiveSample]]] = {}  # until the first sample's prefill is under way
+        self._in_flight: collections.deque[Callable[[], None]] = collections.deque()
+        self._ended: list[Handle] = []
+        self._last_settings: tuple[_Rows, SlotSettings] | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._live or self._in_flight)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the queue takes another request."""
+        return self._scheduler.queue.has_room
+
+    def warm_up(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[WarmedStep, ...]:
+        """Compiles every step that a request can need, so that none compiles later; an idle engine only.
+
+        Args:
+          cache_dir: directory of JAX's persistent compilation cache, used for these compilations: what is in it is not
+            compiled again.
+
+        Returns:
+          Each step and how long its first run took.
+
+        Raises:
+          ValueError: A request has not ended, or a step failed before.
+        """
+        self._check_failure()
+        if self.has_work:
+            raise ValueError("requests are running: warm the engine up before the first, or after the last.")
+        scheduler = self._scheduler
+        most = min(scheduler.prefill_rows, len(scheduler.running))
+        row_counts = [1 << power for power in range(most.bit_length())]
+        scheduler.held.clear()
+        return warm_up(self._steps, scheduler.buckets, row_counts, cache_dir=cache_dir, clock=self._clock)
+
+    def submit(self, request: Request) -> Handle:
+        """Puts a request into the queue.
+
+        What is wrong with the request itself, be it the prompt, the mask or the tokenizer's opinion of it, ends it with
+        the finish reason "error"; nothing is raised for it.
+
+        Raises:
+          QueueFullError: `max_queue` requests are waiting.
+          ValueError: A step of the model failed before: the engine is over.
+        """
+        self._check_failure()
+        self._scheduler.queue.check_room()
+        handle, now = Handle(request), self._clock()
+        try:
+            first, *others = self._intake.samples(handle, now)
+        except Exception as error:  # a tokenizer may raise anything
+            nothing = np.zeros(0, np.int32)
+            for number in range(request.n):
+                self._finish(LiveSample(handle, number, prompt=nothing, submitted=now), "error", error)
+            return handle
+        self._live.update(dict.fromkeys([first, *others]))
+        arrival = self._scheduler.queue.push(first)
+        if others:
+            self._siblings[handle] = (arrival, others)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request now, with what it has; its slot is free for the next step. Harmless when it has ended."""
+        for sample in [sample for sample in self._live if sample.handle is handle]:
+            if not sample.ended:
+                self._finish(sample, "cancelled")
+
+    def step(self) -> list[Handle]:
+        """Fills free slots, prefills at most one group of pieces, decodes one token for each running request.
+
+        The tokens that it dispatches are read in the next step, when the device already works on those after them.
+
+        Returns:
+          The requests that have ended since the last step.
+        """
+        self._check_failure()
+        start = self._clock()
+        try:
+            ready = self._admit()
+            prefilled = self._prefill()
+            self._begin(ready + [sample for sample in prefilled if not sample.chunks])
+            decoded = self._decode()
+            while len(self._in_flight) > decoded:
+                self._in_flight.popleft()()
+        except Exception as error:
+            self._fail(error)
+            raise
+        self._meter.note_step(self._clock() - start, prefilled=bool(prefilled), decoded=decoded)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def run(self) -> list[Handle]:
+        """Steps until every request has ended; returns those that ended, in this order."""
+        ended = []
+        while self.has_work or self._ended:
+            ended += self.step()
+        return ended
+
+    def stream(self, handle: Handle) -> Iterator[Piece]:
+        """The pieces of a request as they come, from its first; steps the engine, and the other requests, on the way.
+
+        Raises:
+          ValueError: The request is not of this engine.
+        """
+        for number in itertools.count():
+            while number >= len(handle.pieces):
+                if handle.is_done:
+                    return
+                if not self.has_work:
+                    raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
+                self.step()
+            yield handle.pieces[number]
+
+    def as_completed(self, requests: Iterable[Request]) -> Iterator[Handle]:
+        """Runs requests, taken from an iterable as the queue has room, and yields each as soon as it has ended."""
+        source, running = iter(requests), set[Handle]()
+        exhausted = False
+        while running or not exhausted:
+            while self.has_room and not exhausted:
+                request = next(source, None)
+                exhausted = request is None
+                if request is not None:
+                    running.add(self.submit(request))
+            self.step()
+            for handle in [handle for handle in running if handle.is_done]:
+                running.remove(handle)
+                yield handle
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
+        """Continues prompts; the options are those of `Request`, the same for all.
+
+        Returns:
+          Their completions in the order of the prompts, with all samples of a prompt one after the other.
+
+        Raises:
+          ValueError: An option is out of range, or `prompts` is one text.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts: put the text into one.")
+        requests = [Request(prompt, **options) for prompt in prompts]
+        handles = {handle.request: handle for handle in self.as_completed(requests)}
+        return [sample for request in requests for sample in handles[request].samples]
+
+    def metrics(self) -> Metrics:
+        """What the engine does now and did so far."""
+        running = [sample for sample in self._scheduler.running if sample is not None]
+        held = self._scheduler.held.lengths
+        filled = sum(held[sample.slot] for sample in running if sample.slot is not None)
+        return self._meter.snapshot(
+            queue_length=len(self._scheduler.queue),
+            active_slots=len(running),
+            cache_occupancy=filled / (len(held) * self._scheduler.max_len),
+        )
+
+    def _admit(self) -> list[LiveSample]:
+        """Fills free slots; returns the samples whose prompts need no prefill."""
+        admissions = self._scheduler.admit()
+        for admission in admissions:
+            self._prepare_row(admission)
+        return [admission.job for admission in admissions if admission.is_complete]
+
+    def _prepare_row(self, admission: Admission[LiveSample]) -> None:
+        sample, slot = admission.job, admission.job.slot
+        assert slot is not None
+        sample.times.admitted = self._clock()
+        self._meter.note_prompt(len(sample.prompt), sample.reused)
+        if admission.is_complete or admission.source != slot:
+            self._steps.share(admission.source, slot, sample.reused)
+        if sample.bias is not None:
+            self._steps.set_bias(slot, sample.bias)
+
+    def _prefill(self) -> tuple[LiveSample, ...]:
+        """Dispatches one group of pieces; returns the samples that they belong to."""
+        group = self._scheduler.next_prefill()
+        if group is None:
+            return ()
+        if group.jobs[0].is_scored:
+            self._score(group)
+        else:
+            self._steps.prefill(group.tokens(), *group.place())
+        return group.jobs
+
+    def _score(self, group: PrefillGroup[LiveSample]) -> None:
+        (sample,), (chunk,) = group.jobs, group.chunks
+        assert sample.slot is not None
+        tokens, targets = group.tokens()[0], group.tokens(offset=1)[0]
+        pending = self._steps.score(tokens, targets, chunk.count, chunk.start, sample.slot)
+        # The last token of a prompt has no token after it to be scored.
+        count = min(chunk.count, len(sample.prompt) - 1 - chunk.start)
+        self._in_flight.append(functools.partial(self._take_scores, pending, sample, count))
+
+    def _begin(self, samples: list[LiveSample]) -> None:
+        """Draws the first tokens of samples whose prompts are prefilled, and lets the samples beside them follow."""
+        for sample in samples:
+            arrival, siblings = self._siblings.pop(sample.handle, (0, []))
+            for sibling in siblings:
+                self._scheduler.queue.push(sibling, arrival=arrival)
+            if not sample.limit:
+                self._scheduler.release(sample)
+                self._in_flight.append(functools.partial(self._finish, sample, "length"))
+        rows = _rows(sample for sample in samples if sample.limit)
+        if rows:
+            self._dispatched(self._steps.begin(self._settings(rows)), rows)
+
+    def _decode(self) -> bool:
+        """Dispatches a decode step for the running samples that have another token to come."""
+        running = (sample for sample in self._scheduler.running if sample is not None)
+        rows = _rows(sample for sample in running if sample.dispatched)
+        if not rows:
+            return False
+        if self._last_settings is None or self._last_settings[0] != rows:
+            self._last_settings = (rows, self._settings(rows))
+        self._dispatched(self._steps.decode(self._last_settings[1]), rows)
+        return True
+
+    def _settings(self, rows: _Rows) -> SlotSettings:
+        return SlotSettings.of(dict(rows), len(self._scheduler.running))
+
+    def _dispatched(self, pending: Pending, rows: _Rows) -> None:
+        self._in_flight.append(functools.partial(self._take_tokens, pending, rows))
+        for _, sample in rows:
+            sample.dispatched += 1
+            if sample.dispatched == sample.limit:
+                # Nothing more comes from its row, so another may have it before the last tokens are read.
+                self._scheduler.release(sample)
+
+    def _take_tokens(self, pending: Pending, rows: _Rows) -> None:
+        drawn, now = pending.read(), self._clock()
+        tokens, logprobs = drawn.token_ids.tolist(), drawn.logprobs.tolist()
+        for slot, sample in rows:
+            # One that was stopped or cancelled after this step was dispatched has drawn a token too many.
+            if not sample.ended:
+                self._push(
+                    sample, Drawn(tokens[slot], logprobs[slot], drawn.top_ids[slot], drawn.top_logprobs[slot]), now
+                )
+
+    def _push(self, sample: LiveSample, drawn: Drawn, now: float) -> None:
+        last = sample.times.last_token
+        try:
+            reason = sample.push(drawn, now)
+        except Exception as error:  # a tokenizer may raise anything
+            self._finish(sample, "error", error)
+            return
+        self._meter.note_token(
+            since_submission=now - sample.times.submitted if last is None else None,
+            since_last=None if last is None else now - last,
+        )
+        if sample.slot is not None and last is not None:
+            # That a token was drawn after it shows that the last one's keys and values are in the row.
+            self._scheduler.held.extend(sample.slot, sample.token_ids[-2])
+        if reason is not None:
+            self._finish(sample, reason)
+
+    def _take_scores(self, pending: PendingScores, sample: LiveSample, count: int) -> None:
+        sample.prompt_logprobs.extend(pending.read()[:count].tolist())
+
+    def _finish(self, sample: LiveSample, reason: FinishReason, error: Exception | None = None) -> None:
+        if sample.ended:
+            return
+        self._scheduler.release(sample)
+        self._live.pop(sample, None)
+        completion = sample.finish(reason, self._clock(), error)
+        self._meter.finished[completion.finish_reason] += 1
+        if sample.handle.is_done:
+            self._ended.append(sample.handle)
+        _, siblings = self._siblings.pop(sample.handle, (0, []))
+        for sibling in siblings:
+            self._finish(sibling, reason, error)
+
+    def _fail(self, error: Exception) -> None:
+        """A step of the model failed, and the cache may be lost with it: every request ends with the error."""
+        self._failure = error
+        self._in_flight.clear()
+        for sample in list(self._live):
+            self._finish(sample, "error", error)
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise ValueError(
+                f"a step of this engine failed ({type(self._failure).__name__}: {self._failure}) and its cache is lost "
+                "with it: make a new engine."
+            ) from self._failure
+
+
+def _check_sizes(config: Any, tokenizer: Tokenizer | None, max_len: int, max_logprobs: int) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
+        )
+    if not isinstance(max_len, int) or not 2 <= max_len <= config.max_seq_len:
+        raise ValueError(f"max_len={max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+    if not 0 <= max_logprobs <= config.vocab_size:
+        raise ValueError(f"max_logprobs={max_logprobs} must be between 0 and the {config.vocab_size} tokens there are.")
+
+
+def _rows(samples: Iterable[LiveSample]) -> _Rows:
+    return tuple((sample.slot, sample) for sample in samples if sample.slot is not None)

@@ -1,0 +1,242 @@
+"""What an engine is asked for and what it answers: requests, pieces of a stream, completions."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+# Added to the logit of a token that must not be drawn. Source: the release's `runners.py`, `sample_token`.
+_EXCLUDED = -1e10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt and how to continue it; the numbers are checked here, what depends on a model when it is submitted.
+
+    Attributes:
+      prompt: text, or token ids.
+      max_new_tokens: tokens drawn at most, 0 or more; fewer where something stops them or the slot is full.
+      temperature: divisor of the logits, finite, 0 or more; 0 is greedy.
+      top_p: probability mass kept, 0 to 1.
+      top_k: tokens kept; 0 keeps all.
+      min_p: least probability kept, as a fraction of the largest, 0 to 1.
+      seed: of the draws, 0 to 2**32 - 1; the draw at position p uses `fold_in(key(seed), p)`.
+      allowed_tokens: bool [V], or 0 and 1, true where a token may be drawn; all by default.
+      logit_bias: token id -> what is added to its logit before anything else, finite or minus infinity.
+      stop: strings that end the text, one or several; the text ends before them.
+      stop_ids: token ids that end the continuation, as the end-of-sequence token does.
+      ignore_eos: go on past the end-of-sequence token.
+      logprobs: report each token's log-probability and those of so many most probable tokens; None reports none.
+      prompt_logprobs: report the log-probability of each token of the prompt. Such a prompt is computed alone.
+      n: samples; they share the prefill, and sample i draws as a request with the seed `seed + i` would.
+      priority: waiting requests of larger priority go first.
+
+    Raises:
+      ValueError: A number is out of its range, or a stop string is empty.
+    """
+
+    prompt: str | Sequence[int]
+    _: dataclasses.KW_ONLY
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    allowed_tokens: ArrayLike | None = None
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    n: int = 1
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in _INTEGERS:
+            _check_integer(name, getattr(self, name), least, most)
+        for name, largest in _NUMBERS:
+            _check_number(name, getattr(self, name), largest)
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if any(not isinstance(stop, str) or not stop for stop in self.stop):
+            raise ValueError(f"stop={self.stop!r} must be strings of at least one character.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """How probable a token was under the model itself: temperature 1, no mask, no bias, no filter.
+
+    Attributes:
+      token_id: the token.
+      logprob: its natural log-probability.
+      top: the most probable tokens with theirs, best first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a stream yields: a drawn token with the text that became certain by it, or the text at a sample's end.
+
+    Attributes:
+      text: never a part of a character, never a part of a stop string; maybe empty.
+      token_id: the token; None in the last piece of a sample.
+      sample: which of the request's samples.
+      finish_reason: in the last piece of a sample, why it ended.
+    """
+
+    text: str
+    token_id: int | None
+    sample: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds of a completion; None where it did not come so far.
+
+    Attributes:
+      queue: from its submission until it had a slot.
+      prefill: from there until its first token was read.
+      first_token: from its submission until its first token was read.
+      decode: from there until its end.
+      total: from its submission to its end.
+    """
+
+    queue: float | None
+    prefill: float | None
+    first_token: float | None
+    decode: float | None
+    total: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Completion:
+    """One finished sample of a request.
+
+    Attributes:
+      text: decoded, without the token or string that stopped it; empty where there is no tokenizer.
+      token_ids: all tokens drawn, those that stopped it included.
+      prompt_ids: the tokens of the prompt; empty if it could not be read.
+      finish_reason: "stop" at the end-of-sequence token, a stop id or a stop string; "length" at `max_new_tokens` or
+        the end of the slot; "cancelled"; "error".
+      logprobs: one for each token, if asked for.
+      prompt_logprobs: natural log-probability of each token of the prompt given those before, None for the first; as
+        a whole None if not asked for, or if the request ended before.
+      timings: where the time went.
+      sample: which of the request's samples this is.
+      error: what ended it, if something failed.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None
+    prompt_logprobs: tuple[float | None, ...] | None
+    timings: Timings
+    sample: int
+    error: Exception | None
+
+
+def check_prompt(ids: Sequence[int], *, vocab_size: int, max_len: int) -> np.ndarray:
+    """The tokens of a prompt, int32 [n].
+
+    Raises:
+      ValueError: There are none, one is outside the vocabulary, or they leave no room for a continuation.
+    """
+    if not len(ids):
+        raise ValueError("the prompt is empty: give it some text, or begin with the beginning-of-sequence token.")
+    if len(ids) >= max_len:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and at most {max_len - 1} leave room for a continuation: shorten it."
+        )
+    array = np.asarray(ids)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"the prompt must be text or a list of token ids, not an array of {array.dtype}{array.shape}.")
+    _check_ids("the prompt", array, vocab_size)
+    return array.astype(np.int32)
+
+
+def bias_row(request: Request, vocab_size: int) -> np.ndarray | None:
+    """What is added to the logits: `logit_bias`, and -1e10 for a token that is not allowed; float32 [V] or None.
+
+    Raises:
+      ValueError: The mask does not fit the vocabulary, a biased token lies outside it, a bias is no number, or no
+        token is left.
+    """
+    if request.allowed_tokens is None and not request.logit_bias:
+        return None
+    row = np.zeros(vocab_size, np.float32)
+    for token, bias in (request.logit_bias or {}).items():
+        _check_ids("logit_bias", np.array([token]), vocab_size)
+        if not isinstance(bias, int | float) or math.isnan(bias) or bias == math.inf:
+            raise ValueError(f"logit_bias of token {token} is {bias!r}: give a finite number or minus infinity.")
+        row[token] = max(float(bias), _EXCLUDED)
+    if request.allowed_tokens is not None:
+        row[~_allowed(request.allowed_tokens, vocab_size)] = _EXCLUDED
+    if (row <= _EXCLUDED).all():
+        raise ValueError("the mask and the bias leave no token: at least one must remain to be drawn.")
+    return row
+
+
+def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
+    """The stop ids as a set.
+
+    Raises:
+      ValueError: One is outside the vocabulary: it would never come.
+    """
+    if stop_ids:
+        _check_ids("stop_ids", np.asarray(stop_ids), vocab_size)
+    return frozenset(int(token) for token in stop_ids)
+
+
+def _allowed(mask: ArrayLike, vocab_size: int) -> np.ndarray:
+    allowed = np.asarray(mask)
+    if allowed.shape != (vocab_size,):
+        raise ValueError(
+            f"allowed_tokens has shape {allowed.shape}: give one value for each of the {vocab_size} tokens."
+        )
+    return allowed != 0
+
+
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"{name} has the token id {wrong[0]}, outside the vocabulary of {vocab_size} tokens.")
+
+
+# Field, least, largest. Without 64-bit types JAX keeps the low half of a seed, so two seeds would give one text.
+_INTEGERS = (
+    ("max_new_tokens", 0, None),
+    ("top_k", 0, 2**31 - 1),
+    ("seed", 0, 2**32 - 1),
+    ("n", 1, None),
+    ("priority", None, None),
+    ("logprobs", 0, None),
+)
+_NUMBERS = (("temperature", float(np.finfo(np.float32).max)), ("top_p", 1.0), ("min_p", 1.0))
+
+
+def _check_integer(name: str, value: object, least: int | None, most: int | None) -> None:
+    if value is None and name == "logprobs":
+        return
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or (least is not None and value < least) or (most is not None and value > most):  # type: ignore[operator]
+        limits = "" if least is None else f", {least} or more" if most is None else f" between {least} and {most}"
+        raise ValueError(f"{name}={value!r} must be an integer{limits}.")
+
+
+def _check_number(name: str, value: object, largest: float) -> None:
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 <= float(value) <= largest:
+        limits = "from 0 to 1" if largest == 1 else "finite, 0 (greedy) or more"
+        raise ValueError(f"{name}={value!r} must be a number, {limits}.")

@@ -1,0 +1,237 @@
+"""The compiled steps of an engine: a batch whose rows are slots, each with its own sequence, settings and key."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from grokjax.cache import KVCache
+from grokjax.model import Grok
+from grokjax.sampling import SampleSettings, log_probs_of, row_keys, sample_token
+from grokjax.slots import DrawnTokens, SlotSettings
+from grokjax.steps import decode, prefill
+
+# Positions of a prompt whose logits are there at once: a piece of 1024 would need half a gigabyte of them.
+_SCORE_BLOCK = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """On the device: cache of B rows, last drawn tokens int32 [B], logits after prefill and biases, float32 [B, V]."""
+
+    cache: KVCache
+    tokens: jax.Array
+    logits: jax.Array
+    bias: jax.Array
+
+
+class ModelSteps:
+    """`Steps` of a Grok model; it owns the cache of all slots.
+
+    Args:
+      model: the model.
+      slots: B, rows of the cache.
+      max_len: S, tokens that each row holds.
+      num_top: most probable tokens that a request may ask for.
+    """
+
+    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int):
+        self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
+        self._model = model
+        self._state = _new_state(model, slots, max_len)
+
+    def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
+        """See `Steps`; compiled for each shape of `tokens`."""
+        self._state = _prefill_rows(self._model, self._state, tokens, counts, starts, rows)
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> "DeviceScores":
+        """See `Steps`; compiled for each length of `tokens`."""
+        place = np.array([count, start, row], np.int32)
+        scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place)
+        return DeviceScores(scores)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """See `Steps`."""
+        self._state = _share_row(self._model, self._state, np.array([source, target, length], np.int32))
+
+    def set_bias(self, row: int, bias: np.ndarray) -> None:
+        """See `Steps`."""
+        self._state = _set_bias(self._model, self._state, np.int32(row), bias)
+
+    def begin(self, settings: SlotSettings) -> "DeviceTokens":
+        """See `Steps`."""
+        packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self.num_top)
+        return DeviceTokens(packed)
+
+    def decode(self, settings: SlotSettings) -> "DeviceTokens":
+        """See `Steps`."""
+        packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
+        return DeviceTokens(packed)
+
+
+class DeviceTokens:
+    """Tokens that are being drawn; their copy to the host is under way from the start."""
+
+    def __init__(self, packed: jax.Array):
+        self._packed = packed
+        packed.copy_to_host_async()
+
+    def read(self) -> DrawnTokens:
+        """Waits for the step."""
+        packed = np.asarray(self._packed)
+        num_top = packed.shape[1] // 2 - 1
+        numbers = packed.view(np.float32)
+        return DrawnTokens(packed[:, 0], numbers[:, 1], packed[:, 2 : 2 + num_top], numbers[:, 2 + num_top :])
+
+
+class DeviceScores:
+    """Log-probabilities that are being computed."""
+
+    def __init__(self, scores: jax.Array):
+        self._scores = scores
+        scores.copy_to_host_async()
+
+    def read(self) -> np.ndarray:
+        """Waits for the step."""
+        return np.asarray(self._scores)
+
+
+def _new_state(model: Grok, slots: int, max_len: int) -> _State:
+    partitioner = model.partitioner
+    cache = KVCache.create(
+        model.config,
+        slots,
+        max_len,
+        dtype=jnp.float32 if model.dtype == jnp.float32 else None,
+        mesh=partitioner.mesh,
+        rules=partitioner.rules,
+    )
+    shape = (slots, model.config.vocab_size)
+    wide = partitioner.sharding(("batch", "vocab"), shape)
+    tokens = jnp.zeros((slots,), jnp.int32, device=partitioner.sharding((None,), (slots,)))
+    return _State(cache, tokens, jnp.zeros(shape, device=wide), jnp.zeros(shape, device=wide))
+
+
+def _placed(model: Grok, state: _State) -> _State:
+    """The state where `_new_state` put it, so that no step is compiled a second time for another placement."""
+    entries, wide = ("layers", "batch", "kv_heads", None, None), ("batch", "vocab")
+    constrain = model.partitioner.constrain
+    cache = KVCache(
+        constrain(state.cache.keys, entries),
+        constrain(state.cache.values, entries),
+        constrain(state.cache.lengths, (None,)),
+    )
+    return _State(cache, constrain(state.tokens, (None,)), constrain(state.logits, wide), constrain(state.bias, wide))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _prefill_rows(
+    model: Grok, state: _State, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
+) -> _State:
+    pieces = _take_rows(state.cache, starts, rows)
+    logits, pieces = prefill(model, tokens, counts, pieces)
+    return _placed(model, _put_rows(state, pieces, logits, rows))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _score_row(
+    model: Grok, state: _State, tokens: jax.Array, targets: jax.Array, place: jax.Array
+) -> tuple[jax.Array, _State]:
+    count, start, row = place[:1], place[1:2], place[2:]
+    hidden, piece = model(tokens, count, _take_rows(state.cache, start, row))
+
+    length = tokens.shape[1]
+    block = min(_SCORE_BLOCK, length)
+    padded = jnp.pad(hidden[0], ((0, -length % block), (0, 0))).reshape(-1, block, hidden.shape[-1])
+    wanted = jnp.pad(targets[0], (0, -length % block)).reshape(-1, block)
+    scores = lax.map(lambda pair: log_probs_of(model.logits(pair[0]), pair[1]), (padded, wanted))
+    last = lax.dynamic_index_in_dim(hidden[0], count[0] - 1, keepdims=True)
+    state = _put_rows(state, piece, model.logits(last), row)
+    return model.partitioner.constrain(scores.reshape(-1)[:length], (None,)), _placed(model, state)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _share_row(model: Grok, state: _State, place: jax.Array) -> _State:
+    source, target, length = place[:1], place[1:2], place[2:]
+    piece = _take_rows(state.cache, length, source)
+    logits = lax.dynamic_slice_in_dim(state.logits, source[0], 1)
+    return _placed(model, _put_rows(state, piece, logits, target))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _set_bias(model: Grok, state: _State, row: jax.Array, bias: jax.Array) -> _State:
+    return _placed(model, dataclasses.replace(state, bias=state.bias.at[row].set(bias)))
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
+def _begin(model: Grok, state: _State, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, _State]:
+    return _draw(model, state, state.logits, packed, num_top)
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
+def _decode(model: Grok, state: _State, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, _State]:
+    logits, cache = decode(model, state.tokens, state.cache, active=packed[:, 5] != 0)
+    return _draw(model, dataclasses.replace(state, cache=cache), logits, packed, num_top)
+
+
+def _draw(model: Grok, state: _State, logits: jax.Array, packed: jax.Array, num_top: int) -> tuple[jax.Array, _State]:
+    """Draws for the active rows; gives int32 [B, 2 + 2 K], which `DeviceTokens` takes apart, and the state."""
+    numbers = lax.bitcast_convert_type(packed[:, :3], jnp.float32)
+    active, biased, wants_top = (packed[:, column] != 0 for column in (5, 6, 7))
+    settings = SampleSettings(
+        temperature=numbers[:, 0],
+        nucleus_p=numbers[:, 1],
+        min_p=numbers[:, 2],
+        top_k=packed[:, 3],
+        mask=None,
+        active=active,
+    )
+    keys = jax.vmap(jax.random.key)(lax.bitcast_convert_type(packed[:, 4], jnp.uint32))
+    with jax.named_scope("bias"):
+        adjusted = lax.cond(
+            (active & biased).any(), lambda: logits + jnp.where(biased[:, None], state.bias, 0), lambda: logits
+        )
+    drawn = sample_token(row_keys(keys, state.cache.lengths), adjusted, settings).token_id
+    logprob = lax.bitcast_convert_type(log_probs_of(logits, drawn), jnp.int32)
+    columns = [drawn[:, None], logprob[:, None]]
+    if num_top:
+        columns += _most_probable(logits, num_top, (active & wants_top).any())
+    packed_drawn = model.partitioner.constrain(jnp.concatenate(columns, axis=1), (None, None))
+    tokens = jnp.where(active, drawn, state.tokens)
+    return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
+
+
+def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> list[jax.Array]:
+    """The most probable tokens of each row and the bits of their log-probabilities, int32 [B, K]; zeros if unwanted."""
+
+    def find() -> tuple[jax.Array, jax.Array]:
+        values, ids = lax.top_k(logits, num_top)
+        logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return ids.astype(jnp.int32), lax.bitcast_convert_type(logprobs, jnp.int32)
+
+    nothing = jnp.zeros((logits.shape[0], num_top), jnp.int32)
+    return list(lax.cond(wanted, find, lambda: (nothing, nothing)))
+
+
+def _take_rows(cache: KVCache, starts: jax.Array, rows: jax.Array) -> KVCache:
+    """Copies of some rows [P], as a cache that holds `starts` entries of each."""
+
+    def take(stack: jax.Array) -> jax.Array:
+        parts = [lax.dynamic_slice_in_dim(stack, rows[i], 1, axis=1) for i in range(rows.shape[0])]
+        return jnp.concatenate(parts, axis=1)
+
+    return KVCache(take(cache.keys), take(cache.values), starts)
+
+
+def _put_rows(state: _State, pieces: KVCache, logits: jax.Array, rows: jax.Array) -> _State:
+    """The state with some rows of its cache and of its logits replaced."""
+    cache, kept = state.cache, state.logits
+    for i in range(rows.shape[0]):
+        one = jax.tree.map(lambda leaf, i=i: lax.slice_in_dim(leaf, i, i + 1, axis=min(leaf.ndim - 1, 1)), pieces)
+        cache = cache.insert(one, rows[i])
+        kept = lax.dynamic_update_slice_in_dim(kept, logits[i : i + 1], rows[i], axis=0)
+    return dataclasses.replace(state, cache=cache, logits=kept)

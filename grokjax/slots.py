@@ -1,0 +1,98 @@
+"""Between an engine and a model: the steps that it asks for, what they are given and what they give back."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol, Self
+
+import numpy as np
+
+from grokjax.sequence import LiveSample
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotSettings:
+    """How the slots draw; one small array, so that a step takes one copy to the device.
+
+    Attributes:
+      packed: int32 [B, 8], bits of: temperature, top-p, min-p (float32), top-k, seed (uint32), and 0 or 1 for: active,
+        biased, most probable tokens wanted.
+    """
+
+    packed: np.ndarray
+
+    @classmethod
+    def of(cls, samples: Mapping[int, LiveSample], slots: int) -> Self:
+        """Those of running samples by their slots; the other slots are inactive."""
+        numbers, integers = np.zeros((slots, 3), np.float32), np.zeros((slots, 5), np.int64)
+        for slot, sample in samples.items():
+            request = sample.handle.request
+            numbers[slot] = request.temperature, request.top_p, request.min_p
+            switches = True, sample.bias is not None, bool(request.logprobs)
+            integers[slot] = request.top_k, sample.seed, *switches
+        bits = integers.astype(np.uint32).view(np.int32)
+        return cls(np.concatenate([numbers.view(np.int32), bits], axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnTokens:
+    """What one step drew, on the host; rows that were not active mean nothing.
+
+    Attributes:
+      token_ids: int32 [B].
+      logprobs: float32 [B], natural log-probabilities under the model itself.
+      top_ids: int32 [B, K], the most probable tokens, best first, where a row wanted them.
+      top_logprobs: float32 [B, K], theirs.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+class Pending(Protocol):
+    """Tokens that a dispatched step draws."""
+
+    def read(self) -> DrawnTokens:
+        """Waits for them."""
+
+
+class PendingScores(Protocol):
+    """Log-probabilities of a piece of a prompt, which a dispatched step computes."""
+
+    def read(self) -> np.ndarray:
+        """Waits for them; float32 [T]."""
+
+
+class Steps(Protocol):
+    """What an engine asks of a model: rows that hold sequences, and steps that are dispatched and read later."""
+
+    slots: int
+    max_len: int
+    vocab_size: int
+    num_top: int
+
+    def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
+        """Cuts some rows back to `starts` and adds pieces of prompts; keeps the logits at each piece's end.
+
+        Args:
+          tokens: int32 [P, T], right-padded.
+          counts: int32 [P], real tokens of each piece.
+          starts: int32 [P], entries that the row holds before.
+          rows: int32 [P], different slots.
+        """
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> PendingScores:
+        """`prefill` of one piece [T] that also gives the log-probability of a target [T] at each of its positions."""
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Makes row `target` hold the first `length` entries of row `source` and its logits; they may be one row."""
+
+    def set_bias(self, row: int, bias: np.ndarray) -> None:
+        """Keeps what is added to a row's logits, float32 [V], for as long as its settings say that it is biased."""
+
+    def begin(self, settings: SlotSettings) -> Pending:
+        """Draws the first token of each active row, from the logits that its prefill kept."""
+
+    def decode(self, settings: SlotSettings) -> Pending:
+        """Adds the last drawn token of each active row to it, and draws the next."""

@@ -1,0 +1,150 @@
+"""A model whose tokens can be computed by hand, behind the same steps as the real one.
+
+Its cache is honest: an entry depends on all tokens before it, and the next token is computed from what the row really
+holds, so a wrong copy, a wrong length or a neighbour's token gives a wrong continuation.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from grokjax.config import GrokConfig
+from grokjax.slots import DrawnTokens, SlotSettings
+
+VOCAB = 32
+EOS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeModel:
+    """Stands where a `Grok` stands."""
+
+    config: GrokConfig = dataclasses.field(
+        default_factory=lambda: GrokConfig.tiny().replace(vocab_size=VOCAB, eos_id=EOS, max_seq_len=256)
+    )
+
+
+def entry_after(entry: int, token: int) -> int:
+    """What a row holds for a token whose predecessor's entry is given; 1 before the first."""
+    return (entry * 31 + token + 7) % 1_000_003
+
+
+def draw(entry: int, seed: int, position: int, bias: np.ndarray | None = None) -> int:
+    """The token at `position`, after a row that ends with `entry`."""
+    token = (entry + 13 * seed + 5 * position) % VOCAB
+    while bias is not None and bias[token] <= -1e9:
+        token = (token + 1) % VOCAB
+    return token
+
+
+def continuation(prompt: Sequence[int], count: int, *, seed: int = 0, bias: np.ndarray | None = None) -> list[int]:
+    """`count` tokens after a prompt, by hand."""
+    entry, tokens = 1, []
+    for token in prompt:
+        entry = entry_after(entry, token)
+    for position in range(len(prompt), len(prompt) + count):
+        tokens.append(draw(entry, seed, position, bias))
+        entry = entry_after(entry, tokens[-1])
+    return tokens
+
+
+@dataclasses.dataclass
+class FakePending:
+    """What a step drew; `read` notes when the engine looked at it."""
+
+    steps: "FakeSteps"
+    drawn: DrawnTokens
+    number: int
+
+    def read(self) -> DrawnTokens:
+        self.steps.log.append(("read", self.number))
+        return self.drawn
+
+
+class FakeScores:
+    def __init__(self, scores: np.ndarray):
+        self.scores = scores
+
+    def read(self) -> np.ndarray:
+        return self.scores
+
+
+class FakeSteps:
+    """`Steps` in plain Python.
+
+    Attributes:
+      log: what was dispatched and read, in order; kept short.
+      error: raised by the next step, if set.
+    """
+
+    def __init__(self, model: FakeModel, *, slots: int, max_len: int, num_top: int):
+        self.slots, self.max_len, self.num_top = slots, max_len, num_top
+        self.vocab_size = model.config.vocab_size
+        self.rows: list[list[int]] = [[] for _ in range(slots)]
+        self.prompt_ends = [1] * slots
+        self.tokens = [0] * slots
+        self.bias = np.zeros((slots, self.vocab_size), np.float32)
+        self.log: list[tuple] = []
+        self.error: Exception | None = None
+        self.programs = 0
+
+    def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
+        self._dispatch("prefill", tokens.shape)
+        assert len(set(rows.tolist())) == len(rows)
+        for piece, count, start, row in zip(tokens, counts, starts, rows, strict=True):
+            self._fill(piece, int(count), int(start), int(row))
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> FakeScores:
+        self._dispatch("score", tokens.shape)
+        self._fill(tokens, count, start, row)
+        return FakeScores(-(targets + start + np.arange(len(targets))).astype(np.float32))
+
+    def share(self, source: int, target: int, length: int) -> None:
+        self._dispatch("share", (source, target, length))
+        assert len(self.rows[source]) >= length
+        self.rows[target] = self.rows[source][:length]
+        self.prompt_ends[target] = self.prompt_ends[source]
+
+    def set_bias(self, row: int, bias: np.ndarray) -> None:
+        self.bias[row] = bias
+
+    def begin(self, settings: SlotSettings) -> FakePending:
+        number = self._dispatch("begin", settings)
+        return self._draw(settings, self.prompt_ends, number)
+
+    def decode(self, settings: SlotSettings) -> FakePending:
+        number = self._dispatch("decode", settings)
+        ends = [0] * self.slots
+        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
+            assert 0 < len(self.rows[row]) < self.max_len
+            self.rows[row].append(entry_after(self.rows[row][-1], self.tokens[row]))
+            ends[row] = self.rows[row][-1]
+        return self._draw(settings, ends, number)
+
+    def _dispatch(self, name: str, what: object) -> int:
+        if self.error is not None:
+            raise self.error
+        self.programs += 1
+        self.log.append((name, self.programs, what))
+        del self.log[:-50]
+        return self.programs
+
+    def _fill(self, piece: np.ndarray, count: int, start: int, row: int) -> None:
+        assert 1 <= count <= len(piece)
+        assert start + count <= self.max_len
+        assert len(self.rows[row]) >= start
+        del self.rows[row][start:]
+        for token in piece[:count].tolist():
+            self.rows[row].append(entry_after(self.rows[row][-1] if self.rows[row] else 1, token))
+        self.prompt_ends[row] = self.rows[row][-1]
+
+    def _draw(self, settings: SlotSettings, ends: list[int], number: int) -> FakePending:
+        ids = np.zeros(self.slots, np.int32)
+        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
+            seed, is_biased = int(settings.packed[row, 4]), settings.packed[row, 6]
+            bias = self.bias[row] if is_biased else None
+            ids[row] = self.tokens[row] = draw(ends[row], seed, len(self.rows[row]), bias)
+        top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
+        logprobs = -(ids / 8).astype(np.float32)
+        return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)

@@ -1,0 +1,146 @@
+"""The asyncio front: many tasks at once, cancelled tasks, streams left early, full queues and failing steps."""
+
+import asyncio
+import time
+
+import pytest
+from fake_steps import FakeModel, FakeSteps, continuation
+
+from grokjax.async_engine import AsyncEngine
+from grokjax.engine import Engine
+from grokjax.request import Request
+from grokjax.scheduler import QueueFullError
+
+
+class SlowSteps(FakeSteps):
+    """Steps that take a moment, so that the loop's tasks run between and beside them."""
+
+    def decode(self, settings):
+        time.sleep(0.002)
+        return super().decode(settings)
+
+
+def make_engine(**options) -> Engine:
+    defaults = {"slots": 3, "max_len": 200, "prefill_buckets": (4, 8), "make_steps": SlowSteps}
+    return Engine(FakeModel(), **{**defaults, **options})
+
+
+def request(first: int, count: int = 10, **options) -> Request:
+    return Request([first, 5], max_new_tokens=count, ignore_eos=True, **options)
+
+
+def run(main) -> None:
+    """Runs a coroutine; one that hangs is a failure."""
+    asyncio.run(asyncio.wait_for(main, 30))
+
+
+def test_many_tasks_get_their_own() -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine()) as served:
+            answers = await asyncio.gather(*(served.complete(request(3 + i, n=2)) for i in range(12)))
+            for i, samples in enumerate(answers):
+                expected = [continuation([3 + i, 5], 10, seed=seed) for seed in range(2)]
+                assert [list(sample.token_ids) for sample in samples] == expected
+            assert (await served.metrics()).new_tokens == 240
+
+    run(main())
+
+
+def test_streams_come_while_they_are_made() -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine()) as served:
+
+            async def read(first: int) -> list[float]:
+                times, tokens = [], []
+                async for piece in served.stream(request(first, 20)):
+                    times.append(time.perf_counter())
+                    tokens.append(piece.token_id)
+                assert tokens == [*continuation([first, 5], 20), None]
+                return times
+
+            for times in await asyncio.gather(read(3), read(4), read(5)):
+                assert times[-1] - times[0] > 0.002 * 10
+
+    run(main())
+
+
+def test_a_cancelled_task_cancels_its_request() -> None:
+    async def main() -> None:
+        engine = make_engine(slots=1)
+        async with AsyncEngine(engine) as served:
+            long = asyncio.create_task(served.complete(request(3, 150)))
+            other = asyncio.create_task(served.complete(request(4)))
+            await asyncio.sleep(0.05)
+            long.cancel()
+            [done] = await other
+            assert list(done.token_ids) == continuation([4, 5], 10)
+            assert (await served.metrics()).finished == {"cancelled": 1, "length": 1}
+            with pytest.raises(asyncio.CancelledError):
+                await long
+
+    run(main())
+
+
+def test_a_stream_left_early_cancels_its_request() -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine()) as served:
+            stream = served.stream(request(3, 150))
+            async for piece in stream:
+                assert piece.token_id == continuation([3, 5], 1)[0]
+                break
+            await stream.aclose()
+            while (metrics := await served.metrics()).active_slots:
+                await asyncio.sleep(0)
+            assert metrics.finished == {"cancelled": 1}
+            assert metrics.new_tokens < 150
+
+    run(main())
+
+
+def test_the_end_of_the_block_ends_the_requests() -> None:
+    async def main() -> None:
+        engine = make_engine(slots=1)
+        async with AsyncEngine(engine) as served:
+            tasks = [asyncio.create_task(served.complete(request(3 + i, 150))) for i in range(3)]
+            await asyncio.sleep(0.02)
+        for task in tasks:
+            assert [sample.finish_reason for sample in await task] == ["cancelled"]
+        assert not engine._live
+        with pytest.raises(ValueError, match="this AsyncEngine does not run: use it inside `async with`"):
+            await served.complete(request(3))
+        with pytest.raises(ValueError, match="was entered before: make another one"):
+            await served.__aenter__()
+
+    run(main())
+
+
+def test_errors_reach_their_task() -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine(slots=1, max_queue=1)) as served:
+            running = asyncio.create_task(served.complete(request(3, 100)))
+            while not (await served.metrics()).active_slots:
+                await asyncio.sleep(0)
+            waiting = asyncio.create_task(served.complete(request(4)))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError, match="max_queue=1 allows no more"):
+                await served.complete(request(5))
+            assert len(await running + await waiting) == 2
+            [bad] = await served.complete(Request([]))
+            assert "the prompt is empty" in str(bad.error)
+
+    run(main())
+
+
+def test_a_failing_step_reaches_everyone_and_hangs_nobody() -> None:
+    async def main() -> None:
+        engine = make_engine(slots=1)
+        async with AsyncEngine(engine) as served:
+            tasks = [asyncio.create_task(served.complete(request(3 + i, 150))) for i in range(3)]
+            await asyncio.sleep(0.02)
+            engine._steps.error = RuntimeError("out of memory")
+            for task in tasks:
+                assert [str(sample.error) for sample in await task] == ["out of memory"]
+            with pytest.raises(ValueError, match="a step of this engine failed"):
+                await served.complete(request(3))
+
+    run(main())

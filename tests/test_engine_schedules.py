@@ -1,0 +1,185 @@
+"""Thousands of random schedules against one-at-a-time generation by hand: nothing lost, doubled or mixed up."""
+
+import dataclasses
+
+import numpy as np
+from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, continuation
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from grokjax.engine import Engine
+from grokjax.request import Completion, Request
+from grokjax.scheduler import QueueFullError
+from grokjax.sequence import Handle
+
+# Prompts that share beginnings of every length, so that rows are reused.
+TEXTS = ([3, 4, 5, 6] * 8, [3, 4, 5, 6, 3, 4, 5, 6, 7] + [8, 9] * 10, [10] * 30)
+MAX_QUEUE = 4
+
+
+@dataclasses.dataclass(eq=False)
+class Submitted:
+    """A request in the machine, and how much of its stream was read."""
+
+    handle: Handle
+    read: int = 0
+
+
+def by_hand(request: Request, sample: int, max_len: int) -> tuple[list[int], str]:
+    """Tokens and finish reason of one sample, computed alone."""
+    limit = min(request.max_new_tokens, max_len - len(request.prompt))
+    bias = None if request.allowed_tokens is None else np.where(request.allowed_tokens, 0, -1e10)
+    tokens = continuation(request.prompt, limit, seed=request.seed + sample, bias=bias)
+    stops = {*request.stop_ids, *(() if request.ignore_eos else (EOS,))}
+    ends = [number for number, token in enumerate(tokens) if token in stops]
+    return (tokens[: ends[0] + 1], "stop") if ends else (tokens, "length")
+
+
+class Schedules(RuleBasedStateMachine):
+    """Submits, steps, streams and cancels in any order, on engines of any size."""
+
+    @initialize(
+        slots=st.integers(1, 4),
+        max_len=st.integers(10, 40),
+        rows=st.sampled_from([1, 2, 4]),
+        reuse=st.booleans(),
+        buckets=st.sampled_from([(2,), (4, 8), (1, 3, 9)]),
+    )
+    def make(self, slots: int, max_len: int, rows: int, reuse: bool, buckets: tuple[int, ...]) -> None:
+        self.max_len = max_len
+        self.engine = Engine(
+            FakeModel(),
+            slots=slots,
+            max_len=max_len,
+            prefill_rows=rows,
+            prefill_buckets=buckets,
+            max_queue=MAX_QUEUE,
+            reuse_prefixes=reuse,
+            make_steps=FakeSteps,
+        )
+        self.submitted: list[Submitted] = []
+        self.ended: list[Handle] = []
+
+    @rule(
+        text=st.sampled_from(TEXTS),
+        length=st.integers(1, 30),
+        own=st.lists(st.integers(3, VOCAB - 1), max_size=3),
+        max_new_tokens=st.integers(0, 12),
+        seed=st.integers(0, 3),
+        n=st.integers(1, 3),
+        priority=st.integers(-1, 1),
+        options=st.fixed_dictionaries(
+            {},
+            optional={
+                "ignore_eos": st.booleans(),
+                "stop_ids": st.lists(st.integers(0, VOCAB - 1), max_size=2),
+                "prompt_logprobs": st.booleans(),
+                "logprobs": st.integers(0, 2),
+                "allowed_tokens": st.sets(st.integers(0, VOCAB - 1), min_size=1).map(
+                    lambda ids: [token in ids for token in range(VOCAB)]
+                ),
+            },
+        ),
+    )
+    def submit(self, text, length, own, max_new_tokens, seed, n, priority, options) -> None:
+        prompt = text[:length] + own
+        self.submit_request(
+            Request(prompt, max_new_tokens=max_new_tokens, seed=seed, n=n, priority=priority, **options)
+        )
+
+    def submit_request(self, request: Request) -> None:
+        waiting = self.engine.metrics().queue_length
+        try:
+            handle = self.engine.submit(request)
+        except QueueFullError:
+            assert waiting >= MAX_QUEUE
+            return
+        assert waiting < MAX_QUEUE
+        self.submitted.append(Submitted(handle))
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data(), own=st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=3))
+    def go_on(self, data: st.DataObject, own: list[int]) -> None:
+        """The next turn of a conversation: its prompt is a prompt with what came of it."""
+        handle = data.draw(st.sampled_from(self.submitted)).handle
+        so_far = [piece.token_id for piece in handle.pieces if piece.sample == 0 and piece.token_id is not None]
+        self.submit_request(Request([*handle.request.prompt, *so_far, *own], max_new_tokens=6))
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.ended += self.engine.step()
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.engine.cancel(data.draw(st.sampled_from(self.submitted)).handle)
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data(), count=st.integers(1, 5))
+    def stream(self, data: st.DataObject, count: int) -> None:
+        """Reads some pieces where the last reader stopped; steps made by a stream report to `run` and `step` later."""
+        one = data.draw(st.sampled_from(self.submitted))
+        handle = one.handle
+        wanted = one.read + count
+        while len(handle.pieces) < wanted and not handle.is_done:
+            self.ended += self.engine.step()
+        one.read = min(wanted, len(handle.pieces))
+
+    @invariant()
+    def slots_and_rows_are_consistent(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        scheduler = self.engine._scheduler
+        for slot, job in enumerate(scheduler.running):
+            assert job is None or job.slot == slot
+            assert job is None or job in self.engine._live
+            assert 0 <= scheduler.held.lengths[slot] <= self.max_len
+        assert sorted(scheduler._free) == [slot for slot, job in enumerate(scheduler.running) if job is None]
+        prefilling = [*scheduler._fresh, *scheduler._begun]
+        assert len(prefilling) == len(set(prefilling))
+        assert all(job.chunks and scheduler.running[job.slot] is job for job in prefilling)
+
+    @invariant()
+    def every_ended_sample_is_right(self) -> None:
+        for one in getattr(self, "submitted", ()):
+            samples = [done.sample for done in one.handle.completions]
+            assert len(samples) == len(set(samples))
+            for done in one.handle.completions:
+                self.check(one.handle, done)
+
+    def check(self, handle: Handle, done: Completion) -> None:
+        request = handle.request
+        if len(request.prompt) >= self.max_len:
+            assert done.finish_reason == "error"
+            return
+        tokens, reason = by_hand(request, done.sample, self.max_len)
+        if done.finish_reason == "cancelled":
+            assert list(done.token_ids) == tokens[: len(done.token_ids)]
+        else:
+            assert (list(done.token_ids), done.finish_reason) == (tokens, reason)
+            if request.prompt_logprobs:
+                assert done.prompt_logprobs == (None, *(-float(t + p) for p, t in enumerate(request.prompt[1:])))
+        mine = [piece for piece in handle.pieces if piece.sample == done.sample]
+        assert [piece.token_id for piece in mine] == [*done.token_ids, None]
+        assert [piece.finish_reason for piece in mine] == [None] * len(done.token_ids) + [done.finish_reason]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(2000):
+            if not self.engine.has_work:
+                break
+            self.ended += self.engine.step()
+        self.ended += self.engine.step()
+        assert not self.engine.has_work
+        self.every_ended_sample_is_right()
+        assert sorted(map(id, self.ended)) == sorted(id(one.handle) for one in self.submitted)
+        assert all(one.handle.is_done for one in self.submitted)
+        assert all(job is None for job in self.engine._scheduler.running)
+        assert not self.engine._siblings
+
+
+TestSchedules = Schedules.TestCase
+TestSchedules.settings = settings(max_examples=2000, stateful_step_count=20)

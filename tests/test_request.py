@@ -1,0 +1,101 @@
+"""What a request may ask for: every number at its limits, masks and biases, prompts."""
+
+import math
+
+import numpy as np
+import pytest
+
+from grokjax.request import Request, bias_row, check_prompt, check_stop_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 must be an integer, 0 or more"),
+        ({"max_new_tokens": 2.0}, r"max_new_tokens=2\.0 must be an integer"),
+        ({"max_new_tokens": True}, "max_new_tokens=True must be an integer"),
+        ({"temperature": -0.1}, r"temperature=-0\.1 must be a number, finite, 0 \(greedy\) or more"),
+        ({"temperature": math.nan}, "temperature=nan must be a number"),
+        ({"temperature": math.inf}, "temperature=inf must be a number"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"top_p": 1.1}, r"top_p=1\.1 must be a number, from 0 to 1"),
+        ({"min_p": -1}, "min_p=-1 must be a number, from 0 to 1"),
+        ({"top_k": -1}, "top_k=-1 must be an integer between 0 and 2147483647"),
+        ({"top_k": 2**31}, "top_k=2147483648 must be an integer between"),
+        ({"seed": -1}, "seed=-1 must be an integer between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed=4294967296 must be an integer between"),
+        ({"n": 0}, "n=0 must be an integer, 1 or more"),
+        ({"logprobs": -1}, "logprobs=-1 must be an integer, 0 or more"),
+        ({"priority": 0.5}, r"priority=0\.5 must be an integer\."),
+        ({"stop": ["a", ""]}, r"stop=\('a', ''\) must be strings of at least one character"),
+        ({"stop": [1]}, r"stop=\(1,\) must be strings"),
+    ],
+    ids=str,
+)
+def test_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Request("a", **options)
+
+
+def test_limits_are_allowed() -> None:
+    Request("a", max_new_tokens=0, temperature=0, top_p=0, min_p=1, top_k=2**31 - 1, seed=2**32 - 1, priority=-5)
+    Request([1], max_new_tokens=np.int64(3), temperature=np.float32(0.5), logprobs=0)
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert Request("a", stop="end").stop == ("end",)
+    assert Request("a", stop=["x", "y"]).stop == ("x", "y")
+
+
+class TestBias:
+    def test_none_asked_for(self) -> None:
+        assert bias_row(Request("a"), 4) is None
+        assert bias_row(Request("a", logit_bias={}), 4) is None
+
+    def test_mask_and_bias_together(self) -> None:
+        row = bias_row(Request("a", allowed_tokens=[1, 0, 1, 1], logit_bias={1: 5.0, 2: -2, 3: -math.inf}), 4)
+        assert row.tolist() == pytest.approx([0, -1e10, -2, -1e10])
+        assert row.dtype == np.float32
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"allowed_tokens": [True] * 3}, r"allowed_tokens has shape \(3,\): give one value for each of the 4"),
+            ({"allowed_tokens": [False] * 4}, "the mask and the bias leave no token"),
+            ({"logit_bias": dict.fromkeys(range(4), -math.inf)}, "the mask and the bias leave no token"),
+            ({"logit_bias": {4: 1.0}}, "logit_bias has the token id 4, outside the vocabulary of 4"),
+            ({"logit_bias": {1: math.inf}}, "logit_bias of token 1 is inf: give a finite number or minus infinity"),
+            ({"logit_bias": {1: math.nan}}, "logit_bias of token 1 is nan"),
+            ({"logit_bias": {1: "much"}}, "logit_bias of token 1 is 'much'"),
+        ],
+        ids=str,
+    )
+    def test_refused(self, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            bias_row(Request("a", **options), 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "the prompt is empty: give it some text"),
+        ([1] * 8, "the prompt has 8 tokens and at most 7 leave room"),
+        ([1, 4], "the prompt has the token id 4, outside the vocabulary of 4 tokens"),
+        ([-1], "the prompt has the token id -1"),
+        ([[1, 2]], "must be text or a list of token ids"),
+        ([1.0], "must be text or a list of token ids, not an array of float64"),
+    ],
+    ids=str,
+)
+def test_refused_prompts(ids: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_prompt(ids, vocab_size=4, max_len=8)
+
+
+def test_prompts_and_stop_ids() -> None:
+    prompt = check_prompt(np.array([1, 3], np.int64), vocab_size=4, max_len=3)
+    assert (prompt.tolist(), prompt.dtype) == ([1, 3], np.int32)
+    assert check_stop_ids([3, np.int32(1), 3], 4) == {1, 3}
+    assert check_stop_ids((), 4) == frozenset()
+    with pytest.raises(ValueError, match="stop_ids has the token id 4"):
+        check_stop_ids([4], 4)

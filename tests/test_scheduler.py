@@ -1,0 +1,267 @@
+"""Scheduling by hand: who gets a slot, which pieces are prefilled together, what a prompt shares with a row."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grokjax.scheduler import (
+    Chunk,
+    HeldRows,
+    Job,
+    PrefixMatch,
+    QueueFullError,
+    Scheduler,
+    WaitingQueue,
+    check_buckets,
+    plan_chunks,
+)
+
+
+def job(length: int = 3, *, first: int = 0, **options) -> Job:
+    """A job whose prompt counts up from `first`."""
+    return Job(np.arange(first, first + length, dtype=np.int32), **options)
+
+
+def scheduler(slots: int = 2, **options) -> Scheduler[Job]:
+    return Scheduler(**{"slots": slots, "max_len": 64, "buckets": (4, 8), **options})
+
+
+def submit(plan: Scheduler[Job], *jobs: Job) -> None:
+    for one in jobs:
+        plan.queue.push(one)
+
+
+class TestChunks:
+    @given(start=st.integers(0, 40), length=st.integers(1, 40))
+    def test_pieces_join_and_fit_their_buckets(self, start: int, length: int) -> None:
+        chunks = list(plan_chunks(start, start + length, (4, 8, 16)))
+        position = start
+        for chunk in chunks:
+            assert chunk.start == position
+            assert 1 <= chunk.count <= chunk.bucket
+            position += chunk.count
+        assert position == start + length
+        assert all(chunk.count == 16 for chunk in chunks[:-1])
+        assert chunks[-1].bucket == min(bucket for bucket in (4, 8, 16) if bucket >= chunks[-1].count)
+
+    @pytest.mark.parametrize(
+        ("buckets", "message"),
+        [
+            ((), "prefill_buckets is empty"),
+            ((0, 4), "the prefill bucket 0 must be an integer between 1 and the 8 entries of a slot"),
+            ((9,), "the prefill bucket 9"),
+            ((4.0,), r"the prefill bucket 4\.0"),
+        ],
+        ids=str,
+    )
+    def test_refused_buckets(self, buckets: tuple, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            check_buckets(buckets, 8)
+
+    def test_buckets_in_order(self) -> None:
+        assert check_buckets([8, 2, 8], 8) == (2, 8)
+
+
+class TestQueue:
+    def test_priority_then_arrival(self) -> None:
+        queue: WaitingQueue[Job] = WaitingQueue(9)
+        first, second, urgent, late = job(), job(), job(priority=1), job(priority=-1)
+        arrival = queue.push(first)
+        for one in (second, late, urgent):
+            queue.push(one)
+        sibling = job()
+        queue.push(sibling, arrival=arrival)
+        assert [queue.pop() for _ in range(6)] == [urgent, first, sibling, second, late, None]
+
+    def test_a_full_queue_refuses(self) -> None:
+        queue: WaitingQueue[Job] = WaitingQueue(2)
+        jobs = [job(), job()]
+        for one in jobs:
+            queue.check_room()
+            queue.push(one)
+        with pytest.raises(QueueFullError, match="2 requests are waiting and max_queue=2 allows no more"):
+            queue.check_room()
+        queue.remove(jobs[0])
+        queue.check_room()
+
+    def test_what_was_removed_does_not_come_back_or_stay(self) -> None:
+        queue: WaitingQueue[Job] = WaitingQueue(9)
+        kept = job()
+        queue.push(kept)
+        for _ in range(200):
+            removed = job(priority=1)
+            queue.push(removed)
+            queue.remove(removed)
+            queue.remove(removed)
+        assert len(queue) == 1
+        assert len(queue._heap) < 50
+        assert [queue.pop(), queue.pop()] == [kept, None]
+
+    def test_a_queue_of_nothing_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="max_queue=0 must be 1 or more"):
+            WaitingQueue(0)
+
+
+class TestPlaces:
+    def test_slots_are_given_until_there_are_none(self) -> None:
+        plan, jobs = scheduler(2), [job(), job(), job()]
+        submit(plan, *jobs)
+        assert [admission.job for admission in plan.admit()] == jobs[:2]
+        assert plan.admit() == []
+        plan.release(jobs[0])
+        assert [admission.job for admission in plan.admit()] == jobs[2:]
+        assert plan.running == [jobs[2], jobs[1]]
+
+    def test_release_is_harmless_twice_and_while_waiting(self) -> None:
+        plan, one, other = scheduler(1), job(), job()
+        submit(plan, one, other)
+        plan.admit()
+        plan.release(other)
+        plan.release(one)
+        plan.release(one)
+        assert plan.admit() == []
+        assert plan.next_prefill() is None
+        submit(plan, job())
+        assert len(plan.admit()) == 1
+
+    @pytest.mark.parametrize("name", ["slots", "prefill_rows"])
+    def test_refused_numbers(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"{name}=0 must be an integer, 1 or more"):
+            Scheduler(**{"slots": 1, "max_len": 8, "buckets": (4,), name: 0})
+
+
+class TestPrefill:
+    def test_one_bucket_together_a_power_of_two_at_once(self) -> None:
+        plan = scheduler(6, prefill_rows=4)
+        jobs = [job(3, first=10 * i) for i in range(3)] + [job(7, first=90), job(2, first=80), job(4, first=70)]
+        submit(plan, *jobs)
+        plan.admit()
+        groups = [plan.next_prefill() for _ in range(4)]
+        assert groups[-1] is None
+        assert [group.jobs for group in groups[:-1]] == [(*jobs[:3], jobs[4]), (jobs[3],), (jobs[5],)]
+        assert groups[0].chunks == (Chunk(0, 3, 4), Chunk(0, 3, 4), Chunk(0, 3, 4), Chunk(0, 2, 4))
+
+    def test_three_are_two_and_one(self) -> None:
+        plan = scheduler(3, prefill_rows=4)
+        submit(plan, *(job(3, first=10 * i) for i in range(3)))
+        plan.admit()
+        assert [len(plan.next_prefill().jobs) for _ in range(2)] == [2, 1]
+
+    def test_new_prompts_and_long_ones_take_turns(self) -> None:
+        plan, long = scheduler(8, prefill_rows=1), job(30)
+        submit(plan, long)
+        plan.admit()
+        assert plan.next_prefill().jobs == (long,)
+        short = [job(2, first=100 * i) for i in range(1, 4)]
+        submit(plan, *short)
+        plan.admit()
+        order = [plan.next_prefill().jobs[0] for _ in range(6)]
+        assert order == [short[0], long, short[1], long, short[2], long]
+        assert plan.next_prefill() is None
+        assert not long.chunks
+
+    def test_scored_prompts_are_alone(self) -> None:
+        plan = scheduler(4, prefill_rows=4)
+        jobs = [job(3, first=10), job(3, first=20, is_scored=True), job(3, first=30)]
+        submit(plan, *jobs)
+        plan.admit()
+        assert [plan.next_prefill().jobs for _ in range(2)] == [(jobs[0], jobs[2]), (jobs[1],)]
+
+    def test_a_job_that_left_is_not_prefilled(self) -> None:
+        plan, long, short = scheduler(2), job(30), job(2, first=50)
+        submit(plan, long, short)
+        plan.admit()
+        plan.next_prefill()
+        plan.release(long)
+        plan.release(short)
+        assert plan.next_prefill() is None
+
+
+class TestPrefixes:
+    def test_found_as_by_definition(self) -> None:
+        held = HeldRows(3, 16)
+        held.extend(0, np.array([5, 6, 7, 8]), 4)
+        held.extend(1, np.array([5, 6, 9]), 3)
+        held.prompt_lengths[1] = 3
+        assert held.find(np.array([5, 6, 7, 1])) == [
+            PrefixMatch(0, 3, is_complete=False),
+            PrefixMatch(1, 2, is_complete=False),
+            PrefixMatch(2, 0, is_complete=False),
+        ]
+        # All but the last token; unless its logits are kept, they have to be computed.
+        assert held.find(np.array([5, 6, 7]))[0] == PrefixMatch(0, 2, is_complete=False)
+        assert held.find(np.array([5, 6, 9]))[1] == PrefixMatch(1, 3, is_complete=True)
+
+    def run_prompt(self, plan: Scheduler[Job], prompt: Job) -> Job:
+        submit(plan, prompt)
+        plan.admit()
+        while plan.next_prefill():
+            pass
+        return prompt
+
+    def test_a_bucket_is_shared_and_less_is_not(self) -> None:
+        plan = scheduler(3)
+        self.run_prompt(plan, job(10))
+        other = Job(np.array([0, 1, 2, 3, 4, 99, 98], np.int32))
+        submit(plan, other)
+        assert [(a.source, a.is_complete) for a in plan.admit()] == [(0, False)]
+        assert other.reused == 5
+        assert list(other.chunks) == [Chunk(5, 2, 4)]
+        short = Job(np.array([0, 1, 2, 99], np.int32))
+        submit(plan, short)
+        assert [a.source for a in plan.admit()] == [short.slot]
+        assert short.reused == 0
+
+    def test_the_same_prompt_needs_nothing_more(self) -> None:
+        plan = scheduler(2, reuse_prefixes=False)
+        self.run_prompt(plan, job(3))
+        again = job(3)
+        submit(plan, again)
+        assert [(a.source, a.is_complete) for a in plan.admit()] == [(0, True)]
+        assert plan.next_prefill() is None
+        assert plan.held.lengths == [3, 3]
+
+    def test_a_free_row_is_taken_where_it_lies(self) -> None:
+        plan = scheduler(2)
+        plan.release(self.run_prompt(plan, job(10)))
+        plan.held.extend(0, 77)  # a generated token
+        again = self.run_prompt(plan, job(10))
+        assert (again.slot, again.reused) == (0, 10)
+        assert plan.held.lengths[0] == 10
+        plan.release(again)
+        longer = job(14)
+        submit(plan, longer)
+        plan.admit()
+        assert (longer.slot, longer.reused) == (0, 10)
+        assert plan.held.prompt_lengths[0] == 0
+
+    def test_the_longest_unused_row_is_overwritten(self) -> None:
+        plan = scheduler(2)
+        first, second = job(8), job(8, first=50)
+        self.run_prompt(plan, first)
+        self.run_prompt(plan, second)
+        plan.release(second)
+        plan.release(first)
+        other = job(8, first=90)
+        submit(plan, other)
+        plan.admit()
+        assert other.slot == 1
+
+    def test_a_row_being_prefilled_shares_only_what_is_there(self) -> None:
+        plan, long = scheduler(2), job(20)
+        submit(plan, long)
+        plan.admit()
+        plan.next_prefill()
+        follower = job(20)
+        submit(plan, follower)
+        plan.admit()
+        assert follower.reused == 8
+
+    def test_without_reuse_and_for_scored_prompts_nothing_is_shared(self) -> None:
+        plan = scheduler(2, reuse_prefixes=False)
+        self.run_prompt(plan, job(10))
+        assert self.run_prompt(plan, job(12)).reused == 0
+        plan = scheduler(2)
+        self.run_prompt(plan, job(10))
+        assert self.run_prompt(plan, job(10, is_scored=True)).reused == 0
