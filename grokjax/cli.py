@@ -1,6 +1,7 @@
 """The command line: `python -m grokjax`. Results go to standard output, everything else to standard error."""
 
 import argparse
+import functools
 import importlib.metadata
 import io
 import os
@@ -12,13 +13,13 @@ from grokjax.console import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    """Runs a command; returns the exit status: 0, 1 for errors among results, 2 for a user's error, 130 interrupted."""
     arguments = _parser().parse_args(argv)
+    _drop_late_callbacks()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal of few characters must not end the run
     try:
-        arguments.run(arguments)
-        return 0
+        return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         say("interrupted")
         return 130
@@ -38,3 +39,18 @@ def _parser() -> argparse.ArgumentParser:
     cli_generate.add_command(commands)
     cli_checkpoints.add_commands(commands)
     return parser
+
+
+@functools.cache
+def _drop_late_callbacks() -> None:
+    """Once one array of a write has failed, the library's thread that ends another finds the event loop gone.
+
+    The error of the write itself is raised and told; the traceback of that thread would bury it.
+    """
+    following = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            following(unraisable)
+
+    sys.unraisablehook = hook

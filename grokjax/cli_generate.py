@@ -1,15 +1,20 @@
-"""`grokjax generate`: continues a prompt, text to standard output as it is made."""
+"""`grokjax generate`: continues a prompt, text to standard output as it is made, or a file of prompts."""
 
 import argparse
+import dataclasses
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
-from grokjax.console import ProgressLine, choose_mesh, read_config, say
+from grokjax.cli_batch import open_results, read_prompts, run_batch
+from grokjax.console import BatchProgress, ProgressLine, choose_mesh, read_config, say
+from grokjax.engine import Engine
 from grokjax.layouts import open_checkpoint
 from grokjax.sampling import SampleSettings
 from grokjax.stored import Checkpoint
@@ -18,14 +23,41 @@ from grokjax.text import check_limits, encode_prompt
 _PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A model that is not yet in memory: what is checked before, and how it is made."""
+
+    config: GrokConfig
+    tokenizer: Tokenizer
+    make: Callable[[], Grok]
+
+
 def add_command(commands: Any) -> None:
     """Adds the command to the subparsers of `grokjax`."""
     generate = commands.add_parser(
         "generate",
-        help="continue a prompt",
-        description="Continues a prompt. The text goes to standard output, everything else to standard error.",
+        help="continue a prompt, or a file of prompts",
+        description="Continues a prompt. The text goes to standard output, everything else to standard error. "
+        "With --prompts, continues many at once and appends a JSON object for each to --output as it ends. "
+        "Interrupted, the same command goes on where it stopped.",
     )
-    generate.add_argument("prompt", help="the text to continue")
+    _add_prompts(generate)
+    _add_model(generate)
+    _add_settings(generate)
+    generate.set_defaults(run=run)
+
+
+def _add_prompts(generate: argparse.ArgumentParser) -> None:
+    what = generate.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", nargs="?", help="the text to continue")
+    what.add_argument(
+        "--prompts", metavar="FILE", type=Path, help="a prompt a line; with a name in .jsonl a JSON object a line"
+    )
+    generate.add_argument("--output", metavar="FILE.jsonl", type=Path, help="where the results of --prompts go")
+    generate.add_argument("--slots", type=int, default=8, help="of --prompts that run at once (default: %(default)s)")
+
+
+def _add_model(generate: argparse.ArgumentParser) -> None:
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint of any layout")
     source.add_argument(
@@ -40,37 +72,46 @@ def add_command(commands: Any) -> None:
         type=Path,
         help="tokenizer.model (default: the one beside the checkpoint); or bytes, for checkpoints without a tokenizer",
     )
+    generate.add_argument("--mesh", metavar="DATA,MODEL", help="devices (default: 1,N with all N devices that divide)")
+    generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+
+
+def _add_settings(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     generate.add_argument("--top-p", type=float, default=1.0, help="probability mass kept (default: %(default)s, all)")
     generate.add_argument("--top-k", type=int, default=0, help="tokens kept (default: %(default)s, all)")
     generate.add_argument("--min-p", type=float, default=0.0, help="least probability, of the largest (default: 0)")
     generate.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     generate.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
-    generate.add_argument("--mesh", metavar="DATA,MODEL", help="devices (default: 1,N with all N devices that divide)")
-    generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    generate.add_argument(
+        "--max-len", type=int, help="tokens of prompt and text together (default: the model's longest sequence)"
+    )
     generate.add_argument("--add-bos", action="store_true", help="begin with the beginning-of-sequence token")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
-    generate.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs the command."""
-    if arguments.random:
-        config = _random_config(arguments)
-        tokenizer = _tokenizer(config, arguments.tokenizer)
-        _check_request(config, tokenizer, arguments)
-        model = _random_model(config, arguments)
-    else:
-        path = _find_tokenizer(arguments.checkpoint, arguments.tokenizer)
-        checkpoint = _open_checkpoint(arguments)
-        tokenizer = _tokenizer(checkpoint.config, path)
-        _check_request(checkpoint.config, tokenizer, arguments)
-        model = _load_model(checkpoint, arguments)
-    _stream(TextGenerator(model, tokenizer, add_bos=arguments.add_bos), arguments)
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns 1 if a prompt of a file ended with an error, else 0."""
+    _check_output(arguments)
+    source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
+    _check_settings(source.config, arguments)
+    if arguments.prompts is not None:
+        return _run_batch(source, arguments)
+    max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
+    encode_prompt(source.tokenizer, arguments.prompt, max_len=max_len, add_bos=add_bos)
+    _stream(TextGenerator(source.make(), source.tokenizer, max_len=max_len, add_bos=add_bos), arguments)
+    return 0
 
 
-def _check_request(config: GrokConfig, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
-    """Refuses now what `stream` would refuse after the model has loaded, which takes minutes."""
+def _check_output(arguments: argparse.Namespace) -> None:
+    if arguments.prompts is not None and arguments.output is None:
+        raise ValueError("--prompts needs --output: name the file that the results are appended to.")
+    if arguments.prompts is None and arguments.output is not None:
+        raise ValueError("--output goes with --prompts: the text of one prompt goes to standard output.")
+
+
+def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
+    """Refuses now what would be refused after the model has loaded, which takes minutes."""
     check_limits(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
     SampleSettings.create(
         1,
@@ -79,21 +120,38 @@ def _check_request(config: GrokConfig, tokenizer: Tokenizer, arguments: argparse
         top_k=arguments.top_k,
         min_p=arguments.min_p,
     )
-    encode_prompt(tokenizer, arguments.prompt, max_len=config.max_seq_len, add_bos=arguments.add_bos)
+    if arguments.slots < 1:
+        raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
+    if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
+        raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How to continue a prompt, by the names of `TextGenerator.stream` and `Request`."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
+    prompts = read_prompts(arguments.prompts, _settings(arguments))
+    with open_results(arguments.output, prompts) as results:
+        earlier = len(results.failed)
+        if earlier:
+            say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
+        if earlier < len(prompts):
+            sizes = {"slots": arguments.slots, "max_len": arguments.max_len}
+            engine = Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos)
+            with BatchProgress(len(prompts), earlier) as progress:
+                run_batch(engine, prompts, results, progress)
+    num_errors = sum(results.failed.values())
+    errors = f", {num_errors} of them errors" if num_errors else ""
+    say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
+    return 1 if num_errors else 0
 
 
 def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
-    pieces = generator.stream(
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        seed=arguments.seed,
-        ignore_eos=arguments.ignore_eos,
-    )
+    pieces = generator.stream(arguments.prompt, **_settings(arguments))
     say("compiling the first steps")
     times = []
     for piece in pieces:
@@ -106,6 +164,18 @@ def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
     # The first steps compile; the rate is that of the others.
     rate = f", then {(num_tokens - 2) / (times[-2] - times[1]):.1f} tokens/s" if num_tokens > 8 else ""
     say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}")
+
+
+def _random_source(arguments: argparse.Namespace) -> _Source:
+    config = _random_config(arguments)
+    return _Source(config, _tokenizer(config, arguments.tokenizer), functools.partial(_random_model, config, arguments))
+
+
+def _checkpoint_source(arguments: argparse.Namespace) -> _Source:
+    path = _find_tokenizer(arguments.checkpoint, arguments.tokenizer)
+    checkpoint = _open_checkpoint(arguments)
+    tokenizer = _tokenizer(checkpoint.config, path)
+    return _Source(checkpoint.config, tokenizer, functools.partial(_load_model, checkpoint, arguments))
 
 
 def _random_config(arguments: argparse.Namespace) -> GrokConfig:

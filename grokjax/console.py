@@ -1,8 +1,11 @@
 """What the commands share: messages on standard error, progress, configuration files, meshes."""
 
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import jax
 from jax.sharding import Mesh
@@ -40,6 +43,62 @@ class ProgressLine:
         rate = max(done - self.first_bytes, 1) / (now - self.start)
         left = f"{size(rate)}/s, {duration((total - done) / rate)} left"
         say(f"{self.what} {size(done)} of {size(total)}, {left}: {progress.parameter}")
+
+
+# Characters of a bar, and seconds between two lines where there is none.
+_BAR = 24
+_LINE_PERIOD = 10.0
+
+
+class BatchProgress:
+    """Says how many results there are, at what rate tokens come, and how long the rest takes.
+
+    In a terminal it is a bar, elsewhere a line every ten seconds. It is a context, at whose end the bar's line ends.
+
+    Args:
+      total: results that there will be.
+      earlier: how many of them an earlier run has left.
+      clock: seconds.
+    """
+
+    def __init__(self, total: int, earlier: int, *, clock: Callable[[], float] = time.perf_counter):
+        self.total, self.earlier, self.clock = total, earlier, clock
+        self.start = self.said = clock()
+        self.first: tuple[float, int] | None = None  # when there were tokens: the first take a compilation
+        self.has_bar = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.has_bar:
+            print(file=sys.stderr, flush=True)
+
+    def __call__(self, done: int, tokens: int) -> None:
+        """Says it, for so many results and so many tokens of this run."""
+        now = self.clock()
+        if self.first is None and tokens:
+            self.first = now, tokens
+        if sys.stderr.isatty():
+            self._draw(done, self._state(done, tokens, now))
+        elif now - self.said >= _LINE_PERIOD:
+            self.said = now
+            say(self._state(done, tokens, now))
+
+    def _state(self, done: int, tokens: int, now: float) -> str:
+        state = f"{done} of {self.total} done"
+        if self.first is not None and now > self.first[0]:
+            state += f", {(tokens - self.first[1]) / (now - self.first[0]):.1f} tokens/s"
+        if self.earlier < done < self.total:
+            state += f", {duration((self.total - done) * (now - self.start) / (done - self.earlier))} left"
+        return state
+
+    def _draw(self, done: int, state: str) -> None:
+        filled = _BAR * done // self.total
+        line = f"grokjax: [{'#' * filled}{'.' * (_BAR - filled)}] {state}"
+        # A line that fills the terminal would begin a second one; the last characters clear what was longer.
+        print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+        self.has_bar = True
 
 
 def size(num_bytes: float) -> str:
