@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
+from grokjax.costs import StepCost, step_cost
 
 PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
 
@@ -88,9 +89,9 @@ def main() -> None:
     runner = Runner(model, arguments)
     filled = arguments.prompt + arguments.new // 2
     itemsize = runner.new_cache().keys.dtype.itemsize
-    needed = card.step_bytes(model, batch_size=arguments.batch, filled=filled, cache_itemsize=itemsize)
+    needed = step_cost(model, batch_size=arguments.batch, filled=filled, cache_itemsize=itemsize)
     bandwidth = card.read_bandwidth(mesh)
-    print_card(arguments, config, needed, bandwidth)
+    print_card(arguments, needed, bandwidth / mesh.size)
 
     compile_seconds = card.seconds(runner.prefill) + card.seconds(lambda: greedy_step(model, *runner.prefill())[0])
     prefill_seconds = card.median_seconds(runner.prefill, arguments.repeats)
@@ -109,9 +110,9 @@ def main() -> None:
         "prefill_tokens_per_second": round(arguments.batch * arguments.prompt / prefill_seconds, 2),
         "decode_tokens_per_second": round(arguments.batch / step_seconds, 2),
         "decode_step_seconds": round(step_seconds, 6),
-        "step_bytes": int(needed.total),
+        "step_bytes": int(needed.num_bytes * mesh.size),
         "read_bandwidth": int(bandwidth),
-        "percent_of_bandwidth": round(100 * needed.total / step_seconds / bandwidth, 1),
+        "percent_of_bandwidth": round(100 * needed.num_bytes * mesh.size / step_seconds / bandwidth, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **card.environment(),
     }
@@ -119,18 +120,18 @@ def main() -> None:
     card.print_json(record)
 
 
-def print_card(arguments: argparse.Namespace, config: GrokConfig, needed: card.StepBytes, bandwidth: float) -> None:
+def print_card(arguments: argparse.Namespace, needed: StepCost, bandwidth: float) -> None:
     weights = "plain" if arguments.plain else "int8"
     card.print_rows(
         f"{arguments.config}, {weights} weights, {arguments.dtype}, batch {arguments.batch}, mesh {arguments.mesh}",
         {
-            "attention weights read a step": f"{needed.attention / 1e6:.1f} MB",
+            "attention weights read a step": f"{needed.attention / 1e6:.1f} MB a device",
             "expert weights read a step": f"{needed.experts / 1e6:.1f} MB",
             "unembedding read a step": f"{needed.unembedding / 1e6:.1f} MB",
             "cache read a step": f"{needed.cache / 1e6:.1f} MB",
-            "operations a token": f"{card.token_operations(config) / 1e9:.2f} GFLOP",
-            "measured read bandwidth": f"{bandwidth / 1e9:.1f} GB/s",
-            "ceiling": f"{arguments.batch * bandwidth / needed.total:.1f} tokens/s decoded",
+            "operations a step": f"{needed.operations / 1e9:.2f} GFLOP",
+            "measured read bandwidth": f"{bandwidth / 1e9:.1f} GB/s a device",
+            "ceiling": f"{arguments.batch * bandwidth / needed.num_bytes:.1f} tokens/s decoded",
         },
     )
 

@@ -29,6 +29,7 @@ import numpy as np
 from decode import read_config
 
 from grokjax import Grok, KVCache, SampleSettings, decode_and_sample, init, make_mesh, prefill
+from grokjax.costs import step_cost
 from grokjax.engine import Engine
 from grokjax.request import Request
 from grokjax.slot_steps import ModelSteps
@@ -221,7 +222,7 @@ def main() -> None:
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
     bench = Bench(model, arguments)
-    print_card(arguments, bench, card.read_bandwidth(mesh))
+    print_card(arguments, bench, card.read_bandwidth(mesh) / mesh.size)
     warm_up = sum(step.seconds for step in bench.engine.warm_up())
     bench.bare_step()
     record = {
@@ -243,15 +244,15 @@ def main() -> None:
 
 def print_card(arguments: argparse.Namespace, bench: Bench, bandwidth: float) -> None:
     itemsize = bench.engine._steps._state.cache.keys.dtype.itemsize
-    needed = card.step_bytes(bench.model, batch_size=bench.slots, filled=16 + bench.new // 2, cache_itemsize=itemsize)
+    needed = step_cost(bench.model, batch_size=bench.slots, filled=16 + bench.new // 2, cache_itemsize=itemsize)
     weights = "plain" if arguments.plain else "int8"
     card.print_rows(
         f"{arguments.config}, {weights} weights, {arguments.dtype}, {bench.slots} slots, mesh {arguments.mesh}",
         {
-            "read a step": f"{needed.total / 1e6:.1f} MB",
-            "operations a token": f"{card.token_operations(bench.model.config) / 1e9:.2f} GFLOP",
-            "measured read bandwidth": f"{bandwidth / 1e9:.1f} GB/s",
-            "ceiling": f"{bench.slots * bandwidth / needed.total:.1f} tokens/s decoded",
+            "read a step": f"{needed.num_bytes / 1e6:.1f} MB a device",
+            "operations a step": f"{needed.operations / 1e9:.2f} GFLOP",
+            "measured read bandwidth": f"{bandwidth / 1e9:.1f} GB/s a device",
+            "ceiling": f"{bench.slots * bandwidth / needed.num_bytes:.1f} tokens/s decoded",
         },
     )
 

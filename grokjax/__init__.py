@@ -8,6 +8,7 @@ from grokjax.conversion import ConversionPlan, convert, export, plan_conversion,
 from grokjax.engine import Engine
 from grokjax.metrics import Metrics
 from grokjax.model import Grok, init
+from grokjax.planning import Plan, plan
 from grokjax.quantization import QuantizedArray, dequantize, quantize
 from grokjax.request import Completion, Piece, Request
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
@@ -16,6 +17,7 @@ from grokjax.sequence import Handle
 from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.steps import Generated, decode, decode_and_sample, forward, generate, prefill
 from grokjax.stored import CheckpointError
+from grokjax.suggestions import Suggestion, suggest
 from grokjax.text import GeneratedText, TextGenerator
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -35,6 +37,7 @@ __all__ = [
     "KVCache",
     "Metrics",
     "Piece",
+    "Plan",
     "Progress",
     "QuantizedArray",
     "QueueFullError",
@@ -43,6 +46,7 @@ __all__ = [
     "SampleSettings",
     "SentencePieceTokenizer",
     "ShardingRules",
+    "Suggestion",
     "TextGenerator",
     "Tokenizer",
     "convert",
@@ -58,11 +62,13 @@ __all__ = [
     "load_parameters",
     "load_tokenizer",
     "make_mesh",
+    "plan",
     "plan_conversion",
     "prefill",
     "quantize",
     "row_keys",
     "sample_token",
     "save",
+    "suggest",
     "verify",
 ]

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from grokjax import cli_checkpoints, cli_generate
+from grokjax import cli_checkpoints, cli_generate, cli_plan
 from grokjax.console import say
 
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cli_generate.add_command(commands)
     cli_checkpoints.add_commands(commands)
+    cli_plan.add_command(commands)
     return parser
 
 

@@ -11,10 +11,8 @@ from grokjax.checkpoint import CheckpointInfo, describe
 from grokjax.config import GrokConfig
 from grokjax.console import ProgressLine, read_config, read_extents, say, size
 from grokjax.conversion import ConversionPlan, convert, export, plan_conversion, verify
-from grokjax.sharding import ShardingRules
+from grokjax.sharding import RULES
 from grokjax.testing import write_release_checkpoint
-
-_RULES = {"tensor": ShardingRules.tensor_parallel, "expert": ShardingRules.expert_parallel}
 
 
 def add_commands(commands: Any) -> None:
@@ -104,7 +102,7 @@ def _add_info(commands: Any) -> None:
     command = commands.add_parser("info", help="say what a checkpoint holds, and what it needs on each device")
     _add_source(command)
     command.add_argument("--mesh", metavar="DATA,MODEL", default="1,8", help="devices (default: %(default)s)")
-    command.add_argument("--rules", choices=tuple(_RULES), default="tensor", help="parallelism (default: %(default)s)")
+    command.add_argument("--rules", choices=tuple(RULES), default="tensor", help="parallelism (default: %(default)s)")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     command.set_defaults(run=_run_info)
@@ -113,7 +111,7 @@ def _add_info(commands: Any) -> None:
 def _run_info(arguments: argparse.Namespace) -> None:
     info = describe(arguments.source, _config(arguments))
     mesh, dtype = read_extents(arguments.mesh), jnp.dtype(arguments.dtype)
-    per_device = info.bytes_per_device(mesh, rules=_RULES[arguments.rules](), dtype=dtype)
+    per_device = info.bytes_per_device(mesh, rules=RULES[arguments.rules], dtype=dtype)
     if arguments.json:
         print(json.dumps(_info_record(info) | {"mesh": list(mesh), "bytes_per_device": per_device}))
         return

@@ -13,14 +13,12 @@ import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
 from grokjax.cli_batch import open_results, read_prompts, run_batch
-from grokjax.console import BatchProgress, ProgressLine, choose_mesh, read_config, say
+from grokjax.console import BatchProgress, ProgressLine, choose_mesh, named_config, read_config, say
 from grokjax.engine import Engine
 from grokjax.layouts import open_checkpoint
 from grokjax.sampling import SampleSettings
 from grokjax.stored import Checkpoint
 from grokjax.text import check_limits, encode_prompt
-
-_PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +177,9 @@ def _checkpoint_source(arguments: argparse.Namespace) -> _Source:
 
 
 def _random_config(arguments: argparse.Namespace) -> GrokConfig:
-    name = arguments.random
     if arguments.config is not None:
         raise ValueError("--config goes with --checkpoint: give a configuration file to --random itself.")
-    if name not in _PRESETS and not Path(name).is_file():
-        raise ValueError(f"--random {name}: neither a file nor one of {', '.join(_PRESETS)}.")
-    return _PRESETS[name]() if name in _PRESETS else read_config("--random", Path(name))
+    return named_config("--random", arguments.random)
 
 
 def _random_model(config: GrokConfig, arguments: argparse.Namespace) -> Grok:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from grokjax.checkpoint import Progress
 from grokjax.config import GrokConfig
 from grokjax.conversion import EARLIER
-from grokjax.sharding import make_mesh
+from grokjax.sharding import divides, make_mesh
 
 
 class ProgressLine:
@@ -138,6 +138,20 @@ def read_config(option: str, path: Path) -> GrokConfig:
     return GrokConfig.from_json(text)
 
 
+def named_config(option: str, name: str) -> GrokConfig:
+    """The configuration of a name, or of a file.
+
+    Raises:
+      ValueError: It is neither a name nor a file, or the file holds no configuration.
+    """
+    presets = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
+    if name in presets:
+        return presets[name]()
+    if not Path(name).is_file():
+        raise ValueError(f"{option} {name}: neither a file nor one of {', '.join(presets)}.")
+    return read_config(option, Path(name))
+
+
 def read_extents(text: str) -> tuple[int, int]:
     """`1,8` as numbers.
 
@@ -155,15 +169,4 @@ def choose_mesh(text: str | None, config: GrokConfig) -> Mesh:
     """The mesh of a `--mesh` option, or the widest model axis that fits the configuration and the devices."""
     if text is not None:
         return make_mesh(read_extents(text))
-    return make_mesh((1, _widest_model_axis(config, jax.device_count())))
-
-
-def _widest_model_axis(config: GrokConfig, num_devices: int) -> int:
-    """The most devices that divide everything that tensor parallelism splits."""
-    kv_heads = config.num_kv_heads
-    return max(
-        n
-        for n in range(1, num_devices + 1)
-        if not (config.num_heads % n or config.ffn_dim % n or config.vocab_size % n)
-        and (kv_heads % n == 0 or n % kv_heads == 0)
-    )
+    return make_mesh((1, max(n for n in range(1, jax.device_count() + 1) if divides(config, n))))

@@ -55,9 +55,20 @@ def gather_embed(param: nnx.Param, layer: jax.Array, partitioner: Partitioner) -
     stack: Weight = param.get_value()
     if partitioner.rules.embed is None:
         return stack, layer
-    one = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer), stack)
-    whole = specs(one, param.logical_axes, partitioner.without_embed())
-    return lax.with_sharding_constraint(one, partitioner.shardings(whole)), jnp.zeros((), jnp.int32)
+    split = specs(stack, param.logical_axes, partitioner)
+    whole = specs(stack, param.logical_axes, partitioner.without_embed())
+
+    def cut(stack: Weight, layer: jax.Array) -> Weight:
+        one = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer), stack)
+        return jax.tree.map(gather, one, split, whole)
+
+    def gather(leaf: jax.Array, split: PartitionSpec, whole: PartitionSpec) -> jax.Array:
+        dimensions = [i for i, names in enumerate(zip(split, whole, strict=True)) if names[0] != names[1]]
+        return partitioner.all_gather(leaf, "embed", dimension=dimensions[0]) if dimensions else leaf
+
+    # A mere constraint on the layer would spread to the stack, and all layers would be gathered at once.
+    run = partitioner.shard_map(cut, in_specs=(split, PartitionSpec()), out_specs=whole)
+    return run(stack, layer), jnp.zeros((), jnp.int32)
 
 
 class Embedding(nnx.Module):

@@ -14,6 +14,8 @@ _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 _VALUE = re.compile(rf"({'|'.join(_BYTES)})\[([0-9,]+)\]")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(")
+_TRANSFER = re.compile(rf"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
+_IN_LOOP = re.compile(r'op_name="[^"]*?/while/body/')
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
 
 
@@ -38,22 +40,46 @@ class Value:
 
 
 @dataclasses.dataclass(frozen=True)
+class Collective:
+    """An instruction that moves data between devices.
+
+    Attributes:
+      kind: such as "all-reduce".
+      num_bytes: of its result on one device.
+      is_in_loop: whether it stands in the body of the program's outermost loop, which for a model runs once a layer.
+    """
+
+    kind: str
+    num_bytes: int
+    is_in_loop: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """Facts about a compiled function, per device.
 
     Attributes:
       argument_bytes: of all arguments.
+      output_bytes: of all results.
       aliased_bytes: of outputs that reuse the memory of a donated argument.
       temporary_bytes: what the program allocates besides arguments and outputs.
       collectives: how many instructions of each kind stand in the program; one in a loop's body counts once.
+      transfers: each of them.
       values: arrays that it writes, loops' bodies counted once, largest first.
     """
 
     argument_bytes: int
+    output_bytes: int
     aliased_bytes: int
     temporary_bytes: int
     collectives: Mapping[str, int]
+    transfers: tuple[Collective, ...]
     values: tuple[Value, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a device must have free to run it, its arguments included."""
+        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
 
 
 def read_program(compiled: jax.stages.Compiled) -> Program:
@@ -62,12 +88,15 @@ def read_program(compiled: jax.stages.Compiled) -> Program:
     if memory is None or text is None:
         raise ValueError("this backend tells nothing of its programs: compile for a CPU, a GPU or a TPU.")
     values = [value for line in _unfused_lines(text) for value in _values(line)]
-    counts = collections.Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
+    transfers = tuple(transfer for line in text.splitlines() for transfer in _transfers(line))
+    counts = collections.Counter(transfer.kind for transfer in transfers)
     return Program(
         argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         collectives={kind: counts[kind] for kind in _COLLECTIVES},
+        transfers=transfers,
         values=tuple(sorted(values, key=lambda value: -value.num_bytes)),
     )
 
@@ -90,6 +119,20 @@ def _values(line: str) -> list[Value]:
     if not instruction or instruction[2] in _VIEWS or instruction[2].endswith("-start"):
         return []  # what an asynchronous operation makes stands at its end
     made, operation = instruction.groups()
-    return [
-        Value(dtype, tuple(int(size) for size in shape.split(",")), operation) for dtype, shape in _VALUE.findall(made)
-    ]
+    return [Value(dtype, _dimensions(shape), operation) for dtype, shape in _VALUE.findall(made)]
+
+
+def _transfers(line: str) -> list[Collective]:
+    found = _TRANSFER.match(line)
+    if not found:
+        return []
+    made, kind, is_start = found.groups()
+    sizes = [Value(dtype, _dimensions(shape), kind).num_bytes for dtype, shape in _VALUE.findall(made)]
+    num_bytes = sum(sizes)
+    if is_start and len(sizes) > 1:  # what starts an asynchronous transfer names its operands beside its results
+        num_bytes = num_bytes // 2 if kind == "all-reduce" else max(sizes)
+    return [Collective(kind, num_bytes, bool(_IN_LOOP.search(line)))]
+
+
+def _dimensions(shape: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in shape.split(","))

@@ -52,10 +52,19 @@ def make_mesh(
             "name extents over hosts whose product is their number, and put the rest into `local`."
         )
     if hosts == 1:
-        grid = mesh_utils.create_device_mesh(local, devices[:per_host])
+        grid = mesh_utils.create_device_mesh(local, devices[:per_host], allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_hybrid_device_mesh(local, between_hosts, devices, process_is_granule=True)
     return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def divides(config: GrokConfig, num_devices: int) -> bool:
+    """Whether a model axis of so many devices divides all that tensor parallelism splits."""
+    kv_heads = config.num_kv_heads
+    split = (config.num_heads, config.ffn_dim, config.vocab_size)
+    return not any(size % num_devices for size in split) and (
+        kv_heads % num_devices == 0 or num_devices % kv_heads == 0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +103,14 @@ class ShardingRules:
     def replace(self, **changes: str | None) -> Self:
         """A copy with some rules changed; `replace(embed="data")` shards the parameters fully."""
         return dataclasses.replace(self, **changes)
+
+
+# Rules by the names that the command line takes.
+RULES = {
+    "tensor": ShardingRules.tensor_parallel(),
+    "expert": ShardingRules.expert_parallel(),
+    "fsdp": ShardingRules.tensor_parallel().replace(embed="data"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

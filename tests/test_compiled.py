@@ -94,6 +94,18 @@ def test_the_cache_costs_no_collective_on_a_data_axis() -> None:
     assert large_matrices(program, cache=(4, 4, 2, 8192, 128)) == []
 
 
+def test_fully_sharded_weights_are_gathered_layer_by_layer() -> None:
+    """A device holds one gathered layer at a time: no gather makes all of them, before the loop or in it."""
+    config = REAL.replace(num_layers=4)
+    program = compile_step((2, 4), ShardingRules().replace(embed="data"), config=config, batch_size=2)
+    of_experts = 8 * 6144 * 32768 // 4  # one of three matrices of a layer, in int8, on a device
+    in_loop = [transfer.num_bytes for transfer in program.transfers if transfer.is_in_loop]
+    assert max(in_loop) == of_experts
+    assert sum(in_loop) < 3.2 * of_experts
+    table = 4 * REAL.vocab_size // 4 * REAL.model_dim
+    assert max(transfer.num_bytes for transfer in program.transfers if not transfer.is_in_loop) <= table
+
+
 def test_prefill_updates_the_cache_in_place() -> None:
     config = REAL.replace(num_layers=4)
     program = compile_step((1, 8), ShardingRules(), config=config, num_new=256)

@@ -1,0 +1,255 @@
+"""What a machine would need to run a model and how fast it could be, from compiled programs and no weights."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from grokjax.accelerators import Accelerator
+from grokjax.config import GrokConfig
+from grokjax.costs import StepCost
+from grokjax.sharding import ShardingRules
+from grokjax.step_compiler import StepCompiler, Traffic
+from grokjax.targets import Target
+
+Bound = Literal["memory", "compute", "transfers"]
+
+# Programs that a search for the largest batch or context may compile beside two small ones.
+_MAX_TRIES = 3
+# Rows beyond which no search goes.
+_MOST_ROWS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """A compiled step on one device.
+
+    Attributes:
+      temporary_bytes: what the program allocates besides its arguments and results.
+      cost: what it must read and compute.
+      traffic: what it sends.
+      memory_seconds: to read `cost.num_bytes` at the accelerator's bandwidth; None where that is unknown.
+      compute_seconds: for `cost.operations`, likewise.
+      transfer_seconds: for `traffic`, on rings, likewise.
+      num_tokens: that all devices together process.
+    """
+
+    temporary_bytes: int
+    cost: StepCost
+    traffic: tuple[Traffic, ...]
+    memory_seconds: float | None
+    compute_seconds: float | None
+    transfer_seconds: float | None
+    num_tokens: int
+
+    @property
+    def seconds(self) -> float | None:
+        """The longer of reading and computing, and the transfers: no step is faster. None if a figure is unknown."""
+        if self.memory_seconds is None or self.compute_seconds is None or self.transfer_seconds is None:
+            return None
+        return max(self.memory_seconds, self.compute_seconds) + self.transfer_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The most that all devices together reach."""
+        return None if self.seconds is None else self.num_tokens / self.seconds
+
+    @property
+    def bound(self) -> Bound | None:
+        """What takes longest."""
+        if self.memory_seconds is None or self.compute_seconds is None or self.transfer_seconds is None:
+            return None
+        times: list[tuple[float, Bound]] = [
+            (self.memory_seconds, "memory"),
+            (self.compute_seconds, "compute"),
+            (self.transfer_seconds, "transfers"),
+        ]
+        return max(times)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a model needs on each device of a machine, and how fast it could be there.
+
+    Attributes:
+      steps: what has compiled the programs, for which model, machine and mesh.
+      batch_size: rows of the cache.
+      max_len: tokens that each row holds.
+      prompt_len: tokens of the prompt that the prefill takes.
+      decode: a step of all rows, filled.
+      prefill: one prompt into a row of its own.
+    """
+
+    steps: StepCompiler
+    batch_size: int
+    max_len: int
+    prompt_len: int
+    decode: StepPlan
+    prefill: StepPlan
+
+    @property
+    def target(self) -> Target:
+        """The machine."""
+        return self.steps.target
+
+    @property
+    def mesh(self) -> tuple[int, int]:
+        """(data, model) devices."""
+        data, model = self.steps.partitioner.mesh.devices.shape
+        return data, model
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the model on each device."""
+        return self.steps.weights_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all rows on each device."""
+        return self.steps.cache_bytes(self.batch_size, self.max_len)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Of the step that allocates more."""
+        return max(self.decode.temporary_bytes, self.prefill.temporary_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the step that needs more, with the whole cache."""
+        return self._total_bytes(self.batch_size, self.max_len)
+
+    @property
+    def other_bytes(self) -> int:
+        """Of the total: inputs, results, a prompt's own row, what layouts add to weights and cache."""
+        return self.total_bytes - self.weights_bytes - self.cache_bytes - self.temporary_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the total is within what is usable of a device's memory; None if that is unknown."""
+        usable = self.target.accelerator.usable_bytes
+        return None if usable is None else self.total_bytes <= usable
+
+    @functools.cached_property
+    def largest_batch_size(self) -> int | None:
+        """Rows that fit with `max_len`, 0 if none do; None if the memory is unknown. Compiles some more programs."""
+        usable, data = self.target.accelerator.usable_bytes, self.mesh[0]
+        if usable is None:
+            return None
+        return data * _largest(lambda n: self._total_bytes(n * data, self.max_len), usable, _MOST_ROWS // data)
+
+    @functools.cached_property
+    def largest_max_len(self) -> int | None:
+        """Tokens a row that fit with `batch_size`, at most the model's longest sequence; otherwise likewise."""
+        usable = self.target.accelerator.usable_bytes
+        if usable is None:
+            return None
+        return _largest(lambda n: self._total_bytes(self.batch_size, n), usable, self.steps.config.max_seq_len)
+
+    def _total_bytes(self, batch_size: int, max_len: int) -> int:
+        steps, prompt_len = self.steps, min(self.prompt_len, max_len)
+        decoding, prefilling = steps.measure(batch_size, 1, max_len), steps.measure(1, prompt_len, prompt_len)
+        own_row = steps.cache_bytes(1, prompt_len)
+        decode_bytes = decoding.temporary_bytes + decoding.other_bytes
+        prefill_bytes = prefilling.temporary_bytes + prefilling.other_bytes + own_row
+        return steps.weights_bytes + steps.cache_bytes(batch_size, max_len) + max(decode_bytes, prefill_bytes)
+
+
+def plan(
+    config: GrokConfig | None = None,
+    *,
+    target: Target | str = "cpu:8",
+    mesh: tuple[int, int] | None = None,
+    rules: ShardingRules | None = None,
+    batch_size: int = 1,
+    max_len: int | None = None,
+    prompt_len: int = 1024,
+    dtype: DTypeLike = jnp.bfloat16,
+    cache_dtype: DTypeLike | None = None,
+    quantized: bool = True,
+    collective_latency: float = 0.0,
+) -> Plan:
+    """Compiles prefill and decode for a machine that need not be there; no weight is ever allocated.
+
+    Where the target's own compiler is not installed, that for CPUs stands in: weights and cache are exact then,
+    temporaries and transfers those of another compiler. As many CPU devices must be simulated.
+
+    Args:
+      config: sizes; Grok-1 by default.
+      target: a machine such as "h200:8", "v5p:2x2x2" or "cpu:8".
+      mesh: (data, model) devices, as many as the target has; by default as many along model as the sizes allow.
+      rules: sharding rules; tensor parallel by default.
+      batch_size: rows of the cache.
+      max_len: tokens that each row holds; by default the configuration's longest sequence.
+      prompt_len: tokens of the prompt of the prefill, at most `max_len`, to which a larger number is lowered.
+      dtype: compute dtype.
+      cache_dtype: of keys and values; bfloat16 by default, on a CPU float32.
+      quantized: int8 weights in attention and experts.
+      collective_latency: seconds that each transfer takes besides its bytes; none by default.
+
+    Raises:
+      ValueError: The target is unknown or has another number of devices, the mesh or the rules do not fit the
+        configuration, a size is out of range, or the compiler fails.
+    """
+    steps = StepCompiler.create(
+        config, target, mesh=mesh, rules=rules, dtype=dtype, cache_dtype=cache_dtype, quantized=quantized
+    )
+    max_len = steps.config.max_seq_len if max_len is None else max_len
+    prompt_len = min(prompt_len, max_len)
+    for rows, length in ((batch_size, max_len), (1, prompt_len)):
+        steps.cache_bytes(rows, length)  # refuses sizes that are out of range, before anything is compiled
+    roofline = functools.partial(_roofline, steps, latency=collective_latency)
+    return Plan(
+        steps, batch_size, max_len, prompt_len, roofline(batch_size, 1, max_len), roofline(1, prompt_len, prompt_len)
+    )
+
+
+def _roofline(steps: StepCompiler, batch_size: int, num_new: int, max_len: int, *, latency: float) -> StepPlan:
+    measured, cost = steps.measure(batch_size, num_new, max_len), steps.cost(batch_size, num_new, max_len)
+    traffic, accelerator = tuple(measured.traffic.values()), steps.target.accelerator
+    mesh = steps.partitioner.mesh
+    # Rings run along the model axis, neighbours on a mesh; those that gather sharded parameters along the other too.
+    ring = mesh.shape["model"] if steps.partitioner.rules.embed is None else mesh.size
+    link = _link_bandwidth(accelerator, ring)
+    return StepPlan(
+        temporary_bytes=measured.temporary_bytes,
+        cost=cost,
+        traffic=traffic,
+        memory_seconds=accelerator.bandwidth and cost.num_bytes / accelerator.bandwidth,
+        compute_seconds=accelerator.flops and cost.operations / accelerator.flops,
+        transfer_seconds=link and sum(_ring_seconds(one, ring, link, latency) for one in traffic),
+        num_tokens=batch_size * num_new,
+    )
+
+
+def _link_bandwidth(accelerator: Accelerator, num_devices: int) -> float | None:
+    """Bytes a second at which a ring of so many devices sends: that of its slowest link."""
+    beyond = accelerator.group_size is not None and num_devices > accelerator.group_size
+    return accelerator.host_bandwidth if beyond else accelerator.link_bandwidth
+
+
+def _ring_seconds(traffic: Traffic, num_devices: int, link_bandwidth: float, latency: float) -> float:
+    """Every device sends its part of the result to the next one, round and round; a sum goes round twice."""
+    rounds = 2 if traffic.kind == "all-reduce" else 1
+    sent = rounds * traffic.num_bytes * (num_devices - 1) / num_devices
+    return traffic.count * latency + sent / link_bandwidth
+
+
+def _largest(total_bytes: Callable[[int], int], usable: int, most: int) -> int:
+    """The largest n up to `most` whose total is usable, which grows about linearly; 0 if there is none.
+
+    It is confirmed by its total, and at most `_MAX_TRIES` totals beside those of 1 and 2 are asked for.
+    """
+    if total_bytes(1) > usable:
+        return 0
+    known = {1: total_bytes(1), 2: total_bytes(min(2, most))}
+    for _ in range(_MAX_TRIES):
+        (low, low_bytes), (high, high_bytes) = sorted(known.items())[-2:]
+        slope = max((high_bytes - low_bytes) / (high - low), 1)
+        guess = min(most, max(1, int(high + (usable - high_bytes) / slope)))
+        if guess in known:
+            break
+        known[guess] = total_bytes(guess)
+    return max((n for n, needed in known.items() if needed <= usable and n <= most), default=0)

@@ -1,0 +1,177 @@
+"""Compiles the steps of a model for a machine from shapes alone, and says what its compiler made of them."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from grokjax.cache import KVCache
+from grokjax.config import GrokConfig
+from grokjax.costs import StepCost, device_bytes, step_cost
+from grokjax.model import Grok, abstract_model, check_dtype
+from grokjax.program import Program, read_program
+from grokjax.sharding import Partitioner, ShardingRules, divides
+from grokjax.steps import decode, prefill
+from grokjax.targets import Target
+
+# Layers of the two small programs from which one that its compiler refuses, for want of memory, is extrapolated.
+_FEW_LAYERS = (2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Transfers of one kind between devices in a step.
+
+    Attributes:
+      kind: such as "all-reduce".
+      count: how many.
+      num_bytes: of the results of all of them on one device.
+    """
+
+    kind: str
+    count: int
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a compiler said of a step: bytes on a device besides weights and cache, and kind -> transfers."""
+
+    temporary_bytes: int
+    other_bytes: int
+    traffic: Mapping[str, Traffic]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCompiler:
+    """Compiles the steps of one model on one mesh. A compiler for CPUs may stand in for the target's own."""
+
+    config: GrokConfig
+    target: Target
+    partitioner: Partitioner
+    dtype: jnp.dtype
+    cache_dtype: jnp.dtype
+    quantized: bool
+
+    @classmethod
+    def create(
+        cls,
+        config: GrokConfig | None,
+        target: Target | str,
+        *,
+        mesh: tuple[int, int] | None,
+        rules: ShardingRules | None,
+        dtype: DTypeLike,
+        cache_dtype: DTypeLike | None,
+        quantized: bool,
+    ) -> Self:
+        """Arguments and errors are those of `grokjax.plan`."""
+        target = Target.parse(target) if isinstance(target, str) else target
+        config = GrokConfig.grok_1() if config is None else config
+        if cache_dtype is None:
+            cache_dtype = jnp.float32 if target.accelerator.kind == "cpu" else jnp.bfloat16
+        extents = _default_mesh(config, target.num_devices) if mesh is None else mesh
+        partitioner = Partitioner.create(config, target.mesh(extents), rules)
+        return cls(config, target, partitioner, check_dtype(dtype), check_dtype(cache_dtype), quantized)
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether the compiler is one for CPUs in place of the target's own."""
+        return self.target.compiler != self.target.accelerator.kind
+
+    @functools.cached_property
+    def weights_bytes(self) -> int:
+        """Of the model on each device."""
+        return device_bytes(jax.tree.leaves(self._model(self.config, self.dtype)))
+
+    def cache_bytes(self, batch_size: int, max_len: int) -> int:
+        """Of a cache on each device.
+
+        Raises:
+          ValueError: A size is out of range.
+        """
+        return device_bytes(jax.tree.leaves(self._cache(batch_size, max_len, self.cache_dtype)))
+
+    def cost(self, batch_size: int, num_new: int, max_len: int) -> StepCost:
+        """Of the step that `measure` compiles, with `max_len` entries filled."""
+        return step_cost(
+            self._model(self.config, self.dtype),
+            batch_size=batch_size,
+            num_new=num_new,
+            filled=max_len,
+            cache_itemsize=self.cache_dtype.itemsize,
+        )
+
+    def _model(self, config: GrokConfig, dtype: DTypeLike) -> Grok:
+        return abstract_model(config, self.partitioner, dtype=dtype, quantized=self.quantized)
+
+    def _cache(self, batch_size: int, max_len: int, dtype: DTypeLike, config: GrokConfig | None = None) -> KVCache:
+        mesh, rules = self.partitioner.mesh, self.partitioner.rules
+        config = self.config if config is None else config
+        return KVCache.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
+
+    @functools.cache  # noqa: B019  # some numbers for each program, the same for equal compilers
+    def measure(self, batch_size: int, num_new: int, max_len: int) -> Measured:
+        """A step that adds `num_new` tokens to each row of a cache; a decode step if it is one."""
+        compile_layers = functools.partial(self._compile, batch_size, num_new, max_len)
+        try:
+            return compile_layers(self.config.num_layers)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise ValueError(f"the compiler failed: {str(error).splitlines()[0]}") from error
+            return _extrapolate(*[compile_layers(few) for few in _FEW_LAYERS], num_layers=self.config.num_layers)
+
+    def _compile(self, batch_size: int, num_new: int, max_len: int, num_layers: int) -> Measured:
+        config = self.config.replace(num_layers=num_layers)
+        # What old compilers for CPUs do to bfloat16 stacks, converting them whole, says nothing of other targets.
+        as_float32 = self.stands_in and not self.quantized
+        model = self._model(config, jnp.float32 if as_float32 else self.dtype)
+        cache = self._cache(batch_size, max_len, jnp.float32 if self.stands_in else self.cache_dtype, config)
+        rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        if num_new == 1:
+            lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
+        else:
+            tokens = jax.ShapeDtypeStruct((batch_size, num_new), jnp.int32)
+            lowered = jax.jit(prefill, donate_argnums=3).lower(model, tokens, rows, cache)
+        program = read_program(lowered.compile())
+        counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
+        return Measured(program.temporary_bytes, program.peak_bytes - counted, _traffic(program, num_layers))
+
+
+def _default_mesh(config: GrokConfig, num_devices: int) -> tuple[int, int]:
+    model = max(n for n in range(1, num_devices + 1) if num_devices % n == 0 and divides(config, n))
+    return num_devices // model, model
+
+
+def _traffic(program: Program, num_layers: int) -> dict[str, Traffic]:
+    """Kind -> transfers in a step."""
+    traffic: dict[str, Traffic] = {}
+    for transfer in program.transfers:
+        times = num_layers if transfer.is_in_loop else 1
+        earlier = traffic.get(transfer.kind, Traffic(transfer.kind, 0, 0))
+        traffic[transfer.kind] = Traffic(
+            transfer.kind, earlier.count + times, earlier.num_bytes + times * transfer.num_bytes
+        )
+    return traffic
+
+
+def _extrapolate(fewer: Measured, more: Measured, *, num_layers: int) -> Measured:
+    """A program of `num_layers` layers from those of `_FEW_LAYERS`."""
+
+    def extend(low: int, high: int) -> int:
+        return high + (high - low) * (num_layers - _FEW_LAYERS[1]) // (_FEW_LAYERS[1] - _FEW_LAYERS[0])
+
+    nothing = {kind: Traffic(kind, 0, 0) for kind in more.traffic}
+    return Measured(
+        extend(fewer.temporary_bytes, more.temporary_bytes),
+        extend(fewer.other_bytes, more.other_bytes),
+        {
+            kind: Traffic(kind, extend(low.count, high.count), extend(low.num_bytes, high.num_bytes))
+            for kind, high in more.traffic.items()
+            for low in [fewer.traffic.get(kind, nothing[kind])]
+        },
+    )

@@ -1,0 +1,109 @@
+"""`grokjax plan`, as a user calls it."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grokjax.cli import main
+from grokjax.config import GrokConfig
+
+SMALL = ["--config", "tiny", "--max-len", "32", "--prompt", "8"]
+KEYS = {"weights", "cache", "temporary", "other", "total"}
+
+
+def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *SMALL, *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_plan(capsys, "--target", "h100:8", "--batch", "4")
+    assert "h100-80g:8, mesh 1,8: batch 4, 32 tokens a row, programs by the compiler for cpu" in out
+    for name in ("weights", "cache", "temporaries", "total", "usable", "most rows of 32", "most tokens a row"):
+        assert f"  {name} " in out
+    assert "GiB: fits" in out
+    assert "5 all-reduce" in out
+    assert out.count("tokens/s, bound by") == 2
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(run_plan(capsys, "--target", "cpu:8", "--mesh", "2,4", "--rules", "expert", "--json"))
+    assert all(isinstance(record[f"{key}_bytes_per_device"], int) for key in KEYS)
+    assert record["total_bytes_per_device"] == sum(record[f"{key}_bytes_per_device"] for key in KEYS - {"total"})
+    assert (record["mesh"], record["fits"], record["largest_batch_size"]) == ([2, 4], None, None)
+    assert record["decode"]["transfers"][0].keys() == {"kind", "count", "num_bytes"}
+
+
+def test_figures_in_place_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = ["--hbm-gib", "0.0001", "--bandwidth-gbs", "1", "--tflops", "1", "--link-gbs", "1", "--latency-us", "1"]
+    record = json.loads(run_plan(capsys, "--target", "cpu:8", *figures, "--json"))
+    assert (record["fits"], record["largest_batch_size"]) == (False, 0)
+    assert record["usable_bytes_per_device"] == int(int(0.0001 * 2**30) * 0.95)
+    decode = record["decode"]
+    assert decode["memory_seconds"] == pytest.approx(decode["read_bytes"] / 1e9, rel=1e-3)
+    assert decode["compute_seconds"] == pytest.approx(decode["operations"] / 1e12, rel=1e-3)
+    assert decode["transfer_seconds"] > 5e-6
+
+
+def test_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run_plan(capsys, "--devices", "2xH100-80G", "--suggest").splitlines()
+    assert lines[0].split() == ["mesh", "rules", "fits", "tokens/s", "why"]
+    assert {tuple(line.split()[:3]) for line in lines[1:]} >= {("1,2", "tensor", "yes"), ("2,1", "tensor", "yes")}
+    records = json.loads(run_plan(capsys, "--devices", "2xH100-80G", "--suggest", "--json"))
+    assert len(records) == len(lines) - 1
+    assert records[0].keys() >= {"mesh", "rules", "weights_bytes_per_device", "fits", "tokens_per_second", "reason"}
+
+
+def test_a_configuration_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1).to_json())
+    assert "3 all-reduce" in run_plan(capsys, "--config", str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "grok_9"], "--config grok_9: neither a file nor one of tiny, bench_1b, grok_1"),
+        (["--target", "h100:many"], "'h100:many' is not of the form cpu:8 or h200:8"),
+        (["--devices", "H100"], "--devices H100: give a number and a name, such as 16xH100-80G"),
+        (["--devices", "8xv5e"], "'v5e:8' is not of the form .* v5p:2x2x2"),
+        (["--mesh", "3,3"], "a mesh of 3 x 3 devices is not the 8 of cpu:8"),
+        (["--hbm-gib", "0"], "figures of a device must be above 0"),
+        (["--batch", "0"], "batch_size=0 must be 1 or more"),
+        (["--prompt", "0"], "max_len=0 must be between 1"),
+    ],
+)
+def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *SMALL, *arguments]) == 2
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(capsys.readouterr().err)
+
+
+def test_a_picture_needs_matplotlib(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plan", *SMALL, "--plot", str(tmp_path / "plan.png")]) == 2
+    assert "--plot needs matplotlib: install grokjax[plot]" in capsys.readouterr().err
+
+
+def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run_plan(capsys, "--target", "h100:8", "--plot", str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", *SMALL, "--plot", str(tmp_path / "missing" / "plan.png")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_real_model_in_little_time_and_memory() -> None:
+    """Under 60 s and 4 GiB on two cores, more devices than this process simulates."""
+    command = [sys.executable, "-m", "grokjax", "plan", "--devices", "16xH100-80G", "--json"]
+    start = time.monotonic()
+    record = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert time.monotonic() - start < 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
+    assert record["fits"]
+    assert record["mesh"] == [1, 16]

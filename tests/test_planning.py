@@ -1,0 +1,311 @@
+"""What a machine needs, planned from shapes: against programs and arrays that are really there."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grokjax.accelerators import ACCELERATORS, find_accelerator
+from grokjax.cache import KVCache
+from grokjax.config import GrokConfig
+from grokjax.costs import device_bytes, step_cost
+from grokjax.model import abstract_model, init
+from grokjax.planning import Plan, plan
+from grokjax.program import read_program
+from grokjax.sharding import RULES, Partitioner, make_mesh
+from grokjax.step_compiler import Measured, StepCompiler, _extrapolate
+from grokjax.steps import decode
+from grokjax.stored import parameter_shapes
+from grokjax.suggestions import suggest
+from grokjax.targets import Target
+
+TINY = GrokConfig.tiny()
+REAL = GrokConfig.grok_1()
+MIB = 1 << 20
+
+
+@functools.cache
+def real_plan(target: str) -> Plan:
+    return plan(target=target)
+
+
+def compiler_of(config: GrokConfig, mesh: tuple[int, int] = (1, 8), rules: str = "tensor") -> StepCompiler:
+    return StepCompiler.create(
+        config, "cpu:8", mesh=mesh, rules=RULES[rules], dtype=jnp.bfloat16, cache_dtype=None, quantized=True
+    )
+
+
+class TestMemory:
+    @pytest.mark.parametrize(("mesh", "rules"), [((2, 4), "tensor"), ((4, 2), "fsdp")])
+    def test_as_jax_reports_of_a_real_run(self, mesh: tuple[int, int], rules: str) -> None:
+        """What lies on a device, and what the program that ran said of its memory."""
+        config = TINY.replace(max_seq_len=64)
+        made = plan(config, target="cpu:8", mesh=mesh, rules=RULES[rules], batch_size=8, prompt_len=16)
+        devices = make_mesh(mesh)
+        before = {id(array) for array in jax.live_arrays()}
+        model = init(config, mesh=devices, rules=RULES[rules])
+        cache = KVCache.create(config, 8, mesh=devices, rules=RULES[rules])
+        compiled = jax.jit(decode, donate_argnums=2).lower(model, jnp.zeros(8, jnp.int32), cache).compile()
+        _, cache = compiled(model, jnp.zeros(8, jnp.int32), cache)
+        first = devices.devices.flat[0]
+        held = sum(
+            shard.data.nbytes
+            for array in jax.live_arrays()
+            if id(array) not in before and len(array.sharding.device_set) == 8
+            for shard in array.addressable_shards
+            if shard.device == first
+        )
+        logits = 8 // mesh[0] * config.vocab_size // mesh[1] * 4
+        assert held - logits == pytest.approx(made.weights_bytes + made.cache_bytes, rel=0.02)
+        program = read_program(compiled)
+        assert made.decode.temporary_bytes == pytest.approx(program.temporary_bytes, rel=0.02)
+        assert made.total_bytes >= program.peak_bytes * 0.98
+        assert made.total_bytes == made.weights_bytes + made.cache_bytes + made.temporary_bytes + made.other_bytes
+
+    def test_the_real_weights_are_spread_over_eight_devices(self) -> None:
+        """In int8, with a scale for each output channel; only norms and routers are whole on every device."""
+        partitioner = Partitioner.create(REAL, make_mesh((1, 8)))
+        model = abstract_model(REAL, partitioner, dtype=jnp.bfloat16, quantized=True)
+        sizes = {
+            jax.tree_util.keystr(path): math.prod(leaf.shape) * leaf.dtype.itemsize
+            for path, leaf in jax.tree.leaves_with_path(model)
+        }
+        whole = {
+            jax.tree_util.keystr(path)
+            for path, leaf in jax.tree.leaves_with_path(model)
+            if leaf.sharding.is_fully_replicated
+        }
+        replicated = sum(sizes[name] for name in whole)
+        expected = (sum(sizes.values()) - replicated) / 8 + replicated
+        assert real_plan("cpu:8").weights_bytes == pytest.approx(expected, rel=0.01)
+        norms = ("pre_attention_norm", "post_attention_norm", "pre_feed_forward_norm", "post_feed_forward_norm")
+        assert {name for name in whole if sizes[name] > MIB} == {
+            *(f".layers.{norm}.scale.value" for norm in norms),
+            ".layers.feed_forward.router.value",
+            ".layers.feed_forward.down.value.scales",
+        }
+
+    def test_more_rows_and_longer_rows_take_more(self) -> None:
+        sizes = functools.partial(plan, TINY, target="cpu:8", prompt_len=8)
+        one, two, longer = sizes(max_len=64), sizes(batch_size=2, max_len=64), sizes(max_len=128)
+        assert one.cache_bytes < two.cache_bytes
+        assert two.cache_bytes == pytest.approx(longer.cache_bytes, abs=8)
+        assert one.weights_bytes == two.weights_bytes == longer.weights_bytes
+
+
+class TestTraffic:
+    def test_three_sums_but_two_of_them_in_every_layer(self) -> None:
+        [sums] = real_plan("cpu:8").decode.traffic
+        assert (sums.kind, sums.count) == ("all-reduce", 1 + 2 * 64)
+        assert sums.num_bytes == sums.count * 6144 * 4  # a token's hidden state, in float32 on a CPU
+
+    @pytest.mark.parametrize("num_new", [1, 16])
+    def test_a_program_too_large_to_compile_is_extrapolated(self, num_new: int) -> None:
+        """From 2 and 4 layers to 7: what the compiler says of 7."""
+        steps = compiler_of(TINY.replace(num_layers=7))
+        measured = steps.measure(8, num_new, 64)
+        few = [compiler_of(TINY.replace(num_layers=few)).measure(8, num_new, 64) for few in (2, 4)]
+        guessed = _extrapolate(*few, num_layers=7)
+        assert guessed.traffic == measured.traffic
+        assert guessed.temporary_bytes == pytest.approx(measured.temporary_bytes, rel=0.02)
+        assert guessed.other_bytes == pytest.approx(measured.other_bytes, abs=1024)
+
+    def test_refusals_of_the_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compile_layers = StepCompiler._compile
+        full = TINY.num_layers * 3
+
+        def refuse(message: str, steps: StepCompiler, *sizes: int) -> Measured:
+            if sizes[-1] == full:
+                raise jax.errors.JaxRuntimeError(message)
+            return compile_layers(steps, *sizes)
+
+        config = TINY.replace(num_layers=full)
+        monkeypatch.setattr(StepCompiler, "_compile", lambda *sizes: refuse("RESOURCE_EXHAUSTED: 1G", *sizes))
+        traffic = {one.kind: one.count for one in plan(config, target="cpu:8", max_len=32, prompt_len=8).decode.traffic}
+        assert traffic["all-reduce"] == 1 + 2 * full
+        monkeypatch.setattr(StepCompiler, "_compile", lambda *sizes: refuse("INTERNAL: broken", *sizes))
+        with pytest.raises(ValueError, match="the compiler failed: INTERNAL: broken"):
+            plan(config, target="cpu:8", max_len=33, prompt_len=8)
+
+
+class TestRoofline:
+    def test_reads_and_operations_of_one_token(self) -> None:
+        """Written out for int8, bfloat16 scales and table, from the shapes of the parameters."""
+        config = TINY
+        model = abstract_model(config, Partitioner.create(config, make_mesh()), dtype=jnp.bfloat16, quantized=True)
+        cost = step_cost(model, batch_size=1, filled=10, cache_itemsize=4)
+        shapes = parameter_shapes(config)
+        per_layer = [name for name in shapes if name.startswith("layers.0.")]
+        attention = sum(math.prod(shapes[name]) for name in per_layer if ".attention." in name)
+        experts = sum(math.prod(shapes[name]) for name in per_layer if name.split(".")[-1] in ("gate", "up", "down"))
+        layers = config.num_layers
+        heads = config.num_heads + 2 * config.num_kv_heads
+        scales = 2 * (heads * config.head_dim + config.model_dim)
+        assert cost.attention == layers * (attention + scales)
+        scales = 2 * config.num_experts * (2 * config.ffn_dim + config.model_dim)
+        assert cost.experts == layers * (experts + scales) * 2 / 8
+        assert cost.unembedding == 2 * config.vocab_size * config.model_dim
+        assert cost.cache == 2 * layers * config.num_kv_heads * 10 * config.head_dim * 4
+        products = layers * (attention + experts * 2 / 8) + config.vocab_size * config.model_dim
+        scores = layers * 2 * config.num_heads * config.head_dim * 10
+        assert cost.operations == 2 * (products + scores)
+
+    def test_devices_share_the_work(self) -> None:
+        one, eight, rows = (
+            step_cost(
+                abstract_model(TINY, Partitioner.create(TINY, make_mesh(mesh)), dtype=jnp.bfloat16, quantized=True),
+                batch_size=8,
+                filled=16,
+                cache_itemsize=2,
+            )
+            for mesh in ((1, 1), (1, 8), (8, 1))
+        )
+        assert eight.operations == one.operations / 8
+        assert rows.operations == one.operations / 8
+        assert eight.unembedding == one.unembedding / 8
+        assert rows.unembedding == one.unembedding
+        assert rows.cache == one.cache / 8
+        assert eight.cache == one.cache / 4  # of 4 kv heads, each is on two devices
+
+    @pytest.mark.parametrize(("tokens", "experts"), [(1, 2.0), (4, 5.46875), (1000, 8.0)])
+    def test_experts_that_are_read(self, tokens: int, experts: float) -> None:
+        """8 experts, of which each token draws 2: the mean of many draws, and exact for one token."""
+        model = abstract_model(TINY, Partitioner.create(TINY, make_mesh()), dtype=jnp.bfloat16, quantized=True)
+        cost = functools.partial(step_cost, model, filled=1, cache_itemsize=2)
+        all_experts = cost(batch_size=1 << 20).experts
+        assert cost(batch_size=tokens).experts / all_experts * 8 == pytest.approx(experts)
+        draws = np.random.default_rng(0).permuted(np.tile(np.arange(8), (2000 * min(tokens, 50), 1)), axis=1)[:, :2]
+        chosen = [len(np.unique(part)) for part in np.split(draws, 2000)]
+        assert np.mean(chosen) == pytest.approx(experts, rel=0.02)
+
+    def test_the_busiest_device_of_expert_parallelism_reads_a_whole_expert(self) -> None:
+        partitioner = Partitioner.create(TINY, make_mesh((1, 8)), RULES["expert"])
+        model = abstract_model(TINY, partitioner, dtype=jnp.bfloat16, quantized=True)
+        cost = [step_cost(model, batch_size=rows, filled=1, cache_itemsize=2).experts for rows in (1, 64)]
+        assert cost[0] == cost[1]
+
+    def test_the_slowest_term_binds(self) -> None:
+        made = real_plan("h100:8")
+        step = made.decode
+        assert (step.bound, made.prefill.bound) == ("memory", "compute")
+        assert step.seconds == max(step.memory_seconds, step.compute_seconds) + step.transfer_seconds
+        assert step.tokens_per_second == 1 / step.seconds
+        assert made.prefill.tokens_per_second == 1024 / made.prefill.seconds
+        assert step.memory_seconds == step.cost.num_bytes / 3.35e12
+
+    def test_a_sum_goes_round_the_ring_twice(self) -> None:
+        step = real_plan("h100:8").decode
+        assert step.transfer_seconds == pytest.approx(2 * step.traffic[0].num_bytes * 7 / 8 / 450e9)
+        slow = plan(target="h100:8", collective_latency=1e-5).decode
+        assert slow.transfer_seconds == pytest.approx(step.transfer_seconds + 129e-5)
+
+    def test_unknown_figures_say_nothing(self) -> None:
+        made = real_plan("cpu:8")
+        assert made.fits is made.largest_batch_size is made.largest_max_len is None
+        assert made.decode.seconds is made.decode.tokens_per_second is made.decode.bound is None
+
+
+class TestFits:
+    """The question of the release's users; without the compilers for these machines, as here, CPUs stand in."""
+
+    @pytest.mark.parametrize(
+        ("target", "fits", "rows"), [("h100:8", True, 100), ("h200:4", True, 80), ("h100:2", False, 0)]
+    )
+    def test_grok_1_in_int8(self, target: str, fits: bool, rows: int) -> None:
+        made = real_plan(target)
+        assert made.fits is fits
+        assert rows <= made.largest_batch_size <= 2 * rows
+        assert made.largest_max_len == (8192 if fits else 0)
+
+    def test_the_largest_batch_and_context_are_the_largest(self) -> None:
+        memory = 2 * MIB
+        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=memory)
+        sizes = functools.partial(plan, TINY, target=Target(accelerator, 8), mesh=(2, 4), prompt_len=8)
+        made = sizes(batch_size=4, max_len=128)
+        best = made.largest_batch_size
+        assert best > 4
+        assert best % 2 == 0
+        assert sizes(batch_size=best, max_len=128).fits
+        assert not sizes(batch_size=round(best * 1.1) + 2, max_len=128).fits
+        small = sizes(batch_size=best * 2, max_len=64)
+        assert sizes(batch_size=best * 2, max_len=small.largest_max_len).fits
+        assert not sizes(batch_size=best * 2, max_len=round(small.largest_max_len * 1.1) + 2).fits
+
+
+class TestSuggestions:
+    def test_order(self) -> None:
+        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=MIB // 2)
+        config = TINY.replace(num_layers=1, vocab_size=4096)
+        found = suggest(config, target=Target(accelerator, 4), max_len=32, prompt_len=8)
+        both = {(mesh, rules) for mesh in ((1, 4), (2, 2)) for rules in ("tensor", "expert")}
+        assert {(one.mesh, one.rules) for one in found} == both | {
+            ((2, 2), "fsdp"),
+            ((4, 1), "tensor"),
+            ((4, 1), "fsdp"),
+        }
+        fits = [one.plan is not None and one.plan.fits for one in found]
+        assert fits == sorted(fits, reverse=True)
+        assert any(fits)
+        assert not all(fits)
+        speeds = [one.plan.decode.tokens_per_second for one, good in zip(found, fits, strict=True) if good]
+        assert speeds == sorted(speeds, reverse=True)
+        assert all(one.reason.endswith(".") for one in found)
+
+    def test_unknown_memory(self) -> None:
+        with pytest.raises(ValueError, match="the memory of cpu:8 is unknown: state it"):
+            suggest(TINY, target="cpu:8")
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("text", "count", "name"),
+        [
+            ("cpu", 1, "cpu:1"),
+            ("H100:16", 16, "h100-80g:16"),
+            ("v5e:4x8", 32, "v5e:4x8"),
+            ("tpu7x:2x2x1", 8, "tpu7x:2x2x1"),
+        ],
+    )
+    def test_names(self, text: str, count: int, name: str) -> None:
+        target = Target.parse(text)
+        assert (target.num_devices, str(target)) == (count, name)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("abacus:8", "'abacus' is no accelerator of the table; these are: cpu, a100-40g"),
+            ("h100:2x4", "'h100:2x4' is not of the form cpu:8 or h200:8"),
+            ("v5p:8", "'v5p:8' is not of the form .* v5p:2x2x2"),
+            ("h100:0", "'h100:0' has no devices: give at least one"),
+            ("h100:x", "'h100:x' is not of the form"),
+        ],
+    )
+    def test_bad_names(self, text: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Target.parse(text)
+
+    def test_a_mesh_of_another_number_of_devices(self) -> None:
+        with pytest.raises(ValueError, match="a mesh of 2 x 2 devices is not the 8 of h100-80g:8"):
+            plan(TINY, target="h100:8", mesh=(2, 2))
+
+    def test_more_devices_than_are_simulated(self) -> None:
+        with pytest.raises(ValueError, match="needs 64 devices and there are 8"):
+            plan(TINY, target="cpu:64", mesh=(8, 8))
+
+    def test_sizes_out_of_range(self) -> None:
+        for sizes, message in (({"batch_size": 0}, "batch_size=0"), ({"max_len": 0}, "max_len=0")):
+            with pytest.raises(ValueError, match=message):
+                plan(TINY, target="cpu:8", **sizes)
+
+    def test_every_accelerator_names_its_source(self) -> None:
+        for accelerator in ACCELERATORS.values():
+            assert accelerator.source
+            assert accelerator.kind == "cpu" or accelerator.usable_bytes < accelerator.memory_bytes
+
+    def test_bytes_of_arrays_without_shardings(self) -> None:
+        with pytest.raises(ValueError, match=r"shape \(2,\) has no sharding"):
+            device_bytes([jax.ShapeDtypeStruct((2,), jnp.int8)])
