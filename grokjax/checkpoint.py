@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.layouts import open_checkpoint
-from grokjax.mapping import check_layers, check_sources, map_parameters, stack_name
+from grokjax.manifest import UNFINISHED, Manifest
+from grokjax.mapping import check_expression, check_layers, check_sources, map_parameters, stack_name
 from grokjax.model import Grok, abstract_model, check_dtype, init_parameters, parameter_name
-from grokjax.orbax_layout import UNFINISHED, Manifest, commit, prepare_units, write_unit
+from grokjax.orbax_layout import commit, prepare_units, write_unit
 from grokjax.quantization import QuantizedArray, Weight
+from grokjax.quantization import specs as partition_specs
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
-from grokjax.stacks import Builder, Slot, Stack, take_piece
+from grokjax.stacks import Builder, Slot, Stack, stack_shapes, take_piece
 from grokjax.stored import (
     ArraySpec,
     Checkpoint,
@@ -147,6 +150,7 @@ def load_parameters(
     checkpoint = open_checkpoint(path, config)
     partitioner = Partitioner.create(checkpoint.config, mesh, rules)
     for pattern in patterns:
+        check_expression(pattern)
         if not any(re.fullmatch(pattern, parameter) for parameter in checkpoint.tensors):
             raise ValueError(
                 f"{pattern!r} matches no parameter: docs/model.md lists them; layers.0 is the first layer."
@@ -186,6 +190,7 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     values = {parameter_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
     specs = {name: _saved_spec(values, name, shape) for name, shape in parameter_shapes(model.config).items()}
     manifest = Manifest(model.config, specs, {"made_by": "save"})
+    check_room(folder, sum(spec.num_bytes for spec in specs.values()))
     make_folder(folder)
     manifest.write(folder, UNFINISHED)
     prepare_units(folder, manifest)
@@ -196,6 +201,25 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
         if progress is not None:
             progress(Progress(unit.name, unit.name, done, total))
     commit(folder, manifest)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Refuses to begin what the disk has no room for.
+
+    Raises:
+      CheckpointError: So many bytes are not free.
+    """
+    free = free_bytes(folder)
+    if num_bytes > free:
+        raise CheckpointError(
+            f"{folder}: {num_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free: "
+            "make room or choose another disk."
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk of a folder that need not exist yet."""
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
 
 
 def make_folder(folder: Path) -> None:
@@ -251,11 +275,15 @@ class CheckpointInfo:
           ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
         """
         partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)  # type: ignore[arg-type]  # sizes and names are all it is asked for
-        quantized = any(spec.scales is not None for spec in self.specs.values())
-        model = abstract_model(self.config, partitioner, dtype=dtype, quantized=quantized)
-        return sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model)
-        )
+        state = nnx.split(abstract_model(self.config, partitioner, dtype=dtype, quantized=False))[1]
+        stacks = [_stack(path, param, {name: name for name in self.specs}) for path, param in nnx.to_flat_state(state)]
+        total = 0
+        for stack in stacks:
+            shapes = stack_shapes(stack, self.specs, partitioner)
+            shardings = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
+            for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+                total += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        return total
 
 
 def describe(path: str | Path, config: GrokConfig | None = None) -> CheckpointInfo:

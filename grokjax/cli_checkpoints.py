@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,22 @@ def _run_fixture(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already: choose another path, or remove it first.")
     config = GrokConfig.tiny().replace(num_layers=arguments.layers)
-    write_release_checkpoint(
-        target / "ckpt-0",
-        config,
-        seed=arguments.seed,
-        scale_blocks=arguments.scale_blocks,
-        quantized=not arguments.plain,
-    )
-    (target / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed {arguments.seed} must be 0 or more.")
+    try:
+        write_release_checkpoint(
+            target / "ckpt-0",
+            config,
+            seed=arguments.seed,
+            scale_blocks=arguments.scale_blocks,
+            quantized=not arguments.plain,
+        )
+        (target / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise ValueError(
+            f"{target} cannot be written ({error.strerror}): choose a path that you may write, on a disk with room."
+        ) from error
     say(f"{target}: {arguments.layers} layers, and the configuration in {target / 'config.json'}")
 
 

@@ -177,9 +177,7 @@ def _suggestion_lines(found: tuple[Suggestion, ...]) -> str:
         speed = one.plan.decode.tokens_per_second if one.plan is not None and fits else None
         shown = "-" if speed is None else f"{speed:.0f}"
         mesh = f"{one.mesh[0]},{one.mesh[1]}"
-        lines.append(
-            f"{mesh:<8} {one.rules:<7} {'yes' if fits else 'no':<5} {shown:>9}  {one.reason}"
-        )
+        lines.append(f"{mesh:<8} {one.rules:<7} {'yes' if fits else 'no':<5} {shown:>9}  {one.reason}")
     return "\n".join(lines)
 
 

@@ -186,7 +186,7 @@ class GrokConfig:
         """
         try:
             mapping = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the configuration is not JSON: {error}.") from error
         if not isinstance(mapping, dict):
             raise ValueError(f"the configuration must be a JSON object of field names, not a {type(mapping).__name__}.")

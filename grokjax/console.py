@@ -40,9 +40,11 @@ class ProgressLine:
         if now - self.said < 1 and done < total:
             return
         self.said = now
-        rate = max(done - self.first_bytes, 1) / (now - self.start)
-        left = f"{size(rate)}/s, {duration((total - done) / rate)} left"
-        say(f"{self.what} {size(done)} of {size(total)}, {left}: {progress.parameter}")
+        state = f"{self.what} {size(done)} of {size(total)}"
+        if done > self.first_bytes:
+            rate = (done - self.first_bytes) / (now - self.start)
+            state += f", {size(rate)}/s, {duration((total - done) / rate)} left"
+        say(f"{state}: {progress.parameter}")
 
 
 # Characters of a bar, and seconds between two lines where there is none.
@@ -161,7 +163,9 @@ def read_extents(text: str) -> tuple[int, int]:
     try:
         data, model = (int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--mesh {text}: give two numbers, such as 1,8.") from None
+        data = model = 0
+    if min(data, model) < 1:
+        raise ValueError(f"--mesh {text}: give two numbers of 1 or more, such as 1,8.")
     return data, model
 
 

@@ -6,13 +6,10 @@ where it stopped.
 """
 
 import concurrent.futures
-import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import itertools
 import math
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,22 +18,13 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from grokjax.checkpoint import Progress, Report, make_folder
+from grokjax.checkpoint import Progress, Report, check_room, free_bytes, make_folder
 from grokjax.config import GrokConfig
+from grokjax.conversion_target import done_units, locked, make_manifest
 from grokjax.layouts import open_checkpoint
+from grokjax.manifest import MANIFEST, UNFINISHED
 from grokjax.model import check_dtype
-from grokjax.orbax_layout import (
-    MANIFEST,
-    UNFINISHED,
-    Manifest,
-    OrbaxCheckpoint,
-    commit,
-    finished_units,
-    open_orbax,
-    prepare_units,
-    read_manifest,
-    write_unit,
-)
+from grokjax.orbax_layout import OrbaxCheckpoint, commit, open_orbax, prepare_units, write_unit
 from grokjax.recipe import Leaves, Recipe, Weights
 from grokjax.safetensors_export import write_safetensors
 from grokjax.stored import (
@@ -47,6 +35,7 @@ from grokjax.stored import (
     Piece,
     TensorSpec,
     Unit,
+    list_problems,
     pieces_of,
     units_of,
 )
@@ -55,6 +44,7 @@ from grokjax.stored import (
 EARLIER = "an earlier run"
 # Python, NumPy, JAX and Orbax themselves, and the slices that are converted.
 _BASE_BYTES = 768 << 20
+_SLICE_BYTES = 128 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +92,12 @@ def plan_conversion(
     checkpoint = open_checkpoint(source, config)
     recipe = Recipe(weights, scale_blocks)
     folder = Path(target).absolute()
-    if folder == checkpoint.path.absolute():
-        raise CheckpointError(f"{folder}: source and target are the same: choose another target.")
+    if folder.resolve().is_relative_to(checkpoint.path.resolve()):
+        raise CheckpointError(f"{folder}: the target is the source or lies in it: choose another target.")
     found = {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
     specs = {name: recipe.result(name, spec) for name, spec in found.items()}
     units = units_of(checkpoint.config)
-    done = _done_units(folder, _manifest(checkpoint, recipe, specs))
+    done = done_units(folder, make_manifest(checkpoint, recipe, specs))
     missing = [_num_bytes(specs, unit) for unit in units if unit.name not in done]
     return ConversionPlan(
         source=checkpoint,
@@ -117,7 +107,7 @@ def plan_conversion(
         num_units=len(units),
         num_done=len(units) - len(missing),
         write_bytes=sum(missing),
-        free_bytes=shutil.disk_usage(_existing(folder)).free,
+        free_bytes=free_bytes(folder),
         peak_host_bytes=_peak_bytes(checkpoint, found, specs),
     )
 
@@ -135,7 +125,8 @@ def convert(
 
     Args:
       source: a checkpoint of any layout.
-      target: a folder that does not exist, or that an interrupted run of this conversion left.
+      target: a folder that does not exist, or that an interrupted run of this conversion left. If it holds all of
+        this conversion already, nothing is done.
       config: what the source was made with, where its files cannot tell.
       weights: `keep` leaves every array as it is; `int8` quantises float weights of attention and experts;
         `bfloat16` and `float32` make everything plain in that dtype, norms and router excepted.
@@ -147,19 +138,20 @@ def convert(
       ValueError: The options do not fit the source.
     """
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
-    if plan.write_bytes > plan.free_bytes:
-        raise CheckpointError(
-            f"{plan.target}: {plan.write_bytes / 1e9:.1f} GB are to be written and {plan.free_bytes / 1e9:.1f} GB are "
-            "free: make room or choose another disk."
-        )
+    check_room(plan.target, plan.write_bytes)
+    total = sum(spec.num_bytes for spec in plan.specs.values())
+    if plan.num_done == plan.num_units and (plan.target / MANIFEST).is_file():
+        if progress is not None:
+            progress(Progress(EARLIER, EARLIER, total, total))
+        return
     make_folder(plan.target)
-    manifest = _manifest(plan.source, plan.recipe, plan.specs)
-    with _locked(plan.target):
+    manifest = make_manifest(plan.source, plan.recipe, plan.specs)
+    with locked(plan.target):
+        done_units(plan.target, manifest)  # what another process may have written since the plan was made
         manifest.write(plan.target, UNFINISHED)
         done = prepare_units(plan.target, manifest)
         units = [unit for unit in units_of(plan.source.config) if unit.name not in done]
-        total = sum(spec.num_bytes for spec in plan.specs.values())
-        written = total - plan.write_bytes
+        written = total - sum(_num_bytes(plan.specs, unit) for unit in units)
         if progress is not None and written:
             progress(Progress(EARLIER, EARLIER, written, total))
         for unit, arrays in _convert_units(plan, units):
@@ -198,7 +190,9 @@ def verify(
         raise CheckpointError(
             f"{stored.path / MANIFEST}: holds no checksums: verify the checkpoint once beside what it was made from."
         )
-    recipe = _recipe_of(stored) if original is not None else Recipe()
+    recipe = _recipe_of(stored)
+    if original is not None:
+        _check_origin(stored, original, recipe)
     checksums: dict[str, str] = {}
     differing: list[str] = []
     done, total = 0, sum(spec.num_bytes for spec in stored.manifest.specs.values())
@@ -208,7 +202,7 @@ def verify(
             expected = dict(stored.manifest.checksums)
             if original is not None:
                 spec = stored.manifest.specs[piece.parameter].piece(piece)
-                expected = _checksums(piece, recipe.apply(_read_piece(original, piece), spec))
+                expected = _checksums(piece, _convert_piece(original, piece, recipe, spec))
             differing += [name for name in found if found[name] != expected.get(name)]
             checksums |= found
         done += _num_bytes(stored.manifest.specs, unit)
@@ -220,7 +214,15 @@ def verify(
             f"{stored.path}: {len(differing)} arrays differ from what they were made from:{listed}\n"
             "Remove the folder and convert again; if they differ again, check the disk."
         )
-    dataclasses.replace(stored.manifest, checksums=checksums).write(stored.path, MANIFEST)
+    if checksums == stored.manifest.checksums:
+        return
+    try:
+        dataclasses.replace(stored.manifest, checksums=checksums).write(stored.path, MANIFEST)
+    except OSError as error:
+        raise CheckpointError(
+            f"{stored.path / MANIFEST}: every array is what it was made from, but the checksums cannot be kept "
+            f"({error.strerror}): check the permissions if they are to be."
+        ) from error
 
 
 def export(
@@ -275,7 +277,7 @@ def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tupl
 
     def convert_unit(unit: Unit) -> dict[str, Leaves]:
         return {
-            piece.name: plan.recipe.apply(_read_piece(plan.source, piece), plan.specs[piece.parameter].piece(piece))
+            piece.name: _convert_piece(plan.source, piece, plan.recipe, plan.specs[piece.parameter].piece(piece))
             for piece in unit.pieces
         }
 
@@ -285,6 +287,18 @@ def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tupl
             arrays = following.pop().result()
             following += [reader.submit(convert_unit, unit) for unit in units[number + 1 : number + 2]]
             yield unit, arrays
+
+
+def _convert_piece(checkpoint: Checkpoint, piece: Piece, recipe: Recipe, spec: TensorSpec) -> Leaves:
+    tensor = checkpoint.tensors[piece.parameter]
+    if tensor.scales is not None or spec.scales is not None or tensor.weight.dtype == spec.weight.dtype:
+        return recipe.apply(_read_piece(checkpoint, piece), spec)
+    # A cast takes some rows at a time, so that the table is not there twice.
+    result = np.empty(spec.weight.shape, spec.weight.dtype)
+    step = max(1, _SLICE_BYTES * len(result) // result.nbytes)
+    for start in range(0, len(result), step):
+        result[start : start + step] = tensor.weight.read((*piece.index, slice(start, start + step)))
+    return {"weight": result}
 
 
 def _read_piece(checkpoint: Checkpoint, piece: Piece) -> Leaves:
@@ -306,18 +320,29 @@ def _num_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
 
 def _peak_bytes(checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> int:
     """Most memory of a conversion: a unit being written, its copy in chunks, and the next being read and converted."""
-    changed = found != specs
-    # Orbax reads whole chunks and copies them into place.
-    copies = 2 if isinstance(checkpoint, OrbaxCheckpoint) else 1
-    units = units_of(checkpoint.config)
     peak = 0
+    units = units_of(checkpoint.config)
     for unit, following in itertools.pairwise((None, *units, None)):
         # The table is cut between rows, which needs no copy to write.
-        writing = _num_bytes(specs, unit) * (1 if unit.name == "embedding.table" else 2) if unit is not None else 0
-        reading = _num_bytes(found, following) * copies if following is not None else 0
-        converting = _num_bytes(specs, following) if following is not None and changed else 0
-        peak = max(peak, writing + reading + converting)
+        writing = _num_bytes(specs, unit) * (1 if _is_table(unit) else 2) if unit is not None else 0
+        reading = _reading_bytes(checkpoint, found, specs, following) if following is not None else 0
+        peak = max(peak, writing + reading)
     return _BASE_BYTES + peak
+
+
+def _reading_bytes(
+    checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec], unit: Unit
+) -> int:
+    """Most memory that reading and converting a unit takes, its result included."""
+    if _is_table(unit):
+        return _num_bytes(specs, unit)
+    # Orbax reads whole chunks and copies them into place.
+    copies = 2 if isinstance(checkpoint, OrbaxCheckpoint) else 1
+    return _num_bytes(found, unit) * copies + (_num_bytes(specs, unit) if found != specs else 0)
+
+
+def _is_table(unit: Unit) -> bool:
+    return unit.name == "embedding.table"
 
 
 def _return_freed_memory() -> None:
@@ -327,47 +352,22 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _manifest(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> Manifest:
-    origin = {
-        "made_by": "convert",
-        "source": str(checkpoint.path.absolute()),
-        "layout": checkpoint.layout,
-        **dataclasses.asdict(recipe),
-    }
-    return Manifest(checkpoint.config, specs, origin)
-
-
 def _recipe_of(checkpoint: OrbaxCheckpoint) -> Recipe:
     origin = checkpoint.manifest.origin
     return Recipe(origin.get("weights", "keep"), origin.get("scale_blocks", 1))
 
 
-def _done_units(folder: Path, manifest: Manifest) -> set[str]:
-    """Units that an interrupted run of the same conversion left; the error if the folder is anything else."""
-    if (folder / UNFINISHED).is_file():
-        if read_manifest(folder / UNFINISHED) != manifest:
-            raise CheckpointError(
-                f"{folder}: holds an unfinished conversion of another source or with other options: repeat that one, "
-                "or remove the folder."
-            )
-        return finished_units(folder, manifest)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        kind = "is a whole checkpoint already" if (folder / MANIFEST).is_file() else "exists and is not empty"
-        raise CheckpointError(f"{folder}: {kind}: choose another target, or remove it first.")
-    return set()
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process from writing the same checkpoint."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: another process is writing it: wait until it has finished.") from error
-        yield
-    (folder / "lock").unlink()
+def _check_origin(stored: OrbaxCheckpoint, original: Checkpoint, recipe: Recipe) -> None:
+    """Refuses a source that cannot have become this checkpoint, before anything is read."""
+    found = {name: TensorSpec.of(tensor) for name, tensor in original.tensors.items()}
+    ours = stored.manifest.specs
+    problems = [f"{name}: only in the source" for name in found if name not in ours]
+    problems += [f"{name}: only in the checkpoint" for name in ours if name not in found]
+    for name in [name for name in found if name in ours]:
+        if recipe.result(name, found[name]) != ours[name]:
+            problems.append(f"{name}: another shape or dtype than the source's becomes")
+    if problems:
+        advice = (
+            f"This is not what {stored.path} was made from: name that source, or leave it out to compare checksums."
+        )
+        raise CheckpointError(list_problems(original.path, problems, advice))

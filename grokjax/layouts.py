@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from grokjax.config import GrokConfig
-from grokjax.orbax_layout import MANIFEST, find_orbax, open_orbax
+from grokjax.manifest import MANIFEST
+from grokjax.orbax_layout import find_orbax, open_orbax
 from grokjax.release import find_release, open_release
 from grokjax.safetensors_layout import find_safetensors, open_safetensors
 from grokjax.stored import Checkpoint, CheckpointError
@@ -14,19 +15,36 @@ def open_checkpoint(path: str | Path, config: GrokConfig | None = None) -> Check
 
     Args:
       path: the folder of the release's files, of safetensors files, or of `grokjax.json`.
-      config: what the checkpoint was made with, for layouts whose files do not say; ours say, and it is not looked at.
+      config: what the checkpoint was made with, for layouts whose files do not say; ours do.
 
     Raises:
       CheckpointError: There is no checkpoint, or something is wrong with it; the message lists all that is.
     """
     if find_orbax(path) is not None:
-        return open_orbax(path)
+        checkpoint = open_orbax(path)
+        _check_config(checkpoint, config)
+        return checkpoint
     if find_safetensors(path) is not None:
         return open_safetensors(path, config)
     if find_release(path) is not None:
         return open_release(path, config)
     found = "a folder without a checkpoint" if Path(path).is_dir() else "no such folder"
+    found = "a file" if Path(path).is_file() else found
     raise CheckpointError(
         f"{path}: {found}: a folder with tensorNNNNN_000 files (the release), with *.safetensors files, or with "
         f"{MANIFEST} (written by grokjax) is needed."
     )
+
+
+def _check_config(checkpoint: Checkpoint, config: GrokConfig | None) -> None:
+    """Refuses heads cut otherwise than the checkpoint's own: they fit its shapes and would compute nonsense."""
+    cuts = ("num_heads", "num_kv_heads", "head_dim") if config is not None else ()
+    differing = [
+        f"{name}={getattr(config, name)}, not {getattr(checkpoint.config, name)}"
+        for name in cuts
+        if getattr(config, name) != getattr(checkpoint.config, name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: the configuration says {'; '.join(differing)}: pass none, or the one of {MANIFEST}."
+        )

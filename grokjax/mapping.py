@@ -29,6 +29,20 @@ def map_parameters(
     return sources
 
 
+def check_expression(pattern: str) -> None:
+    """Refuses what is no regular expression.
+
+    Raises:
+      ValueError: It is none.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is not a regular expression ({error}): escape its special characters."
+        ) from error
+
+
 def _is_excluded(name: str, exclude: Sequence[str]) -> bool:
     return any(_search(pattern, name) for pattern in exclude)
 
@@ -36,17 +50,18 @@ def _is_excluded(name: str, exclude: Sequence[str]) -> bool:
 def _renamed(name: str, rename: Sequence[tuple[str, str]]) -> str:
     for pattern, replacement in rename:
         if _search(pattern, name):
-            return re.sub(pattern, replacement, name)
+            try:
+                return re.sub(pattern, replacement, name)
+            except re.error as error:
+                raise ValueError(
+                    f"{replacement!r} cannot replace {pattern!r} ({error}): name groups that the pattern has."
+                ) from error
     return name
 
 
 def _search(pattern: str, name: str) -> bool:
-    try:
-        return re.search(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(
-            f"{pattern!r} is not a regular expression ({error}): escape its special characters."
-        ) from error
+    check_expression(pattern)
+    return re.search(pattern, name) is not None
 
 
 def check_sources(

@@ -9,14 +9,13 @@ folder in another's place is noticed; arrays are stored uncompressed (int8 weigh
 usual meshes read without reading more than they need.
 """
 
+import contextlib
 import dataclasses
-import functools
-import json
 import logging
 import math
-import os
 import re
 import shutil
+import signal
 import threading
 import types
 from collections.abc import Iterator, Mapping
@@ -25,33 +24,29 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from grokjax.config import GrokConfig
+from grokjax.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
 from grokjax.stored import (
     Array,
-    ArraySpec,
     CheckpointError,
     Index,
     Piece,
     StoredTensor,
-    TensorSpec,
-    Unit,
     list_problems,
     mismatches,
     parameter_shapes,
     pieces_of,
     unit_name,
-    units_of,
 )
 
-FORMAT_VERSION = 1
-MANIFEST = "grokjax.json"
-UNFINISHED = "unfinished.json"
 _WEIGHTS = "weights"
 _CHUNK_BYTES = 16 << 20
 # Large enough to cut the table between rows only: such chunks are written without a copy.
 _TABLE_CHUNK_BYTES = 128 << 20
+_CHUNK_INDEX_BYTES = 20
 _READ_BYTES = 1 << 30
 # A save and a load in two threads of one process mix up each other's temporary folders (orbax-checkpoint 0.12.8).
 _ORBAX = threading.Lock()
@@ -60,55 +55,6 @@ _NEEDLESS_LOGS = re.compile(
     "|TensorStore data files not found"  # and at every load
     "|_SignalingThread.run.. raised an exception"  # which we raise as one sentence
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What `grokjax.json` says.
-
-    Attributes:
-      config: of the model.
-      specs: our parameter path -> shapes and dtypes.
-      origin: what it was made from and how; a conversion goes on only where this is the same.
-      checksums: `PIECE/weight` or `PIECE/scales` -> CRC-32 of the array's bytes; empty until it has been verified.
-    """
-
-    config: GrokConfig
-    specs: Mapping[str, TensorSpec]
-    origin: Mapping[str, Any]
-    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @functools.cached_property
-    def units(self) -> dict[str, Unit]:
-        """The units by name."""
-        return {unit.name: unit for unit in units_of(self.config)}
-
-    def to_json(self) -> str:
-        """The text of the file."""
-        tensors = {
-            parameter: {
-                leaf: {"shape": list(spec.shape), "dtype": spec.dtype.name} for leaf, spec in tensor.leaves().items()
-            }
-            for parameter, tensor in self.specs.items()
-        }
-        document = {
-            "format": "grokjax",
-            "format_version": FORMAT_VERSION,
-            "config": dataclasses.asdict(self.config),
-            "origin": dict(self.origin),
-            "tensors": tensors,
-            "checksums": dict(self.checksums),
-        }
-        return json.dumps(document, indent=1) + "\n"
-
-    def write(self, folder: Path, name: str) -> None:
-        """Writes the file so that it is there whole or not at all."""
-        temporary = folder / f"{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(self.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(folder / name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +80,30 @@ class OrbaxArray:
         """A part of the array; whole pieces are read."""
         pieces = pieces_of(self.parameter, self.manifest.config)
         if pieces[0].expert is None:
-            return self._read_piece(pieces[0])[index]
+            return self._read_rows(pieces[0], index) if index else self._read_piece(pieces[0])
         if index and isinstance(index[0], int):
-            return self._read_piece(pieces[index[0]])[index[1:]]
+            piece = pieces[index[0]]
+            return self._read_rows(piece, index[1:]) if index[1:] else self._read_piece(piece)
         chosen = pieces[index[0]] if index else pieces
         assert isinstance(chosen, tuple)
         return np.stack([self._read_piece(piece)[index[1:]] for piece in chosen])
+
+    def _read_rows(self, piece: Piece, index: Index) -> Array:
+        """A part by Orbax's own storage library: Orbax itself reads whole arrays."""
+        array = unit_path(self.folder, unit_name(piece)) / "state" / f"{piece.name}.{self.leaf}"
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array)}}
+        try:
+            stored = tensorstore.open(spec, open=True, read=True).result()
+            parts = [
+                slice(*part.indices(size)[:2]) if isinstance(part, slice) else part
+                for part, size in zip(index, stored.shape, strict=False)
+            ]
+            rows: Array = stored[tuple(parts)].read().result()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{array}: cannot be read ({_first_line(error)}): restore this folder from a copy or convert again."
+            ) from error
+        return rows
 
     def _read_piece(self, piece: Piece) -> Array:
         spec = self.manifest.specs[self.parameter].piece(piece).leaves()[self.leaf]
@@ -190,9 +154,8 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
     """
     folder = Path(path).absolute()
     if not (folder / MANIFEST).is_file():
-        state = "the writing of this checkpoint was interrupted" if (folder / UNFINISHED).is_file() else "not found"
         raise CheckpointError(
-            f"{folder / MANIFEST}: {state}: run the same conversion again, it goes on where it stopped."
+            f"{folder / MANIFEST}: the writing of this checkpoint was interrupted: {_how_to_go_on(folder)}."
         )
     manifest = read_manifest(folder / MANIFEST)
     tensors = {parameter: _tensor(folder, manifest, parameter) for parameter in manifest.specs}
@@ -205,34 +168,6 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
     return OrbaxCheckpoint(folder, manifest, manifest.config, types.MappingProxyType(tensors))
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Reads `grokjax.json` or `unfinished.json`.
-
-    Raises:
-      CheckpointError: It cannot be read, is not ours, or is of a newer format.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}): restore it from a copy or convert again.") from error
-    if not isinstance(document, dict) or document.get("format") != "grokjax":
-        raise CheckpointError(f"{path}: not the manifest of a grokjax checkpoint: check the path.")
-    version = document.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: written in format version {version!r}, this grokjax reads {FORMAT_VERSION}: "
-            "install the version of grokjax that wrote it, or convert again."
-        )
-    try:
-        specs = {parameter: _tensor_spec(entry) for parameter, entry in document["tensors"].items()}
-        config = GrokConfig(**document["config"])
-        return Manifest(config, specs, document["origin"], document["checksums"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}): restore it from a copy or convert again.") from error
-
-
 def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes one unit whole or not at all: piece name -> `weight`, `scales` -> NumPy or JAX array.
 
@@ -241,13 +176,13 @@ def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]])
     """
     path = unit_path(folder, name)
     try:
-        with _ORBAX, _context():
+        with _ORBAX, _uninterrupted(), _context():
             ocp.save(path, {piece: dict(leaves) for piece, leaves in arrays.items()})
     except Exception as error:  # Orbax passes on whatever its libraries raise
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
             f"{path}: cannot be written ({_first_line(error)}), {free / 1e9:.1f} GB are free: "
-            "make room or check the permissions, then run the same command again; it goes on where it stopped."
+            f"make room or check the permissions, then {_how_to_go_on(folder)}."
         ) from error
 
 
@@ -275,7 +210,11 @@ def read_unit(
     }
     largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), default=0)
     try:
-        with _ORBAX, _context(read_bytes=max(max_bytes, largest + 1)):  # Orbax wants more than the largest
+        with (
+            _ORBAX,
+            _uninterrupted(),
+            _context(read_bytes=max(max_bytes, largest + 1)),
+        ):  # Orbax wants more than the largest
             found: dict[str, dict[str, Any]] = ocp.load(path, tree)
             return found
     except Exception as error:  # Orbax itself raises bare Exceptions for damaged files
@@ -303,7 +242,7 @@ def prepare_units(folder: Path, manifest: Manifest) -> set[str]:
     finished = finished_units(folder, manifest)
     for entry in weights.iterdir():
         if entry.name not in finished:
-            shutil.rmtree(entry)
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     return finished
 
 
@@ -316,15 +255,16 @@ def commit(folder: Path, manifest: Manifest) -> None:
     (folder / UNFINISHED).replace(folder / MANIFEST)
 
 
+def _how_to_go_on(folder: Path) -> str:
+    if read_manifest(folder / UNFINISHED).origin.get("made_by") == "save":
+        return "remove the folder and save the model again"
+    return "run the same conversion again; it goes on where it stopped"
+
+
 def _tensor(folder: Path, manifest: Manifest, parameter: str) -> OrbaxTensor:
     leaves = manifest.specs[parameter].leaves()
     weight, scales = (OrbaxArray(folder, manifest, parameter, leaf) for leaf in ("weight", "scales"))
     return OrbaxTensor(weight, scales if "scales" in leaves else None)
-
-
-def _tensor_spec(entry: Mapping[str, Any]) -> TensorSpec:
-    leaves = {name: ArraySpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"])) for name, leaf in entry.items()}
-    return TensorSpec(leaves["weight"], leaves.get("scales"))
 
 
 def _shape_problems(tensors: Mapping[str, StoredTensor], config: GrokConfig) -> list[str]:
@@ -349,17 +289,44 @@ def _unit_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _missing_bytes(folder: Path, manifest: Manifest, name: str) -> int:
-    needed = sum(manifest.specs[piece.parameter].piece(piece).num_bytes for piece in manifest.units[name].pieces)
-    return max(0, needed - sum(file.stat().st_size for file in _chunk_files(unit_path(folder, name))))
+    """Of the arrays of a unit; a file that describes them and is empty counts as all of them."""
+    state = unit_path(folder, name) / "state"
+    missing = 0
+    for piece in manifest.units[name].pieces:
+        for leaf, spec in manifest.specs[piece.parameter].piece(piece).leaves().items():
+            array = state / f"{piece.name}.{leaf}"
+            needed = math.prod(spec.shape) * spec.dtype.itemsize
+            # Zarr keeps the chunks of an array in a folder `c`, all of one size, each with an index behind its values.
+            sizes = [file.stat().st_size for file in (array / "c").rglob("*") if file.is_file()]
+            expected = max(needed + _CHUNK_INDEX_BYTES * len(sizes), max(sizes, default=0) * len(sizes))
+            is_described = _has_text(array / "zarr.json") and _has_text(state / "_METADATA")
+            missing += expected - sum(sizes) if is_described else needed
+    return missing
+
+
+def _has_text(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts Ctrl-C off to the end: Orbax's threads would wait five minutes for signals of an interrupted call."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[types.FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda _, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(signal.SIGINT, came[0])
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
     return not _NEEDLESS_LOGS.search(record.getMessage())
-
-
-def _chunk_files(unit: Path) -> Iterator[Path]:
-    """The files of a unit that hold values: Zarr keeps each array's chunks in a folder `c`."""
-    return (file for file in unit.rglob("*") if "c" in file.relative_to(unit).parts and file.is_file())
 
 
 def _context(read_bytes: int | None = None) -> ocp.Context:
@@ -385,4 +352,6 @@ def _table_options(path: tuple[Any, ...], _: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What a library says, without the whole specification of an array that it adds."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.split(r" \[tensorstore_spec|\. See full TensorStore details", line)[0]

@@ -143,6 +143,11 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
     scheme = _find_scheme(folder, headers)
     if config is None:
         config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else _known_config(folder, scheme, headers)
+    if config.num_layers > len(headers):
+        raise CheckpointError(
+            f"{folder}: the configuration has {config.num_layers} layers and the files {len(headers)} tensors: "
+            f"give the configuration that they were made with, or correct {CONFIG}."
+        )
     tensors: dict[str, SafetensorsTensor] = {}
     problems: list[str] = []
     used = {TIED}

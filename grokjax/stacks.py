@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grokjax.orbax_layout import OrbaxCheckpoint, read_unit
 from grokjax.quantization import QuantizedArray, Weight, shardable_blocks, specs
 from grokjax.sharding import Axes, Partitioner
-from grokjax.stored import Checkpoint, Piece, StoredArray, TensorSpec, pieces_of, unit_name
+from grokjax.stored import Checkpoint, Piece, Shaped, StoredArray, StoredTensor, TensorSpec, pieces_of, unit_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,22 @@ class Slot:
     piece: Piece
     stack: Stack
     at: tuple[int, ...]
+
+
+def stack_shapes(stack: Stack, tensors: Mapping[str, StoredTensor | TensorSpec], partitioner: Partitioner) -> Any:
+    """The stack as `jax.ShapeDtypeStruct`s, its scale blocks fit for all layers and the mesh."""
+    chosen = [tensors[source] for source in stack.sources if source is not None]
+    scales: list[Shaped] = [tensor.scales for tensor in chosen if tensor.scales is not None]
+    if not scales:
+        return jax.ShapeDtypeStruct(stack.shape, stack.dtype)
+    blocks = math.lcm(*(array.shape[-2] for array in scales))
+    blocks = shardable_blocks(blocks, stack.axes, partitioner)
+    dtype = functools.reduce(np.promote_types, (array.dtype for array in scales))
+    leaves: list[Any] = [
+        jax.ShapeDtypeStruct(stack.shape, jnp.int8),
+        jax.ShapeDtypeStruct((*stack.shape[:-2], blocks, stack.shape[-1]), dtype),
+    ]
+    return QuantizedArray(*leaves)
 
 
 class Builder:
@@ -109,7 +125,7 @@ class Builder:
     def _start(self, stack: Stack, fresh: Weight | None) -> Weight:
         if fresh is not None and not any(stack.sources):
             return fresh
-        shapes = self._shapes(stack)
+        shapes = stack_shapes(stack, self.checkpoint.tensors, self.partitioner)
         place = self.partitioner.shardings(specs(shapes, stack.axes, self.partitioner))
         if fresh is not None:
             blocks = shapes.num_blocks if isinstance(shapes, QuantizedArray) else None
@@ -117,21 +133,6 @@ class Builder:
             started: Weight = jax.jit(cast, out_shardings=place)(fresh)
             return started
         return jax.tree.map(lambda leaf, where: jnp.zeros(leaf.shape, leaf.dtype, device=where), shapes, place)
-
-    def _shapes(self, stack: Stack) -> Any:
-        """The stack as `jax.ShapeDtypeStruct`s, its scale blocks fit for all layers and the mesh."""
-        tensors = [self.checkpoint.tensors[source] for source in stack.sources if source is not None]
-        scales = [tensor.scales for tensor in tensors if tensor.scales is not None]
-        if not scales:
-            return jax.ShapeDtypeStruct(stack.shape, stack.dtype)
-        blocks = math.lcm(*(array.shape[-2] for array in scales))
-        blocks = shardable_blocks(blocks, stack.axes, self.partitioner)
-        dtype = functools.reduce(np.promote_types, (array.dtype for array in scales))
-        leaves: list[Any] = [
-            jax.ShapeDtypeStruct(stack.shape, jnp.int8),
-            jax.ShapeDtypeStruct((*stack.shape[:-2], blocks, stack.shape[-1]), dtype),
-        ]
-        return QuantizedArray(*leaves)
 
     def _read(self, unit: str, slots: Sequence[Slot]) -> list[dict[str, jax.Array]]:
         """The pieces of one unit on the devices: `weight` and, where it has any, `scales`."""

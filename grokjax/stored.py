@@ -233,7 +233,7 @@ def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[i
     # Against the weight as found: if its own shape is wrong, that is one problem and not two.
     *lead, rows, outputs = weight.shape
     same_axes = len(scales.shape) == len(weight.shape) and (*scales.shape[:-2], scales.shape[-1]) == (*lead, outputs)
-    if not same_axes or rows % scales.shape[-2]:
+    if not same_axes or 0 in scales.shape or rows % scales.shape[-2]:
         allowed = ", ".join(map(str, [*lead, "Q", outputs]))
         yield f"the scales have the shape {list(scales.shape)}; [{allowed}] is allowed, Q any divisor of {rows}"
 

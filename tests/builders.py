@@ -79,3 +79,16 @@ def _write_sparse_tensor(path: Path, shape: tuple[int, ...], scale_blocks: int |
                 stream.seek(part.nbytes, os.SEEK_CUR)
             else:
                 stream.write(part)
+
+
+TWO_LAYERS = SMALL.replace(num_layers=2)
+
+
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    """The files that hold values, by name."""
+    weights = checkpoint / "weights"
+    return {
+        str(file.relative_to(weights)): file.read_bytes()
+        for file in sorted(weights.rglob("*"))
+        if file.is_file() and "c" in file.relative_to(weights).parts
+    }

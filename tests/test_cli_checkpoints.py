@@ -8,6 +8,7 @@ import pytest
 from grokjax.checkpoint import Progress
 from grokjax.cli import main
 from grokjax.console import ProgressLine, duration, size
+from grokjax.conversion import EARLIER
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,21 @@ def test_fixture(download: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list((download / "ckpt-0").iterdir())) == 14
     assert main(["make-release-fixture", str(download)]) == 2
     assert "exists already: choose another path" in capsys.readouterr().err
+
+
+def test_fixture_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, *_: object, **__: object) -> None:
+        folder.mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("grokjax.cli_checkpoints.write_release_checkpoint", refuse)
+    assert main(["make-release-fixture", str(tmp_path / "new")]) == 2
+    assert "new cannot be written (No space left on device): choose a path" in capsys.readouterr().err
+    assert main(["make-release-fixture", str(tmp_path / "new"), "--seed", "-1"]) == 2
+    assert "--seed -1 must be 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_dry_run_writes_nothing(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +85,9 @@ def test_info(converted: Path, download: Path, capsys: pytest.CaptureFixture[str
     assert (ours["layout"], theirs["layout"]) == ("orbax", "release")
     for key in ("num_parameters", "num_bytes", "config", "parameters", "bytes_per_device"):
         assert ours[key] == theirs[key]
+    for mesh in ("0,8", "1,-8", "8"):
+        assert main(["info", str(converted), f"--mesh={mesh}"]) == 2
+        assert f"--mesh {mesh}: give two numbers of 1 or more, such as 1,8" in capsys.readouterr().err
     assert main(["info", str(converted), "--mesh", "1,3"]) == 2
     assert "does not divide" in capsys.readouterr().err
     assert main(["info", str(converted)]) == 0
@@ -113,3 +132,8 @@ def test_progress_names_what_is_renamed(capsys: pytest.CaptureFixture[str]) -> N
     assert "layers.0.feed_forward.router keeps its fresh value" in said
     assert "final_norm.scale from last_norm" in said
     assert "loaded 100 B of 100 B" in said
+
+
+def test_no_rate_for_what_an_earlier_run_has_done(capsys: pytest.CaptureFixture[str]) -> None:
+    ProgressLine("converted")(Progress(EARLIER, EARLIER, 70, 100))
+    assert capsys.readouterr().err == "grokjax: converted 70 B of 100 B: an earlier run\n"

@@ -128,6 +128,7 @@ def test_impossible_sizes_are_refused_in_words(changes: dict[str, Any], message:
     ("text", "message"),
     [
         ("{", r"the configuration is not JSON: "),
+        pytest.param("[" * 100_000, r"the configuration is not JSON: ", id="nested"),
         ("[1]", r"the configuration must be a JSON object of field names, not a list"),
         (
             '{"depth": 3}',

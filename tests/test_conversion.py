@@ -1,22 +1,21 @@
 """Conversion: every layout into ours, interrupted anywhere, and the model is the same."""
 
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, SMALL, WrittenCheckpoint, write_checkpoint
+from builders import DENSE, SMALL, TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
 from goldens import GoldenCase, load_case
 from test_model_goldens import ATOL_LOGITS, EXPERT, FULLY, TENSOR, check_generation, real_logits
 
 from grokjax import (
     CheckpointError,
     ShardingRules,
+    checkpoint,
     conversion,
     convert,
     dequantize,
@@ -30,19 +29,10 @@ from grokjax import (
     quantize,
     verify,
 )
+from grokjax.manifest import Manifest
+from grokjax.orbax_layout import OrbaxCheckpoint
+from grokjax.recipe import Recipe
 from grokjax.testing import write_release_checkpoint
-
-TWO_LAYERS = SMALL.replace(num_layers=2)
-
-
-def contents(checkpoint: Path) -> dict[str, bytes]:
-    """The files that hold values, by name."""
-    weights = checkpoint / "weights"
-    return {
-        str(file.relative_to(weights)): file.read_bytes()
-        for file in sorted(weights.rglob("*"))
-        if file.is_file() and "c" in file.relative_to(weights).parts
-    }
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +135,18 @@ class TestWeights:
         convert(plain.path, tmp_path / "sliced", plain.config, weights="int8")
         assert contents(tmp_path / "sliced") == contents(tmp_path / "whole")
 
+    def test_casts_take_some_rows_at_a_time(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From the release's files and from ours, of which Orbax itself reads whole arrays only."""
+        convert(source.path, tmp_path / "whole", source.config, weights="bfloat16")
+        monkeypatch.setattr(conversion, "_SLICE_BYTES", 1000)
+        convert(source.path, tmp_path / "rows", source.config, weights="bfloat16")
+        convert(converted, tmp_path / "ours", weights="bfloat16")
+        convert(tmp_path / "rows", tmp_path / "wide", weights="float32")
+        assert contents(tmp_path / "rows") == contents(tmp_path / "whole") == contents(tmp_path / "ours")
+        verify(tmp_path / "wide", tmp_path / "rows")
+
     def test_dense(self, tmp_path: Path) -> None:
         dense = write_checkpoint(tmp_path, DENSE, scale_blocks=8)
         convert(dense.path, tmp_path / "model", DENSE, weights="float32")
@@ -206,85 +208,9 @@ class TestSafetensors:
         assert (difference <= 0.51 * steps).all()
 
 
-class TestInterrupted:
-    def test_goes_on_after_an_exception_at_any_unit(
-        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
-    ) -> None:
-        target, seen = tmp_path / "model", []
-
-        def interrupt(progress) -> None:
-            seen.append(progress)
-            if len(seen) in (1, 4, 9, 23):
-                raise KeyboardInterrupt
-
-        for _ in range(4):
-            with pytest.raises(KeyboardInterrupt):
-                convert(source.path, target, source.config, progress=interrupt)
-            with pytest.raises(CheckpointError, match="was interrupted"):
-                load(target)
-        plan = plan_conversion(source.path, target, source.config)
-        assert 0 < plan.num_done < plan.num_units
-        convert(source.path, target, source.config, progress=seen.append)
-        assert seen[-1].done_bytes == seen[-1].total_bytes
-        assert contents(target) == contents(converted)
-        verify(target, source.path, source.config)
-
-    def test_killed(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
-        """kill -9 as soon as the first units are there, each time a little later."""
-        target, config = tmp_path / "model", tmp_path / "config.json"
-        config.write_text(source.config.to_json())
-        command = [sys.executable, "-m", "grokjax", "convert", str(source.path), str(target), "--config", str(config)]
-        for wanted in (1, 8, 20):
-            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-            while process.poll() is None and len(list((target / "weights").glob("*"))) < wanted:
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-            assert not (target / "grokjax.json").exists()
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        assert contents(target) == contents(converted)
-        assert not list(target.rglob("*orbax-checkpoint-tmp*"))
-
-    def test_files_that_lost_their_bytes_are_written_again(
-        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
-    ) -> None:
-        """As a power cut leaves them: the folder has its name, the files are empty."""
-        target, seen = tmp_path / "model", []
-
-        def interrupt(progress) -> None:
-            seen.append(progress)
-            if len(seen) == 3:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            convert(source.path, target, source.config, progress=interrupt)
-        max((target / "weights" / "embedding.table").rglob("c/*/*")).write_bytes(b"")
-        assert plan_conversion(source.path, target, source.config).num_done == 2
-        convert(source.path, target, source.config)
-        assert contents(target) == contents(converted)
-
-    def test_other_options_do_not_go_on(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
-        target = tmp_path / "model"
-        with pytest.raises(KeyboardInterrupt):
-            convert(source.path, target, source.config, progress=raise_interrupt)
-        with pytest.raises(CheckpointError, match="unfinished conversion of another source or with other options"):
-            convert(source.path, target, source.config, weights="bfloat16")
-
-    def test_two_processes(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
-        def second(_) -> None:
-            convert(source.path, tmp_path / "model", source.config)
-
-        with pytest.raises(CheckpointError, match="another process is writing it: wait until it has finished"):
-            convert(source.path, tmp_path / "model", source.config, progress=second)
-
-
-def raise_interrupt(_) -> None:
-    raise KeyboardInterrupt
-
-
 class TestRefused:
     def test_no_space(self, source: WrittenCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
         with pytest.raises(CheckpointError, match=r"are to be written and 0.0 GB are free: make room"):
             convert(source.path, tmp_path / "model", source.config)
         assert not (tmp_path / "model").exists()
@@ -313,10 +239,11 @@ class TestRefused:
         (tmp_path / "mine").write_text("precious")
         with pytest.raises(CheckpointError, match="exists and is not empty: choose another target"):
             convert(source.path, tmp_path, source.config)
-        with pytest.raises(CheckpointError, match="is a whole checkpoint already"):
-            convert(source.path, converted, source.config)
-        with pytest.raises(CheckpointError, match="source and target are the same"):
-            convert(converted, converted)
+        with pytest.raises(CheckpointError, match="is a whole checkpoint already, of another source or with other"):
+            convert(source.path, converted, source.config, weights="bfloat16")
+        for target in (converted, converted / "weights" / "sub"):
+            with pytest.raises(CheckpointError, match="the target is the source or lies in it"):
+                convert(converted, target)
         assert (tmp_path / "mine").read_text() == "precious"
 
     def test_a_target_that_cannot_be_made(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
@@ -362,6 +289,29 @@ class TestVerify:
         with pytest.raises(CheckpointError, match="arrays differ from what they were made from"):
             verify(converted, other.path, other.config)
 
+    def test_a_source_that_cannot_be_it(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        other = write_checkpoint(tmp_path / "release", TWO_LAYERS.replace(num_layers=1, ffn_dim=24))
+        with pytest.raises(CheckpointError, match=r"This is not what .* was made from") as caught:
+            verify(converted, other.path, other.config)
+        assert "layers.1.attention.query: only in the checkpoint" in str(caught.value)
+        assert "layers.0.feed_forward.gate: another shape or dtype than the source's becomes" in str(caught.value)
+
+    def test_checksums_that_cannot_be_kept(
+        self, source: WrittenCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        target = tmp_path / "model"
+        convert(source.path, target, source.config)
+        with monkeypatch.context() as patch:
+            patch.setattr(Manifest, "write", refuse)
+            with pytest.raises(CheckpointError, match="every array is what it was made from, but the checksums cannot"):
+                verify(target, source.path, source.config)
+        verify(target, source.path, source.config)
+        monkeypatch.setattr(Manifest, "write", refuse)
+        verify(target)  # nothing to keep
+
     def test_without_checksums(self, tmp_path: Path) -> None:
         checkpoint = write_checkpoint(tmp_path)
         convert(checkpoint.path, tmp_path / "model", checkpoint.config)
@@ -376,8 +326,17 @@ class TestPlan:
         assert plan.write_bytes == describe(source.path, source.config).num_bytes
         assert not (tmp_path / "model").exists()
 
-    def test_the_real_model_needs_one_table_and_a_gibibyte(self, full_release: Path, tmp_path: Path) -> None:
-        plan = plan_conversion(full_release, tmp_path / "model")
+    @pytest.mark.parametrize("weights", ["keep", "int8", "bfloat16", "float32"])
+    def test_the_real_model_needs_one_table_and_a_gibibyte(
+        self, weights: str, full_release: Path, tmp_path: Path
+    ) -> None:
+        """From the release, and from what any such conversion makes of it."""
+        plan = plan_conversion(full_release, tmp_path / "model", weights=weights)
         table = 4 * 131072 * 6144
         assert plan.peak_host_bytes <= table + 2**30
-        assert plan.write_bytes == describe(full_release).num_bytes
+        assert plan.write_bytes == sum(spec.num_bytes for spec in plan.specs.values())
+        manifest = Manifest(plan.source.config, plan.specs, {})
+        ours = OrbaxCheckpoint(tmp_path, manifest, plan.source.config, {})
+        for onward in ("keep", "int8", "bfloat16", "float32"):
+            specs = {name: Recipe(onward).result(name, spec) for name, spec in plan.specs.items()}
+            assert conversion._peak_bytes(ours, plan.specs, specs) <= table + 2**30

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import SMALL, WrittenCheckpoint, write_checkpoint
 
-from grokjax import CheckpointError, Grok, dequantize, init, load
+from grokjax import CheckpointError, Grok, dequantize, init, load, load_parameters
 from grokjax.mapping import map_parameters
 
 CONFIG = SMALL.replace(num_layers=2)
@@ -44,6 +44,14 @@ class TestRules:
     def test_an_expression_that_is_none(self) -> None:
         with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
             map_parameters(CONFIG, range(2), [], ["("])
+
+    def test_a_replacement_that_is_none(self) -> None:
+        with pytest.raises(ValueError, match=r"'\\\\9' cannot replace 'gate' .*name groups that the pattern has"):
+            map_parameters(CONFIG, range(2), [("gate", r"\9")], [])
+
+    def test_parameters_by_an_expression_that_is_none(self, checkpoint: WrittenCheckpoint) -> None:
+        with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
+            load_parameters(checkpoint.path, ["("], CONFIG)
 
 
 class TestLoad:

@@ -95,6 +95,12 @@ class TestConfig:
         with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\): check its permissions"):
             read_config(tmp_path)
 
+    def test_more_layers_than_tensors(self, tmp_path: Path) -> None:
+        """A number that would take hours to go through is refused at once."""
+        write(tmp_path, as_stored(TWELVE, draw(TWELVE, "float32"), hpcai_name))
+        with pytest.raises(CheckpointError, match=r"has 1000000000 layers and the files \d+ tensors: give the conf"):
+            open_safetensors(tmp_path, TWELVE.replace(num_layers=10**9))
+
     def test_unknown_sizes_are_asked_for(self, tmp_path: Path) -> None:
         write(tmp_path, as_stored(TWELVE, draw(TWELVE, "float32"), hpcai_name))
         with pytest.raises(CheckpointError) as error:

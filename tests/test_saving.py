@@ -1,6 +1,7 @@
 """Checkpoints of ours: whatever mesh they were written from, every mesh restores them; what is damaged is refused."""
 
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, SMALL
+from builders import DENSE, SMALL, write_checkpoint
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from grokjax import (
     CheckpointError,
+    CheckpointInfo,
     Grok,
     GrokConfig,
     QuantizedArray,
@@ -28,8 +30,9 @@ from grokjax import (
     orbax_layout,
     save,
 )
+from grokjax.layouts import open_checkpoint
 from grokjax.model import parameter_name
-from grokjax.stored import parameter_shapes
+from grokjax.stored import ArraySpec, TensorSpec, parameter_shapes
 
 CONFIG = SMALL.replace(num_experts=4)
 TENSOR = ShardingRules.tensor_parallel()
@@ -82,6 +85,23 @@ def test_restored_onto_every_mesh(saved: Path, model: Grok, mesh: tuple[int, int
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(expected[1]), strict=True):
         if ours.shape == theirs.shape:  # scale blocks aside
             assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(restored))
+    assert describe(saved).bytes_per_device(mesh, rules=rules) == held
+
+
+def test_bytes_per_device_where_some_weights_are_plain(tmp_path: Path) -> None:
+    """And others have their own number of scale blocks."""
+    written = write_checkpoint(tmp_path, SMALL.replace(num_layers=2), scale_blocks=4)
+    checkpoint = open_checkpoint(written.path, written.config)
+    plain = {name: tensor for name, tensor in checkpoint.tensors.items() if "gate" in name}
+    specs = {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
+    specs |= {name: TensorSpec(ArraySpec(specs[name].weight.shape, np.dtype("float32")), None) for name in plain}
+    info = CheckpointInfo(checkpoint.path, "release", checkpoint.config, specs)
+    whole = describe(written.path, written.config)
+    weight = sum(math.prod(specs[name].weight.shape) for name in plain)
+    scales = sum(2 * math.prod(tensor.scales.shape) for tensor in plain.values())
+    for mesh in ((1, 1), (8, 1)):
+        assert info.bytes_per_device(mesh) - whole.bytes_per_device(mesh) == weight - scales
 
 
 def query(model: Grok) -> jax.Array | QuantizedArray:
@@ -195,13 +215,20 @@ class TestDescribe:
 class TestDamage:
     def test_unfinished(self, copied: Path) -> None:
         (copied / "grokjax.json").rename(copied / "unfinished.json")
-        with pytest.raises(CheckpointError, match="was interrupted: run the same conversion again"):
+        with pytest.raises(CheckpointError, match="was interrupted: remove the folder and save the model again"):
             load(copied)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             (lambda text: text[:-40], "not JSON"),
+            (lambda text: "[" * 100_000, "not JSON"),
+            (
+                lambda text: text.replace('"num_layers": 1', '"num_layers": 1000000000'),
+                "damaged .*num_layers=1000000000",
+            ),
+            (lambda text: text.replace('"made_by": "save"', '"made_by"'), "not JSON"),
+            (lambda text: re.sub(r'"origin": {[^}]*}', '"origin": [1]', text), "damaged"),
             (lambda text: "[]", "not the manifest of a grokjax checkpoint"),
             (
                 lambda text: text.replace('"format_version": 1', '"format_version": 2'),
@@ -211,7 +238,18 @@ class TestDamage:
             (lambda text: text.replace('"config"', '"konfig"'), "damaged"),
             (lambda text: text.replace('"ffn_dim": 48', '"ffn_dim": 40'), r"the configuration asks for \[4, 32, 40\]"),
         ],
-        ids=["truncated", "foreign", "newer", "contradiction", "incomplete", "other-sizes"],
+        ids=[
+            "truncated",
+            "nested",
+            "layers",
+            "comma",
+            "origin",
+            "foreign",
+            "newer",
+            "contradiction",
+            "incomplete",
+            "other-sizes",
+        ],
     )
     def test_manifest(self, copied: Path, change: Callable[[str], str], message: str) -> None:
         manifest = copied / "grokjax.json"
@@ -235,15 +273,36 @@ class TestDamage:
     def test_file_shorter_by_a_little(self, copied: Path) -> None:
         file = largest(copied / "weights" / "embedding.table")
         file.write_bytes(file.read_bytes()[:-3])
-        with pytest.raises(CheckpointError, match=r"embedding.table: cannot be read .*restore this folder from a copy"):
+        with pytest.raises(CheckpointError, match=r"embedding.table: 3 bytes of its arrays are missing"):
             load(copied)
+
+    @pytest.mark.parametrize("name", ["_METADATA", "embedding.table.weight/zarr.json"])
+    def test_files_that_describe_arrays_lost(self, copied: Path, name: str) -> None:
+        (copied / "weights" / "embedding.table" / "state" / name).write_text("")
+        with pytest.raises(CheckpointError, match=r"embedding.table: \d+ bytes of its arrays are missing"):
+            load(copied)
+
+    def test_array_that_cannot_be_read(self, copied: Path) -> None:
+        """The library's specification of the array stays out of the sentence."""
+        file = copied / "weights" / "embedding.table" / "state" / "embedding.table.weight" / "zarr.json"
+        file.write_text(file.read_text()[:-9])
+        with pytest.raises(CheckpointError, match=r"embedding.table: cannot be read .*restore this folder") as caught:
+            load(copied)
+        assert "tensorstore_spec" not in str(caught.value)
+        assert len(str(caught.value)) < 1200
+
+    def test_heads_cut_otherwise(self, saved: Path) -> None:
+        with pytest.raises(
+            CheckpointError, match=r"the configuration says num_heads=16, not 8; head_dim=4, not 8: pass"
+        ):
+            load(saved, CONFIG.replace(num_heads=2 * CONFIG.num_heads, head_dim=CONFIG.head_dim // 2))
 
     def test_swapped_units(self, copied: Path) -> None:
         one, other = (copied / "weights" / f"layers.0.feed_forward.gate.{i}" for i in (0, 1))
         one.rename(copied / "x")
         other.rename(one)
         (copied / "x").rename(other)
-        with pytest.raises(CheckpointError, match=r"layers.0.feed_forward.gate.\d: cannot be read"):
+        with pytest.raises(CheckpointError, match=r"layers.0.feed_forward.gate.0: \d+ bytes of its arrays are missing"):
             load(copied)
 
     def test_configuration_that_does_not_fit(self, saved: Path) -> None:

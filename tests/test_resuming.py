@@ -1,0 +1,175 @@
+"""Conversions that are interrupted, anywhere and in any way, and go on."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from builders import TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
+
+from grokjax import CheckpointError, Progress, conversion, convert, load, orbax_layout, plan_conversion, verify
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> WrittenCheckpoint:
+    return write_checkpoint(tmp_path_factory.mktemp("release"), TWO_LAYERS, scale_blocks=4)
+
+
+@pytest.fixture(scope="module")
+def converted(source: WrittenCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("converted") / "model"
+    convert(source.path, path, source.config)
+    return path
+
+
+class TestInterrupted:
+    def test_goes_on_after_an_exception_at_any_unit(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        target, seen = tmp_path / "model", []
+
+        def interrupt(progress) -> None:
+            seen.append(progress)
+            if len(seen) in (1, 4, 9, 23):
+                raise KeyboardInterrupt
+
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                convert(source.path, target, source.config, progress=interrupt)
+            with pytest.raises(CheckpointError, match="was interrupted"):
+                load(target)
+        plan = plan_conversion(source.path, target, source.config)
+        assert 0 < plan.num_done < plan.num_units
+        convert(source.path, target, source.config, progress=seen.append)
+        assert seen[-1].done_bytes == seen[-1].total_bytes
+        assert contents(target) == contents(converted)
+        verify(target, source.path, source.config)
+
+    def test_killed(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        """kill -9 as soon as the first units are there, each time a little later."""
+        target, config = tmp_path / "model", tmp_path / "config.json"
+        config.write_text(source.config.to_json())
+        command = [sys.executable, "-m", "grokjax", "convert", str(source.path), str(target), "--config", str(config)]
+        for wanted in (1, 8, 20):
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            while process.poll() is None and len(list((target / "weights").glob("*"))) < wanted:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert not (target / "grokjax.json").exists()
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        assert contents(target) == contents(converted)
+        assert not list(target.rglob("*orbax-checkpoint-tmp*"))
+
+    def test_files_that_lost_their_bytes_are_written_again(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        """As a power cut leaves them: the folder has its name, the files are empty."""
+        target, seen = tmp_path / "model", []
+
+        def interrupt(progress) -> None:
+            seen.append(progress)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=interrupt)
+        max((target / "weights" / "embedding.table").rglob("c/*/*")).write_bytes(b"")
+        assert plan_conversion(source.path, target, source.config).num_done == 2
+        convert(source.path, target, source.config)
+        assert contents(target) == contents(converted)
+
+    def test_other_options_do_not_go_on(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        target = tmp_path / "model"
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=raise_interrupt)
+        with pytest.raises(CheckpointError, match="unfinished conversion, of another source or with other options"):
+            convert(source.path, target, source.config, weights="bfloat16")
+
+    def test_what_is_finished_is_not_done_again(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        """Interrupted while it was verified, say; or the source has been moved."""
+        target = tmp_path / "model"
+        shutil.copytree(converted, target)
+        verify(target, source.path, source.config)
+        (tmp_path / "moved").symlink_to(source.path)
+        before = {file: file.stat().st_mtime_ns for file in target.rglob("*")}
+        told: list[Progress] = []
+        convert(tmp_path / "moved", target, source.config, progress=told.append)
+        assert {file: file.stat().st_mtime_ns for file in target.rglob("*")} == before
+        assert [(progress.parameter, progress.done_bytes) for progress in told] == [
+            (conversion.EARLIER, told[0].total_bytes)
+        ]
+
+    def test_a_damaged_unit_of_a_finished_conversion_is_written_again(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "model"
+        shutil.copytree(converted, target)
+        shutil.rmtree(target / "weights" / "layers.1")
+        convert(source.path, target, source.config)
+        assert contents(target) == contents(converted)
+
+    def test_a_source_that_changed_meanwhile(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        target, changed = tmp_path / "model", tmp_path / "release"
+        shutil.copytree(source.path, changed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(changed, target, source.config, progress=raise_interrupt)
+        file = sorted(path for path in changed.rglob("tensor*"))[3]
+        data = file.read_bytes()
+        file.write_bytes(data[:2000] + bytes(8) + data[2008:])
+        with pytest.raises(CheckpointError, match="unfinished conversion, of another source"):
+            convert(changed, target, source.config)
+
+    def test_killed_before_it_said_what_it_was(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        for name in ("lock", "unfinished.json.tmp"):
+            (tmp_path / "model").mkdir(exist_ok=True)
+            (tmp_path / "model" / name).write_text("")
+        convert(source.path, tmp_path / "model", source.config)
+        assert contents(tmp_path / "model") == contents(converted)
+        assert not (tmp_path / "model" / "lock").exists()
+
+    def test_strange_files_are_removed(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        target = tmp_path / "model"
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=raise_interrupt)
+        (target / "weights" / ".DS_Store").write_text("")
+        convert(source.path, target, source.config)
+        verify(target, source.path, source.config)
+
+    def test_ctrl_c_waits_for_the_unit(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Orbax's threads would wait for minutes for an interrupted call."""
+        save, calls = orbax_layout.ocp.save, []
+
+        def interrupted(*arguments: object) -> None:
+            if not calls:
+                signal.raise_signal(signal.SIGINT)
+            save(*arguments)
+            calls.append(arguments)
+
+        monkeypatch.setattr(orbax_layout.ocp, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, tmp_path / "model", source.config)
+        assert len(calls) == 1
+        assert plan_conversion(source.path, tmp_path / "model", source.config).num_done == 1
+        convert(source.path, tmp_path / "model", source.config)
+        assert contents(tmp_path / "model") == contents(converted)
+
+    def test_two_processes(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        def second(_) -> None:
+            convert(source.path, tmp_path / "model", source.config)
+
+        with pytest.raises(CheckpointError, match="another process is writing it: wait until it has finished"):
+            convert(source.path, tmp_path / "model", source.config, progress=second)
+
+
+def raise_interrupt(_) -> None:
+    raise KeyboardInterrupt
