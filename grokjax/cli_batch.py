@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 
@@ -22,7 +24,38 @@ PromptId = str | int
 _PROGRESS_PERIOD = 0.1
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Request))
-_SWITCHES = tuple(field.name for field in dataclasses.fields(Request) if isinstance(field.default, bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What JSON gives for a field of another kind than a number.
+
+    Attributes:
+      types: of the value.
+      words: the same for people.
+      items: of the entries, if it is a list.
+    """
+
+    types: tuple[type, ...]
+    words: str
+    items: type = object
+
+    def has(self, value: object) -> bool:
+        """Whether a value is of this kind."""
+        return isinstance(value, self.types) and (
+            not isinstance(value, list) or all(isinstance(item, self.items) for item in value)
+        )
+
+
+# `Request` itself names the numbers that are of another kind.
+_KINDS = {
+    "ignore_eos": _Kind((bool,), "true or false"),
+    "prompt_logprobs": _Kind((bool,), "true or false"),
+    "stop": _Kind((str, list), "a text or a list of texts", str),
+    "stop_ids": _Kind((list,), "a list of token ids", int),
+    "allowed_tokens": _Kind((list, type(None)), "a list with true or false for each token", int),
+    "logit_bias": _Kind((dict, type(None)), 'an object such as {"42": -1.5}'),
+}
 
 # How every line of the output begins; what else stands at the end of a file is not ours to remove.
 _LINE_START = b'{"id": '
@@ -84,14 +117,12 @@ def _read_object(line: str, number: int, path: Path, settings: Mapping[str, Any]
     if not _is_id(key):
         raise ValueError(f"{where}: id={key!r} must be a text or an integer.")
     _check_fields(fields, where)
-    if isinstance(fields.get("logit_bias"), dict):
+    if fields.get("logit_bias"):
         fields["logit_bias"] = _token_keys(fields["logit_bias"], where)
     try:
         return Prompt(key, number, Request(**{**settings, **fields}))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
-    except TypeError as error:
-        raise ValueError(f"{where}: a field has a value of another kind than it takes ({error}).") from error
 
 
 def _check_fields(fields: dict[str, Any], where: str) -> None:
@@ -102,9 +133,9 @@ def _check_fields(fields: dict[str, Any], where: str) -> None:
         )
     if "prompt" not in fields:
         raise ValueError(f'{where} has no prompt: write {{"prompt": "..."}}.')
-    for name in _SWITCHES:
-        if not isinstance(fields.get(name, False), bool):
-            raise ValueError(f"{where}: {name}={fields[name]!r} must be true or false.")
+    for name, kind in _KINDS.items():
+        if name in fields and not kind.has(fields[name]):
+            raise ValueError(f"{where}: {name}={reprlib.repr(fields[name])} must be {kind.words}.")
 
 
 def _token_keys(bias: dict[str, Any], where: str) -> dict[int, Any]:
@@ -112,7 +143,7 @@ def _token_keys(bias: dict[str, Any], where: str) -> dict[int, Any]:
     try:
         return {int(token): value for token, value in bias.items()}
     except ValueError:
-        raise ValueError(f"{where}: the keys of logit_bias must be token ids.") from None
+        raise ValueError(f'{where}: the keys of logit_bias must be token ids, such as "42".') from None
 
 
 def _check_ids(prompts: Sequence[Prompt], path: Path) -> None:
@@ -131,18 +162,29 @@ class Results:
     """The output of a job, open for more results.
 
     Attributes:
-      file: where they are appended.
+      file: where they are appended, unbuffered: what is written survives the process.
       failed: the id of each prompt that has a result -> whether that is an error.
     """
 
-    file: BinaryIO
+    file: FileIO
     failed: dict[PromptId, bool]
 
     def write(self, prompt: Prompt, handle: Handle) -> None:
-        """Appends the result of a prompt that has ended; a process that is killed afterwards does not take it along."""
+        """Appends the result of a prompt that has ended.
+
+        Raises:
+          ValueError: It cannot be written.
+        """
         record = _record(prompt, handle)
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        rest = json.dumps(record).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            raise ValueError(
+                f"--output {self.file.name} cannot be written: {error.strerror}. The results so far are kept, and "
+                "the same command goes on after them."
+            ) from error
         self.failed[prompt.id] = "error" in record
 
 
@@ -151,14 +193,11 @@ def open_results(path: Path, prompts: Sequence[Prompt]) -> Iterator[Results]:
     """Opens the output of a job, with the results that are in it; an incomplete last line is removed.
 
     Raises:
-      ValueError: It cannot be written, another process writes it, or it has something else than results of these
-        prompts; then it stays as it is.
+      ValueError: It cannot be written or locked, another process writes it, or it has something else than results of
+        these prompts; then it stays as it is.
     """
     with _open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process writes {path}: wait for it, or choose another --output.") from error
+        _lock(file, path)
         yield Results(file, _take_up(file, path, prompts))
 
 
@@ -174,8 +213,9 @@ def run_batch(
       progress: told now and then the number of results and of the tokens drawn by this engine.
 
     Raises:
-      ValueError: A step of the model failed.
+      ValueError: A result cannot be written.
     """
+    progress(len(results.failed), 0)
     waiting = collections.deque(prompt for prompt in prompts if prompt.id not in results.failed)
     running: dict[Handle, Prompt] = {}
     told = time.monotonic()
@@ -183,33 +223,51 @@ def run_batch(
         while waiting and engine.has_room:
             prompt = waiting.popleft()
             running[engine.submit(prompt.request)] = prompt
-        for handle in _step(engine):
+        for handle in engine.step():
             results.write(running.pop(handle), handle)
         if time.monotonic() - told >= _PROGRESS_PERIOD or not (waiting or running):
             progress(len(results.failed), engine.metrics().new_tokens)
             told = time.monotonic()
 
 
-def _step(engine: Engine) -> list[Handle]:
+@contextlib.contextmanager
+def model_failures() -> Iterator[None]:
+    """Turns an error of the device, or too little memory, into a sentence.
+
+    Raises:
+      ValueError: There was one.
+    """
     try:
-        return engine.step()
-    except jax.errors.JaxRuntimeError as error:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        first, _, _ = str(error).partition("\n")
         raise ValueError(
-            f"the model failed: {error}. The results so far are kept, and the same command goes on after them; if "
-            "memory was short, give it fewer --slots or a smaller --max-len."
+            f"the model failed: {first.rstrip('.')}. The results so far are kept, and the same command goes on after "
+            "them; if memory was short, give it fewer --slots or a smaller --max-len."
         ) from error
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> FileIO:
     if path.exists() and not path.is_file():
         raise ValueError(f"--output {path} is not a file: results are appended to a file, and read when a job goes on.")
     try:
-        return path.open("a+b")
+        return path.open("a+b", buffering=0)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}.") from error
 
 
-def _take_up(file: BinaryIO, path: Path, prompts: Sequence[Prompt]) -> dict[PromptId, bool]:
+def _lock(file: FileIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process writes {path}: wait for it, or choose another --output.") from error
+    except OSError as error:
+        raise ValueError(
+            f"--output {path} cannot be locked against other processes: {error.strerror}. Choose another place."
+        ) from error
+
+
+def _take_up(file: FileIO, path: Path, prompts: Sequence[Prompt]) -> dict[PromptId, bool]:
     """Reads the results of an earlier run; the file then ends with a complete line."""
     file.seek(0)
     data = file.read()
@@ -232,7 +290,8 @@ def _read_result(line: bytes, where: str, known: Mapping[PromptId, Prompt]) -> t
     if not isinstance(record, dict) or not record.keys() & {"finish_reason", "samples"} or not _is_id(record.get("id")):
         raise ValueError(f"{where} is no result of this command: choose another --output. The file stays as it is.")
     prompt = known.get(record["id"])
-    if prompt is None or record.get("prompt") != prompt.request.prompt:
+    # Compared as they are written: NaN differs from itself.
+    if prompt is None or json.dumps(record.get("prompt")) != json.dumps(prompt.request.prompt):
         other = "has no prompt" if prompt is None else "has another prompt"
         raise ValueError(
             f"{where} is the result of other prompts: for the id {record['id']!r} --prompts {other}. Choose another "
@@ -270,6 +329,8 @@ def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
 def _sentence(prompt: object, error: Exception) -> str:
     if not isinstance(prompt, str | list):
         return f"the prompt must be text or a list of token ids, not {prompt!r}."
+    if isinstance(prompt, str) and prompt != prompt.encode(errors="ignore").decode():
+        return "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
     return str(error) or type(error).__name__
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
-from grokjax.cli_batch import open_results, read_prompts, run_batch
+from grokjax.cli_batch import model_failures, open_results, read_prompts, run_batch
 from grokjax.console import BatchProgress, ProgressLine, choose_mesh, named_config, read_config, say
 from grokjax.engine import Engine
 from grokjax.layouts import open_checkpoint
@@ -138,9 +138,10 @@ def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
             say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
         if earlier < len(prompts):
             sizes = {"slots": arguments.slots, "max_len": arguments.max_len}
-            engine = Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos)
-            with BatchProgress(len(prompts), earlier) as progress:
-                run_batch(engine, prompts, results, progress)
+            with model_failures():
+                engine = Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos)
+                with BatchProgress(len(prompts), earlier) as progress:
+                    run_batch(engine, prompts, results, progress)
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")

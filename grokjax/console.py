@@ -47,8 +47,8 @@ class ProgressLine:
         say(f"{state}: {progress.parameter}")
 
 
-# Characters of a bar, and seconds between two lines where there is none.
-_BAR = 24
+# Characters of a bar, few so that what follows it fits into 80; and seconds between two lines where there is none.
+_BAR = 12
 _LINE_PERIOD = 10.0
 
 

@@ -1,22 +1,18 @@
-"""`grokjax generate --prompts`: what is read, what is written and when, and how an interrupted job goes on."""
+"""A file of prompts: what is read, what is written and when, and how an interrupted job goes on."""
 
 import dataclasses
+import errno
 import fcntl
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, continuation
 
-from grokjax import GrokConfig
-from grokjax.cli import main
-from grokjax.cli_batch import Prompt, open_results, read_prompts, run_batch
-from grokjax.console import BatchProgress
+from grokjax.cli_batch import Prompt, Results, open_results, read_prompts, run_batch
 from grokjax.engine import Engine
 from grokjax.request import Request
 
@@ -81,6 +77,7 @@ class TestPrompts:
             {"prompt": [4, 5]},
         )
         first, second = read_json(tmp_path, *lines)
+        assert first.request.stop == ("x",)
         assert (first.id, first.request.seed, first.request.n) == ("a", 9, 2)
         assert first.request.logit_bias == {5: -1.0}
         assert first.request.temperature == SETTINGS["temperature"]
@@ -95,7 +92,17 @@ class TestPrompts:
             ('{"prompt": "4", "id": true}', "id=True must be a text or an integer"),
             ('{"prompt": "4", "tone": 1}', "tone is no field of a request; these are: id, prompt"),
             ('{"prompt": "4", "ignore_eos": 1}', "ignore_eos=1 must be true or false"),
-            ('{"prompt": "4", "logit_bias": {"a": 1}}', "keys of logit_bias must be token ids"),
+            ('{"prompt": "4", "logit_bias": {"a": 1}}', 'keys of logit_bias must be token ids, such as "42"'),
+            ('{"prompt": "4", "logit_bias": [[5, 1]]}', "logit_bias=[[5, 1]] must be an object such as"),
+            ('{"prompt": "4", "stop": null}', "stop=None must be a text or a list of texts"),
+            ('{"prompt": "4", "stop_ids": 5}', "stop_ids=5 must be a list of token ids"),
+            ('{"prompt": "4", "stop_ids": ["a"]}', "stop_ids=['a'] must be a list of token ids"),
+            (
+                '{"prompt": "4", "allowed_tokens": "ab"}',
+                "allowed_tokens='ab' must be a list with true or false for each",
+            ),
+            ('{"prompt": "4"}\n{"prompt": "4", "top_p": 2}', "line 2: top_p=2 must be a number, from 0 to 1"),
+            ('{"prompt": "4", "temperature": 1' + "0" * 400 + "}", "line 1: int too large"),
             ('{"prompt": "4", "id": "b"}\n{"prompt": "5", "id": "b"}', "lines 1 and 2 have the id 'b'"),
             ('{"prompt": "4", "id": 2}\n{"prompt": "5"}', "lines 1 and 2 have the id 2: give each its own"),
             ("\n \n", "has no prompts: give it at least one line"),
@@ -141,6 +148,20 @@ class TestResults:
         assert found[1]["error"] == "the prompt must be text or a list of token ids, not 7."
         assert "error" not in found[2]
 
+    def test_one_bad_sample_marks_the_line(self, tmp_path: Path) -> None:
+        run(read_json(tmp_path, {"prompt": "x", "n": 2}), tmp_path / "out")
+        [record] = records(tmp_path / "out").values()
+        assert [sample["finish_reason"] for sample in record["samples"]] == ["error", "error"]
+        assert record["error"] == record["samples"][0]["error"]
+
+    def test_prompts_that_are_no_text_are_known_again(self, tmp_path: Path) -> None:
+        prompts = read(tmp_path, b'{"prompt": NaN}\n{"prompt": "\\ud800"}\n{"prompt": "\xff"}', "prompts.jsonl")
+        run(prompts, tmp_path / "out")
+        found = (tmp_path / "out").read_bytes()
+        run(prompts, tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == found
+        assert all("error" in record for record in records(tmp_path / "out").values())
+
     def test_more_prompts_than_the_queue_takes(self, tmp_path: Path) -> None:
         prompts = read(tmp_path, "\n".join(str(3 + number % 20) for number in range(30)))
         run(prompts, tmp_path / "out", engine=make_engine(max_queue=2))
@@ -161,6 +182,16 @@ class TestResults:
             run_batch(engine, prompts, results, lambda done, tokens: None)
         assert any(text.count("\n") == 1 for text in seen)
         assert all(text.endswith("\n") for text in seen if text)
+
+
+class FullDisk(io.FileIO):
+    """Takes 1000 bytes."""
+
+    def write(self, data: Any) -> int:
+        room = 1000 - self.tell()
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data[:room])
 
 
 class TestResumed:
@@ -205,12 +236,26 @@ class TestResumed:
         assert (tmp_path / "out").read_bytes().startswith(b"".join(lines))
         assert len(records(tmp_path / "out")) == 10
 
-    def test_a_whole_line_without_its_end_is_kept(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("count", [3, 10])
+    def test_a_whole_line_without_its_end_is_kept(
+        self, count: int, prompts: tuple[Prompt, ...], tmp_path: Path
+    ) -> None:
         run(prompts, tmp_path / "out")
-        data = (tmp_path / "out").read_bytes()
-        (tmp_path / "out").write_bytes(data[:-1])
+        kept = b"".join((tmp_path / "out").read_bytes().splitlines(keepends=True)[:count])
+        (tmp_path / "out").write_bytes(kept[:-1])
         run(prompts, tmp_path / "out")
-        assert (tmp_path / "out").read_bytes() == data
+        assert (tmp_path / "out").read_bytes().startswith(kept)
+        assert len(records(tmp_path / "out")) == 10
+
+    def test_a_full_disk(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
+        with (
+            FullDisk(tmp_path / "out", "a") as file,
+            pytest.raises(ValueError, match="cannot be written: No space left"),
+        ):
+            run_batch(make_engine(), prompts, Results(file, {}), lambda done, tokens: None)
+        assert len((tmp_path / "out").read_bytes()) == 1000
+        run(prompts, tmp_path / "out")
+        assert len(records(tmp_path / "out")) == 10
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -220,6 +265,7 @@ class TestResumed:
             (b"my diary\n", "line 1 is no result of this command"),
             (b"my diary", "line 1 is no result of this command"),
             (b'{"id": 1}\n', "line 1 is no result of this command"),
+            (b'my diary\n{"id": 1, "pro', "line 1 is no result of this command"),
         ],
     )
     def test_other_files_stay_as_they_are(
@@ -235,111 +281,20 @@ class TestResumed:
             fcntl.flock(other, fcntl.LOCK_EX)
             with pytest.raises(ValueError, match="another process writes"):
                 run(prompts, tmp_path / "out")
+        run(prompts, tmp_path / "out")
+
+    def test_a_place_without_locks(
+        self, prompts: tuple[Prompt, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def flock(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(ValueError, match="cannot be locked against other processes: No locks"):
+            run(prompts, tmp_path / "out")
 
     def test_places_that_are_no_files(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is not a file: results are appended"):
             run(prompts, tmp_path)
         with pytest.raises(ValueError, match="cannot be written: No such file"):
             run(prompts, tmp_path / "missing" / "out")
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-class TestProgress:
-    def test_lines(self, capsys: pytest.CaptureFixture[str]) -> None:
-        now = [0.0]
-        with BatchProgress(40, 10, clock=lambda: now[0]) as progress:
-            for now[0], done, tokens in ((1.0, 10, 0), (2.0, 10, 5), (11.0, 20, 95), (12.0, 21, 105), (22.0, 30, 205)):
-                progress(done, tokens)
-        assert capsys.readouterr().err.splitlines() == [
-            "grokjax: 20 of 40 done, 10.0 tokens/s, 22 s left",
-            "grokjax: 30 of 40 done, 10.0 tokens/s, 11 s left",
-        ]
-
-    def test_a_bar_in_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        now, terminal = [0.0], Terminal()
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with BatchProgress(4, 0, clock=lambda: now[0]) as progress:
-            for now[0], done, tokens in ((1.0, 0, 1), (2.0, 2, 11), (3.0, 4, 21)):
-                progress(done, tokens)
-        bars = terminal.getvalue().split("\r")[1:]
-        assert [bar.count("#") for bar in bars] == [0, 12, 24]
-        assert "2 of 4 done, 10.0 tokens/s, 2 s left" in bars[1]
-        assert terminal.getvalue().endswith("\n")
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("command")
-    (folder / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=32).to_json())
-    (folder / "prompts.txt").write_text("\n".join("abcdef"))
-    command = ["generate", "--random", str(folder / "config.json"), "--tokenizer", "bytes", "--slots", "2"]
-    return [*command, "--max-new-tokens", "6", "--ignore-eos", "--prompts", str(folder / "prompts.txt")]
-
-
-class TestCommand:
-    """The real engine, a model of one layer."""
-
-    def test_interrupted_and_resumed(
-        self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert main([*command, "--output", str(tmp_path / "whole")]) == 0
-        step, calls = Engine.step, []
-
-        def interrupted(engine: Engine) -> list:
-            calls.append(engine)
-            if len(calls) > 10:
-                raise KeyboardInterrupt
-            return step(engine)
-
-        monkeypatch.setattr(Engine, "step", interrupted)
-        command = [*command, "--output", str(tmp_path / "out")]
-        assert main(command) == 130
-        assert 0 < len(records(tmp_path / "out")) < 6
-        monkeypatch.undo()
-        capsys.readouterr()
-        assert main(command) == 0
-        assert f"2 of 6 results are in {tmp_path / 'out'}" in capsys.readouterr().err
-        texts = {number: record["text"] for number, record in records(tmp_path / "out").items()}
-        assert texts == {number: record["text"] for number, record in records(tmp_path / "whole").items()}
-
-    def test_errors_among_the_results(
-        self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        (tmp_path / "prompts.txt").write_text("a" * 50 + "\nb\n")
-        arguments = [*command[:-1], str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]
-        assert main(arguments) == 1
-        assert "is complete: 2 results, 1 of them errors" in capsys.readouterr().err
-        assert "error" in records(tmp_path / "out")[1]
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ([], "--prompts needs --output"),
-            (["--slots", "0"], "--slots 0 must be 1 or more"),
-            (["--max-len", "1"], "--max-len 1 must be between 2 and max_seq_len=32"),
-            (["--max-len", "33"], "--max-len 33 must be between 2 and max_seq_len=32"),
-            (["--temperature", "-1"], "temperature"),
-        ],
-    )
-    def test_refused_before_the_model_is_made(
-        self, changes: list[str], message: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        output = ["--output", str(tmp_path / "out")] if changes else []
-        assert main([*command, *changes, *output]) == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
-
-    def test_output_without_prompts(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        assert main([*command[:-2], "hello", "--output", "out"]) == 2
-        assert "--output goes with --prompts" in capsys.readouterr().err
-
-    def test_a_prompt_and_a_file(self, command: list[str]) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "grokjax", *command, "x"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2
-        assert "not allowed with argument" in done.stderr

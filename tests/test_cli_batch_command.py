@@ -1,0 +1,178 @@
+"""`grokjax generate --prompts` as a command: statuses, messages, Ctrl-C, and the progress that it shows."""
+
+import functools
+import io
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from fake_steps import FakeModel, FakeSteps, continuation
+
+from grokjax import ByteTokenizer, GrokConfig
+from grokjax.cli import main
+from grokjax.console import BatchProgress
+from grokjax.engine import Engine
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tokens(path: Path) -> dict[int, list[int]]:
+    """The tokens of each prompt, which has one result."""
+    lines = read_lines(path)
+    found = {line["id"]: line["token_ids"] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestProgress:
+    def test_lines(self, capsys: pytest.CaptureFixture[str]) -> None:
+        now = [0.0]
+        with BatchProgress(40, 10, clock=lambda: now[0]) as progress:
+            for now[0], done, tokens in ((1.0, 10, 0), (2.0, 10, 5), (11.0, 20, 95), (12.0, 21, 105), (22.0, 30, 205)):
+                progress(done, tokens)
+        assert capsys.readouterr().err.splitlines() == [
+            "grokjax: 20 of 40 done, 10.0 tokens/s, 22 s left",
+            "grokjax: 30 of 40 done, 10.0 tokens/s, 11 s left",
+        ]
+
+    def test_a_bar_in_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now, terminal = [0.0], Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with BatchProgress(4, 0, clock=lambda: now[0]) as progress:
+            for now[0], done, tokens in ((1.0, 0, 1), (2.0, 2, 11), (3.0, 4, 21)):
+                progress(done, tokens)
+            monkeypatch.setenv("COLUMNS", "30")
+            progress(4, 21)
+        *bars, narrow = terminal.getvalue().removesuffix("\n").split("\r")[1:]
+        assert [bar.count("#") for bar in bars] == [0, 6, 12]
+        assert "2 of 4 done, 10.0 tokens/s, 2 s left" in bars[1]
+        assert narrow == f"grokjax: [{'#' * 12}] 4 of \x1b[K"
+        assert terminal.getvalue().endswith("\n")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """Six prompts, without a place for their results."""
+    (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=32).to_json())
+    (tmp_path / "prompts.txt").write_text("\n".join("abcdef"))
+    command = ["generate", "--random", str(tmp_path / "config.json"), "--slots", "2", "--max-new-tokens", "6"]
+    command += ["--ignore-eos", "--mesh", "1,1", "--dtype", "float32"]
+    return [*command, "--prompts", str(tmp_path / "prompts.txt")]
+
+
+@pytest.fixture
+def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grokjax.cli_generate.init", lambda config, **_: FakeModel(config))
+    monkeypatch.setattr("grokjax.cli_generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
+
+
+@pytest.fixture
+def interrupted_at_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An output at whose second result the process gets the signal of Ctrl-C, once."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    output, step, sent = tmp_path / "out.jsonl", Engine.step, []
+
+    def interrupted(engine: Engine) -> list:
+        if not sent and output.exists() and output.read_bytes().count(b"\n") >= 2:
+            sent.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    yield output
+    signal.signal(signal.SIGINT, handler)
+
+
+class TestCommand:
+    def test_interrupted_and_resumed(
+        self, command: list[str], interrupted_at_two: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """With a real model: the results are those of a run that was left alone."""
+        output = interrupted_at_two
+        assert main([*command, "--output", str(output)]) == 130
+        assert "grokjax: interrupted" in capsys.readouterr().err
+        kept = output.read_bytes()
+        assert 2 <= kept.count(b"\n") < 6
+        assert main([*command, "--output", str(output)]) == 0
+        said = capsys.readouterr().err
+        assert f"{kept.count(chr(10).encode())} of 6 results are in {output}" in said
+        assert f"{output} is complete: 6 results\n" in said
+        assert output.read_bytes().startswith(kept)
+        whole = output.with_name("whole.jsonl")
+        assert main([*command, "--output", str(whole)]) == 0
+        assert tokens(output) == tokens(whole)
+
+    @pytest.mark.usefixtures("fake_model")
+    def test_errors_among_the_results(
+        self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "prompts.txt").write_bytes(b"a" * 50 + b"\nb\n\xff")
+        command += ["--output", str(tmp_path / "out")]
+        assert main(command) == 1
+        assert "is complete: 3 results, 2 of them errors" in capsys.readouterr().err
+        long, _, broken = sorted(read_lines(tmp_path / "out"), key=lambda record: record["id"])
+        assert "the prompt has 50 tokens and at most 31" in long["error"]
+        assert broken["error"] == "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
+        assert len(tokens(tmp_path / "out")[2]) == 6
+        monkeypatch.setattr("grokjax.cli_generate.init", lambda *_, **__: pytest.fail("the model was made"))
+        assert main(command) == 1
+
+    @pytest.mark.usefixtures("fake_model")
+    def test_settings_reach_the_engine(self, command: list[str], tmp_path: Path) -> None:
+        sizes = ["--max-len", "5", "--add-bos", "--seed", "4"]
+        assert main([*command, *sizes, "--output", str(tmp_path / "out")]) == 0
+        bos, a = ByteTokenizer(512).bos_id, ByteTokenizer(512).encode("a")
+        assert tokens(tmp_path / "out")[1] == continuation([bos, *a], 3, seed=4)
+
+    @pytest.mark.usefixtures("fake_model")
+    def test_a_model_that_fails(
+        self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nDetails")
+
+        monkeypatch.setattr(FakeSteps, "decode", fail)
+        assert main([*command, "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "the model failed: RESOURCE_EXHAUSTED: Out of memory. The results so far are kept" in error
+        assert "fewer --slots or a smaller --max-len" in error
+        assert (tmp_path / "out").read_text() == ""
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ([], "--prompts needs --output: name the file"),
+            (["--slots", "0"], "--slots 0 must be 1 or more"),
+            (["--max-len", "1"], "--max-len 1 must be between 2 and max_seq_len=32"),
+            (["--max-len", "33"], "--max-len 33 must be between 2 and max_seq_len=32"),
+            (["--temperature", "-1"], "temperature"),
+            (["--prompts", "missing.txt"], "--prompts missing.txt cannot be read: No such file"),
+        ],
+    )
+    def test_refused_before_the_model_is_made(
+        self, changes: list[str], message: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = ["--output", str(tmp_path / "out")] if changes else []
+        assert main([*command, *changes, *output]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_output_without_prompts(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*command[:-2], "hello", "--output", "out"]) == 2
+        assert "--output goes with --prompts" in capsys.readouterr().err
+
+    def test_a_prompt_and_a_file(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "hello"])
+        assert "not allowed with argument" in capsys.readouterr().err
