@@ -17,8 +17,8 @@ from grokjax.targets import Target
 
 Bound = Literal["memory", "compute", "transfers"]
 
-# Programs that a search for the largest batch or context may compile beside two small ones.
-_MAX_TRIES = 3
+# Programs that a search for the largest batch or context may compile beside a small one and that of the plan.
+_MAX_TRIES = 4
 # Rows beyond which no search goes.
 _MOST_ROWS = 1 << 16
 
@@ -138,7 +138,9 @@ class Plan:
         usable, data = self.target.accelerator.usable_bytes, self.mesh[0]
         if usable is None:
             return None
-        return data * _largest(lambda n: self._total_bytes(n * data, self.max_len), usable, _MOST_ROWS // data)
+        total = functools.partial(self._total_bytes, max_len=self.max_len)
+        start = -(-self.batch_size // data)
+        return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data)
 
     @functools.cached_property
     def largest_max_len(self) -> int | None:
@@ -146,7 +148,8 @@ class Plan:
         usable = self.target.accelerator.usable_bytes
         if usable is None:
             return None
-        return _largest(lambda n: self._total_bytes(self.batch_size, n), usable, self.steps.config.max_seq_len)
+        total = functools.partial(self._total_bytes, self.batch_size)
+        return _largest(total, usable, self.max_len, self.steps.config.max_seq_len)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
         steps, prompt_len = self.steps, min(self.prompt_len, max_len)
@@ -237,19 +240,20 @@ def _ring_seconds(traffic: Traffic, num_devices: int, link_bandwidth: float, lat
     return traffic.count * latency + sent / link_bandwidth
 
 
-def _largest(total_bytes: Callable[[int], int], usable: int, most: int) -> int:
+def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int) -> int:
     """The largest n up to `most` whose total is usable, which grows about linearly; 0 if there is none.
 
-    It is confirmed by its total, and at most `_MAX_TRIES` totals beside those of 1 and 2 are asked for.
+    It is confirmed by its total; at most `_MAX_TRIES` totals beside those of 1 and of `start` are asked for.
     """
     if total_bytes(1) > usable:
         return 0
-    known = {1: total_bytes(1), 2: total_bytes(min(2, most))}
+    known = {n: total_bytes(n) for n in (1, max(2, min(start, most)))}
     for _ in range(_MAX_TRIES):
-        (low, low_bytes), (high, high_bytes) = sorted(known.items())[-2:]
-        slope = max((high_bytes - low_bytes) / (high - low), 1)
-        guess = min(most, max(1, int(high + (usable - high_bytes) / slope)))
+        fitting, others = [sorted(n for n in known if (known[n] <= usable) is fits) for fits in (True, False)]
+        low, high = (fitting[-1], others[0]) if others else fitting[-2:]
+        slope = max((known[high] - known[low]) / (high - low), 1)
+        guess = min(most, low + int((usable - known[low]) / slope))
         if guess in known:
             break
         known[guess] = total_bytes(guess)
-    return max((n for n, needed in known.items() if needed <= usable and n <= most), default=0)
+    return max(n for n, needed in known.items() if needed <= usable)

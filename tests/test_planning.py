@@ -225,15 +225,14 @@ class TestFits:
         memory = 2 * MIB
         accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=memory)
         sizes = functools.partial(plan, TINY, target=Target(accelerator, 8), mesh=(2, 4), prompt_len=8)
-        made = sizes(batch_size=4, max_len=128)
-        best = made.largest_batch_size
+        best = sizes(batch_size=4, max_len=128).largest_batch_size
         assert best > 4
         assert best % 2 == 0
         assert sizes(batch_size=best, max_len=128).fits
-        assert not sizes(batch_size=round(best * 1.1) + 2, max_len=128).fits
-        small = sizes(batch_size=best * 2, max_len=64)
-        assert sizes(batch_size=best * 2, max_len=small.largest_max_len).fits
-        assert not sizes(batch_size=best * 2, max_len=round(small.largest_max_len * 1.1) + 2).fits
+        longer = sizes(batch_size=2 * round(best * 0.55), max_len=128)  # even, as the data axis divides no other
+        assert not longer.fits
+        assert 100 < longer.largest_max_len < 128
+        assert sizes(batch_size=longer.batch_size, max_len=longer.largest_max_len).fits
 
 
 class TestSuggestions:
