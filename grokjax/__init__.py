@@ -5,6 +5,7 @@ from grokjax.cache import KVCache
 from grokjax.checkpoint import CheckpointInfo, Progress, describe, load, load_parameters, save
 from grokjax.config import GrokConfig
 from grokjax.conversion import ConversionPlan, convert, export, plan_conversion, verify
+from grokjax.distributed import DistributedError
 from grokjax.engine import Engine
 from grokjax.metrics import Metrics
 from grokjax.model import Grok, init
@@ -15,6 +16,7 @@ from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_toke
 from grokjax.scheduler import QueueFullError
 from grokjax.sequence import Handle
 from grokjax.sharding import ShardingRules, make_mesh
+from grokjax.shared_steps import follow
 from grokjax.steps import Generated, decode, decode_and_sample, forward, generate, prefill
 from grokjax.stored import CheckpointError
 from grokjax.suggestions import Suggestion, suggest
@@ -28,6 +30,7 @@ __all__ = [
     "CheckpointInfo",
     "Completion",
     "ConversionPlan",
+    "DistributedError",
     "Engine",
     "Generated",
     "GeneratedText",
@@ -55,6 +58,7 @@ __all__ = [
     "dequantize",
     "describe",
     "export",
+    "follow",
     "forward",
     "generate",
     "init",

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
+from grokjax.distributed import on_first
 from grokjax.layouts import open_checkpoint
 from grokjax.manifest import UNFINISHED, Manifest
 from grokjax.mapping import check_expression, check_layers, check_sources, map_parameters, stack_name
@@ -174,33 +175,39 @@ def load_parameters(
 def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> None:
     """Writes a model as a checkpoint of ours, which `load` restores onto any mesh.
 
-    The host holds one matrix at a time. Until all is written the folder is no checkpoint, and `load` says so.
+    The host holds one matrix at a time. Until all is written the folder is no checkpoint, and `load` says so. If the
+    model spans processes, all of them call it, and each writes its own shards.
 
     Args:
       model: on any mesh.
-      path: a folder that does not exist yet.
+      path: a folder that does not exist yet, on a disk that all processes share.
       progress: called after each unit.
 
     Raises:
       CheckpointError: The folder exists, cannot be written, or the disk is full.
     """
     folder = Path(path).absolute()
-    if folder.exists():
-        raise CheckpointError(f"{folder}: exists already: choose another path, or remove it first.")
     values = {parameter_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
     specs = {name: _saved_spec(values, name, shape) for name, shape in parameter_shapes(model.config).items()}
     manifest = Manifest(model.config, specs, {"made_by": "save"})
-    check_room(folder, sum(spec.num_bytes for spec in specs.values()))
-    make_folder(folder)
-    manifest.write(folder, UNFINISHED)
-    prepare_units(folder, manifest)
     done, total = 0, sum(spec.num_bytes for spec in specs.values())
+    together = model.partitioner.mesh.is_multi_process
+    on_first(lambda: _begin(folder, manifest, total), together=together)
     for unit in units_of(model.config):
         write_unit(folder, unit.name, {piece.name: _take(values, piece) for piece in unit.pieces})
         done += sum(specs[piece.parameter].piece(piece).num_bytes for piece in unit.pieces)
         if progress is not None:
             progress(Progress(unit.name, unit.name, done, total))
-    commit(folder, manifest)
+    on_first(lambda: commit(folder, manifest), together=together)
+
+
+def _begin(folder: Path, manifest: Manifest, num_bytes: int) -> None:
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already: choose another path, or remove it first.")
+    check_room(folder, num_bytes)
+    make_folder(folder)
+    manifest.write(folder, UNFINISHED)
+    prepare_units(folder, manifest)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from grokjax import cli_checkpoints, cli_generate, cli_plan
-from grokjax.console import say
+from grokjax.console import say, say_error
+from grokjax.distributed import DistributedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Nobody reads on; what Python would still flush at its exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
+    except (ValueError, OSError, DistributedError) as error:
+        say_error(error)
         return 2
 
 

@@ -1,6 +1,7 @@
 """`grokjax generate`: continues a prompt, text to standard output as it is made, or a file of prompts."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -9,14 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
-from grokjax.cli_batch import model_failures, open_results, read_prompts, run_batch
-from grokjax.console import BatchProgress, ProgressLine, choose_mesh, named_config, read_config, say
+from grokjax.cli_batch import Prompt, Results, model_failures, open_results, read_prompts, run_batch
+from grokjax.console import (
+    BatchProgress,
+    ProgressLine,
+    add_processes,
+    choose_mesh,
+    join_processes,
+    named_config,
+    read_config,
+    say,
+)
+from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine
 from grokjax.layouts import open_checkpoint
 from grokjax.sampling import SampleSettings
+from grokjax.shared_steps import follow
 from grokjax.stored import Checkpoint
 from grokjax.text import check_limits, encode_prompt
 
@@ -42,6 +55,7 @@ def add_command(commands: Any) -> None:
     _add_prompts(generate)
     _add_model(generate)
     _add_settings(generate)
+    add_processes(generate)
     generate.set_defaults(run=run)
 
 
@@ -91,6 +105,7 @@ def _add_settings(generate: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a prompt of a file ended with an error, else 0."""
     _check_output(arguments)
+    join_processes(arguments)
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
     if arguments.prompts is not None:
@@ -131,17 +146,33 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
+    """Of several processes, the first has prompts and results, and the others step the model with it."""
+    with contextlib.ExitStack() as until_done:
+        batch = on_first(lambda: _open_batch(arguments, until_done))
+        if batch is None:
+            follow(source.make())
+            return 0
+        return _run_prompts(*batch, source, arguments)
+
+
+def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack) -> tuple[tuple[Prompt, ...], Results]:
     prompts = read_prompts(arguments.prompts, _settings(arguments))
-    with open_results(arguments.output, prompts) as results:
-        earlier = len(results.failed)
-        if earlier:
-            say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
-        if earlier < len(prompts):
-            sizes = {"slots": arguments.slots, "max_len": arguments.max_len}
-            with model_failures():
-                engine = Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos)
-                with BatchProgress(len(prompts), earlier) as progress:
-                    run_batch(engine, prompts, results, progress)
+    return prompts, until_done.enter_context(open_results(arguments.output, prompts))
+
+
+def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source, arguments: argparse.Namespace) -> int:
+    earlier = len(results.failed)
+    if earlier:
+        say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
+    # Other processes wait for an engine, be there anything to do or not.
+    if earlier < len(prompts) or jax.process_count() > 1:
+        sizes = {"slots": arguments.slots, "max_len": arguments.max_len}
+        with (
+            model_failures(),
+            Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos) as engine,
+            BatchProgress(len(prompts), earlier) as progress,
+        ):
+            run_batch(engine, prompts, results, progress)
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
@@ -154,15 +185,19 @@ def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
     say("compiling the first steps")
     times = []
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        _show(piece)
         times.append(time.perf_counter())
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    _show("\n")
     num_tokens = len(times) - 1  # the last piece is what the decoder held back
     # The first steps compile; the rate is that of the others.
     rate = f", then {(num_tokens - 2) / (times[-2] - times[1]):.1f} tokens/s" if num_tokens > 8 else ""
     say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}")
+
+
+def _show(text: str) -> None:
+    if is_first():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _random_source(arguments: argparse.Namespace) -> _Source:

@@ -1,5 +1,6 @@
 """What the commands share: messages on standard error, progress, configuration files, meshes."""
 
+import argparse
 import shutil
 import sys
 import time
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from grokjax.checkpoint import Progress
 from grokjax.config import GrokConfig
 from grokjax.conversion import EARLIER
+from grokjax.distributed import initialize, is_first
 from grokjax.sharding import divides, make_mesh
 
 
@@ -121,8 +123,40 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Writes a line to standard error."""
-    print(f"grokjax: {text}", file=sys.stderr, flush=True)
+    """Writes a line to standard error; of several processes, the first does."""
+    if is_first():
+        print(f"grokjax: {text}", file=sys.stderr, flush=True)
+
+
+def say_error(error: Exception) -> None:
+    """Writes an error to standard error, on every process that has one."""
+    where = "" if is_first() else f" in process {jax.process_index()}"
+    print(f"grokjax: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """Adds the options that join the processes of several hosts."""
+    group = command.add_argument_group("several hosts", "the same command on each, see docs/distributed.md")
+    group.add_argument("--distributed", action="store_true", help="started by SLURM, Open MPI, Kubernetes or Cloud TPU")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="started by hand: where process 0 runs, a free port")
+    group.add_argument("--num-processes", metavar="N", type=int, help="how many")
+    group.add_argument("--process-id", metavar="I", type=int, help="which of them this is, from 0")
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Does what the options of `add_processes` say, before anything else.
+
+    Raises:
+      ValueError: They are incomplete.
+    """
+    by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if by_hand == (None, None, None):
+        if arguments.distributed:
+            initialize()
+        return
+    if None in by_hand:
+        raise ValueError("--coordinator, --num-processes and --process-id go together: give all three.")
+    initialize(*by_hand)
 
 
 def read_config(option: str, path: Path) -> GrokConfig:
@@ -170,7 +204,21 @@ def read_extents(text: str) -> tuple[int, int]:
 
 
 def choose_mesh(text: str | None, config: GrokConfig) -> Mesh:
-    """The mesh of a `--mesh` option, or the widest model axis that fits the configuration and the devices."""
+    """The mesh of a `--mesh` option, or the widest model axis that fits the configuration and the devices.
+
+    Over several hosts, the data axis crosses them if it can, else the model axis.
+
+    Raises:
+      ValueError: There are not as many devices, or the hosts cannot share them evenly.
+    """
+    hosts, num_devices = jax.process_count(), jax.device_count()
     if text is not None:
-        return make_mesh(read_extents(text))
-    return make_mesh((1, max(n for n in range(1, jax.device_count() + 1) if divides(config, n))))
+        data, model = read_extents(text)
+    else:
+        model = max(n for n in range(1, num_devices + 1) if divides(config, n) and (hosts == 1 or num_devices % n == 0))
+        data = 1 if hosts == 1 else num_devices // model
+    if data % hosts == 0:
+        return make_mesh((data // hosts, model), (hosts, 1))
+    if model % hosts == 0:
+        return make_mesh((data, model // hosts), (1, hosts))
+    raise ValueError(f"--mesh {text}: {hosts} hosts cannot share it: make one of the numbers a multiple of {hosts}.")

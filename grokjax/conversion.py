@@ -6,6 +6,7 @@ where it stopped.
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -21,10 +22,11 @@ from jax.typing import DTypeLike
 from grokjax.checkpoint import Progress, Report, check_room, free_bytes, make_folder
 from grokjax.config import GrokConfig
 from grokjax.conversion_target import done_units, locked, make_manifest
+from grokjax.distributed import is_first, on_first
 from grokjax.layouts import open_checkpoint
-from grokjax.manifest import MANIFEST, UNFINISHED
+from grokjax.manifest import MANIFEST, UNFINISHED, Manifest
 from grokjax.model import check_dtype
-from grokjax.orbax_layout import OrbaxCheckpoint, commit, open_orbax, prepare_units, write_unit
+from grokjax.orbax_layout import OrbaxCheckpoint, commit, finished_units, open_orbax, prepare_units, write_unit
 from grokjax.recipe import Leaves, Recipe, Weights
 from grokjax.safetensors_export import write_safetensors
 from grokjax.stored import (
@@ -123,6 +125,8 @@ def convert(
 ) -> None:
     """Writes a checkpoint of any layout as one of ours, going on where an interrupted run of the same stopped.
 
+    Processes that work together all call it, and the first converts: disks are the limit. Alone is as fast.
+
     Args:
       source: a checkpoint of any layout.
       target: a folder that does not exist, or that an interrupted run of this conversion left. If it holds all of
@@ -138,29 +142,58 @@ def convert(
       ValueError: The options do not fit the source.
     """
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
-    check_room(plan.target, plan.write_bytes)
     total = sum(spec.num_bytes for spec in plan.specs.values())
     if plan.num_done == plan.num_units and (plan.target / MANIFEST).is_file():
         if progress is not None:
             progress(Progress(EARLIER, EARLIER, total, total))
         return
-    make_folder(plan.target)
     manifest = make_manifest(plan.source, plan.recipe, plan.specs)
+    with contextlib.ExitStack() as until_committed:
+        on_first(lambda: until_committed.enter_context(_begun(plan, manifest)))
+        _write_units(plan, manifest, progress)
+        on_first(lambda: commit(plan.target, manifest))
+
+
+@contextlib.contextmanager
+def _begun(plan: ConversionPlan, manifest: Manifest) -> Iterator[None]:
+    """The target, made ready for its units, and ours alone."""
+    check_room(plan.target, plan.write_bytes)
+    make_folder(plan.target)
     with locked(plan.target):
         done_units(plan.target, manifest)  # what another process may have written since the plan was made
         manifest.write(plan.target, UNFINISHED)
-        done = prepare_units(plan.target, manifest)
-        units = [unit for unit in units_of(plan.source.config) if unit.name not in done]
-        written = total - sum(_num_bytes(plan.specs, unit) for unit in units)
-        if progress is not None and written:
-            progress(Progress(EARLIER, EARLIER, written, total))
-        for unit, arrays in _convert_units(plan, units):
-            write_unit(plan.target, unit.name, arrays)
-            _return_freed_memory()
-            written += _num_bytes(plan.specs, unit)
-            if progress is not None:
-                progress(Progress(unit.name, unit.name, written, total))
-        commit(plan.target, manifest)
+        prepare_units(plan.target, manifest)
+        yield
+
+
+def _write_units(plan: ConversionPlan, manifest: Manifest, progress: Report | None) -> None:
+    done = finished_units(plan.target, manifest)
+    units = [unit for unit in units_of(plan.source.config) if unit.name not in done]
+    total = sum(spec.num_bytes for spec in plan.specs.values())
+    written = total - sum(_num_bytes(plan.specs, unit) for unit in units)
+    if progress is not None and written:
+        progress(Progress(EARLIER, EARLIER, written, total))
+    for unit, arrays in _convert_units(plan, units) if is_first() else _stand_ins(plan, units):
+        write_unit(plan.target, unit.name, arrays)
+        _return_freed_memory()
+        written += _num_bytes(plan.specs, unit)
+        if progress is not None:
+            progress(Progress(unit.name, unit.name, written, total))
+
+
+def _stand_ins(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tuple[Unit, dict[str, Leaves]]]:
+    """What the other processes bring to Orbax, which wants all of them at each save: shapes and no memory."""
+    for unit in units:
+        yield (
+            unit,
+            {
+                piece.name: {
+                    name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+                    for name, leaf in plan.specs[piece.parameter].piece(piece).leaves().items()
+                }
+                for piece in unit.pieces
+            },
+        )
 
 
 def verify(

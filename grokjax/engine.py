@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from grokjax.metrics import Meter, Metrics
 from grokjax.request import Completion, FinishReason, Piece, Request
 from grokjax.scheduler import Admission, PrefillGroup, Scheduler
 from grokjax.sequence import Drawn, Handle, Intake, LiveSample
-from grokjax.slot_steps import ModelSteps
+from grokjax.shared_steps import make_steps as steps_of_model
 from grokjax.slots import Pending, PendingScores, SlotSettings, Steps
 from grokjax.tokenizer import Tokenizer
 from grokjax.warm_up import WarmedStep, warm_up
@@ -31,7 +31,7 @@ class Engine:
     A request's tokens do not depend on the others: not on its slot, nor on the order of arrival, nor on who runs, stops
     or is cancelled beside it. The draw at position p uses `fold_in(key(seed), p)`, as in `generate`.
 
-    An engine belongs to one thread at a time.
+    An engine belongs to one thread at a time. As a context, it is closed at the end.
 
     Args:
       model: a `Grok`.
@@ -50,7 +50,8 @@ class Engine:
       make_steps: makes the `Steps` of the model; another one serves tests.
 
     Raises:
-      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
+      ValueError: A number is out of range, the tokenizer has more tokens than the model, or the model spans processes
+        and this is not the first: the others call `follow`.
     """
 
     def __init__(
@@ -67,11 +68,12 @@ class Engine:
         reuse_prefixes: bool = True,
         add_bos: bool = False,
         clock: Callable[[], float] = time.perf_counter,
-        make_steps: Callable[..., Steps] = ModelSteps,
+        make_steps: Callable[..., Steps] = steps_of_model,
     ):
-        config = model.config
-        max_len = config.max_seq_len if max_len is None else max_len
-        _check_sizes(config, tokenizer, max_len, max_logprobs)
+        max_len = model.config.max_seq_len if max_len is None else max_len
+        self._intake = Intake(
+            tokenizer, config=model.config, max_len=max_len, max_logprobs=max_logprobs, add_bos=add_bos
+        )
         fitting = tuple(bucket for bucket in _BUCKETS if bucket <= max_len) or (max_len,)
         self._scheduler: Scheduler[LiveSample] = Scheduler(
             slots=slots,
@@ -82,14 +84,6 @@ class Engine:
             reuse_prefixes=reuse_prefixes,
         )
         self._steps = make_steps(model, slots=slots, max_len=max_len, num_top=max_logprobs)
-        self._intake = Intake(
-            tokenizer,
-            vocab_size=config.vocab_size,
-            max_len=max_len,
-            max_logprobs=max_logprobs,
-            eos_id=config.eos_id if tokenizer is None else tokenizer.eos_id,
-            add_bos=add_bos,
-        )
         self._clock, self._meter = clock, Meter()
         self._live: dict[LiveSample, None] = {}
         self._siblings: dict[Handle, tuple[int, list[LiveSample]]] = {}  # until the first sample's prefill is under way
@@ -97,6 +91,7 @@ class Engine:
         self._ended: list[Handle] = []
         self._last_settings: tuple[_Rows, SlotSettings] | None = None
         self._failure: Exception | None = None
+        self._is_closed = False
 
     @property
     def has_work(self) -> bool:
@@ -107,6 +102,12 @@ class Engine:
     def has_room(self) -> bool:
         """Whether the queue takes another request."""
         return self._scheduler.queue.has_room
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def warm_up(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[WarmedStep, ...]:
         """Compiles every step that a request can need, so that none compiles later; an idle engine only.
@@ -121,7 +122,7 @@ class Engine:
         Raises:
           ValueError: A request has not ended, or a step failed before.
         """
-        self._check_failure()
+        self._check_open()
         if self.has_work:
             raise ValueError("requests are running: warm the engine up before the first, or after the last.")
         scheduler = self._scheduler
@@ -140,7 +141,7 @@ class Engine:
           QueueFullError: `max_queue` requests are waiting.
           ValueError: A step of the model failed before: the engine is over.
         """
-        self._check_failure()
+        self._check_open()
         self._scheduler.queue.check_room()
         handle, now = Handle(request), self._clock()
         try:
@@ -170,7 +171,7 @@ class Engine:
         Returns:
           The requests that have ended since the last step.
         """
-        self._check_failure()
+        self._check_open()
         start = self._clock()
         try:
             ready = self._admit()
@@ -237,6 +238,15 @@ class Engine:
         requests = [Request(prompt, **options) for prompt in prompts]
         handles = {handle.request: handle for handle in self.as_completed(requests)}
         return [sample for request in requests for sample in handles[request].samples]
+
+    def close(self) -> None:
+        """Cancels every request that has not ended; other processes return from `follow`. The engine is over."""
+        for sample in list(self._live):
+            self._finish(sample, "cancelled")
+        self._in_flight.clear()
+        if not self._is_closed:
+            self._is_closed = True
+            self._steps.close()
 
     def metrics(self) -> Metrics:
         """What the engine does now and did so far."""
@@ -371,23 +381,14 @@ class Engine:
         for sample in list(self._live):
             self._finish(sample, "error", error)
 
-    def _check_failure(self) -> None:
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError("this engine was closed: make a new one.")
         if self._failure is not None:
             raise ValueError(
                 f"a step of this engine failed ({type(self._failure).__name__}: {self._failure}) and its cache is lost "
                 "with it: make a new engine."
             ) from self._failure
-
-
-def _check_sizes(config: Any, tokenizer: Tokenizer | None, max_len: int, max_logprobs: int) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
-        )
-    if not isinstance(max_len, int) or not 2 <= max_len <= config.max_seq_len:
-        raise ValueError(f"max_len={max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
-    if not 0 <= max_logprobs <= config.vocab_size:
-        raise ValueError(f"max_logprobs={max_logprobs} must be between 0 and the {config.vocab_size} tokens there are.")
 
 
 def _rows(samples: Iterable[LiveSample]) -> _Rows:

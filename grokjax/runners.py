@@ -28,6 +28,7 @@ from grokjax.runner_parts import (
     top_p_filter,
 )
 from grokjax.sharding import make_mesh
+from grokjax.slot_steps import ModelSteps
 from grokjax.tokenizer import Tokenizer, load_tokenizer
 
 # The release's name of it, which its `run.py` imports.
@@ -181,6 +182,8 @@ class ModelRunner:
 class InferenceRunner:
     """Keeps a batch of requests busy: `initialize()`, then the generator `run()`.
 
+    Over several hosts, each runs the same script, with the same requests in the same order.
+
     Attributes:
       name: of the runner.
       runner: the model's.
@@ -215,7 +218,12 @@ class InferenceRunner:
         runner.checkpoint_path = runner.checkpoint_path or self.load
         model = runner.load_or_init()
         self.engine = Engine(
-            model, self.tokenizer, slots=runner.batch_size, prefill_buckets=self.pad_sizes, max_logprobs=TOP_K
+            model,
+            self.tokenizer,
+            slots=runner.batch_size,
+            prefill_buckets=self.pad_sizes,
+            max_logprobs=TOP_K,
+            make_steps=ModelSteps,
         )
 
     def run(self) -> Generator[OutputText | None, Request | None, None]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grokjax.config import GrokConfig
 from grokjax.request import (
     Completion,
     FinishReason,
@@ -203,20 +204,34 @@ class Intake:
 
     Attributes:
       tokenizer: None where requests give and get token ids.
-      vocab_size: V of the model.
+      config: of the model.
       max_len: S, tokens that a slot holds.
       max_logprobs: most probable tokens that a request may ask for.
-      eos_id: token that ends a continuation.
       add_bos: whether prompts that are text begin with the beginning-of-sequence token.
+
+    Raises:
+      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
     """
 
     tokenizer: Tokenizer | None
     _: dataclasses.KW_ONLY
-    vocab_size: int
+    config: GrokConfig
     max_len: int
     max_logprobs: int
-    eos_id: int
     add_bos: bool
+
+    def __post_init__(self) -> None:
+        config, tokenizer = self.config, self.tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
+            )
+        if not isinstance(self.max_len, int) or not 2 <= self.max_len <= config.max_seq_len:
+            raise ValueError(f"max_len={self.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+        if not 0 <= self.max_logprobs <= config.vocab_size:
+            raise ValueError(
+                f"max_logprobs={self.max_logprobs} must be between 0 and the {config.vocab_size} tokens there are."
+            )
 
     def samples(self, handle: Handle, now: float) -> list[LiveSample]:
         """The samples of a request that came now.
@@ -232,15 +247,16 @@ class Intake:
             raise ValueError(
                 f"logprobs={request.logprobs} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer."
             )
-        prompt = check_prompt(self._encode(request.prompt), vocab_size=self.vocab_size, max_len=self.max_len)
-        ends = frozenset() if request.ignore_eos else frozenset({self.eos_id})
+        vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
+        prompt = check_prompt(self._encode(request.prompt), vocab_size=vocab_size, max_len=self.max_len)
+        ends = frozenset() if request.ignore_eos else frozenset({eos_id})
         make = functools.partial(
             LiveSample,
             handle,
             prompt=prompt,
             limit=min(request.max_new_tokens, self.max_len - len(prompt)),
-            stop_ids=check_stop_ids(request.stop_ids, self.vocab_size) | ends,
-            bias=bias_row(request, self.vocab_size),
+            stop_ids=check_stop_ids(request.stop_ids, vocab_size) | ends,
+            bias=bias_row(request, vocab_size),
             tokenizer=self.tokenizer,
             prompt_logprobs=[None],
             submitted=now,

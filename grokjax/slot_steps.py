@@ -72,6 +72,9 @@ class ModelSteps:
         packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceTokens(packed)
 
+    def close(self) -> None:
+        """See `Steps`; there is nothing to end."""
+
 
 class DeviceTokens:
     """Tokens that are being drawn; their copy to the host is under way from the start."""

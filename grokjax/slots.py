@@ -96,3 +96,6 @@ class Steps(Protocol):
 
     def decode(self, settings: SlotSettings) -> Pending:
         """Adds the last drawn token of each active row to it, and draws the next."""
+
+    def close(self) -> None:
+        """Ends what the steps hold beyond this process; nothing is called after it."""

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,9 +134,9 @@ def test_reading_is_bounded(saved: Path, monkeypatch: pytest.MonkeyPatch, limit:
     """By the caller's limit, or the largest array of a unit if that is more: here the table."""
     limits, make_context = [], orbax_layout._context
 
-    def record(read_bytes: int | None = None) -> ocp.Context:
+    def record(arrays: Any, read_bytes: int | None = None) -> ocp.Context:
         limits.append(read_bytes)
-        return make_context(read_bytes)
+        return make_context(arrays, read_bytes)
 
     monkeypatch.setattr(orbax_layout, "_context", record)
     load(saved, max_host_bytes=limit)

@@ -1,0 +1,184 @@
+"""Several processes, one for each host: joining them, what only the first does, its messages to the others."""
+
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
+
+import jax
+import numpy as np
+from jax._src import distributed as coordination
+
+T = TypeVar("T")
+
+# How long a process waits for a message before it looks again whether the others are there, milliseconds.
+_POLL_MS = 10_000
+# A message waits for the others after as many, so that read messages can be deleted.
+_MESSAGES_AT_ONCE = 64
+# For what other processes may do before; that they live is known otherwise.
+_FOREVER_MS = 1000 * 3600 * 24 * 7
+
+
+class DistributedError(RuntimeError):
+    """Another process has failed or ended; the message says what to do."""
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    local_device_ids: Sequence[int] | None = None,
+    initialization_timeout_seconds: int = 300,
+    heartbeat_timeout_seconds: int = 100,
+    shutdown_timeout_seconds: int = 300,
+) -> None:
+    """Joins this process to the others, after which `jax.devices()` are those of all of them.
+
+    Every process calls it once, before anything asks for a device. Under SLURM, Open MPI, Kubernetes and on Cloud TPU
+    it needs no argument. A process that dies makes the others stop: where its connections close they notice at once,
+    else after `heartbeat_timeout_seconds`. One that ends with an error waits `shutdown_timeout_seconds` for the others.
+
+    Args:
+      coordinator_address: `HOST:PORT` of process 0, the same for all; the port must be free there.
+      num_processes: how many there are.
+      process_id: this one's number, from 0.
+      local_device_ids: which of the host's GPUs are this process's; all by default.
+      initialization_timeout_seconds: how long to wait for the others.
+      heartbeat_timeout_seconds: after how long a silent process counts as dead.
+      shutdown_timeout_seconds: how long the end of a process waits for that of the others.
+
+    Raises:
+      ValueError: The arguments are incomplete, and no launcher is found that tells them; or they are out of range.
+      DistributedError: It was called before, or JAX has used a device already.
+
+    Source: a thin cover of `jax.distributed.initialize`.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    if coordinator_address is not None and not coordinator_address.rpartition(":")[2].isdecimal():
+        raise ValueError(f"coordinator_address={coordinator_address!r} has no port: give it as HOST:PORT.")
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id={process_id} must be between 0 and {num_processes - 1}, one of each.")
+    try:
+        jax.distributed.initialize(
+            **given,  # type: ignore[arg-type]  # each by its name
+            local_device_ids=local_device_ids,
+            initialization_timeout=initialization_timeout_seconds,
+            heartbeat_timeout_seconds=heartbeat_timeout_seconds,
+            shutdown_timeout_seconds=shutdown_timeout_seconds,
+        )
+    except ValueError as error:
+        missing = ", ".join(name for name, value in given.items() if value is None)
+        raise ValueError(
+            f"no launcher was found that tells {missing} ({error}): give them, or start the processes by SLURM, Open "
+            "MPI, Kubernetes or on Cloud TPU."
+        ) from error
+    except RuntimeError as error:
+        raise DistributedError(
+            f"the processes cannot be joined ({error}): call initialize once, first of all, on every process; "
+            "process 0 must run and be reachable."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is process 0, or the only one. Does not start JAX's devices, which must come after `initialize`."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def on_first(function: Callable[[], T], *, together: bool = True) -> T | None:
+    """Waits for all processes, and runs a function on process 0; what it raises as `ValueError` is raised by all.
+
+    Args:
+      function: what only one process may do, such as making a folder.
+      together: whether the processes work together; else each runs the function for itself.
+
+    Returns:
+      What it returns; None on the other processes.
+    """
+    if not together or not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return function()
+    client = _client()
+    number = client.key_value_increment(f"grokjax/meetings/{jax.process_index()}", 1)
+    client.wait_at_barrier(f"grokjax/meeting/{number}", _FOREVER_MS)
+    outcome = f"grokjax/outcome/{number}"
+    if jax.process_index():
+        problem = client.blocking_key_value_get(outcome, _FOREVER_MS)
+        if problem:
+            raise ValueError(f"process 0: {problem}")
+        return None
+    try:
+        result = function()
+    except ValueError as error:
+        client.key_value_set(outcome, str(error) or "it failed")
+        raise
+    client.key_value_set(outcome, "")
+    return result
+
+
+class Channel:
+    """Messages from process 0 to all others, in order, past the devices: they need not have finished a step.
+
+    A message is a name and arrays. Two ends that are opened as the n-th of their processes belong together.
+    """
+
+    def __init__(self, client: Any, folder: str):
+        self._client, self._folder = client, folder
+        self._numbers = itertools.count()
+
+    @classmethod
+    def open(cls) -> Self:
+        """This process's end of the next channel."""
+        client = _client()
+        number = client.key_value_increment(f"grokjax/channels/{jax.process_index()}", 1)
+        return cls(client, f"grokjax/channel/{number}")
+
+    def send(self, name: str, *values: Any) -> None:
+        """Sends a name and what NumPy makes arrays of."""
+        stream = io.BytesIO()
+        for value in (name, *values):
+            np.save(stream, np.asarray(value), allow_pickle=False)
+        number = next(self._numbers)
+        self._client.key_value_set_bytes(self._key(number), stream.getvalue())
+        self._meet(number)
+
+    def receive(self) -> tuple[str, list[np.ndarray]]:
+        """Waits for the next message.
+
+        Raises:
+          DistributedError: Process 0 has gone.
+        """
+        number = next(self._numbers)
+        stream = io.BytesIO(self._wait(self._key(number)))
+        arrays = []
+        while stream.tell() < len(stream.getbuffer()):
+            arrays.append(np.load(stream, allow_pickle=False))
+        self._meet(number)
+        return str(arrays[0]), arrays[1:]
+
+    def _wait(self, key: str) -> bytes:
+        while True:
+            try:
+                message: bytes = self._client.blocking_key_value_get_bytes(key, _POLL_MS)
+                return message
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise DistributedError(
+                        f"process 0 has gone ({str(error).splitlines()[0]}): see its messages, then start all again."
+                    ) from error
+
+    def _meet(self, number: int) -> None:
+        """After so many messages, waits for all to have read them, then deletes them."""
+        if (number + 1) % _MESSAGES_AT_ONCE:
+            return
+        folder = self._key(number).rpartition("/")[0]
+        self._client.wait_at_barrier(folder, _FOREVER_MS)
+        if jax.process_index() == 0:
+            self._client.key_value_delete(folder)
+
+    def _key(self, number: int) -> str:
+        return f"{self._folder}/{number // _MESSAGES_AT_ONCE}/{number}"
+
+
+def _client() -> Any:
+    """The client of the service that JAX starts for its own coordination; it has no public name, Orbax takes it too."""
+    return coordination.global_state.client

@@ -1,0 +1,286 @@
+"""Two processes of four devices do together what one process of eight does; one that dies stops the other."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from goldens import load_case
+from member import CASE, ENGINE, MESHES, PROMPT, answer
+
+from grokjax import cli, console, distributed
+from grokjax.checkpoint import describe, load, save
+from grokjax.config import GrokConfig
+from grokjax.conversion import verify
+from grokjax.distributed import Channel, DistributedError, initialize, on_first
+from grokjax.engine import Engine
+from grokjax.model import init
+from grokjax.request import Request
+from grokjax.sharding import make_mesh
+from grokjax.shared_steps import SharedSteps, follow
+
+ROOT = Path(__file__).resolve().parents[1]
+ATOL_LOGITS = 5e-5  # as in test_model_goldens
+# Of a process that has died, the other hears after 10 s, the heartbeat's time in member.py; and it starts first.
+BOUND_SECONDS = 90
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def two_processes(job: str, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    port = str(free_port())
+    command = [sys.executable, str(ROOT / "tests" / "member.py"), job]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number in range(2):
+            log = stack.enter_context((folder / f"{job}-{number}.log").open("wb"))
+            process = subprocess.Popen([*command, str(number), port, str(folder)], env=environment, stderr=log)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have done their work, and one has saved what they loaded."""
+    folder = tmp_path_factory.mktemp("together")
+    save(golden_model(), folder / "alone")
+    (folder / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=16).to_json())
+    with two_processes("work", folder) as processes:
+        for number, process in enumerate(processes):
+            assert process.wait(300) == 0, (folder / f"work-{number}.log").read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"work-{number}.json").read_text()) for number in range(2)]
+
+
+def golden_model(extents: tuple[int, int] = (1, 8)) -> Any:
+    golden = load_case(CASE)
+    return load(golden.checkpoint, golden.config, make_mesh(extents), np.float32)
+
+
+def assert_same_parameters(left: Any, right: Any) -> None:
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(model)) for model in (left, right)), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_goldens(folder: Path, mesh: str) -> None:
+    golden = load_case(CASE)
+    expected = golden.arrays["float32"]["full_logits"]
+    for number in range(2):
+        logits = np.load(folder / f"{mesh}-{number}.npy")
+        for row, length in enumerate(golden.lengths):
+            np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=ATOL_LOGITS, rtol=0)
+
+
+def test_each_reads_its_own_part(found: list[dict[str, Any]]) -> None:
+    """Of a load: half of the files, and norms, router and scales."""
+    total = sum(file.stat().st_size for file in load_case(CASE).checkpoint.iterdir())
+    for result in found:
+        assert result["devices"] == 8
+        assert 0.45 * total < result["loaded_bytes"] < 0.6 * total
+
+
+def test_conversion(folder: Path, found: list[dict[str, Any]]) -> None:
+    golden = load_case(CASE)
+    verify(folder / "converted", golden.checkpoint, golden.config)
+    assert [result["converted"] for result in found] == [describe(folder / "converted").num_bytes] * 2
+
+
+def test_saved_by_two_restored_by_one(folder: Path) -> None:
+    assert_same_parameters(load(folder / "saved", mesh=make_mesh((4, 2)), dtype=np.float32), golden_model((4, 2)))
+
+
+def test_what_the_first_refuses_all_refuse(found: list[dict[str, Any]]) -> None:
+    assert re.search("saved: exists already: choose another path", found[0]["refused"])
+    assert found[1]["refused"] == f"process 0: {found[0]['refused']}"
+
+
+def test_engine(found: list[dict[str, Any]]) -> None:
+    """The engine of the first process gives what an engine of one process gives."""
+    expected = answer(Engine(golden_model(), **ENGINE))
+    assert found[1]["answers"] is None
+    for ours, theirs in zip(found[0]["answers"], expected, strict=True):
+        assert ours["ids"] == theirs["ids"]
+        np.testing.assert_allclose(ours["scores"] or [], theirs["scores"] or [], atol=1e-4)
+
+
+def test_the_first_process_prints(found: list[dict[str, Any]], folder: Path) -> None:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert cli.main([*PROMPT, str(folder / "config.json")]) == 0
+    assert [result["status"] for result in found] == [0, 0]
+    assert [result["shown"] for result in found] == [shown.getvalue(), ""]
+    assert "grokjax:" in (folder / "work-0.log").read_text()
+    assert "grokjax:" not in (folder / "work-1.log").read_text()
+
+
+@pytest.mark.parametrize(("job", "mortal"), [("first_dies", 0), ("second_dies", 1)])
+def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
+    with two_processes(job, tmp_path) as processes:
+        assert processes[mortal].wait(300) == -signal.SIGKILL
+        start = time.monotonic()
+        assert processes[1 - mortal].wait(BOUND_SECONDS) != 0
+        assert time.monotonic() - start < BOUND_SECONDS
+    told = (tmp_path / f"{job}-{1 - mortal}.log").read_text()
+    assert re.search(r"another task died|process 0 has gone|Connection (closed|reset) by peer", told), told
+
+
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    """Two processes on one machine, as docs/distributed.md shows them."""
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    (block,) = [block for block in re.findall(r"```bash no-run\n(.*?)```", text, re.DOTALL) if "localhost" in block]
+    script = block.replace("localhost:9876", f"localhost:{free_port()}").replace(
+        "grokjax ", f"{sys.executable} -m grokjax "
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    del environment["XLA_FLAGS"]
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(results) == 2
+
+
+class FakeClient:
+    """The coordination service's client, for a process that is alone with it."""
+
+    def __init__(self, failure: str = ""):
+        self.values: dict[str, bytes] = {}
+        self.failure = failure
+
+    def key_value_set_bytes(self, key: str, value: bytes) -> None:
+        self.values[key] = value
+
+    def blocking_key_value_get_bytes(self, key: str, timeout_ms: int) -> bytes:
+        if key not in self.values:
+            failure, self.failure = self.failure, "UNAVAILABLE: closed"
+            raise jax.errors.JaxRuntimeError(failure)
+        return self.values[key]
+
+    def wait_at_barrier(self, key: str, timeout_ms: int) -> None:
+        pass
+
+    def key_value_delete(self, key: str) -> None:
+        self.values = {name: value for name, value in self.values.items() if not name.startswith(f"{key}/")}
+
+
+def test_messages_arrive_in_order_and_are_deleted() -> None:
+    client = FakeClient()
+    sender = Channel(client, "a")
+    for number in range(100):
+        sender.send("step", np.arange(number), number)
+    assert len(client.values) == 100 - 64
+    receiver = Channel(client, "a")
+    receiver._numbers = iter(range(64, 100))
+    for number in range(64, 100):
+        name, (array, count) = receiver.receive()
+        assert (name, array.tolist(), count.item()) == ("step", list(range(number)), number)
+
+
+def test_waiting_goes_on_until_the_first_has_gone() -> None:
+    receiver = Channel(FakeClient("DEADLINE_EXCEEDED: nothing yet"), "a")
+    with pytest.raises(DistributedError, match=r"process 0 has gone \(UNAVAILABLE: closed\): see its messages"):
+        receiver.receive()
+
+
+def test_alone_everything_is_done_here() -> None:
+    assert on_first(lambda: 3) == 3
+    assert on_first(lambda: 4, together=False) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost", 2, 0), r"coordinator_address='localhost' has no port: give it as HOST:PORT\."),
+        (("localhost:1", 2, 2), r"process_id=2 must be between 0 and 1"),
+        (("localhost:1", 2, 0), r"the processes cannot be joined .*: call initialize once, first of all"),
+    ],
+)
+def test_refused_arguments(arguments: tuple[Any, ...], message: str) -> None:
+    jax.devices()
+    with pytest.raises((ValueError, DistributedError), match=message):
+        initialize(*arguments)
+
+
+def test_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(ValueError, match=r"no launcher was found that tells coordinator_address "):
+        initialize(None, 2, 0)
+
+
+def test_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(console, "initialize", lambda *arguments: calls.append(arguments))
+    command = ["generate", "a", "--checkpoint", "nowhere", "--coordinator", "host:1"]
+    assert cli.main(command) == 2
+    assert "--coordinator, --num-processes and --process-id go together" in capsys.readouterr().err
+    assert cli.main([*command, "--num-processes", "2", "--process-id", "0"]) == 2
+    assert cli.main(["generate", "a", "--checkpoint", "nowhere", "--distributed"]) == 2
+    assert calls == [("host:1", 2, 0), ()]
+
+
+def test_who_leads_and_who_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = init(GrokConfig.tiny().replace(num_layers=1), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"follow is for the processes after the first.*: make an engine"):
+        follow(model)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ValueError, match=r"the engine runs on process 0: call follow\(model\) on process 1"):
+        SharedSteps(model, slots=1, max_len=8, num_top=0)
+
+
+def test_following_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = init(GrokConfig.tiny().replace(num_layers=1), dtype=np.float32)
+    channel = Channel(FakeClient(), "a")
+    channel.send("start", "a model of two layers", 1, 8, 0)
+    channel._numbers = iter([0])
+    monkeypatch.setattr(distributed.Channel, "open", lambda: channel)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(type(model.partitioner.mesh), "is_multi_process", True)
+    with pytest.raises(
+        ValueError, match=r"process 0 has another model: a model of two layers; process 1 has GrokConfig"
+    ):
+        follow(model)
+
+
+def test_a_closed_engine() -> None:
+    model = init(GrokConfig.tiny().replace(num_layers=1, max_seq_len=16), dtype=np.float32)
+    with Engine(model, slots=1, prefill_buckets=(8,)) as engine:
+        handle = engine.submit(Request([1, 2], max_new_tokens=2))
+    engine.close()
+    assert handle.completion.finish_reason == "cancelled"
+    with pytest.raises(ValueError, match=r"this engine was closed: make a new one\."):
+        engine.submit(Request([1, 2], max_new_tokens=2))
