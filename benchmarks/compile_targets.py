@@ -34,11 +34,12 @@ def compile_step(arguments: argparse.Namespace) -> tuple[float, Program, tuple[i
     cache = KVCache.abstract(config, arguments.batch, mesh=mesh, rules=rules)
     rows = jax.ShapeDtypeStruct((arguments.batch,), jnp.int32)
     start = time.perf_counter()
-    if arguments.prefill:
-        tokens = jax.ShapeDtypeStruct((arguments.batch, arguments.prefill), jnp.int32)
-        lowered = jax.jit(prefill, donate_argnums=3).lower(model, tokens, rows, cache)
-    else:
-        lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells kernels the device
+        if arguments.prefill:
+            tokens = jax.ShapeDtypeStruct((arguments.batch, arguments.prefill), jnp.int32)
+            lowered = jax.jit(prefill, donate_argnums=3).lower(model, tokens, rows, cache)
+        else:
+            lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
     program = read_program(lowered.compile())
     return time.perf_counter() - start, program, cache.keys.sharding.shard_shape(cache.keys.shape)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from grokjax import gpu_kernels
 from grokjax.sharding import Axes, Partitioner
 
 
@@ -189,6 +190,8 @@ _REDUCED_ROWS = 8
 def _reduced_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
     """A few rows as sums of products: XLA:GPU fuses slice and cast into them, and copies the slice for a matmul."""
     if x.shape[0] > _REDUCED_ROWS:
+        if scales is not None and gpu_kernels.fits(x, weight, scales):
+            return gpu_kernels.int8_matmul(x, weight, scales, at)
         return _direct_matmul(x, weight, scales, at)
     rows, outputs = weight.shape[-2:]
     num_blocks = 1 if scales is None else scales.shape[-2]

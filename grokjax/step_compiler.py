@@ -132,11 +132,12 @@ class StepCompiler:
         model = self._model(config, jnp.float32 if as_float32 else self.dtype)
         cache = self._cache(batch_size, max_len, jnp.float32 if self.stands_in else self.cache_dtype, config)
         rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-        if num_new == 1:
-            lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
-        else:
-            tokens = jax.ShapeDtypeStruct((batch_size, num_new), jnp.int32)
-            lowered = jax.jit(prefill, donate_argnums=3).lower(model, tokens, rows, cache)
+        with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):  # tells kernels the device
+            if num_new == 1:
+                lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
+            else:
+                tokens = jax.ShapeDtypeStruct((batch_size, num_new), jnp.int32)
+                lowered = jax.jit(prefill, donate_argnums=3).lower(model, tokens, rows, cache)
         program = read_program(lowered.compile())
         counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
         return Measured(program.temporary_bytes, program.peak_bytes - counted, _traffic(program, num_layers))
