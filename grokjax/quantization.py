@@ -1,6 +1,7 @@
 """int8 weights with blocked scales, and the matrix product that takes them or plain weights."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -125,7 +126,7 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
     rows = x.reshape(-1, x.shape[-1])
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)
     out = lax.platform_dependent(
-        rows, weight, scales, at, cpu=_blocked_matmul, cuda=_reduced_matmul, default=_direct_matmul
+        rows, weight, scales, at, cpu=_cpu_matmul, cuda=_reduced_matmul, default=_direct_matmul
     )
     return out.reshape(*x.shape[:-1], weight.shape[-1])
 
@@ -163,7 +164,8 @@ def _select(stack: jax.Array, at: tuple[jax.Array, ...], start: jax.Array | int,
     zero = jnp.zeros((), jnp.int32)
     index = (*at, jnp.asarray(start, jnp.int32), zero)
     sizes = (1,) * len(at) + (size, stack.shape[-1])
-    return lax.dynamic_slice(stack, index, sizes).reshape(size, stack.shape[-1])
+    # Without the arithmetic for negative indices: jax 0.10 would carry its results, slice by slice, into every loop.
+    return lax.dynamic_slice(stack, index, sizes, allow_negative_indices=False).reshape(size, stack.shape[-1])
 
 
 def _direct_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
@@ -199,6 +201,52 @@ def _reduced_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, a
     products = [(row.astype(jnp.float32)[:, None] * w).reshape(num_blocks, -1, outputs).sum(axis=1) for row in x]
     out = jnp.stack(products)  # [M, Q, O]
     return (out if scales is None else out * _select(scales, at, 0, num_blocks).astype(jnp.float32)[None]).sum(axis=1)
+
+
+# Most rows for which XLA's CPU backend is asked for sums of products.
+_SUMMED_ROWS = 2
+# Slices of a weight in one step of those sums, and about how many numbers each has.
+_STEP_SLICES, _SLICE_NUMBERS = 8, 1 << 15
+
+
+def _cpu_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """The product in the form that suits the number of rows; each reads a weight once and copies none of it whole."""
+    form = _summed_matmul if x.shape[0] <= _SUMMED_ROWS else _blocked_matmul
+    return form(x, weight, scales, at)
+
+
+def _summed_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """One or two rows as sums of products, weight row by weight row.
+
+    XLA's CPU backend makes one vectorised loop of each step, spread over the cores, in which the weight is read where
+    it lies, cast in registers and multiplied; before a matmul it would be copied and packed. A step takes some slices
+    of several weight rows, one slice after the other, so that it is long enough to be shared by the cores.
+    """
+    rows, outputs = weight.shape[-2:]
+    num_blocks = 1 if scales is None else scales.shape[-2]
+    scale_rows = rows // num_blocks
+    slices = min(_STEP_SLICES, scale_rows)
+    # At least two steps: of a loop that runs once, XLA would make copies of the slices.
+    size = max(1, min(_SLICE_NUMBERS // outputs, scale_rows // (2 * slices)))
+    step = slices * size
+    wide = x.astype(jnp.float32)
+
+    def add_step(i: jax.Array, total: jax.Array, first: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * step, scale_rows - step)  # the last step slides left and leaves out what was seen
+        factors = lax.dynamic_slice_in_dim(wide, first + start, step, axis=1)
+        factors = jnp.where(start + jnp.arange(step) >= i * step, factors, 0).reshape(-1, slices, size, 1)
+        for j in range(slices):
+            part = _select(weight, at, first + start + j * size, size)[None]  # [1, size, O]
+            total = total + part.astype(jnp.float32) * factors[:, j]
+        return total
+
+    def add_scale_block(q: jax.Array, out: jax.Array) -> jax.Array:
+        total = jnp.zeros((x.shape[0], size, outputs), jnp.float32)
+        add = functools.partial(add_step, first=q * scale_rows)
+        summed = lax.fori_loop(0, -(-scale_rows // step), add, total).sum(axis=1)
+        return out + (summed if scales is None else summed * _select(scales, at, q, 1).astype(jnp.float32))
+
+    return lax.fori_loop(0, num_blocks, add_scale_block, jnp.zeros((x.shape[0], outputs), jnp.float32))
 
 
 # Bytes of weight that one step of the blocked product converts: small enough for a core's own cache.

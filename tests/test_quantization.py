@@ -15,6 +15,7 @@ from grokjax.quantization import (
     _blocked_matmul,
     _direct_matmul,
     _reduced_matmul,
+    _summed_matmul,
     dequantize,
     einsum,
     matmul,
@@ -89,7 +90,7 @@ def test_every_form_of_the_product(rows: int, num_blocks: int, dtype: str) -> No
     x = jnp.asarray(random(rows, 96)).astype(dtype)
     weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
     at = (jnp.int32(1), jnp.int32(2))
-    forms = (_direct_matmul, _blocked_matmul, _reduced_matmul)
+    forms = (_direct_matmul, _blocked_matmul, _reduced_matmul, _summed_matmul)
     every_form = jax.jit(lambda x, weight, scales, at: [form(x, weight, scales, at) for form in forms])
     expected = product_in_float64(x, jax.tree.map(lambda leaf: leaf[1, 2], w))
     for out in every_form(x, weight, scales, at):
@@ -106,11 +107,14 @@ def test_every_index_of_a_stack(stack: tuple[int, ...]) -> None:
 
 
 def test_blocks_that_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that the block does not divide: 96 rows of scale block by blocks of 32 and 7 more."""
+    """Rows that the block does not divide: 103 rows of a scale block by blocks of 32, and by steps of 8 or of 24."""
     monkeypatch.setattr("grokjax.quantization._BLOCK_BYTES", 40 * 32)
     w = quantize(jnp.asarray(random(2 * 103, 40)), num_blocks=2)
     x = jnp.asarray(random(3, 206))
     assert_close(_blocked_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
+    for numbers in (40, 3 * 40):
+        monkeypatch.setattr("grokjax.quantization._SLICE_NUMBERS", numbers)
+        assert_close(_summed_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
