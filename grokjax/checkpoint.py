@@ -19,9 +19,9 @@ from grokjax.distributed import on_first
 from grokjax.layouts import open_checkpoint
 from grokjax.manifest import UNFINISHED, Manifest
 from grokjax.mapping import check_expression, check_layers, check_sources, map_parameters, stack_name
-from grokjax.model import Grok, abstract_model, check_dtype, init_parameters, parameter_name
+from grokjax.model import Grok, abstract_model, check_dtype, init_parameters, parameter_name, with_quantized_table
 from grokjax.orbax_layout import commit, prepare_units, write_unit
-from grokjax.quantization import QuantizedArray, Weight
+from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
 from grokjax.quantization import specs as partition_specs
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
 from grokjax.stacks import Builder, Slot, Stack, stack_shapes, take_piece
@@ -64,6 +64,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     *,
+    quantized_table: bool = False,
     rules: ShardingRules | None = None,
     layers: Sequence[int] | None = None,
     rename: Sequence[tuple[str, str]] = (),
@@ -83,6 +84,8 @@ def load(
       mesh: from `make_mesh`; one device by default.
       dtype: compute dtype and dtype of the plain weights, float32 or bfloat16. int8 weights and their scales stay as
         they are, norms and router are float32.
+      quantized_table: makes the embedding table int8, with a scale for each token, once it is on the devices; see
+        docs/model.md for its error. `save` does not take such a model.
       rules: sharding rules; tensor parallel by default.
       layers: numbers of the checkpoint's layers to use, in this order; all by default. The model has as many layers.
       rename: pairs of a regular expression and its replacement. The first that is found in a parameter's path (as in
@@ -116,7 +119,8 @@ def load(
     reporter = _Reporter(checkpoint, sources, progress)
     values = Builder(checkpoint, partitioner, max_host_bytes).build(stacks, fresh, reporter)
     filled = [(path, param.replace(values[parameter_name(path)])) for path, param in params]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    return with_quantized_table(model) if quantized_table else model
 
 
 def load_parameters(
@@ -185,7 +189,12 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
 
     Raises:
       CheckpointError: The folder exists, cannot be written, or the disk is full.
+      ValueError: The model's embedding table is int8.
     """
+    if isinstance(model.embedding.table.get_value(), QuantizedTable):
+        raise ValueError(
+            "the embedding table is int8, and checkpoints hold it plain: save the model made without quantized_table."
+        )
     folder = Path(path).absolute()
     values = {parameter_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
     specs = {name: _saved_spec(values, name, shape) for name, shape in parameter_shapes(model.config).items()}

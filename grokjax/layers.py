@@ -1,4 +1,4 @@
-"""The parts of a decoder layer but the experts: embedding, RMSNorm, RoPE and attention, each for a stack of layers."""
+"""The parts of a decoder layer but the experts: RMSNorm, RoPE and attention, each for a stack of layers."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import CACHE_AXES, write
 from grokjax.config import GrokConfig
-from grokjax.quantization import QuantizedArray, Weight, float_precision, matmul, pad_rows, specs
+from grokjax.quantization import QuantizedArray, Weight, float_precision, matmul, specs
 from grokjax.sharding import Axes, Partitioner
 
 
@@ -69,62 +69,6 @@ def gather_embed(param: nnx.Param, layer: jax.Array, partitioner: Partitioner) -
     # A mere constraint on the layer would spread to the stack, and all layers would be gathered at once.
     run = partitioner.shard_map(cut, in_specs=(split, PartitionSpec()), out_specs=whole)
     return run(stack, layer), jnp.zeros((), jnp.int32)
-
-
-class Embedding(nnx.Module):
-    """The token table [V, D], used to embed tokens and, transposed, to make logits."""
-
-    def __init__(self, config: GrokConfig, *, dtype: DTypeLike, partitioner: Partitioner, rngs: nnx.Rngs):
-        self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
-        table = jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim), dtype)
-        self.table = nnx.Param(table * jnp.asarray(config.model_dim**-0.5, dtype), logical_axes=("vocab", "embed"))
-
-    def encode(self, tokens: jax.Array) -> jax.Array:
-        """Embeds tokens, int32 [B, T], into the compute dtype [B, T, D], multiplier applied.
-
-        Each device looks up the tokens of its own rows of the table: left to the compiler, XLA:GPU gathers the table.
-        """
-        partitioner = self.partitioner.without_embed()
-        rows = partitioner.spec(("batch", None), tokens.shape)
-
-        def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
-            own = tokens - partitioner.index("vocab") * table.shape[0]
-            found = (own >= 0) & (own < table.shape[0])
-            # Float32 from here on: a bfloat16 select makes jax 0.10 convert the whole table on CPUs.
-            embedded = table[jnp.clip(own, 0, table.shape[0] - 1)].astype(jnp.float32)
-            return partitioner.psum(jnp.where(found[..., None], embedded, 0), "vocab")
-
-        table = self.table[...]
-        in_specs = (partitioner.spec(("vocab", "embed"), table.shape), rows)
-        embedded = partitioner.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))(table, tokens)
-        return (embedded * self.config.embedding_multiplier).astype(self.dtype)
-
-    def decode(self, x: jax.Array) -> jax.Array:
-        """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype, multiplier applied."""
-        partitioner = self.partitioner.without_embed()
-        rows = partitioner.spec(("batch", *(None,) * (x.ndim - 1)), x.shape)
-        table = self.table[...]
-        table_spec = partitioner.spec(("vocab", "embed"), table.shape)
-        out_spec = PartitionSpec(*rows[:-1], table_spec[0])
-        logits = partitioner.shard_map(_unembed, in_specs=(rows, table_spec), out_specs=out_spec)(x, table)
-        return logits * self.config.output_multiplier
-
-
-def _unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`x [..., D] @ table [V, D].T` in float32."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = functools.partial(lax.platform_dependent, cpu=_padded_unembed, default=_direct_unembed)
-    return product(rows, table).reshape(*x.shape[:-1], table.shape[0])
-
-
-def _direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(x.dtype))
-    return product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """With rows enough for XLA's CPU backend to multiply the table as it is, not a float32 copy of it."""
-    return _direct_unembed(pad_rows(x), table)[: x.shape[0]]
 
 
 class RMSNorm(nnx.Module):

@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
-from grokjax.layers import Attention, Embedding, RMSNorm
+from grokjax.embedding import Embedding
+from grokjax.layers import Attention, RMSNorm
 from grokjax.moe import FeedForward
-from grokjax.quantization import Weight, specs
+from grokjax.quantization import QuantizedTable, Weight, quantize_table, specs
 from grokjax.sharding import Partitioner, ShardingRules
 
 
@@ -137,6 +138,7 @@ def init(
     rules: ShardingRules | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     quantized: bool = True,
+    quantized_table: bool = False,
 ) -> Grok:
     """A model with random weights, each shard made on its own device; the same weights on every mesh.
 
@@ -147,6 +149,7 @@ def init(
       rules: sharding rules; tensor parallel by default.
       dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
       quantized: int8 weights in attention and experts, else plain ones.
+      quantized_table: the embedding table in int8 too, with a scale for each token; see docs/model.md for its error.
 
     Raises:
       ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
@@ -155,6 +158,21 @@ def init(
     graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
     values = init_parameters(config, partitioner, seed=seed, dtype=dtype, quantized=quantized)
     params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
+    model = nnx.merge(graphdef, nnx.from_flat_state(params))
+    return with_quantized_table(model) if quantized_table else model
+
+
+def with_quantized_table(model: Grok) -> Grok:
+    """The model with its embedding table in int8, on the same devices; everything else is shared."""
+    param, partitioner = model.embedding.table, model.partitioner
+    shapes = jax.eval_shape(quantize_table, param.get_value())
+    shardings: QuantizedTable = partitioner.shardings(specs(shapes, param.logical_axes, partitioner))
+    table = jax.jit(quantize_table, out_shardings=shardings)(param.get_value())
+    graphdef, state = nnx.split(model)
+    params = [
+        (path, param.replace(table) if parameter_name(path) == "embedding.table" else param)
+        for path, param in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graphdef, nnx.from_flat_state(params))
 
 

@@ -84,6 +84,31 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
     return QuantizedArray(levels.astype(jnp.int8).reshape(w.shape), scales)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedTable:
+    """An int8 embedding table and the scale of each of its rows; a pytree of two leaves.
+
+    Attributes:
+      weight: int8 [V, D].
+      scales: float32 [V]; row v stands for `weight[v] * scales[v]`.
+    """
+
+    weight: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[V, D]."""
+        return self.weight.shape
+
+
+def quantize_table(table: jax.Array) -> QuantizedTable:
+    """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale."""
+    columns = quantize(table.T)
+    return QuantizedTable(columns.weight.T, columns.scales[0])
+
+
 def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The plain weight [..., C, O] in `dtype`; a plain weight is only cast."""
     if not isinstance(w, QuantizedArray):
@@ -133,6 +158,9 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
 
 def specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
     """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1."""
+    if isinstance(w, QuantizedTable):
+        rows: list[Any] = [partitioner.spec(axes, w.shape), partitioner.spec(axes[:1], w.scales.shape)]
+        return QuantizedTable(*rows)
     if not isinstance(w, QuantizedArray):
         return partitioner.spec(axes, w.shape)
     scale_axes = axes if w.num_blocks > 1 else (*axes[:-2], None, axes[-1])
