@@ -28,7 +28,7 @@ from grokjax.console import (
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine
 from grokjax.layouts import open_checkpoint
-from grokjax.sampling import SampleSettings
+from grokjax.request import Request
 from grokjax.shared_steps import follow
 from grokjax.stored import Checkpoint
 from grokjax.text import check_limits, encode_prompt
@@ -126,13 +126,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
     """Refuses now what would be refused after the model has loaded, which takes minutes."""
     check_limits(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
-    SampleSettings.create(
-        1,
-        temperature=arguments.temperature,
-        nucleus_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-    )
+    Request([], **_settings(arguments))
     if arguments.slots < 1:
         raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:

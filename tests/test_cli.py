@@ -121,6 +121,7 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
         (["hi", "--seed", "4294967296"], "seed=4294967296 must be between"),
         (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1 or more"),
         (["hi", "--top-k", "-1"], "top_k=-1"),
+        (["hi", "--top-p", "2"], "top_p=2.0 must be a number, from 0 to 1"),
         (["a" * 32], "the prompt has 32 tokens and at most 31"),
         (["hi", "--config", "nowhere.json"], "--config goes with --checkpoint"),
     ],
