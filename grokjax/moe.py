@@ -16,6 +16,8 @@ from grokjax.sharding import Partitioner
 
 # Fewest and most token rows that are multiplied by an expert's weights together.
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
+# Fair shares from which a block has room for a quarter more, so that most experts need one block only.
+_LARGE_SHARE = 32
 
 
 class FeedForward(nnx.Module):
@@ -109,12 +111,14 @@ class FeedForward(nnx.Module):
 
 
 def rows_per_block(num_tokens: int, *, per_token: int, num_experts: int) -> int:
-    """Rows of a block: an expert's fair share of the tokens, rounded up to a power of two, within limits.
+    """Rows of a block: a little more than an expert's fair share of the tokens, within limits.
 
     Larger blocks would be filled up with rows of nobody, smaller ones would read the weights more often.
     """
     fair_share = max(1, num_tokens * per_token // num_experts)
-    return min(num_tokens, _MOST_ROWS, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))
+    if fair_share < _LARGE_SHARE:
+        return min(num_tokens, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))
+    return min(num_tokens, _MOST_ROWS, -(-fair_share * 5 // 32) * 8)
 
 
 def evaluate_experts(

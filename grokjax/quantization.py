@@ -187,13 +187,21 @@ def pad_rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, max(0, missing)), (0, 0)))
 
 
-def _select(stack: jax.Array, at: tuple[jax.Array, ...], start: jax.Array | int, size: int) -> jax.Array:
-    """Rows [size, O] from row `start` of `stack[at]`, in one slice."""
-    zero = jnp.zeros((), jnp.int32)
-    index = (*at, jnp.asarray(start, jnp.int32), zero)
-    sizes = (1,) * len(at) + (size, stack.shape[-1])
+def _select(
+    stack: jax.Array,
+    at: tuple[jax.Array, ...],
+    start: jax.Array | int,
+    size: int,
+    *,
+    column: jax.Array | int = 0,
+    width: int | None = None,
+) -> jax.Array:
+    """Rows [size, width] from row `start` and `column` of `stack[at]`, by default all columns, in one slice."""
+    width = stack.shape[-1] if width is None else width
+    index = (*at, jnp.asarray(start, jnp.int32), jnp.asarray(column, jnp.int32))
+    sizes = (1,) * len(at) + (size, width)
     # Without the arithmetic for negative indices: jax 0.10 would carry its results, slice by slice, into every loop.
-    return lax.dynamic_slice(stack, index, sizes, allow_negative_indices=False).reshape(size, stack.shape[-1])
+    return lax.dynamic_slice(stack, index, sizes, allow_negative_indices=False).reshape(size, width)
 
 
 def _direct_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
@@ -233,13 +241,18 @@ def _reduced_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, a
 
 # Most rows for which XLA's CPU backend is asked for sums of products.
 _SUMMED_ROWS = 2
+# Fewest rows for which a wide result costs less in blocks of columns, which need no sum, than in blocks of weight rows.
+_COLUMN_ROWS = 32
 # Slices of a weight in one step of those sums, and about how many numbers each has.
 _STEP_SLICES, _SLICE_NUMBERS = 8, 1 << 15
 
 
 def _cpu_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
     """The product in the form that suits the number of rows; each reads a weight once and copies none of it whole."""
-    form = _summed_matmul if x.shape[0] <= _SUMMED_ROWS else _blocked_matmul
+    if x.shape[0] <= _SUMMED_ROWS:
+        return _summed_matmul(x, weight, scales, at)
+    is_wide = x.shape[0] >= _COLUMN_ROWS and weight.shape[-1] > weight.shape[-2]
+    form = _column_matmul if is_wide else _blocked_matmul
     return form(x, weight, scales, at)
 
 
@@ -305,3 +318,29 @@ def _blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, a
 
     out = jnp.zeros((padded.shape[0], outputs), jnp.float32)
     return lax.fori_loop(0, num_blocks, add_scale_block, out)[: x.shape[0]]
+
+
+def _column_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """Many rows as a loop over blocks of columns: each is cast once and multiplied at once."""
+    rows, outputs = weight.shape[-2:]
+    num_blocks = 1 if scales is None else scales.shape[-2]
+    scale_rows = rows // num_blocks
+    most = max(64, _BLOCK_BYTES // (rows * x.dtype.itemsize))
+    num_columns = -(-outputs // most)
+    width = min(outputs, -(-outputs // num_columns // 64) * 64)
+
+    def product(q: jax.Array, column: jax.Array) -> jax.Array:
+        w = _select(weight, at, q * scale_rows, scale_rows, column=column, width=width).astype(x.dtype)
+        part = lax.dynamic_slice_in_dim(x, q * scale_rows, scale_rows, axis=1)
+        out = jnp.matmul(part, w, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
+        return (
+            out if scales is None else out * _select(scales, at, q, 1, column=column, width=width).astype(jnp.float32)
+        )
+
+    def add_columns(i: jax.Array, out: jax.Array) -> jax.Array:
+        column = jnp.minimum(i * width, outputs - width)  # the last block slides left and repeats what was done
+        part = product(jnp.zeros((), jnp.int32), column)
+        part = lax.fori_loop(1, num_blocks, lambda q, part: part + product(q, column), part)
+        return lax.dynamic_update_slice_in_dim(out, part, column, axis=1)
+
+    return lax.fori_loop(0, -(-outputs // width), add_columns, jnp.zeros((x.shape[0], outputs), jnp.float32))

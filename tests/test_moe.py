@@ -59,7 +59,8 @@ def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: in
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "rows"), [(1, 1), (2, 2), (8, 8), (32, 8), (33, 8), (40, 16), (128, 32), (512, 128), (8192, 128)]
+    ("num_tokens", "rows"),
+    [(1, 1), (2, 2), (8, 8), (32, 8), (33, 8), (40, 16), (128, 40), (256, 80), (512, 128), (8192, 128)],
 )
 def test_rows_of_a_block(num_tokens: int, rows: int) -> None:
     assert rows_per_block(num_tokens, per_token=2, num_experts=8) == rows

@@ -13,6 +13,7 @@ from grokjax.quantization import (
     QuantizedArray,
     Weight,
     _blocked_matmul,
+    _column_matmul,
     _direct_matmul,
     _reduced_matmul,
     _summed_matmul,
@@ -90,7 +91,7 @@ def test_every_form_of_the_product(rows: int, num_blocks: int, dtype: str) -> No
     x = jnp.asarray(random(rows, 96)).astype(dtype)
     weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
     at = (jnp.int32(1), jnp.int32(2))
-    forms = (_direct_matmul, _blocked_matmul, _reduced_matmul, _summed_matmul)
+    forms = (_direct_matmul, _blocked_matmul, _reduced_matmul, _summed_matmul, _column_matmul)
     every_form = jax.jit(lambda x, weight, scales, at: [form(x, weight, scales, at) for form in forms])
     expected = product_in_float64(x, jax.tree.map(lambda leaf: leaf[1, 2], w))
     for out in every_form(x, weight, scales, at):
@@ -107,7 +108,7 @@ def test_every_index_of_a_stack(stack: tuple[int, ...]) -> None:
 
 
 def test_blocks_that_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that the block does not divide: 103 rows of a scale block by blocks of 32, and by steps of 8 or of 24."""
+    """103 rows of a scale block by blocks of 32, and by steps of 8 or of 24; 100 columns by blocks of 64."""
     monkeypatch.setattr("grokjax.quantization._BLOCK_BYTES", 40 * 32)
     w = quantize(jnp.asarray(random(2 * 103, 40)), num_blocks=2)
     x = jnp.asarray(random(3, 206))
@@ -115,6 +116,8 @@ def test_blocks_that_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     for numbers in (40, 3 * 40):
         monkeypatch.setattr("grokjax.quantization._SLICE_NUMBERS", numbers)
         assert_close(_summed_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
+    wide = quantize(jnp.asarray(random(206, 100)), num_blocks=2)
+    assert_close(_column_matmul(x, wide.weight, wide.scales, ()), product_in_float64(x, wide))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
