@@ -1,6 +1,7 @@
 """The embedding table, plain or int8: tokens in, logits out."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: GrokConfig, *, dtype: DTypeLike, partitioner: Partitioner, rngs: nnx.Rngs):
         self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
-        table = jax.random.normal(rngs.params(), (config.vocab_size, config.model_dim), dtype)
-        self.table = nnx.Param(table * jnp.asarray(config.model_dim**-0.5, dtype), logical_axes=("vocab", "embed"))
+        self.table = nnx.Param(_random_table(rngs, config, dtype), logical_axes=("vocab", "embed"))
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens, int32 [B, T], into the compute dtype [B, T, D], multiplier applied.
@@ -52,6 +52,22 @@ class Embedding(nnx.Module):
         out_spec = PartitionSpec(*rows[:-1], partitioner.spec(("vocab", "embed"), table.shape)[0])
         logits = partitioner.shard_map(_unembed, in_specs=in_specs, out_specs=out_spec)(x, table)
         return logits * self.config.output_multiplier
+
+
+# Parts in which a random table is drawn: whole, it would take eight times its memory.
+_PARTS = 16
+
+
+def _random_table(rngs: nnx.Rngs, config: GrokConfig, dtype: DTypeLike) -> jax.Array:
+    """Normal numbers [V, D] of deviation `D ** -0.5`; every part has rows of each device."""
+    num_parts = math.gcd(config.vocab_size, _PARTS)
+    shape = (config.vocab_size // num_parts, config.model_dim)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(config.model_dim**-0.5, dtype)
+
+    parts = lax.map(draw, jax.random.split(rngs.params(), num_parts))
+    return parts.swapaxes(0, 1).reshape(config.vocab_size, config.model_dim)
 
 
 def _table_rows(table: Table, indices: jax.Array) -> jax.Array:

@@ -126,6 +126,15 @@ def test_random_weights_are_born_in_their_shards(name: str) -> None:
     assert program.collectives == collectives(all_reduce=0)
 
 
+def test_a_random_table_is_born_in_its_shards() -> None:
+    partitioner = Partitioner.create(REAL, make_mesh((1, 8)))
+    maker = parameter_maker(REAL, partitioner, "embedding.table", seed=0, dtype=jnp.bfloat16, quantized=True)
+    program = read_program(maker.lower().compile())
+    table = 2 * REAL.vocab_size * REAL.model_dim
+    assert program.temporary_bytes < 2 * table / 8
+    assert program.collectives == collectives(all_reduce=0)
+
+
 def collectives(*, all_reduce: int, all_gather: int = 0) -> dict[str, int]:
     others = dict.fromkeys(("all-to-all", "collective-permute", "reduce-scatter"), 0)
     return {"all-reduce": all_reduce, "all-gather": all_gather, **others}
