@@ -20,6 +20,14 @@ def read_bandwidth(mesh: Mesh, num_bytes: int = 1 << 29) -> float:
     return array.nbytes / min(seconds(lambda: total(array)) for _ in range(5))
 
 
+def matmul_rate(mesh: Mesh, dtype: jnp.dtype, size: int = 2048) -> float:
+    """Operations a second of all devices of the mesh together in square products of `dtype`, best of five."""
+    array = jnp.ones((mesh.size, size, size), dtype, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+    product(array).block_until_ready()
+    return 2 * mesh.size * size**3 / min(seconds(lambda: product(array)) for _ in range(5))
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Wall time of one call, its results waited for."""
     start = time.perf_counter()

@@ -2,8 +2,9 @@
 
 `python benchmarks/decode.py` measures `GrokConfig.bench_1b()` in int8 on whatever device there is. It prints a card of
 what one step must read, then medians, and last one JSON line with the keys `config`, `batch_size`, `prompt`, `new`,
-`dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`, `decode_tokens_per_second`,
-`decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`, `peak_memory_bytes` and the environment.
+`dtype`, `quantized`, `quantized_table`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`,
+`decode_tokens_per_second`, `decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`,
+`peak_memory_bytes` and the environment.
 """
 
 import argparse
@@ -35,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-len", type=int, help="entries allocated in the cache (default: prompt + new)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
     parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
+    parser.add_argument("--quantized-table", action="store_true", help="the embedding table in int8 too")
     parser.add_argument("--repeats", type=int, default=3, help="of prefill and of the whole decode")
     return parser.parse_args()
 
@@ -85,7 +87,8 @@ def main() -> None:
     config = read_config(arguments)
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     dtype = jnp.dtype(arguments.dtype)
-    model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain)
+    table = arguments.quantized_table
+    model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain, quantized_table=table)
     runner = Runner(model, arguments)
     filled = arguments.prompt + arguments.new // 2
     itemsize = runner.new_cache().keys.dtype.itemsize
@@ -105,6 +108,7 @@ def main() -> None:
         "new": arguments.new,
         "dtype": arguments.dtype,
         "quantized": not arguments.plain,
+        "quantized_table": arguments.quantized_table,
         "mesh": arguments.mesh,
         "compile_seconds": round(compile_seconds, 2),
         "prefill_tokens_per_second": round(arguments.batch * arguments.prompt / prefill_seconds, 2),

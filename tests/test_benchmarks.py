@@ -52,6 +52,32 @@ def test_the_documented_keys_are_there(output: list[str]) -> None:
     assert set(json.loads(output[-1])) == documented | ENVIRONMENT
 
 
+def test_the_benchmark_of_prefill() -> None:
+    lines = run("prefill.py", "--lengths", "8,16", "--repeats", "1", "--layers", "1")
+    record = json.loads(lines[-1])
+    assert set(record) == documented_keys("prefill.py") | ENVIRONMENT
+    assert record["lengths"] == [8, 16]
+    assert record["operations"][0] < record["operations"][1] / 1.9
+    assert lines.index("medians") > 2
+
+
+def test_the_benchmark_of_starting_up() -> None:
+    record = json.loads(run("startup.py", "--repeats", "1")[-1])
+    assert set(record) == documented_keys("startup.py") | ENVIRONMENT
+    assert record["warm_seconds"] < record["cold_seconds"]
+
+
+def test_comparing_two_sets_of_options() -> None:
+    """What is compared stands in one table, run by run in turn; the layers that are asked for decide the bytes."""
+    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--turns", "1", "--head-options=--layers 3"]
+    small = ["decode.py", "--config", "tiny", "--layers", "1", "--prompt", "8", "--new", "4", "--repeats", "1"]
+    done = subprocess.run([*command, "--", *small], capture_output=True, text=True, check=True)
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (record["base"], record["head"]) == ("working tree", "working tree --layers 3")
+    assert 1 < record["ratios"]["step_bytes"][0] < 3
+    assert record["ratios"]["decode_step_seconds"][1] <= record["ratios"]["decode_step_seconds"][2]
+
+
 def test_the_benchmark_of_conversions() -> None:
     record = json.loads(run("convert.py", "--layers", "1", "--repeats", "1", "--kills", "1")[-1])
     assert set(record) == documented_keys("convert.py") | ENVIRONMENT

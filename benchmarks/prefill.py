@@ -1,0 +1,91 @@
+"""Speed of prefill with random weights, against what the machine's arithmetic allows.
+
+`python benchmarks/prefill.py` measures prompts of 128, 512 and 2048 tokens with `GrokConfig.bench_1b()` in int8, in
+turn, on whatever device there is. It prints a card of what they must compute, then medians, and last one JSON line with
+the keys `config`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`, `tokens_per_second`,
+`operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list, it is by length.
+"""
+
+import argparse
+import statistics
+
+import card
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode import read_config
+
+from grokjax import Grok, KVCache, init, make_mesh, prefill
+from grokjax.costs import step_cost
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
+    parser.add_argument("--layers", type=int, help="only so many layers")
+    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser.add_argument("--lengths", default="128,512,2048", help="tokens of the prompts (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
+    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
+    parser.add_argument("--repeats", type=int, default=5, help="of each length")
+    return parser.parse_args()
+
+
+def run_prefill(model: Grok, length: int) -> jax.Array:
+    prompt = np.random.default_rng(0).integers(3, model.config.vocab_size, (1, length))
+    cache = KVCache.create(model.config, 1, length, mesh=model.partitioner.mesh)
+    return prefill(model, prompt, np.array([length]), cache)[0]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = read_config(arguments)
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
+    model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
+    operations = [
+        step_cost(model, batch_size=1, num_new=n, filled=n, cache_itemsize=4).operations * mesh.size for n in lengths
+    ]
+    rate = card.matmul_rate(mesh, jnp.dtype(arguments.dtype))
+    weights = "plain" if arguments.plain else "int8"
+    card.print_rows(
+        f"{arguments.config}, {weights} weights, {arguments.dtype}, mesh {arguments.mesh}",
+        {f"{n} tokens": f"{ops / 1e9:.1f} GFLOP" for n, ops in zip(lengths, operations, strict=True)}
+        | {
+            "measured rate of square products": f"{rate / 1e9:.0f} GFLOP/s",
+            "ceiling": ", ".join(f"{n * rate / ops:.0f}" for n, ops in zip(lengths, operations, strict=True))
+            + " tokens/s",
+        },
+    )
+    compile_seconds = [card.seconds(lambda n=n: run_prefill(model, n)) for n in lengths]
+    runs = [[card.seconds(lambda n=n: run_prefill(model, n)) for n in lengths] for _ in range(arguments.repeats)]
+    times = [statistics.median(column) for column in zip(*runs, strict=True)]
+    percents = [100 * ops / time / rate for ops, time in zip(operations, times, strict=True)]
+    card.print_rows(
+        "medians",
+        {
+            f"{n} tokens": f"{1e3 * time:.0f} ms, {n / time:.0f} tokens/s, {percent:.0f} % of the ceiling"
+            for n, time, percent in zip(lengths, times, percents, strict=True)
+        },
+    )
+    card.print_json(
+        {
+            "benchmark": "prefill",
+            "config": arguments.config,
+            "lengths": lengths,
+            "dtype": arguments.dtype,
+            "quantized": not arguments.plain,
+            "mesh": arguments.mesh,
+            "compile_seconds": [round(time, 2) for time in compile_seconds],
+            "prefill_seconds": [round(time, 5) for time in times],
+            "tokens_per_second": [round(n / time, 1) for n, time in zip(lengths, times, strict=True)],
+            "operations": [int(ops) for ops in operations],
+            "matmul_rate": int(rate),
+            "percent_of_matmul_rate": [round(percent, 1) for percent in percents],
+            **card.environment(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
