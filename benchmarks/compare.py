@@ -5,8 +5,8 @@
 
 A commit is checked out beside the repository; without `--base` and `--head` the working tree is used as it is. Runs
 alternate, so that what else the machine does falls on both alike. For each number of the benchmark's JSON line it
-prints both medians, the median of the ratios head / base of each turn, and their range; last one JSON line with the keys
-`command`, `base`, `head`, `turns` and `ratios`, each of these the median, the least and the largest.
+prints both medians, the median of the ratios head / base of each turn, and their range; last one JSON line with the
+keys `command`, `base`, `head`, `turns` and `ratios`, each of these the median, the least and the largest.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Speed of prefill with random weights, against what the machine's arithmetic allows.
 
 `python benchmarks/prefill.py` measures prompts of 128, 512 and 2048 tokens with `GrokConfig.bench_1b()` in int8, in
-turn, on whatever device there is. It prints a card of what they must compute, then medians, and last one JSON line with
-the keys `config`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`, `tokens_per_second`,
-`operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list, it is by length.
+turn, on whatever device there is. It prints a card of what they must compute, then medians, and last one JSON line
+with the keys `config`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`,
+`tokens_per_second`, `operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list, it
+is by length.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The router and the experts: a token is evaluated by the experts that it chose, and by no other."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from grokjax.sharding import Partitioner
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
 # Fair shares from which a block has room for a quarter more, so that most experts need one block only.
 _LARGE_SHARE = 32
+# Rows of a short block for which there are programs of their own: most experts have as few in a decode step.
+_FEW_ROWS = (1, 2)
 
 
 class FeedForward(nnx.Module):
@@ -164,10 +167,27 @@ def evaluate_experts(
         real = done + jnp.arange(block) < counts[expert]
         tokens = jnp.where(real, pairs // per_token, num_tokens)
         rows = x.at[tokens].get(mode="fill", fill_value=0)
-        y = gated_unit(rows, weights, at=(layer, expert)) * gates.reshape(-1)[pairs][:, None]
+        y = _gated_block(rows, weights, at=(layer, expert), num_real=counts[expert] - done)
+        y = y * gates.reshape(-1)[pairs][:, None]
         return out.at[tokens].add(y, mode="drop")
 
     return lax.fori_loop(0, block_ends[-1], add_block, jnp.zeros(x.shape, jnp.float32))
+
+
+def _gated_block(
+    x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...], num_real: jax.Array
+) -> jax.Array:
+    """`gated_unit` of a block whose first `num_real` rows are real: a short one in the form for so few rows."""
+    block = x.shape[0]
+    if block > _FEWEST_ROWS:
+        return gated_unit(x, weights, at=at)
+    sizes = [size for size in _FEW_ROWS if size < block] + [block]
+
+    def evaluate(size: int) -> Callable[[], jax.Array]:
+        return lambda: jnp.pad(gated_unit(x[:size], weights, at=at), ((0, block - size), (0, 0)))
+
+    choice = sum((num_real > size).astype(jnp.int32) for size in sizes[:-1])
+    return lax.switch(choice, [evaluate(size) for size in sizes])
 
 
 def gated_unit(x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...]) -> jax.Array:
