@@ -3,8 +3,8 @@
 `python benchmarks/prefill.py` measures prompts of 128, 512 and 2048 tokens with `GrokConfig.bench_1b()` in int8, in
 turn, on whatever device there is. It prints a card of what they must compute, then medians, and last one JSON line
 with the keys `config`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`,
-`tokens_per_second`, `operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list, it
-is by length.
+`tokens_per_second`, `operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list,
+it is by length.
 """
 
 import argparse
@@ -40,8 +40,9 @@ def run_prefill(model: Grok, length: int) -> jax.Array:
 
 def main() -> None:
     arguments = parse_arguments()
-    config = read_config(arguments)
     lengths = [int(length) for length in arguments.lengths.split(",")]
+    config = read_config(arguments)
+    config = config.replace(max_seq_len=max(config.max_seq_len, *lengths))
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
     operations = [
