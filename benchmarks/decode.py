@@ -1,7 +1,10 @@
 """Speed of prefill and decode with random weights, against what the machine's memory allows.
 
 `python benchmarks/decode.py` measures `GrokConfig.bench_1b()` in int8 on whatever device there is. It prints a card of
-what one step must read, then medians, and last one JSON line with the keys `config`, `batch_size`, `prompt`, `new`,
+what one step must read, then medians, and last one JSON line. With `--peer llama.cpp` prefill and decode of both are
+timed in turn, and the line also has `peer_prefill_tokens_per_second`, `peer_decode_tokens_per_second`, the ratios of our
+speed to the peer's, `prefill_ratio` and `decode_ratio`, and `peer_difference`, that of the logits as part of their own
+size. The line is one with the keys `config`, `batch_size`, `prompt`, `new`,
 `dtype`, `quantized`, `quantized_table`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`,
 `decode_tokens_per_second`, `decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`,
 `peak_memory_bytes` and the environment.
@@ -18,6 +21,7 @@ import card
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer
 
 from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
 from grokjax.costs import StepCost, step_cost
@@ -38,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--quantized-table", action="store_true", help="the embedding table in int8 too")
     parser.add_argument("--repeats", type=int, default=3, help="of prefill and of the whole decode")
+    peer.add_argument(parser)
     return parser.parse_args()
 
 
@@ -82,6 +87,37 @@ class Runner:
         return times
 
 
+class PeerRunner:
+    """The same two things of the peer."""
+
+    def __init__(self, runner: Runner):
+        self.prompts, self.new = runner.prompts, runner.new
+        self.peer = peer.LlamaCpp(runner.model, rows=len(runner.prompts), max_len=runner.max_len)
+        self.difference = peer.difference(runner.model, self.peer)
+
+    def prefill(self) -> np.ndarray:
+        return self.peer.prefill(self.prompts).argmax(axis=-1)
+
+    def decode_steps(self) -> list[float]:
+        tokens = self.prefill()
+        times = []
+        for i in range(self.new):
+            start = time.perf_counter()
+            tokens = self.peer.decode(tokens, self.prompts.shape[1] + i).argmax(axis=-1)
+            times.append(time.perf_counter() - start)
+        return times
+
+
+def time_in_turn(runners: list[Runner | PeerRunner], repeats: int) -> list[tuple[float, float]]:
+    """Median seconds of a prefill and of a step of each, which are timed in turn."""
+    prefills, steps = [[] for _ in runners], [[] for _ in runners]
+    for _ in range(repeats):
+        for i, runner in enumerate(runners):
+            prefills[i].append(card.seconds(runner.prefill))
+            steps[i] += runner.decode_steps()
+    return [(statistics.median(p), statistics.median(s)) for p, s in zip(prefills, steps, strict=True)]
+
+
 def main() -> None:
     arguments = parse_arguments()
     config = read_config(arguments)
@@ -97,9 +133,8 @@ def main() -> None:
     print_card(arguments, needed, bandwidth / mesh.size)
 
     compile_seconds = card.seconds(runner.prefill) + card.seconds(lambda: greedy_step(model, *runner.prefill())[0])
-    prefill_seconds = card.median_seconds(runner.prefill, arguments.repeats)
-    steps = [step for _ in range(arguments.repeats) for step in runner.decode_steps()]
-    step_seconds = statistics.median(steps)
+    runners = [runner, PeerRunner(runner)] if arguments.peer else [runner]
+    (prefill_seconds, step_seconds), *others = time_in_turn(runners, arguments.repeats)
     record = {
         "benchmark": "decode",
         "config": arguments.config,
@@ -120,6 +155,14 @@ def main() -> None:
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **card.environment(),
     }
+    for peer_prefill, peer_step in others:
+        record |= {
+            "peer_prefill_tokens_per_second": round(arguments.batch * arguments.prompt / peer_prefill, 2),
+            "peer_decode_tokens_per_second": round(arguments.batch / peer_step, 2),
+            "prefill_ratio": round(peer_prefill / prefill_seconds, 3),
+            "decode_ratio": round(peer_step / step_seconds, 3),
+            "peer_difference": round(runners[1].difference, 4),
+        }
     print_results(record)
     card.print_json(record)
 
@@ -141,6 +184,15 @@ def print_card(arguments: argparse.Namespace, needed: StepCost, bandwidth: float
 
 
 def print_results(record: dict) -> None:
+    if "decode_ratio" in record:
+        card.print_rows(
+            "llama.cpp on the same weights, in turn",
+            {
+                "prefill": f"{record['peer_prefill_tokens_per_second']} tokens/s, ours {record['prefill_ratio']} x",
+                "decode": f"{record['peer_decode_tokens_per_second']} tokens/s, ours {record['decode_ratio']} x",
+                "difference of the logits": f"{record['peer_difference']} of their size",
+            },
+        )
     card.print_rows(
         "medians",
         {
