@@ -2,12 +2,11 @@
 
 `python benchmarks/decode.py` measures `GrokConfig.bench_1b()` in int8 on whatever device there is. It prints a card of
 what one step must read, then medians, and last one JSON line. With `--peer llama.cpp` prefill and decode of both are
-timed in turn, and the line also has `peer_prefill_tokens_per_second`, `peer_decode_tokens_per_second`, the ratios of our
-speed to the peer's, `prefill_ratio` and `decode_ratio`, and `peer_difference`, that of the logits as part of their own
-size. The line is one with the keys `config`, `batch_size`, `prompt`, `new`,
-`dtype`, `quantized`, `quantized_table`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`,
-`decode_tokens_per_second`, `decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`,
-`peak_memory_bytes` and the environment.
+timed in turn, and the line also has `peer_prefill_tokens_per_second`, `peer_decode_tokens_per_second`, the ratios of
+our speed to the peer's, `prefill_ratio` and `decode_ratio`, and `peer_difference`, that of the logits as part of their
+own size. The line is one with the keys `config`, `batch_size`, `prompt`, `new`, `dtype`, `quantized`,
+`quantized_table`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`, `decode_tokens_per_second`,
+`decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`, `peak_memory_bytes` and the environment.
 """
 
 import argparse

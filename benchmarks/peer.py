@@ -1,7 +1,7 @@
 """llama.cpp on the same random weights, run in turn with grokjax by `--peer llama.cpp`: the GGUF file and the steps.
 
-Needs the packages of the extra `peer-llama`. The file holds every matrix in llama.cpp's Q8_0: int8 with a scale for each
-32 numbers. llama.cpp divides a token's gates by their sum; the norm that follows makes that no difference.
+Needs the packages of the extra `peer-llama`. The file holds every matrix in llama.cpp's Q8_0: int8 with a scale for
+each 32 numbers. llama.cpp divides a token's gates by their sum; the norm that follows makes that no difference.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from flax import nnx
 from grokjax import Grok, forward
 from grokjax.quantization import QuantizedTable, Weight, dequantize
 
-# Largest difference of the logits, as part of their own size, at which both compute the same model: rounding alone gives
-# up to a tenth.
+# Largest difference of the logits, as part of their own size, at which both compute the same model: rounding alone
+# gives up to a tenth.
 _SAME_LOGITS = 0.2
 # Numbers that share a scale in Q8_0, which divide every row.
 _BLOCK = 32

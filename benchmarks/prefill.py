@@ -1,19 +1,21 @@
 """Speed of prefill with random weights, against what the machine's arithmetic allows.
 
 `python benchmarks/prefill.py` measures prompts of 128, 512 and 2048 tokens with `GrokConfig.bench_1b()` in int8, in
-turn, on whatever device there is. It prints a card of what they must compute, then medians, and last one JSON line
-with the keys `config`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`,
-`tokens_per_second`, `operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list,
-it is by length.
+turn, on whatever device there is. It prints a card of what they must compute, then medians, and last one JSON line.
+`--peer llama.cpp` runs the same prompts through it, in turn too, and adds `peer_tokens_per_second`, `peer_ratio` (our
+speed over its) and `peer_difference` (of the logits, as part of their own size). The line is one with the keys
+`config`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`, `tokens_per_second`,
+`operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list, it is by length.
 """
 
 import argparse
-import statistics
+from collections.abc import Callable
 
 import card
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer
 from decode import read_config
 
 from grokjax import Grok, KVCache, init, make_mesh, prefill
@@ -29,13 +31,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
     parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=5, help="of each length")
+    peer.add_argument(parser)
     return parser.parse_args()
 
 
+def make_prompt(model: Grok, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, model.config.vocab_size, (1, length))
+
+
 def run_prefill(model: Grok, length: int) -> jax.Array:
-    prompt = np.random.default_rng(0).integers(3, model.config.vocab_size, (1, length))
+    prompt = make_prompt(model, length)
     cache = KVCache.create(model.config, 1, length, mesh=model.partitioner.mesh)
     return prefill(model, prompt, np.array([length]), cache)[0]
+
+
+def time_in_turn(ways: list[Callable[[int], object]], lengths: list[int], repeats: int) -> list[list[float]]:
+    """Median seconds of each way and, within it, of each length."""
+    runs = [[[card.seconds(lambda w=w, n=n: w(n)) for n in lengths] for w in ways] for _ in range(repeats)]
+    return np.median(runs, axis=0).tolist()
 
 
 def main() -> None:
@@ -60,8 +73,12 @@ def main() -> None:
         },
     )
     compile_seconds = [card.seconds(lambda n=n: run_prefill(model, n)) for n in lengths]
-    runs = [[card.seconds(lambda n=n: run_prefill(model, n)) for n in lengths] for _ in range(arguments.repeats)]
-    times = [statistics.median(column) for column in zip(*runs, strict=True)]
+    ways = [lambda n: run_prefill(model, n)]
+    if arguments.peer:
+        other = peer.LlamaCpp(model, rows=1, max_len=max(lengths))
+        difference = peer.difference(model, other)
+        ways.append(lambda n: other.prefill(make_prompt(model, n)))
+    times, *peer_times = time_in_turn(ways, lengths, arguments.repeats)
     percents = [100 * ops / time / rate for ops, time in zip(operations, times, strict=True)]
     card.print_rows(
         "medians",
@@ -70,6 +87,21 @@ def main() -> None:
             for n, time, percent in zip(lengths, times, percents, strict=True)
         },
     )
+    record = {}
+    for theirs in peer_times:
+        ratios = [their / our for their, our in zip(theirs, times, strict=True)]
+        card.print_rows(
+            f"llama.cpp on the same weights, in turn; logits differ by {difference:.3f} of their size",
+            {
+                f"{n} tokens": f"{n / time:.0f} tokens/s, ours {ratio:.2f} x"
+                for n, time, ratio in zip(lengths, theirs, ratios, strict=True)
+            },
+        )
+        record = {
+            "peer_tokens_per_second": [round(n / time, 1) for n, time in zip(lengths, theirs, strict=True)],
+            "peer_ratio": [round(ratio, 3) for ratio in ratios],
+            "peer_difference": round(difference, 4),
+        }
     card.print_json(
         {
             "benchmark": "prefill",
@@ -85,6 +117,7 @@ def main() -> None:
             "matmul_rate": int(rate),
             "percent_of_matmul_rate": [round(percent, 1) for percent in percents],
             **card.environment(),
+            **record,
         }
     )
 

@@ -61,6 +61,30 @@ def test_the_benchmark_of_prefill() -> None:
     assert lines.index("medians") > 2
 
 
+def test_the_benchmark_of_the_experts() -> None:
+    record = json.loads(run("moe.py", "--rows", "1,16", "--repeats", "1", "--layers", "1", "--mesh", "1,2")[-1])
+    assert set(record) == documented_keys("moe.py") | ENVIRONMENT
+    assert record["operations"] == [6 * rows * 2 * 64 * 128 for rows in (1, 16)]
+    few, many = record["layer_bytes"]
+    assert 3.5 < many / few < 4.1  # two experts of eight, and nearly all
+
+
+def test_the_benchmark_of_attention() -> None:
+    record = json.loads(run("attention.py", "--sizes", "8/16,8/256,64/256", "--repeats", "1", "--layers", "1")[-1])
+    assert set(record) == documented_keys("attention.py") | ENVIRONMENT
+    few, same, many = record["layer_bytes"]
+    assert few == same
+    assert many - few == 2 * 4 * 16 * (64 - 8) * 4  # keys and values, kv heads, head size, entries, float32
+
+
+def test_more_filled_than_allocated_is_refused() -> None:
+    command = [sys.executable, str(BENCHMARKS / "attention.py"), "--config", "tiny", "--sizes", "9/8"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    )
+    assert "--sizes 9/8 is not FILLED/ALLOCATED with 1 to ALLOCATED entries filled." in done.stderr
+
+
 def test_the_benchmark_of_starting_up() -> None:
     record = json.loads(run("startup.py", "--repeats", "1")[-1])
     assert set(record) == documented_keys("startup.py") | ENVIRONMENT

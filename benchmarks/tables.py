@@ -1,0 +1,126 @@
+"""The tables of docs/performance.md, made from stored results.
+
+`benchmarks/results/NAME.jsonl` holds last lines of `benchmarks/NAME.py`, one a run. In the page a table stands between
+`<!-- results NAME -->` and `<!-- end -->`. `python benchmarks/tables.py --write` renews them; without `--write` it only
+says whether they are new. To add a run: `python benchmarks/decode.py | tail -1 >> benchmarks/results/decode.jsonl`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+MARKED = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# A figure of a record, as text.
+Column = Callable[[dict], str]
+
+
+def number(name: str, digits: int = 0, factor: float = 1) -> Column:
+    """A number of the record, or all of a list; nothing where it is absent."""
+
+    def text(record: dict) -> str:
+        values = record.get(name, [])
+        values = values if isinstance(values, list) else [values]
+        return ", ".join(f"{factor * value:.{digits}f}" for value in values) or "-"
+
+    return text
+
+
+def listed(name: str) -> Column:
+    return lambda record: ", ".join(map(str, record[name]))
+
+
+def table_dtype(record: dict) -> str:
+    return "int8" if record["quantized_table"] else record["dtype"]
+
+
+COLUMNS: dict[str, dict[str, Column]] = {
+    "decode": {
+        "jax": lambda record: record["jax"],
+        "rows": number("batch_size"),
+        "prompt": number("prompt"),
+        "table": table_dtype,
+        "prefill tokens/s": number("prefill_tokens_per_second"),
+        "decode tokens/s": number("decode_tokens_per_second", 1),
+        "percent of the bandwidth": number("percent_of_bandwidth"),
+        "llama.cpp: prefill": number("peer_prefill_tokens_per_second"),
+        "decode": number("peer_decode_tokens_per_second", 1),
+        "ours / llama.cpp: prefill ": number("prefill_ratio", 2),
+        "decode ": number("decode_ratio", 2),
+    },
+    "prefill": {
+        "jax": lambda record: record["jax"],
+        "tokens": listed("lengths"),
+        "tokens/s": number("tokens_per_second"),
+        "percent of the rate of square products": number("percent_of_matmul_rate"),
+        "llama.cpp": number("peer_tokens_per_second"),
+        "ours / llama.cpp": number("peer_ratio", 2),
+    },
+    "moe": {
+        "jax": lambda record: record["jax"],
+        "rows": listed("rows"),
+        "ms a layer": number("layer_seconds", 2, 1e3),
+        "percent of the bandwidth": number("percent_of_bandwidth"),
+        "percent of the rate of square products": number("percent_of_matmul_rate"),
+    },
+    "attention": {
+        "jax": lambda record: record["jax"],
+        "rows": number("batch_size"),
+        "filled/allocated": listed("sizes"),
+        "us a layer": number("layer_seconds", 0, 1e6),
+        "percent of the bandwidth": number("percent_of_bandwidth"),
+    },
+    "startup": {
+        "jax": lambda record: record["jax"],
+        "first token, nothing compiled": number("cold_seconds", 1),
+        "compiled before": number("warm_seconds", 1),
+        "import grokjax": number("import_seconds", 2),
+        "over jax and flax": number("import_ratio", 2),
+    },
+}
+
+
+def make_table(name: str, records: list[dict]) -> str:
+    """A Markdown table, a row for each record.
+
+    Raises:
+      SystemExit: No such table is known.
+    """
+    if name not in COLUMNS:
+        raise SystemExit(f"There is no table '{name}': choose one of {', '.join(COLUMNS)}.")
+    columns = COLUMNS[name]
+    rows = [list(columns), ["---"] * len(columns), *([make(record) for make in columns.values()] for record in records)]
+    return "".join(f"| {' | '.join(cell.strip() for cell in row)} |\n" for row in rows)
+
+
+def read_records(name: str) -> list[dict]:
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        raise SystemExit(f"The page asks for the results of '{name}', and there is no file {path}.")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def renew(page: str) -> str:
+    """The page with all its tables made anew."""
+    return MARKED.sub(lambda found: found[1] + make_table(found[2], read_records(found[2])) + found[3], page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="changes docs/performance.md")
+    arguments = parser.parse_args()
+    page = PAGE.read_text()
+    renewed = renew(page)
+    if arguments.write:
+        PAGE.write_text(renewed)
+    elif renewed != page:
+        sys.exit("The tables of docs/performance.md are not those of the results: run benchmarks/tables.py --write.")
+
+
+if __name__ == "__main__":
+    main()
