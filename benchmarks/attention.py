@@ -41,13 +41,17 @@ def run_layer(model: Grok, x: jax.Array, keys: jax.Array, values: jax.Array, lay
     return model.layers.attention(x, keys, values, layer=layer, slot=layer, start=start, count=count)
 
 
+def read_size(text: str) -> tuple[int, int]:
+    filled, _, allocated = text.partition("/")
+    if not (filled.isdecimal() and allocated.isdecimal() and 0 < int(filled) <= int(allocated)):
+        raise SystemExit(f"--sizes {text} is not FILLED/ALLOCATED with 1 to ALLOCATED entries filled.")
+    return int(filled), int(allocated)
+
+
 class Case:
     """One size: its cache, kept from run to run."""
 
-    def __init__(self, model: Grok, batch_size: int, size: str):
-        filled, allocated = (int(number) for number in size.split("/"))
-        if not 0 < filled <= allocated:
-            raise SystemExit(f"--sizes {size} is not FILLED/ALLOCATED with 1 to ALLOCATED entries filled.")
+    def __init__(self, model: Grok, batch_size: int, filled: int, allocated: int):
         self.model, self.start = model, jnp.full(batch_size, filled - 1, jnp.int32)
         cache = KVCache.create(model.config, batch_size, allocated, mesh=model.partitioner.mesh)
         self.keys, self.values = cache.keys, cache.values
@@ -69,10 +73,12 @@ class Case:
 def main() -> None:
     arguments = parse_arguments()
     sizes = arguments.sizes.split(",")
+    numbers = [read_size(size) for size in sizes]
+    config = read_config(arguments, longest=max(allocated for _, allocated in numbers))
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     dtype = jnp.dtype(arguments.dtype)
-    model = init(read_config(arguments), mesh=mesh, dtype=dtype, quantized=not arguments.plain)
-    cases = [Case(model, arguments.batch, size) for size in sizes]
+    model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain)
+    cases = [Case(model, arguments.batch, *pair) for pair in numbers]
     bandwidth = card.read_bandwidth(mesh)
     weights = "plain" if arguments.plain else "int8"
     card.print_rows(

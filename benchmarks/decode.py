@@ -45,9 +45,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_config(arguments: argparse.Namespace) -> GrokConfig:
+def read_config(arguments: argparse.Namespace, *, longest: int = 1) -> GrokConfig:
+    """The configuration that is asked for, with room for sequences of `longest` tokens."""
     name = arguments.config
     config = PRESETS[name]() if name in PRESETS else GrokConfig.from_json(Path(name).read_text())
+    config = config.replace(max_seq_len=max(config.max_seq_len, longest))
     return config if arguments.layers is None else config.replace(num_layers=arguments.layers)
 
 
@@ -119,7 +121,7 @@ def time_in_turn(runners: list[Runner | PeerRunner], repeats: int) -> list[tuple
 
 def main() -> None:
     arguments = parse_arguments()
-    config = read_config(arguments)
+    config = read_config(arguments, longest=arguments.max_len or arguments.prompt + arguments.new + 1)
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     dtype = jnp.dtype(arguments.dtype)
     table = arguments.quantized_table

@@ -54,8 +54,7 @@ def time_in_turn(ways: list[Callable[[int], object]], lengths: list[int], repeat
 def main() -> None:
     arguments = parse_arguments()
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    config = read_config(arguments)
-    config = config.replace(max_seq_len=max(config.max_seq_len, *lengths))
+    config = read_config(arguments, longest=max(lengths))
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
     operations = [
