@@ -88,6 +88,7 @@ class FakeSteps:
         self.log: list[tuple] = []
         self.error: Exception | None = None
         self.programs = 0
+        self.is_closed = False
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         self._dispatch("prefill", tokens.shape)
@@ -121,6 +122,9 @@ class FakeSteps:
             self.rows[row].append(entry_after(self.rows[row][-1], self.tokens[row]))
             ends[row] = self.rows[row][-1]
         return self._draw(settings, ends, number)
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def _dispatch(self, name: str, what: object) -> int:
         if self.error is not None:

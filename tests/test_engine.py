@@ -510,3 +510,14 @@ def test_soak() -> None:
     assert engine.metrics().prefix_hits > 1000
     assert not engine._live
     assert not engine._in_flight
+
+
+def test_a_closed_engine() -> None:
+    with make_engine() as engine:
+        handle = engine.submit(Request([1, 2], max_new_tokens=2))
+        assert not engine._steps.is_closed
+    engine.close()
+    assert engine._steps.is_closed
+    assert handle.completion.finish_reason == "cancelled"
+    with pytest.raises(ValueError, match=r"this engine was closed: make a new one\."):
+        engine.submit(Request([1, 2], max_new_tokens=2))

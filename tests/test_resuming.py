@@ -156,8 +156,13 @@ class TestInterrupted:
             calls.append(arguments)
 
         monkeypatch.setattr(orbax_layout.ocp, "save", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            convert(source.path, tmp_path / "model", source.config)
+        # A shell starts its jobs in the background with the signal ignored, and with them these tests.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                convert(source.path, tmp_path / "model", source.config)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert len(calls) == 1
         assert plan_conversion(source.path, tmp_path / "model", source.config).num_done == 1
         convert(source.path, tmp_path / "model", source.config)
