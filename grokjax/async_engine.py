@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
@@ -54,8 +55,7 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
         self._order(self._close)
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait([self._task])  # and not the task itself, whose end is no cancellation of the one that leaves
 
     async def complete(self, request: Request) -> tuple[Completion, ...]:
         """All samples of a request, when the last of them has ended.
@@ -83,23 +83,30 @@ class AsyncEngine:
         return await self._between_steps(self._engine.metrics)
 
     async def _pieces(self, request: Request, handles: list[Handle]) -> AsyncIterator[Piece]:
-        handle = await self._between_steps(lambda: self._submit(request))
-        handles.append(handle)
         number = 0
         try:
-            while number < len(handle.pieces) or not handle.is_done:
+            handle = await self._between_steps(lambda: self._submit(request, handles))
+            while True:
+                is_done = (
+                    handle.is_done
+                )  # before the pieces are looked at: the thread that steps adds the last ones first
                 while number < len(handle.pieces):
                     yield handle.pieces[number]
                     number += 1
+                if is_done:
+                    return
                 if not handle.is_done:
                     await asyncio.shield(self._stepped)
         finally:
-            self._handles.discard(handle)
-            if not handle.is_done:
-                self._order(lambda: self._engine.cancel(handle))
+            # None if the task was cancelled before the submission; one also if it was between that and its waking.
+            for submitted in handles:
+                self._handles.discard(submitted)
+                if not submitted.is_done:
+                    self._order(functools.partial(self._engine.cancel, submitted))
 
-    def _submit(self, request: Request) -> Handle:
+    def _submit(self, request: Request, handles: list[Handle]) -> Handle:
         handle = self._engine.submit(request)
+        handles.append(handle)
         self._handles.add(handle)
         return handle
 

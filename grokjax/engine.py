@@ -180,7 +180,7 @@ class Engine:
             decoded = self._decode()
             while len(self._in_flight) > decoded:
                 self._in_flight.popleft()()
-        except Exception as error:
+        except BaseException as error:  # after Ctrl-C, too, tokens are lost that were drawn and not read
             self._fail(error)
             raise
         self._meter.note_step(self._clock() - start, prefilled=bool(prefilled), decoded=decoded)
@@ -374,8 +374,9 @@ class Engine:
         for sibling in siblings:
             self._finish(sibling, reason, error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, cause: BaseException) -> None:
         """A step of the model failed, and the cache may be lost with it: every request ends with the error."""
+        error = cause if isinstance(cause, Exception) else RuntimeError(f"interrupted by {type(cause).__name__}")
         self._failure = error
         self._in_flight.clear()
         for sample in list(self._live):

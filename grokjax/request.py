@@ -27,7 +27,7 @@ class Request:
       min_p: least probability kept, as a fraction of the largest, 0 to 1.
       seed: of the draws, 0 to 2**32 - 1; the draw at position p uses `fold_in(key(seed), p)`.
       allowed_tokens: bool [V], or 0 and 1, true where a token may be drawn; all by default.
-      logit_bias: token id -> what is added to its logit before anything else, finite or minus infinity.
+      logit_bias: token id -> what is added to its logit before anything else, at most 1e10; minus infinity excludes it.
       stop: strings that end the text, one or several; the text ends before them.
       stop_ids: token ids that end the continuation, as the end-of-sequence token does.
       ignore_eos: go on past the end-of-sequence token.
@@ -179,8 +179,8 @@ def bias_row(request: Request, vocab_size: int) -> np.ndarray | None:
     row = np.zeros(vocab_size, np.float32)
     for token, bias in (request.logit_bias or {}).items():
         _check_ids("logit_bias", np.array([token]), vocab_size)
-        if not isinstance(bias, int | float) or math.isnan(bias) or bias == math.inf:
-            raise ValueError(f"logit_bias of token {token} is {bias!r}: give a finite number or minus infinity.")
+        if not isinstance(bias, int | float) or math.isnan(bias) or bias > -_EXCLUDED:
+            raise ValueError(f"logit_bias of token {token} is {bias!r}: give a number up to 1e10, or minus infinity.")
         row[token] = max(float(bias), _EXCLUDED)
     if request.allowed_tokens is not None:
         row[~_allowed(request.allowed_tokens, vocab_size)] = _EXCLUDED

@@ -1,6 +1,7 @@
 """The asyncio front: many tasks at once, cancelled tasks, streams left early, full queues and failing steps."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from grokjax.async_engine import AsyncEngine
 from grokjax.engine import Engine
 from grokjax.request import Request
 from grokjax.scheduler import QueueFullError
+from grokjax.sequence import Handle
 
 
 class SlowSteps(FakeSteps):
@@ -142,5 +144,61 @@ def test_a_failing_step_reaches_everyone_and_hangs_nobody() -> None:
                 assert [str(sample.error) for sample in await task] == ["out of memory"]
             with pytest.raises(ValueError, match="a step of this engine failed"):
                 await served.complete(request(3))
+
+    run(main())
+
+
+def test_a_task_cancelled_before_it_wakes_cancels_its_request() -> None:
+    async def main() -> None:
+        engine = make_engine()
+        async with AsyncEngine(engine) as served:
+            task = asyncio.create_task(served.complete(request(3, 150)))
+            while not engine.has_work:
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while engine.has_work:
+                await asyncio.sleep(0)
+            assert (await served.metrics()).finished["cancelled"] == 1
+            assert not served._handles
+
+    run(main())
+
+
+def test_no_stream_loses_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last pieces may be added by the other thread while the loop asks whether the request has ended."""
+    is_done = Handle.is_done.fget
+
+    def ask_slowly(handle: Handle) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.002)
+        return is_done(handle)
+
+    monkeypatch.setattr(Handle, "is_done", property(ask_slowly))
+
+    async def main() -> None:
+        async with AsyncEngine(make_engine(make_steps=FakeSteps)) as served:
+
+            async def read(first: int) -> None:
+                for seed in range(20):
+                    tokens = [piece.token_id async for piece in served.stream(request(first, 4, seed=seed))]
+                    assert tokens == [*continuation([first, 5], 4, seed=seed), None]
+
+            await asyncio.gather(*(read(3 + i) for i in range(8)))
+
+    run(main())
+
+
+def test_a_cancellation_passes_through_the_end_of_the_block() -> None:
+    async def main() -> None:
+        async def leave() -> None:
+            async with AsyncEngine(make_engine()) as served:
+                await served.complete(request(3, 2))
+                asyncio.current_task().cancel()  # takes effect at the next wait, which is the block's end
+
+        task = asyncio.create_task(leave())
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
     run(main())

@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, continuation
+from fake_steps import EOS, VOCAB, FakeModel, FakePending, FakeSteps, continuation
 
 from grokjax.engine import Engine
 from grokjax.request import Request
@@ -521,3 +521,21 @@ def test_a_closed_engine() -> None:
     assert handle.completion.finish_reason == "cancelled"
     with pytest.raises(ValueError, match=r"this engine was closed: make a new one\."):
         engine.submit(Request([1, 2], max_new_tokens=2))
+
+
+def test_an_interrupt_ends_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it nearly always comes: while tokens are waited for, which are lost with it."""
+    engine = make_engine()
+    handles = [engine.submit(Request([token], max_new_tokens=9, ignore_eos=True)) for token in (5, 6)]
+    engine.step()
+
+    def interrupt(_: FakePending) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakePending, "read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    assert not engine.has_work
+    assert [handle.completion.finish_reason for handle in handles] == ["error", "error"]
+    with pytest.raises(ValueError, match=r"a step of this engine failed \(RuntimeError: interrupted by Key"):
+        engine.submit(Request([1]))

@@ -64,7 +64,11 @@ class TestBias:
             ({"allowed_tokens": [False] * 4}, "the mask and the bias leave no token"),
             ({"logit_bias": dict.fromkeys(range(4), -math.inf)}, "the mask and the bias leave no token"),
             ({"logit_bias": {4: 1.0}}, "logit_bias has the token id 4, outside the vocabulary of 4"),
-            ({"logit_bias": {1: math.inf}}, "logit_bias of token 1 is inf: give a finite number or minus infinity"),
+            (
+                {"logit_bias": {1: math.inf}},
+                "logit_bias of token 1 is inf: give a number up to 1e10, or minus infinity",
+            ),
+            ({"logit_bias": {1: 1e39}}, r"logit_bias of token 1 is 1e\+39: give a number up to 1e10"),
             ({"logit_bias": {1: math.nan}}, "logit_bias of token 1 is nan"),
             ({"logit_bias": {1: "much"}}, "logit_bias of token 1 is 'much'"),
         ],
