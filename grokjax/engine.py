@@ -213,16 +213,20 @@ class Engine:
         """Runs requests, taken from an iterable as the queue has room, and yields each as soon as it has ended."""
         source, running = iter(requests), set[Handle]()
         exhausted = False
-        while running or not exhausted:
-            while self.has_room and not exhausted:
-                request = next(source, None)
-                exhausted = request is None
-                if request is not None:
-                    running.add(self.submit(request))
-            self.step()
-            for handle in [handle for handle in running if handle.is_done]:
-                running.remove(handle)
-                yield handle
+        try:
+            while running or not exhausted:
+                while self.has_room and not exhausted:
+                    request = next(source, None)
+                    exhausted = request is None
+                    if request is not None:
+                        running.add(self.submit(request))
+                self.step()
+                for handle in [handle for handle in running if handle.is_done]:
+                    running.remove(handle)
+                    yield handle
+        finally:
+            for handle in running:  # if the caller left early
+                self.cancel(handle)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
         """Continues prompts; the options are those of `Request`, the same for all.

@@ -27,6 +27,7 @@ from grokjax.runner_parts import (
     sample_token,
     top_p_filter,
 )
+from grokjax.sequence import Handle
 from grokjax.sharding import make_mesh
 from grokjax.slot_steps import ModelSteps
 from grokjax.tokenizer import Tokenizer, load_tokenizer
@@ -234,22 +235,28 @@ class InferenceRunner:
         failed gives what text it had; the error is in the text's `completion`.
         """
         self.engine.warm_up()
-        running, finished = 0, collections.deque[OutputText]()
-        while True:
-            while running < self.runner.batch_size:
-                request = yield None
-                if request is None:
-                    break
-                self.engine.submit(request.to_engine())
-                running += 1
-            while running and not finished:
-                finished.extend(OutputText(handle.completion) for handle in self.engine.step())
-            while finished:
-                running -= 1
-                request = yield finished.popleft()
-                if request is not None:
-                    self.engine.submit(request.to_engine())
-                    running += 1
+        running, finished = set[Handle](), collections.deque[Handle]()
+        try:
+            while True:
+                while len(running) < self.runner.batch_size:
+                    request = yield None
+                    if request is None:
+                        break
+                    running.add(self.engine.submit(request.to_engine()))
+                while running and not finished:
+                    finished.extend(handle for handle in self.engine.step() if handle in running)
+                while finished:
+                    handle = finished.popleft()
+                    running.discard(handle)
+                    request = yield OutputText(handle.completion)
+                    if request is not None:
+                        running.add(self.engine.submit(request.to_engine()))
+        finally:
+            # Of a generator that is left early: the next one begins with an idle engine.
+            for handle in running:
+                self.engine.cancel(handle)
+            while self.engine.has_work:
+                self.engine.step()
 
 
 def sample_from_model(

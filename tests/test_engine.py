@@ -539,3 +539,11 @@ def test_an_interrupt_ends_every_request(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [handle.completion.finish_reason for handle in handles] == ["error", "error"]
     with pytest.raises(ValueError, match=r"a step of this engine failed \(RuntimeError: interrupted by Key"):
         engine.submit(Request([1]))
+
+
+def test_requests_of_an_iterator_left_early_are_cancelled() -> None:
+    engine = make_engine()
+    finished = engine.as_completed(Request([5], max_new_tokens=count, ignore_eos=True) for count in (2, 30, 30))
+    next(finished)
+    finished.close()
+    assert engine.metrics().finished["cancelled"] == 2

@@ -295,6 +295,16 @@ class TestGenerator:
         with pytest.raises(ValueError, match="the prompt is empty"):
             sample_from_model(server, "", 3, 1.0)
 
+    def test_one_that_is_left_early_makes_way(self, checkpoint: Path) -> None:
+        runner = inference_runner(checkpoint)
+        server = runner.run()
+        next(server)
+        assert server.send(Request("the License", 0.0, 1.0, 1, 9, ignore_eos=True)) is None
+        server.close()
+        assert not runner.engine.has_work
+        again = runner.run()
+        assert sample_from_model(again, "the", 2, 1.0).completion.finish_reason == "length"
+
     def test_what_a_request_may_also_ask(self, checkpoint: Path) -> None:
         server = inference_runner(checkpoint, rows=1).run()
         next(server)
