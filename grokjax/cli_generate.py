@@ -164,7 +164,7 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
         with (
             model_failures(),
             Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos) as engine,
-            BatchProgress(len(prompts), earlier) as progress,
+            BatchProgress(len(prompts)) as progress,
         ):
             run_batch(engine, prompts, results, progress)
     num_errors = sum(results.failed.values())

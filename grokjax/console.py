@@ -1,6 +1,7 @@
 """What the commands share: messages on standard error, progress, configuration files, meshes."""
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -61,14 +62,13 @@ class BatchProgress:
 
     Args:
       total: results that there will be.
-      earlier: how many of them an earlier run has left.
       clock: seconds.
     """
 
-    def __init__(self, total: int, earlier: int, *, clock: Callable[[], float] = time.perf_counter):
-        self.total, self.earlier, self.clock = total, earlier, clock
-        self.start = self.said = clock()
-        self.first: tuple[float, int] | None = None  # when there were tokens: the first take a compilation
+    def __init__(self, total: int, *, clock: Callable[[], float] = time.perf_counter):
+        self.total, self.clock, self.said = total, clock, -math.inf
+        # When there were tokens, how many, and how many results: before that, steps were compiled.
+        self.first: tuple[float, int, int] | None = None
         self.has_bar = False
 
     def __enter__(self) -> Self:
@@ -82,7 +82,7 @@ class BatchProgress:
         """Says it, for so many results and so many tokens of this run."""
         now = self.clock()
         if self.first is None and tokens:
-            self.first = now, tokens
+            self.first = now, tokens, done
         if sys.stderr.isatty():
             self._draw(done, self._state(done, tokens, now))
         elif now - self.said >= _LINE_PERIOD:
@@ -91,10 +91,13 @@ class BatchProgress:
 
     def _state(self, done: int, tokens: int, now: float) -> str:
         state = f"{done} of {self.total} done"
-        if self.first is not None and now > self.first[0]:
-            state += f", {(tokens - self.first[1]) / (now - self.first[0]):.1f} tokens/s"
-        if self.earlier < done < self.total:
-            state += f", {duration((self.total - done) * (now - self.start) / (done - self.earlier))} left"
+        if self.first is None:
+            return state if done == self.total else f"{state}, compiling the first steps"
+        start, first_tokens, first_done = self.first
+        if now > start:
+            state += f", {(tokens - first_tokens) / (now - start):.1f} tokens/s"
+        if first_done < done < self.total:
+            state += f", {duration((self.total - done) * (now - start) / (done - first_done))} left"
         return state
 
     def _draw(self, done: int, state: str) -> None:

@@ -1,26 +1,22 @@
 """Continuous batching: requests share the rows of one batch, each as if it were alone."""
 
 import collections
+import contextlib
 import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Self
-
-import numpy as np
 
 from grokjax.metrics import Meter, Metrics
 from grokjax.request import Completion, FinishReason, Piece, Request
-from grokjax.scheduler import Admission, PrefillGroup, Scheduler
+from grokjax.scheduler import PrefillGroup, Scheduler, default_buckets
 from grokjax.sequence import Drawn, Handle, Intake, LiveSample
 from grokjax.shared_steps import make_steps as steps_of_model
-from grokjax.slots import Pending, PendingScores, SlotSettings, Steps
+from grokjax.slots import Pending, SlotSettings, Steps
 from grokjax.tokenizer import Tokenizer
 from grokjax.warm_up import WarmedStep, warm_up
-
-# Padded lengths of pieces of prompts, so that few programs are compiled.
-_BUCKETS = (16, 64, 256, 1024)
 
 _Rows = tuple[tuple[int, LiveSample], ...]
 
@@ -35,13 +31,14 @@ class Engine:
 
     Args:
       model: a `Grok`.
-      tokenizer: for prompts and continuations as text; without it, requests give and get token ids.
+      tokenizer: for prompts and continuations as text, and its end-of-sequence token ends them; without it, requests
+        give and get token ids, and the token that the configuration names ends them.
       slots: B, requests that run at once.
       max_len: S, tokens of prompt and continuation together; by default the model's longest sequence.
       prefill_buckets: padded lengths of prompts. A longer prompt is taken in pieces of the largest, a decode step
         between two of them. By default those of 16, 64, 256 and 1024 that fit.
       prefill_rows: prompts of one bucket that are prefilled together at most; of those waiting, a power of two is.
-      max_queue: requests that wait for a slot at most.
+      max_queue: no request is taken while so many samples wait for a slot.
       max_logprobs: most probable tokens that a request may ask for.
       reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
         smallest bucket.
@@ -74,16 +71,15 @@ class Engine:
         self._intake = Intake(
             tokenizer, config=model.config, max_len=max_len, max_logprobs=max_logprobs, add_bos=add_bos
         )
-        fitting = tuple(bucket for bucket in _BUCKETS if bucket <= max_len) or (max_len,)
         self._scheduler: Scheduler[LiveSample] = Scheduler(
             slots=slots,
             max_len=max_len,
-            buckets=fitting if prefill_buckets is None else prefill_buckets,
+            buckets=default_buckets(max_len) if prefill_buckets is None else prefill_buckets,
             prefill_rows=prefill_rows,
             max_queue=max_queue,
             reuse_prefixes=reuse_prefixes,
         )
-        self._steps = make_steps(model, slots=slots, max_len=max_len, num_top=max_logprobs)
+        self._steps = make_steps(model, slots=len(self._scheduler.running), max_len=max_len, num_top=max_logprobs)
         self._clock, self._meter = clock, Meter()
         self._live: dict[LiveSample, None] = {}
         self._siblings: dict[Handle, tuple[int, list[LiveSample]]] = {}  # until the first sample's prefill is under way
@@ -95,8 +91,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request has not ended."""
-        return bool(self._live or self._in_flight)
+        """Whether a request has not ended, or nobody was told that it has."""
+        return bool(self._live or self._in_flight or self._ended)
 
     @property
     def has_room(self) -> bool:
@@ -123,13 +119,14 @@ class Engine:
           ValueError: A request has not ended, or a step failed before.
         """
         self._check_open()
-        if self.has_work:
+        if self._live or self._in_flight:
             raise ValueError("requests are running: warm the engine up before the first, or after the last.")
         scheduler = self._scheduler
-        most = min(scheduler.prefill_rows, len(scheduler.running))
-        row_counts = [1 << power for power in range(most.bit_length())]
         scheduler.held.clear()
-        return warm_up(self._steps, scheduler.buckets, row_counts, cache_dir=cache_dir, clock=self._clock)
+        with self._failing():
+            return warm_up(
+                self._steps, scheduler.buckets, scheduler.group_sizes, cache_dir=cache_dir, clock=self._clock
+            )
 
     def submit(self, request: Request) -> Handle:
         """Puts a request into the queue.
@@ -138,7 +135,7 @@ class Engine:
         the finish reason "error"; nothing is raised for it.
 
         Raises:
-          QueueFullError: `max_queue` requests are waiting.
+          QueueFullError: `max_queue` samples are waiting.
           ValueError: A step of the model failed before: the engine is over.
         """
         self._check_open()
@@ -147,21 +144,20 @@ class Engine:
         try:
             first, *others = self._intake.samples(handle, now)
         except Exception as error:  # a tokenizer may raise anything
-            nothing = np.zeros(0, np.int32)
             for number in range(request.n):
-                self._finish(LiveSample(handle, number, prompt=nothing, submitted=now), "error", error)
+                self._finish(LiveSample(handle, number, submitted=now), "error", error)
             return handle
         self._live.update(dict.fromkeys([first, *others]))
         arrival = self._scheduler.queue.push(first)
         if others:
+            self._scheduler.queue.hold(others)
             self._siblings[handle] = (arrival, others)
         return handle
 
     def cancel(self, handle: Handle) -> None:
         """Ends a request now, with what it has; its slot is free for the next step. Harmless when it has ended."""
         for sample in [sample for sample in self._live if sample.handle is handle]:
-            if not sample.ended:
-                self._finish(sample, "cancelled")
+            self._finish(sample, "cancelled")
 
     def step(self) -> list[Handle]:
         """Fills free slots, prefills at most one group of pieces, decodes one token for each running request.
@@ -169,28 +165,16 @@ class Engine:
         The tokens that it dispatches are read in the next step, when the device already works on those after them.
 
         Returns:
-          The requests that have ended since the last step.
+          The requests that have ended and were not reported yet, by this or as the end of their `stream`.
         """
-        self._check_open()
-        start = self._clock()
-        try:
-            ready = self._admit()
-            prefilled = self._prefill()
-            self._begin(ready + [sample for sample in prefilled if not sample.chunks])
-            decoded = self._decode()
-            while len(self._in_flight) > decoded:
-                self._in_flight.popleft()()
-        except BaseException as error:  # after Ctrl-C, too, tokens are lost that were drawn and not read
-            self._fail(error)
-            raise
-        self._meter.note_step(self._clock() - start, prefilled=bool(prefilled), decoded=decoded)
+        self._advance()
         ended, self._ended = self._ended, []
         return ended
 
     def run(self) -> list[Handle]:
         """Steps until every request has ended; returns those that ended, in this order."""
         ended = []
-        while self.has_work or self._ended:
+        while self.has_work:
             ended += self.step()
         return ended
 
@@ -203,15 +187,16 @@ class Engine:
         for number in itertools.count():
             while number >= len(handle.pieces):
                 if handle.is_done:
+                    self._reported([handle])
                     return
-                if not self.has_work:
+                if not any(sample.handle is handle for sample in self._live):
                     raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
-                self.step()
+                self._advance()
             yield handle.pieces[number]
 
     def as_completed(self, requests: Iterable[Request]) -> Iterator[Handle]:
         """Runs requests, taken from an iterable as the queue has room, and yields each as soon as it has ended."""
-        source, running = iter(requests), set[Handle]()
+        source, running = iter(requests), dict[Handle, None]()
         exhausted = False
         try:
             while running or not exhausted:
@@ -219,14 +204,17 @@ class Engine:
                     request = next(source, None)
                     exhausted = request is None
                     if request is not None:
-                        running.add(self.submit(request))
-                self.step()
-                for handle in [handle for handle in running if handle.is_done]:
-                    running.remove(handle)
-                    yield handle
+                        running[self.submit(request)] = None
+                self._advance()
+                ended = [handle for handle in running if handle.is_done]
+                self._reported(ended)
+                for handle in ended:
+                    del running[handle]
+                yield from ended
         finally:
             for handle in running:  # if the caller left early
                 self.cancel(handle)
+            self._reported(running)
 
     def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
         """Continues prompts; the options are those of `Request`, the same for all.
@@ -248,6 +236,7 @@ class Engine:
         for sample in list(self._live):
             self._finish(sample, "cancelled")
         self._in_flight.clear()
+        self._ended.clear()
         if not self._is_closed:
             self._is_closed = True
             self._steps.close()
@@ -263,22 +252,35 @@ class Engine:
             cache_occupancy=filled / (len(held) * self._scheduler.max_len),
         )
 
+    def _advance(self) -> None:
+        """What `step` does."""
+        self._check_open()
+        start = self._clock()
+        with self._failing():
+            ready = self._admit()
+            prefilled = self._prefill()
+            self._begin(ready + [sample for sample in prefilled if not sample.chunks])
+            decoded = self._decode()
+            while len(self._in_flight) > decoded:
+                self._in_flight.popleft()()
+        self._meter.note_step(self._clock() - start, prefilled=bool(prefilled), decoded=decoded)
+
+    def _reported(self, handles: Container[Handle]) -> None:
+        self._ended = [handle for handle in self._ended if handle not in handles]
+
     def _admit(self) -> list[LiveSample]:
         """Fills free slots; returns the samples whose prompts need no prefill."""
         admissions = self._scheduler.admit()
         for admission in admissions:
-            self._prepare_row(admission)
+            sample, slot = admission.job, admission.job.slot
+            assert slot is not None
+            sample.times.admitted = self._clock()
+            self._meter.note_prompt(len(sample.prompt), sample.reused)
+            if admission.is_complete or admission.source != slot:
+                self._steps.share(admission.source, slot, sample.reused)
+            if sample.bias is not None:
+                self._steps.set_bias(slot, sample.bias)
         return [admission.job for admission in admissions if admission.is_complete]
-
-    def _prepare_row(self, admission: Admission[LiveSample]) -> None:
-        sample, slot = admission.job, admission.job.slot
-        assert slot is not None
-        sample.times.admitted = self._clock()
-        self._meter.note_prompt(len(sample.prompt), sample.reused)
-        if admission.is_complete or admission.source != slot:
-            self._steps.share(admission.source, slot, sample.reused)
-        if sample.bias is not None:
-            self._steps.set_bias(slot, sample.bias)
 
     def _prefill(self) -> tuple[LiveSample, ...]:
         """Dispatches one group of pieces; returns the samples that they belong to."""
@@ -296,9 +298,7 @@ class Engine:
         assert sample.slot is not None
         tokens, targets = group.tokens()[0], group.tokens(offset=1)[0]
         pending = self._steps.score(tokens, targets, chunk.count, chunk.start, sample.slot)
-        # The last token of a prompt has no token after it to be scored.
-        count = min(chunk.count, len(sample.prompt) - 1 - chunk.start)
-        self._in_flight.append(functools.partial(self._take_scores, pending, sample, count))
+        self._in_flight.append(lambda: sample.push_scores(pending.read()[: chunk.count]))
 
     def _begin(self, samples: list[LiveSample]) -> None:
         """Draws the first tokens of samples whose prompts are prefilled, and lets the samples beside them follow."""
@@ -311,7 +311,7 @@ class Engine:
                 self._in_flight.append(functools.partial(self._finish, sample, "length"))
         rows = _rows(sample for sample in samples if sample.limit)
         if rows:
-            self._dispatched(self._steps.begin(self._settings(rows)), rows)
+            self._dispatched(self._steps.begin(SlotSettings.of(rows, self._steps.slots)), rows)
 
     def _decode(self) -> bool:
         """Dispatches a decode step for the running samples that have another token to come."""
@@ -320,12 +320,9 @@ class Engine:
         if not rows:
             return False
         if self._last_settings is None or self._last_settings[0] != rows:
-            self._last_settings = (rows, self._settings(rows))
+            self._last_settings = (rows, SlotSettings.of(rows, self._steps.slots))
         self._dispatched(self._steps.decode(self._last_settings[1]), rows)
         return True
-
-    def _settings(self, rows: _Rows) -> SlotSettings:
-        return SlotSettings.of(dict(rows), len(self._scheduler.running))
 
     def _dispatched(self, pending: Pending, rows: _Rows) -> None:
         self._in_flight.append(functools.partial(self._take_tokens, pending, rows))
@@ -337,13 +334,10 @@ class Engine:
 
     def _take_tokens(self, pending: Pending, rows: _Rows) -> None:
         drawn, now = pending.read(), self._clock()
-        tokens, logprobs = drawn.token_ids.tolist(), drawn.logprobs.tolist()
         for slot, sample in rows:
             # One that was stopped or cancelled after this step was dispatched has drawn a token too many.
             if not sample.ended:
-                self._push(
-                    sample, Drawn(tokens[slot], logprobs[slot], drawn.top_ids[slot], drawn.top_logprobs[slot]), now
-                )
+                self._push(sample, drawn.of(slot), now)
 
     def _push(self, sample: LiveSample, drawn: Drawn, now: float) -> None:
         last = sample.times.last_token
@@ -362,9 +356,6 @@ class Engine:
         if reason is not None:
             self._finish(sample, reason)
 
-    def _take_scores(self, pending: PendingScores, sample: LiveSample, count: int) -> None:
-        sample.prompt_logprobs.extend(pending.read()[:count].tolist())
-
     def _finish(self, sample: LiveSample, reason: FinishReason, error: Exception | None = None) -> None:
         if sample.ended:
             return
@@ -378,13 +369,19 @@ class Engine:
         for sibling in siblings:
             self._finish(sibling, reason, error)
 
-    def _fail(self, cause: BaseException) -> None:
-        """A step of the model failed, and the cache may be lost with it: every request ends with the error."""
-        error = cause if isinstance(cause, Exception) else RuntimeError(f"interrupted by {type(cause).__name__}")
-        self._failure = error
-        self._in_flight.clear()
-        for sample in list(self._live):
-            self._finish(sample, "error", error)
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Where a step of the model fails, the cache may be lost with it: every request ends with the error."""
+        try:
+            yield
+        except BaseException as cause:  # after Ctrl-C, too, tokens are lost that were drawn and not read
+            error = cause if isinstance(cause, Exception) else RuntimeError(f"interrupted by {type(cause).__name__}")
+            self._failure = error
+            self._in_flight.clear()
+            for sample in list(self._live):
+                self._finish(sample, "error", error)
+            self._ended.clear()  # the raised error tells of them all
+            raise
 
     def _check_open(self) -> None:
         if self._is_closed:

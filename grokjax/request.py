@@ -2,16 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+from grokjax.sampling import EXCLUDED
 
-# Added to the logit of a token that must not be drawn. Source: the release's `runners.py`, `sample_token`.
-_EXCLUDED = -1e10
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,15 +28,15 @@ class Request:
       allowed_tokens: bool [V], or 0 and 1, true where a token may be drawn; all by default.
       logit_bias: token id -> what is added to its logit before anything else, at most 1e10; minus infinity excludes it.
       stop: strings that end the text, one or several; the text ends before them.
-      stop_ids: token ids that end the continuation, as the end-of-sequence token does.
+      stop_ids: token ids that end the continuation, as the end-of-sequence token does; any integers, in an array too.
       ignore_eos: go on past the end-of-sequence token.
       logprobs: report each token's log-probability and those of so many most probable tokens; None reports none.
       prompt_logprobs: report the log-probability of each token of the prompt. Such a prompt is computed alone.
-      n: samples; they share the prefill, and sample i draws as a request with the seed `seed + i` would.
+      n: samples, at most 1024; they share the prefill, and sample i draws as a request with the seed `seed + i` would.
       priority: waiting requests of larger priority go first.
 
     Raises:
-      ValueError: A number is out of its range, or a stop string is empty.
+      ValueError: A number is out of its range, a stop string is empty, or a value is of another kind.
     """
 
     prompt: str | Sequence[int]
@@ -60,12 +59,14 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, least, most in _INTEGERS:
-            _check_integer(name, getattr(self, name), least, most)
+            if name != "logprobs" or self.logprobs is not None:
+                check_integer(name, getattr(self, name), least, most)
         for name, largest in _NUMBERS:
             _check_number(name, getattr(self, name), largest)
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if any(not isinstance(stop, str) or not stop for stop in self.stop):
-            raise ValueError(f"stop={self.stop!r} must be strings of at least one character.")
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers, such as {{42: -1.5}}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +178,15 @@ def bias_row(request: Request, vocab_size: int) -> np.ndarray | None:
     if request.allowed_tokens is None and not request.logit_bias:
         return None
     row = np.zeros(vocab_size, np.float32)
-    for token, bias in (request.logit_bias or {}).items():
-        _check_ids("logit_bias", np.array([token]), vocab_size)
-        if not isinstance(bias, int | float) or math.isnan(bias) or bias > -_EXCLUDED:
+    biases = request.logit_bias or {}
+    _check_ids("logit_bias", np.array(_integers("logit_bias", biases), object), vocab_size)
+    for token, bias in biases.items():
+        if not _is_number(bias) or math.isnan(bias) or bias > -EXCLUDED:
             raise ValueError(f"logit_bias of token {token} is {bias!r}: give a number up to 1e10, or minus infinity.")
-        row[token] = max(float(bias), _EXCLUDED)
+        row[token] = max(float(bias), EXCLUDED)
     if request.allowed_tokens is not None:
-        row[~_allowed(request.allowed_tokens, vocab_size)] = _EXCLUDED
-    if (row <= _EXCLUDED).all():
+        row[~_allowed(request.allowed_tokens, vocab_size)] = EXCLUDED
+    if (row <= EXCLUDED).all():
         raise ValueError("the mask and the bias leave no token: at least one must remain to be drawn.")
     return row
 
@@ -195,9 +197,8 @@ def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
     Raises:
       ValueError: One is outside the vocabulary: it would never come.
     """
-    if stop_ids:
-        _check_ids("stop_ids", np.asarray(stop_ids), vocab_size)
-    return frozenset(int(token) for token in stop_ids)
+    _check_ids("stop_ids", np.array(stop_ids, object), vocab_size)
+    return frozenset(stop_ids)
 
 
 def _allowed(mask: ArrayLike, vocab_size: int) -> np.ndarray:
@@ -220,23 +221,52 @@ _INTEGERS = (
     ("max_new_tokens", 0, None),
     ("top_k", 0, 2**31 - 1),
     ("seed", 0, 2**32 - 1),
-    ("n", 1, None),
+    ("n", 1, 1024),
     ("priority", None, None),
     ("logprobs", 0, None),
 )
 _NUMBERS = (("temperature", float(np.finfo(np.float32).max)), ("top_p", 1.0), ("min_p", 1.0))
 
 
-def _check_integer(name: str, value: object, least: int | None, most: int | None) -> None:
-    if value is None and name == "logprobs":
-        return
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_integer or (least is not None and value < least) or (most is not None and value > most):  # type: ignore[operator]
-        limits = "" if least is None else f", {least} or more" if most is None else f" between {least} and {most}"
-        raise ValueError(f"{name}={value!r} must be an integer{limits}.")
+def check_integer(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
+    """The value as an `int`; NumPy's integers are taken, booleans are not.
+
+    Raises:
+      ValueError: It is no integer, or outside the limits.
+    """
+    if is_integer(value) and (least is None or value >= least) and (most is None or value <= most):
+        return int(value)
+    limits = "" if least is None else f", {least} or more" if most is None else f" between {least} and {most}"
+    raise ValueError(f"{name}={value!r} must be an integer{limits}.")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, NumPy's among them; booleans are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def _integers(name: str, values: object) -> tuple[int, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={values!r} must be token ids: give a list of integers.")
+    listed = tuple(values)
+    wrong = [value for value in listed if not is_integer(value)]
+    if wrong:
+        raise ValueError(f"{name} has {wrong[0]!r}: token ids are integers.")
+    return tuple(int(value) for value in listed)
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    listed = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    if not all(isinstance(one, str) and one for one in listed):
+        raise ValueError(f"stop={stop!r} must be strings of at least one character, in a list if there are several.")
+    return listed
 
 
 def _check_number(name: str, value: object, largest: float) -> None:
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 <= float(value) <= largest:
+    if not _is_number(value) or not 0 <= float(value) <= largest:
         limits = "from 0 to 1" if largest == 1 else "finite, 0 (greedy) or more"
         raise ValueError(f"{name}={value!r} must be a number, {limits}.")

@@ -127,7 +127,8 @@ class Padded(NamedTuple):
 
 def pad_to_size(x: ArrayLike, size: int) -> Padded:
     """Pads tokens [n] on the right with 0; of a longer input the last `size` tokens stay."""
-    kept = np.asarray(x)[-size:]
+    x = np.asarray(x)
+    kept = x[max(0, len(x) - size) :]
     return Padded(np.pad(kept, (0, size - len(kept))), len(kept))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 # The logit of a token that must not be drawn. Source: the release's `runners.py`, `top_p_filter` and `sample_token`.
-_EXCLUDED = -1e10
+EXCLUDED = -1e10
 # Below this a division overflows or the hardware flushes the divisor to zero, so such a temperature is greedy too.
 _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -204,9 +204,10 @@ def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
 
 def _scale(logits: jax.Array, mask: jax.Array | None, temperature: jax.Array) -> jax.Array:
     """Logits over temperature with the best allowed one at 0, so that no temperature overflows into NaN."""
-    allowed = logits if mask is None else jnp.where(mask, logits, _EXCLUDED)
-    scaled = (logits - allowed.max(axis=-1, keepdims=True)) / temperature[:, None]  # [B, V]
-    return scaled if mask is None else jnp.where(mask, scaled, _EXCLUDED)
+    allowed = logits if mask is None else jnp.where(mask, logits, EXCLUDED)
+    scaled = (allowed - allowed.max(axis=-1, keepdims=True)) / temperature[:, None]  # [B, V]
+    # However high the temperature, what is excluded stays so.
+    return jnp.where(allowed <= EXCLUDED, EXCLUDED, scaled)
 
 
 def _filter(scaled: jax.Array, settings: SampleSettings) -> jax.Array:
@@ -231,7 +232,7 @@ def _draw(keys: jax.Array, filtered: jax.Array, greedy: jax.Array, needs_draw: j
 
 def _keep_from(logits: jax.Array, threshold: jax.Array) -> jax.Array:
     """`logits` [..., V] where they reach `threshold` [..., 1] float32, -1e10 elsewhere."""
-    return jnp.where(logits.astype(jnp.float32) >= threshold, logits, _EXCLUDED)
+    return jnp.where(logits.astype(jnp.float32) >= threshold, logits, EXCLUDED)
 
 
 def _ascending(logits: jax.Array) -> jax.Array:

@@ -4,10 +4,12 @@ import collections
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
+
+from grokjax.request import check_integer, is_integer
 
 
 class QueueFullError(ValueError):
@@ -91,14 +93,19 @@ def check_buckets(buckets: Sequence[int], max_len: int) -> tuple[int, ...]:
     Raises:
       ValueError: There are none, one is no length, or one exceeds the cache.
     """
-    if not buckets:
+    if not len(buckets):
         raise ValueError("prefill_buckets is empty: give at least one length, such as (16, 64, 256).")
     for bucket in buckets:
-        if not isinstance(bucket, int) or not 1 <= bucket <= max_len:
+        if not is_integer(bucket) or not 1 <= bucket <= max_len:
             raise ValueError(
                 f"the prefill bucket {bucket!r} must be an integer between 1 and the {max_len} entries of a slot."
             )
-    return tuple(sorted(set(buckets)))
+    return tuple(sorted({int(bucket) for bucket in buckets}))
+
+
+def default_buckets(max_len: int) -> tuple[int, ...]:
+    """Padded lengths for sequences of at most `max_len` tokens: few, for a program is compiled for each."""
+    return tuple(bucket for bucket in (16, 64, 256, 1024) if bucket <= max_len) or (max_len,)
 
 
 def plan_chunks(start: int, end: int, buckets: Sequence[int]) -> Iterator[Chunk]:
@@ -124,11 +131,10 @@ class WaitingQueue(Generic[J]):
     """
 
     def __init__(self, max_queue: int):
-        if max_queue < 1:
-            raise ValueError(f"max_queue={max_queue} must be 1 or more: a request waits at least until the next step.")
-        self._max_queue = max_queue
+        # A request waits at least until the next step.
+        self._max_queue = check_integer("max_queue", max_queue, 1)
         self._heap: list[tuple[int, int, int, J]] = []
-        self._waiting: set[J] = set()  # what was taken out stays in the heap until it comes up
+        self._waiting: set[J] = set()  # what was taken out stays in the heap until it comes up; what is held is not in
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -147,7 +153,7 @@ class WaitingQueue(Generic[J]):
         """
         if not self.has_room:
             raise QueueFullError(
-                f"{len(self)} requests are waiting and max_queue={self._max_queue} allows no more: run some steps "
+                f"{len(self)} samples are waiting and max_queue={self._max_queue} allows no more: run some steps "
                 "first, send the request later, or make the engine with a longer queue."
             )
 
@@ -158,6 +164,10 @@ class WaitingQueue(Generic[J]):
         self._waiting.add(job)
         heapq.heappush(self._heap, (-job.priority, arrival, number, job))
         return arrival
+
+    def hold(self, jobs: Iterable[J]) -> None:
+        """Counts jobs as waiting that cannot go yet; each is pushed later, or removed."""
+        self._waiting.update(jobs)
 
     def pop(self) -> J | None:
         """Takes the next job out; None if there is none."""
@@ -249,10 +259,9 @@ class Scheduler(Generic[J]):
         max_queue: int = 1024,
         reuse_prefixes: bool = True,
     ):
-        for name, value in (("slots", slots), ("prefill_rows", prefill_rows)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer, 1 or more.")
-        self.max_len, self.buckets, self.prefill_rows = max_len, check_buckets(buckets, max_len), prefill_rows
+        slots = check_integer("slots", slots, 1)
+        self.prefill_rows = check_integer("prefill_rows", prefill_rows, 1)
+        self.max_len, self.buckets = max_len, check_buckets(buckets, max_len)
         self.reuse_prefixes = reuse_prefixes
         self.queue: WaitingQueue[J] = WaitingQueue(max_queue)
         self.running: list[J | None] = [None] * slots
@@ -261,6 +270,12 @@ class Scheduler(Generic[J]):
         self._fresh: collections.deque[J] = collections.deque()  # admitted, no piece prefilled yet
         self._begun: collections.deque[J] = collections.deque()  # some pieces prefilled, not all
         self._begun_has_turn = False
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """How many pieces may be prefilled together: powers of two."""
+        most = min(self.prefill_rows, len(self.running))
+        return tuple(1 << power for power in range(most.bit_length()))
 
     def admit(self) -> list[Admission[J]]:
         """Gives free slots to waiting jobs; the copies that this asks for must be made in the order of the list."""

@@ -17,6 +17,7 @@ from grokjax.request import (
     bias_row,
     check_prompt,
     check_stop_ids,
+    is_integer,
 )
 from grokjax.scheduler import Job
 from grokjax.stopping import StopFilter
@@ -91,13 +92,16 @@ class Drawn:
     top_logprobs: np.ndarray
 
 
+_NO_PROMPT = np.zeros(0, np.int32)
+
+
 class LiveSample(Job):
     """A sample that has not ended.
 
     Args:
       handle: of its request.
       sample: its number in the request.
-      prompt: token ids, int32 [n].
+      prompt: token ids, int32 [n]; none if the request could not be read.
       limit: tokens that may be drawn: `max_new_tokens`, or fewer where the slot ends first.
       stop_ids: tokens that end it, the end-of-sequence token among them unless it is ignored.
       bias: added to its logits, float32 [V].
@@ -115,7 +119,7 @@ class LiveSample(Job):
         handle: Handle,
         sample: int,
         *,
-        prompt: np.ndarray,
+        prompt: np.ndarray = _NO_PROMPT,
         limit: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         bias: np.ndarray | None = None,
@@ -155,6 +159,10 @@ class LiveSample(Job):
         if stopped:
             return "stop"
         return "length" if len(self.token_ids) >= self.limit else None
+
+    def push_scores(self, scores: np.ndarray) -> None:
+        """Takes the log-probabilities [n] of the next tokens of the prompt; that after its end is not one."""
+        self.prompt_logprobs.extend(scores[: len(self.prompt) - len(self.prompt_logprobs)].tolist())
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> Completion:
         """Ends the sample: its last piece and its completion go to the handle."""
@@ -226,9 +234,9 @@ class Intake:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
             )
-        if not isinstance(self.max_len, int) or not 2 <= self.max_len <= config.max_seq_len:
+        if not is_integer(self.max_len) or not 2 <= self.max_len <= config.max_seq_len:
             raise ValueError(f"max_len={self.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
-        if not 0 <= self.max_logprobs <= config.vocab_size:
+        if not is_integer(self.max_logprobs) or not 0 <= self.max_logprobs <= config.vocab_size:
             raise ValueError(
                 f"max_logprobs={self.max_logprobs} must be between 0 and the {config.vocab_size} tokens there are."
             )

@@ -10,7 +10,7 @@ from jax import lax
 
 from grokjax.cache import KVCache
 from grokjax.model import Grok
-from grokjax.sampling import SampleSettings, log_probs_of, row_keys, sample_token
+from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
 from grokjax.slots import DrawnTokens, SlotSettings
 from grokjax.steps import decode, prefill
 
@@ -196,7 +196,9 @@ def _draw(model: Grok, state: _State, logits: jax.Array, packed: jax.Array, num_
     keys = jax.vmap(jax.random.key)(lax.bitcast_convert_type(packed[:, 4], jnp.uint32))
     with jax.named_scope("bias"):
         adjusted = lax.cond(
-            (active & biased).any(), lambda: logits + jnp.where(biased[:, None], state.bias, 0), lambda: logits
+            (active & biased).any(),
+            lambda: jnp.where(biased[:, None], _biased(logits, state.bias), logits),
+            lambda: logits,
         )
     drawn = sample_token(row_keys(keys, state.cache.lengths), adjusted, settings).token_id
     logprob = lax.bitcast_convert_type(log_probs_of(logits, drawn), jnp.int32)
@@ -206,6 +208,11 @@ def _draw(model: Grok, state: _State, logits: jax.Array, packed: jax.Array, num_
     packed_drawn = model.partitioner.constrain(jnp.concatenate(columns, axis=1), (None, None))
     tokens = jnp.where(active, drawn, state.tokens)
     return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
+
+
+def _biased(logits: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum of both [B, V]; what the bias excludes is so exactly, whatever the logit."""
+    return jnp.where(bias <= EXCLUDED, EXCLUDED, logits + bias)
 
 
 def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> list[jax.Array]:

@@ -1,12 +1,12 @@
 """Between an engine and a model: the steps that it asks for, what they are given and what they give back."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Protocol, Self
 
 import numpy as np
 
-from grokjax.sequence import LiveSample
+from grokjax.sequence import Drawn, LiveSample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,10 @@ class SlotSettings:
     packed: np.ndarray
 
     @classmethod
-    def of(cls, samples: Mapping[int, LiveSample], slots: int) -> Self:
-        """Those of running samples by their slots; the other slots are inactive."""
+    def of(cls, samples: Iterable[tuple[int, LiveSample]], slots: int) -> Self:
+        """Those of running samples in their slots; the other slots are inactive."""
         numbers, integers = np.zeros((slots, 3), np.float32), np.zeros((slots, 5), np.int64)
-        for slot, sample in samples.items():
+        for slot, sample in samples:
             request = sample.handle.request
             numbers[slot] = request.temperature, request.top_p, request.min_p
             switches = True, sample.bias is not None, bool(request.logprobs)
@@ -48,6 +48,10 @@ class DrawnTokens:
     logprobs: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
+
+    def of(self, slot: int) -> Drawn:
+        """That of one row."""
+        return Drawn(int(self.token_ids[slot]), float(self.logprobs[slot]), self.top_ids[slot], self.top_logprobs[slot])
 
 
 class Pending(Protocol):

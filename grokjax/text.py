@@ -11,13 +11,11 @@ import numpy as np
 from grokjax.cache import KVCache
 from grokjax.model import Grok
 from grokjax.sampling import SampleSettings, row_keys, sample_token
+from grokjax.scheduler import default_buckets, plan_chunks
 from grokjax.steps import decode_and_sample, prefill
 from grokjax.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
-
-# Padded lengths of prompts, so that few programs are compiled; a longer prompt is taken in pieces of the largest.
-_BUCKETS = (16, 64, 256, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +159,11 @@ class TextGenerator:
             mesh=model.partitioner.mesh,
             rules=model.partitioner.rules,
         )
-        buckets = [size for size in _BUCKETS if size < self.max_len] or [self.max_len]
         logits = None
-        for first in range(0, len(ids), buckets[-1]):
-            chunk = ids[first : first + buckets[-1]]
-            bucket = next(size for size in buckets if size >= len(chunk))
-            tokens = np.full((1, bucket), model.config.pad_id)
-            tokens[0, : len(chunk)] = chunk
-            logits, cache = prefill(model, tokens, np.array([len(chunk)]), cache)
+        for chunk in plan_chunks(0, len(ids), default_buckets(self.max_len)):
+            tokens = np.full((1, chunk.bucket), model.config.pad_id)
+            tokens[0, : chunk.count] = ids[chunk.start :][: chunk.count]
+            logits, cache = prefill(model, tokens, np.array([chunk.count]), cache)
         assert logits is not None
         return logits, cache
 

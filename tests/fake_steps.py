@@ -152,3 +152,20 @@ class FakeSteps:
         top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
         logprobs = -(ids / 8).astype(np.float32)
         return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)
+
+
+class Letters:
+    """Token t is the letter number t; 30 and 31 are the two halves of an accented one, told apart only together."""
+
+    vocab_size, pad_id, bos_id, eos_id = VOCAB, 0, 1, EOS
+
+    def encode(self, text: str) -> list[int]:
+        if text == "?":
+            raise KeyError("no such letter")
+        return [ord(letter) - ord("a") + 3 for letter in text]
+
+    def decode(self, ids) -> str:
+        data = b"".join(
+            {30: b"\xc3", 31: b"\xa9"}.get(token, bytes([token - 3 + ord("a")]) if token > 2 else b"") for token in ids
+        )
+        return data.decode(errors="replace")

@@ -1,6 +1,8 @@
 """The asyncio front: many tasks at once, cancelled tasks, streams left early, full queues and failing steps."""
 
 import asyncio
+import contextlib
+import random
 import threading
 import time
 
@@ -200,5 +202,70 @@ def test_a_cancellation_passes_through_the_end_of_the_block() -> None:
         task = asyncio.create_task(leave())
         with pytest.raises(asyncio.CancelledError):
             await task
+
+    run(main())
+
+
+def test_a_task_cancelled_at_once_submits_nothing() -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine()) as served:
+            task = asyncio.create_task(served.complete(request(3)))
+            await asyncio.sleep(0)
+            task.cancel()
+            await served.complete(request(4))
+            assert (await served.metrics()).finished == {"length": 1}
+
+    run(main())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tasks(seed: int) -> None:
+    """Tasks that complete, stream, leave early or are cancelled, at random moments: nothing is lost or stays behind."""
+    draw = random.Random(seed)
+    submitted = 0
+
+    async def task(served: AsyncEngine, first: int) -> None:
+        nonlocal submitted
+        for _ in range(draw.randrange(12)):
+            await asyncio.sleep(0)
+        submitted += 1
+        expected, most = continuation([first, 5], 10), draw.choice((3, 100))
+        tokens = []
+        async with contextlib.aclosing(served.stream(request(first))) as stream:
+            async for piece in stream:
+                tokens.append(piece.token_id)
+                if len(tokens) == most:
+                    break
+        assert tokens == [*expected, None][:most]
+
+    async def main() -> None:
+        engine = make_engine(make_steps=FakeSteps, slots=draw.choice((1, 3)))
+        async with AsyncEngine(engine) as served:
+            tasks = [asyncio.create_task(task(served, 3 + i)) for i in range(15)]
+            for victim in draw.sample(tasks, 4):
+                for _ in range(draw.randrange(30)):
+                    await asyncio.sleep(0)
+                victim.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ends), ends
+            while (metrics := await served.metrics()).active_slots:
+                await asyncio.sleep(0)
+            assert metrics.queue_length == 0
+            assert not engine._live
+            assert not served._handles
+            assert sum(end is None for end in ends) <= sum(metrics.finished.values()) <= submitted
+
+    run(main())
+
+
+def test_errors_of_an_idle_engine_do_not_pile_up() -> None:
+    async def main() -> None:
+        engine = make_engine()
+        async with AsyncEngine(engine) as served:
+            for _ in range(5):
+                [done] = await served.complete(Request([]))
+                assert done.finish_reason == "error"
+            await served.metrics()
+            assert len(engine._ended) < 2
 
     run(main())

@@ -38,25 +38,26 @@ class Terminal(io.StringIO):
 class TestProgress:
     def test_lines(self, capsys: pytest.CaptureFixture[str]) -> None:
         now = [0.0]
-        with BatchProgress(40, 10, clock=lambda: now[0]) as progress:
+        with BatchProgress(40, clock=lambda: now[0]) as progress:
             for now[0], done, tokens in ((1.0, 10, 0), (2.0, 10, 5), (11.0, 20, 95), (12.0, 21, 105), (22.0, 30, 205)):
                 progress(done, tokens)
         assert capsys.readouterr().err.splitlines() == [
-            "grokjax: 20 of 40 done, 10.0 tokens/s, 22 s left",
-            "grokjax: 30 of 40 done, 10.0 tokens/s, 11 s left",
+            "grokjax: 10 of 40 done, compiling the first steps",
+            "grokjax: 20 of 40 done, 10.0 tokens/s, 18 s left",
+            "grokjax: 30 of 40 done, 10.0 tokens/s, 10 s left",
         ]
 
     def test_a_bar_in_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now, terminal = [0.0], Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
-        with BatchProgress(4, 0, clock=lambda: now[0]) as progress:
+        with BatchProgress(4, clock=lambda: now[0]) as progress:
             for now[0], done, tokens in ((1.0, 0, 1), (2.0, 2, 11), (3.0, 4, 21)):
                 progress(done, tokens)
             monkeypatch.setenv("COLUMNS", "30")
             progress(4, 21)
         *bars, narrow = terminal.getvalue().removesuffix("\n").split("\r")[1:]
         assert [bar.count("#") for bar in bars] == [0, 6, 12]
-        assert "2 of 4 done, 10.0 tokens/s, 2 s left" in bars[1]
+        assert "2 of 4 done, 10.0 tokens/s, 1 s left" in bars[1]
         assert narrow == f"grokjax: [{'#' * 12}] 4 of \x1b[K"
         assert terminal.getvalue().endswith("\n")
 

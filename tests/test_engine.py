@@ -6,9 +6,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from fake_steps import EOS, VOCAB, FakeModel, FakePending, FakeSteps, continuation
+from fake_steps import EOS, VOCAB, FakeModel, FakePending, FakeSteps, Letters, continuation
 
 from grokjax.engine import Engine
+from grokjax.metrics import Meter
 from grokjax.request import Request
 from grokjax.scheduler import QueueFullError
 
@@ -22,23 +23,6 @@ def expected(prompt: list[int], *, limit: int, seed: int = 0, stop_ids: tuple[in
     tokens = continuation(prompt, limit, seed=seed)
     ends = [number for number, token in enumerate(tokens) if token in stop_ids]
     return tokens[: ends[0] + 1] if ends else tokens
-
-
-class Letters:
-    """Token t is the letter number t; 30 and 31 are the two halves of an accented one, told apart only together."""
-
-    vocab_size, pad_id, bos_id, eos_id = VOCAB, 0, 1, EOS
-
-    def encode(self, text: str) -> list[int]:
-        if text == "?":
-            raise KeyError("no such letter")
-        return [ord(letter) - ord("a") + 3 for letter in text]
-
-    def decode(self, ids) -> str:
-        data = b"".join(
-            {30: b"\xc3", 31: b"\xa9"}.get(token, bytes([token - 3 + ord("a")]) if token > 2 else b"") for token in ids
-        )
-        return data.decode(errors="replace")
 
 
 def scripted(tokens: list[int]):
@@ -207,7 +191,7 @@ class TestSchedule:
     def test_a_full_queue_refuses_and_frees_up(self) -> None:
         engine = make_engine(slots=1, max_queue=2)
         handles = [engine.submit(Request([3 + i], max_new_tokens=2)) for i in range(2)]
-        with pytest.raises(QueueFullError, match="2 requests are waiting and max_queue=2"):
+        with pytest.raises(QueueFullError, match="2 samples are waiting and max_queue=2"):
             engine.submit(Request([9]))
         engine.step()
         handles.append(engine.submit(Request([9], max_new_tokens=2)))
@@ -245,6 +229,22 @@ class TestSchedule:
         assert last.prefill_share + last.decode_share == pytest.approx(1)
         assert last.between_tokens.p50 <= last.between_tokens.p99
         assert last.tokens_per_second == pytest.approx(12 / last.busy_seconds)
+
+    def test_shares_by_hand(self) -> None:
+        meter = Meter()
+        meter.note_prompt(10, 0)
+        meter.note_prompt(10, 4)
+        for seconds, prefilled, decoded in (
+            (1.0, False, True),
+            (2.0, True, False),
+            (4.0, True, True),
+            (1.0, False, False),
+        ):
+            meter.note_step(seconds, prefilled=prefilled, decoded=decoded)
+        now = meter.snapshot(queue_length=0, active_slots=0, cache_occupancy=0)
+        assert (now.prefix_hits, now.prefix_hit_rate, now.reused_tokens) == (1, 0.5, 4)
+        assert now.prefill_share == (2 + 4 - 1) / 8  # of a step with both, what a decode step usually takes is not
+        assert now.decode_share == pytest.approx(3 / 8)
 
 
 class TestPrefixes:
@@ -402,6 +402,10 @@ class TestTrouble:
             ({"max_queue": 0}, "max_queue=0"),
             ({"prefill_buckets": (65,)}, "the prefill bucket 65"),
             ({"prefill_rows": 0}, "prefill_rows=0"),
+            ({"max_len": 20.5}, r"max_len=20\.5 must be"),
+            ({"max_queue": 2.5}, r"max_queue=2\.5 must be an integer"),
+            ({"slots": True}, "slots=True must be an integer"),
+            ({"max_logprobs": 2.5}, r"max_logprobs=2\.5 must be between"),
             ({"max_logprobs": 33}, "max_logprobs=33 must be between 0 and the 32 tokens"),
         ],
         ids=str,
@@ -547,3 +551,53 @@ def test_requests_of_an_iterator_left_early_are_cancelled() -> None:
     next(finished)
     finished.close()
     assert engine.metrics().finished["cancelled"] == 2
+
+
+def test_samples_keep_the_place_of_their_request() -> None:
+    engine = make_engine(slots=1)
+    for prompt, n in (([3, 4], 2), ([5, 6], 1)):
+        engine.submit(Request(prompt, max_new_tokens=2, n=n, ignore_eos=True))
+    order = [len(handle.completions) for handle in engine.run()]
+    assert order == [2, 1]
+
+
+def test_waiting_samples_fill_the_queue() -> None:
+    engine = make_engine(slots=1, max_queue=4)
+    handle = engine.submit(Request([3, 4], max_new_tokens=2, n=4))
+    assert not engine.has_room
+    assert engine.metrics().queue_length == 4
+    with pytest.raises(QueueFullError, match="4 samples are waiting"):
+        engine.submit(Request([3, 4]))
+    engine.cancel(handle)
+    assert engine.metrics().queue_length == 0
+    assert engine.has_room
+
+
+def test_each_end_is_told_once() -> None:
+    engine = make_engine()
+    streamed, other = (engine.submit(Request([first], max_new_tokens=2)) for first in (3, 4))
+    list(engine.stream(streamed))
+    assert engine.has_work
+    assert engine.run() == [other]
+    waiting = engine.submit(Request([5], max_new_tokens=2))
+    taken = list(engine.as_completed([Request([6], max_new_tokens=2)]))
+    assert engine.run() == [waiting]
+    assert waiting not in taken
+    assert not engine.has_work
+
+
+def test_a_warm_up_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    monkeypatch.setattr(engine._steps, "error", MemoryError("no room for it"))
+    with pytest.raises(MemoryError):
+        engine.warm_up()
+    monkeypatch.setattr(engine._steps, "error", None)
+    with pytest.raises(ValueError, match=r"a step of this engine failed \(MemoryError: no room for it\)"):
+        engine.submit(Request([3]))
+
+
+def test_a_stop_string_completed_by_the_end() -> None:
+    engine = make_engine(Letters(), make_steps=scripted([3, 30]))
+    handle = engine.submit(Request([5], max_new_tokens=2, stop="\ufffd"))
+    engine.run()
+    assert (handle.completion.text, handle.completion.finish_reason) == ("a", "stop")

@@ -179,6 +179,14 @@ def test_mask_as_in_generate() -> None:
     assert biased.token_ids == done.token_ids
 
 
+@pytest.mark.parametrize("temperature", [1e10, 1e30, 3e38])
+def test_no_temperature_draws_what_is_not_allowed(temperature: float) -> None:
+    options = {"temperature": temperature, "ignore_eos": True, "max_new_tokens": NEW}
+    [masked] = engine().generate([[5, 6]], allowed_tokens=np.arange(CONFIG.vocab_size) < 2, **options)
+    [biased] = engine().generate([[5, 6]], logit_bias=dict.fromkeys(range(2, CONFIG.vocab_size), -np.inf), **options)
+    assert {*masked.token_ids, *biased.token_ids} == {0, 1}
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_nothing_compiles_after_warm_up(mesh: tuple[int, int]) -> None:
     """Every kind of request in random order, on one device and on a mesh that does not divide the slots."""

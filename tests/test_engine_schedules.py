@@ -1,17 +1,19 @@
 """Thousands of random schedules against one-at-a-time generation by hand: nothing lost, doubled or mixed up."""
 
 import dataclasses
+import itertools
 
 import numpy as np
-from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, continuation
+from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, Letters, continuation
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from grokjax.engine import Engine
-from grokjax.request import Completion, Request
+from grokjax.request import Completion, Request, TokenLogprob
 from grokjax.scheduler import QueueFullError
 from grokjax.sequence import Handle
+from grokjax.tokenizer import StreamDecoder
 
 # Prompts that share beginnings of every length, so that rows are reused.
 TEXTS = ([3, 4, 5, 6] * 8, [3, 4, 5, 6, 3, 4, 5, 6, 7] + [8, 9] * 10, [10] * 30)
@@ -26,14 +28,21 @@ class Submitted:
     read: int = 0
 
 
-def by_hand(request: Request, sample: int, max_len: int) -> tuple[list[int], str]:
-    """Tokens and finish reason of one sample, computed alone."""
+def by_hand(request: Request, sample: int, max_len: int) -> tuple[list[int], str, str]:
+    """Tokens, text and finish reason of one sample, computed alone."""
     limit = min(request.max_new_tokens, max_len - len(request.prompt))
     bias = None if request.allowed_tokens is None else np.where(request.allowed_tokens, 0, -1e10)
     tokens = continuation(request.prompt, limit, seed=request.seed + sample, bias=bias)
-    stops = {*request.stop_ids, *(() if request.ignore_eos else (EOS,))}
-    ends = [number for number, token in enumerate(tokens) if token in stops]
-    return (tokens[: ends[0] + 1], "stop") if ends else (tokens, "length")
+    stop_ids = {*request.stop_ids, *(() if request.ignore_eos else (EOS,))}
+    decoder, text = StreamDecoder(Letters()), ""
+    for count, token in enumerate(tokens, start=1):
+        if token in stop_ids:
+            return tokens[:count], Letters().decode(tokens[: count - 1]), "stop"
+        text += decoder.push(token)
+        for stop in request.stop:
+            if stop in text:
+                return tokens[:count], text[: text.find(stop)], "stop"
+    return tokens, Letters().decode(tokens), "length"
 
 
 class Schedules(RuleBasedStateMachine):
@@ -50,6 +59,7 @@ class Schedules(RuleBasedStateMachine):
         self.max_len = max_len
         self.engine = Engine(
             FakeModel(),
+            Letters(),
             slots=slots,
             max_len=max_len,
             prefill_rows=rows,
@@ -59,7 +69,7 @@ class Schedules(RuleBasedStateMachine):
             make_steps=FakeSteps,
         )
         self.submitted: list[Submitted] = []
-        self.ended: list[Handle] = []
+        self.ended: list[Handle] = []  # as they were told of, each once
 
     @rule(
         text=st.sampled_from(TEXTS),
@@ -69,6 +79,7 @@ class Schedules(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         n=st.integers(1, 3),
         priority=st.integers(-1, 1),
+        stop_at=st.integers(-6, 8),
         options=st.fixed_dictionaries(
             {},
             optional={
@@ -82,11 +93,13 @@ class Schedules(RuleBasedStateMachine):
             },
         ),
     )
-    def submit(self, text, length, own, max_new_tokens, seed, n, priority, options) -> None:
+    def submit(self, text, length, own, max_new_tokens, seed, n, priority, stop_at, options) -> None:
         prompt = text[:length] + own
-        self.submit_request(
-            Request(prompt, max_new_tokens=max_new_tokens, seed=seed, n=n, priority=priority, **options)
-        )
+        # A stop string that will come, unless something ends the text before.
+        letters = Letters().decode(continuation(prompt, 12, seed=seed)).replace("\ufffd", "")
+        coming = letters[stop_at:][:2] if stop_at >= 0 else ""
+        numbers = {"max_new_tokens": max_new_tokens, "seed": seed, "n": n, "priority": priority}
+        self.submit_request(Request(prompt, stop=[coming] if coming else [], **numbers, **options))
 
     def submit_request(self, request: Request) -> None:
         waiting = self.engine.metrics().queue_length
@@ -119,13 +132,28 @@ class Schedules(RuleBasedStateMachine):
     @precondition(lambda self: self.submitted)
     @rule(data=st.data(), count=st.integers(1, 5))
     def stream(self, data: st.DataObject, count: int) -> None:
-        """Reads some pieces where the last reader stopped; steps made by a stream report to `run` and `step` later."""
+        """Reads a stream somewhat further than the last reader; the ends of others are told of later."""
         one = data.draw(st.sampled_from(self.submitted))
-        handle = one.handle
-        wanted = one.read + count
-        while len(handle.pieces) < wanted and not handle.is_done:
-            self.ended += self.engine.step()
-        one.read = min(wanted, len(handle.pieces))
+        pieces = list(itertools.islice(self.engine.stream(one.handle), one.read + count))
+        assert pieces == one.handle.pieces[: one.read + count]
+        if len(pieces) < one.read + count:
+            assert one.handle.is_done
+            self.ended += [one.handle] * (one.handle not in self.ended)
+        one.read = len(pieces)
+
+    @rule()
+    def run(self) -> None:
+        self.ended += self.engine.run()
+        assert all(one.handle.is_done for one in self.submitted)
+
+    @rule(firsts=st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=4), count=st.integers(1, 4))
+    def complete_some(self, firsts: list[int], count: int) -> None:
+        """Takes some of `as_completed` and leaves."""
+        completed = self.engine.as_completed(Request([first] * 5, max_new_tokens=9) for first in firsts)
+        for handle in itertools.islice(completed, count):
+            self.submitted.append(Submitted(handle))
+            self.ended.append(handle)
+        completed.close()
 
     @invariant()
     def slots_and_rows_are_consistent(self) -> None:
@@ -154,15 +182,22 @@ class Schedules(RuleBasedStateMachine):
         if len(request.prompt) >= self.max_len:
             assert done.finish_reason == "error"
             return
-        tokens, reason = by_hand(request, done.sample, self.max_len)
+        tokens, text, reason = by_hand(request, done.sample, self.max_len)
         if done.finish_reason == "cancelled":
             assert list(done.token_ids) == tokens[: len(done.token_ids)]
+            assert done.text == Letters().decode(done.token_ids)
         else:
-            assert (list(done.token_ids), done.finish_reason) == (tokens, reason)
+            assert (list(done.token_ids), done.text, done.finish_reason) == (tokens, text, reason)
             if request.prompt_logprobs:
                 assert done.prompt_logprobs == (None, *(-float(t + p) for p, t in enumerate(request.prompt[1:])))
+        count = request.logprobs
+        assert (done.logprobs is None) == (count is None)
+        for token, logprob in zip(done.token_ids, done.logprobs or (), strict=count is not None):
+            top = [(token + more) % VOCAB for more in range(count)]
+            assert logprob == TokenLogprob(token, -token / 8, tuple((other, -other / 8) for other in top))
         mine = [piece for piece in handle.pieces if piece.sample == done.sample]
         assert [piece.token_id for piece in mine] == [*done.token_ids, None]
+        assert "".join(piece.text for piece in mine) == done.text
         assert [piece.finish_reason for piece in mine] == [None] * len(done.token_ids) + [done.finish_reason]
 
     def teardown(self) -> None:
@@ -172,7 +207,6 @@ class Schedules(RuleBasedStateMachine):
             if not self.engine.has_work:
                 break
             self.ended += self.engine.step()
-        self.ended += self.engine.step()
         assert not self.engine.has_work
         self.every_ended_sample_is_right()
         assert sorted(map(id, self.ended)) == sorted(id(one.handle) for one in self.submitted)

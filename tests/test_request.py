@@ -24,11 +24,20 @@ from grokjax.request import Request, bias_row, check_prompt, check_stop_ids
         ({"top_k": 2**31}, "top_k=2147483648 must be an integer between"),
         ({"seed": -1}, "seed=-1 must be an integer between 0 and 4294967295"),
         ({"seed": 2**32}, "seed=4294967296 must be an integer between"),
-        ({"n": 0}, "n=0 must be an integer, 1 or more"),
+        ({"n": 0}, "n=0 must be an integer between 1 and 1024"),
+        ({"n": 10**9}, "n=1000000000 must be an integer between"),
         ({"logprobs": -1}, "logprobs=-1 must be an integer, 0 or more"),
         ({"priority": 0.5}, r"priority=0\.5 must be an integer\."),
-        ({"stop": ["a", ""]}, r"stop=\('a', ''\) must be strings of at least one character"),
-        ({"stop": [1]}, r"stop=\(1,\) must be strings"),
+        ({"stop": ["a", ""]}, r"stop=\['a', ''\] must be strings of at least one character"),
+        ({"stop": ""}, "stop='' must be strings of at least one character"),
+        ({"stop": [1]}, r"stop=\[1\] must be strings"),
+        ({"stop": None}, "stop=None must be strings"),
+        ({"stop_ids": [3.0]}, r"stop_ids has 3\.0: token ids are integers"),
+        ({"stop_ids": [True]}, "stop_ids has True: token ids are integers"),
+        ({"stop_ids": np.array([[1]])}, r"stop_ids has array\(\[1\]\): token ids are integers"),
+        ({"stop_ids": 3}, "stop_ids=3 must be token ids: give a list of integers"),
+        ({"stop_ids": "3"}, "stop_ids='3' must be token ids"),
+        ({"logit_bias": [(1, 2.0)]}, r"logit_bias=\[\(1, 2.0\)\] must map token ids to numbers, such as \{42: -1.5\}"),
     ],
     ids=str,
 )
@@ -57,6 +66,10 @@ class TestBias:
         assert row.tolist() == pytest.approx([0, -1e10, -2, -1e10])
         assert row.dtype == np.float32
 
+    def test_numpys_numbers(self) -> None:
+        row = bias_row(Request("a", logit_bias={np.int64(1): np.float32(0.5), 2: np.int32(3)}), 4)
+        assert row.tolist() == [0, 0.5, 3, 0]
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -71,6 +84,9 @@ class TestBias:
             ({"logit_bias": {1: 1e39}}, r"logit_bias of token 1 is 1e\+39: give a number up to 1e10"),
             ({"logit_bias": {1: math.nan}}, "logit_bias of token 1 is nan"),
             ({"logit_bias": {1: "much"}}, "logit_bias of token 1 is 'much'"),
+            ({"logit_bias": {1: True}}, "logit_bias of token 1 is True"),
+            ({"logit_bias": {1.5: 1.0}}, r"logit_bias has 1\.5: token ids are integers"),
+            ({"logit_bias": {2**70: 1.0}}, "logit_bias has the token id 1180591620717411303424, outside"),
         ],
         ids=str,
     )
@@ -99,7 +115,8 @@ def test_refused_prompts(ids: list, message: str) -> None:
 def test_prompts_and_stop_ids() -> None:
     prompt = check_prompt(np.array([1, 3], np.int64), vocab_size=4, max_len=3)
     assert (prompt.tolist(), prompt.dtype) == ([1, 3], np.int32)
-    assert check_stop_ids([3, np.int32(1), 3], 4) == {1, 3}
+    assert check_stop_ids([3, 1, 3], 4) == {1, 3}
+    assert Request("a", stop_ids=np.array([3, 1])).stop_ids == (3, 1)
     assert check_stop_ids((), 4) == frozenset()
     with pytest.raises(ValueError, match="stop_ids has the token id 4"):
         check_stop_ids([4], 4)

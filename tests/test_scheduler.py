@@ -52,6 +52,7 @@ class TestChunks:
             ((0, 4), "the prefill bucket 0 must be an integer between 1 and the 8 entries of a slot"),
             ((9,), "the prefill bucket 9"),
             ((4.0,), r"the prefill bucket 4\.0"),
+            ((True,), "the prefill bucket True"),
         ],
         ids=str,
     )
@@ -61,6 +62,7 @@ class TestChunks:
 
     def test_buckets_in_order(self) -> None:
         assert check_buckets([8, 2, 8], 8) == (2, 8)
+        assert check_buckets(np.array([8, 2]), 8) == (2, 8)
 
 
 class TestQueue:
@@ -80,7 +82,7 @@ class TestQueue:
         for one in jobs:
             queue.check_room()
             queue.push(one)
-        with pytest.raises(QueueFullError, match="2 requests are waiting and max_queue=2 allows no more"):
+        with pytest.raises(QueueFullError, match="2 samples are waiting and max_queue=2 allows no more"):
             queue.check_room()
         queue.remove(jobs[0])
         queue.check_room()
@@ -99,8 +101,21 @@ class TestQueue:
         assert [queue.pop(), queue.pop()] == [kept, None]
 
     def test_a_queue_of_nothing_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="max_queue=0 must be 1 or more"):
+        with pytest.raises(ValueError, match="max_queue=0 must be an integer, 1 or more"):
             WaitingQueue(0)
+        with pytest.raises(ValueError, match=r"max_queue=2\.5 must be an integer"):
+            WaitingQueue(2.5)
+
+    def test_what_is_held_counts_and_does_not_come(self) -> None:
+        queue: WaitingQueue[Job] = WaitingQueue(3)
+        first, later, dropped = job(), job(), job()
+        queue.push(first)
+        queue.hold([later, dropped])
+        assert not queue.has_room
+        assert [queue.pop(), queue.pop()] == [first, None]
+        queue.push(later)
+        queue.remove(dropped)
+        assert (len(queue), queue.pop(), len(queue)) == (1, later, 0)
 
 
 class TestPlaces:
@@ -235,6 +250,14 @@ class TestPrefixes:
         plan.admit()
         assert (longer.slot, longer.reused) == (0, 10)
         assert plan.held.prompt_lengths[0] == 0
+
+    def test_of_equal_rows_a_free_one_is_taken(self) -> None:
+        plan = scheduler(3)
+        self.run_prompt(plan, job(10))
+        plan.release(self.run_prompt(plan, job(10)))  # in slot 1, behind the free slot 2
+        longer = job(14)
+        submit(plan, longer)
+        assert [(admission.source, longer.slot, longer.reused) for admission in plan.admit()] == [(1, 1, 10)]
 
     def test_the_longest_unused_row_is_overwritten(self) -> None:
         plan = scheduler(2)
