@@ -3,8 +3,9 @@
 `python benchmarks/attention.py` runs the attention of `GrokConfig.bench_1b()`, its projections in int8 and the writing
 of the new keys and values included, layer after layer, in turn with 128 entries filled of 256 and of 8192 allocated,
 and with more filled. It prints a card of what a layer must read, then medians for one layer, and last one JSON line
-with the keys `config`, `batch_size`, `sizes`, `dtype`, `quantized`, `mesh`, `layer_seconds`, `layer_bytes`,
-`read_bandwidth`, `percent_of_bandwidth` and the environment; where there is a list, it is by size, FILLED/ALLOCATED.
+with the keys `config`, `batch_size`, `sizes`, `dtype`, `quantized`, `cache_dtype`, `mesh`, `layer_seconds`,
+`layer_bytes`, `read_bandwidth`, `percent_of_bandwidth` and the environment; where there is a list, it is by size,
+FILLED/ALLOCATED.
 """
 
 import argparse
@@ -14,9 +15,9 @@ import card
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import read_config
+from decode import CACHE_DTYPES, read_config
 
-from grokjax import Grok, KVCache, init, make_mesh
+from grokjax import Grok, init, make_mesh
 from grokjax.costs import step_cost
 
 
@@ -30,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sizes", default="128/256,128/8192,2048/8192,8000/8192", help="FILLED/ALLOCATED (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="(default: float32 on CPUs, else bfloat16)")
     parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=5, help="of all layers")
     return parser.parse_args()
@@ -51,12 +53,12 @@ def read_size(text: str) -> tuple[int, int]:
 class Case:
     """One size: its cache, kept from run to run."""
 
-    def __init__(self, model: Grok, batch_size: int, filled: int, allocated: int):
+    def __init__(self, model: Grok, batch_size: int, filled: int, allocated: int, cache_dtype: str | None):
         self.model, self.start = model, jnp.full(batch_size, filled - 1, jnp.int32)
-        cache = KVCache.create(model.config, batch_size, allocated, mesh=model.partitioner.mesh)
+        cache = model.new_cache(batch_size, allocated, dtype=cache_dtype)
         self.keys, self.values = cache.keys, cache.values
         self.x = jax.random.normal(jax.random.key(0), (batch_size, 1, model.config.model_dim), model.dtype)
-        cost = step_cost(model, batch_size=batch_size, filled=filled, cache_itemsize=cache.keys.dtype.itemsize)
+        cost = step_cost(model, batch_size=batch_size, filled=filled, cache_dtype=cache.keys.dtype)
         devices, layers = model.partitioner.mesh.size, model.config.num_layers
         self.num_bytes = (cost.attention + cost.cache) * devices / layers
 
@@ -78,7 +80,7 @@ def main() -> None:
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     dtype = jnp.dtype(arguments.dtype)
     model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain)
-    cases = [Case(model, arguments.batch, *pair) for pair in numbers]
+    cases = [Case(model, arguments.batch, *pair, arguments.cache_dtype) for pair in numbers]
     bandwidth = card.read_bandwidth(mesh)
     weights = "plain" if arguments.plain else "int8"
     card.print_rows(
@@ -107,6 +109,7 @@ def main() -> None:
             "sizes": sizes,
             "dtype": arguments.dtype,
             "quantized": not arguments.plain,
+            "cache_dtype": cases[0].keys.dtype.name,
             "mesh": arguments.mesh,
             "layer_seconds": [round(time, 7) for time in times],
             "layer_bytes": [int(case.num_bytes) for case in cases],

@@ -4,9 +4,9 @@
     python benchmarks/compare.py --head-options=--quantized-table -- decode.py
 
 A commit is checked out beside the repository; without `--base` and `--head` the working tree is used as it is. Runs
-alternate, so that what else the machine does falls on both alike. For each number of the benchmark's JSON line it
-prints both medians, the median of the ratios head / base of each turn, and their range; last one JSON line with the
-keys `command`, `base`, `head`, `turns` and `ratios`, each of these the median, the least and the largest.
+alternate, so that what else the machine does falls on both alike. For each number of the benchmark's JSON line, those
+in lists too, it prints both medians, the median of the ratios head / base of each turn, and their range; last one JSON
+line with the keys `command`, `base`, `head`, `turns` and `ratios`, each of these the median, the least and the largest.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def checkout(commit: str | None) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", folder], check=True)
 
 
-def run_benchmark(folder: Path, command: list[str]) -> dict[str, object]:
-    """The JSON line of a benchmark of the package in `folder`."""
+def run_benchmark(folder: Path, command: list[str]) -> dict[str, float]:
+    """The figures of a benchmark of the package in `folder`."""
     script, *options = command
     done = subprocess.run(
         [sys.executable, str(folder / "benchmarks" / script), *options],
@@ -60,18 +60,19 @@ def run_benchmark(folder: Path, command: list[str]) -> dict[str, object]:
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(figures_of(json.loads(done.stdout.splitlines()[-1])))
 
 
-def ratios_of(bases: list[dict[str, object]], heads: list[dict[str, object]]) -> dict[str, list[float]]:
+def figures_of(record: dict[str, object]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record, and those of its lists as `NAME[0]`, `NAME[1]`, ..."""
+    for name, value in record.items():
+        named = [(f"{name}[{i}]", one) for i, one in enumerate(value)] if isinstance(value, list) else [(name, value)]
+        yield from ((name, one) for name, one in named if isinstance(one, int | float) and not isinstance(one, bool))
+
+
+def ratios_of(bases: list[dict[str, float]], heads: list[dict[str, float]]) -> dict[str, list[float]]:
     """Figure -> its ratios head / base, turn by turn, for the positive numbers of both that ever differ."""
-    figures = [
-        name
-        for name, value in bases[0].items()
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and isinstance(heads[0].get(name), int | float)
-    ]
+    figures = [name for name in bases[0] if name in heads[0]]
     pairs = {name: [(base[name], head[name]) for base, head in zip(bases, heads, strict=True)] for name in figures}
     return {
         name: [head / base for base, head in values]

@@ -5,7 +5,7 @@ what one step must read, then medians, and last one JSON line. With `--peer llam
 timed in turn, and the line also has `peer_prefill_tokens_per_second`, `peer_decode_tokens_per_second`, the ratios of
 our speed to the peer's, `prefill_ratio` and `decode_ratio`, and `peer_difference`, that of the logits as part of their
 own size. The line is one with the keys `config`, `batch_size`, `prompt`, `new`, `dtype`, `quantized`,
-`quantized_table`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`, `decode_tokens_per_second`,
+`quantized_table`, `cache_dtype`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`, `decode_tokens_per_second`,
 `decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`, `peak_memory_bytes` and the environment.
 """
 
@@ -25,6 +25,7 @@ import peer
 from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
 from grokjax.costs import StepCost, step_cost
 
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
 
 
@@ -38,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=32, help="tokens decoded after it")
     parser.add_argument("--max-len", type=int, help="entries allocated in the cache (default: prompt + new)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="(default: float32 on CPUs, else bfloat16)")
     parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--quantized-table", action="store_true", help="the embedding table in int8 too")
     parser.add_argument("--repeats", type=int, default=3, help="of prefill and of the whole decode")
@@ -63,15 +65,14 @@ class Runner:
     """The two things that are timed, on fresh caches."""
 
     def __init__(self, model: Grok, arguments: argparse.Namespace):
-        self.model, self.new = model, arguments.new
+        self.model, self.new, self.cache_dtype = model, arguments.new, arguments.cache_dtype
         shape = (arguments.batch, arguments.prompt)
         self.prompts = np.random.default_rng(0).integers(3, model.config.vocab_size, shape)
         self.lengths = np.full(arguments.batch, arguments.prompt)
         self.max_len = arguments.max_len or arguments.prompt + arguments.new + 1
 
     def new_cache(self) -> KVCache:
-        mesh = self.model.partitioner.mesh
-        return KVCache.create(self.model.config, len(self.lengths), self.max_len, mesh=mesh)
+        return self.model.new_cache(len(self.lengths), self.max_len, dtype=self.cache_dtype)
 
     def prefill(self) -> tuple[jax.Array, KVCache]:
         logits, cache = prefill(self.model, self.prompts, self.lengths, self.new_cache())
@@ -128,8 +129,8 @@ def main() -> None:
     model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain, quantized_table=table)
     runner = Runner(model, arguments)
     filled = arguments.prompt + arguments.new // 2
-    itemsize = runner.new_cache().keys.dtype.itemsize
-    needed = step_cost(model, batch_size=arguments.batch, filled=filled, cache_itemsize=itemsize)
+    cache_dtype = runner.new_cache().keys.dtype
+    needed = step_cost(model, batch_size=arguments.batch, filled=filled, cache_dtype=cache_dtype)
     bandwidth = card.read_bandwidth(mesh)
     print_card(arguments, needed, bandwidth / mesh.size)
 
@@ -145,6 +146,7 @@ def main() -> None:
         "dtype": arguments.dtype,
         "quantized": not arguments.plain,
         "quantized_table": arguments.quantized_table,
+        "cache_dtype": cache_dtype.name,
         "mesh": arguments.mesh,
         "compile_seconds": round(compile_seconds, 2),
         "prefill_tokens_per_second": round(arguments.batch * arguments.prompt / prefill_seconds, 2),

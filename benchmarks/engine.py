@@ -243,8 +243,8 @@ def main() -> None:
 
 
 def print_card(arguments: argparse.Namespace, bench: Bench, bandwidth: float) -> None:
-    itemsize = bench.engine._steps._state.cache.keys.dtype.itemsize
-    needed = step_cost(bench.model, batch_size=bench.slots, filled=16 + bench.new // 2, cache_itemsize=itemsize)
+    dtype = bench.engine._steps._state.cache.keys.dtype
+    needed = step_cost(bench.model, batch_size=bench.slots, filled=16 + bench.new // 2, cache_dtype=dtype)
     weights = "plain" if arguments.plain else "int8"
     card.print_rows(
         f"{arguments.config}, {weights} weights, {arguments.dtype}, {bench.slots} slots, mesh {arguments.mesh}",

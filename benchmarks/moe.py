@@ -44,7 +44,7 @@ def layer_seconds(model: Grok, rows: int) -> list[float]:
 
 def layer_bytes(model: Grok, rows: int) -> float:
     """Bytes of the experts that so many tokens choose in one layer, on all devices."""
-    cost = step_cost(model, batch_size=1, num_new=rows, filled=rows, cache_itemsize=4)
+    cost = step_cost(model, batch_size=1, num_new=rows, filled=rows, cache_dtype=jnp.float32)
     return cost.experts * model.partitioner.mesh.size / model.config.num_layers
 
 

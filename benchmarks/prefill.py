@@ -58,7 +58,8 @@ def main() -> None:
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
     operations = [
-        step_cost(model, batch_size=1, num_new=n, filled=n, cache_itemsize=4).operations * mesh.size for n in lengths
+        step_cost(model, batch_size=1, num_new=n, filled=n, cache_dtype=jnp.float32).operations * mesh.size
+        for n in lengths
     ]
     rate = card.matmul_rate(mesh, jnp.dtype(arguments.dtype))
     weights = "plain" if arguments.plain else "int8"

@@ -1,6 +1,7 @@
 """The key and value cache: a frozen pytree with a length for each row."""
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -17,6 +18,47 @@ CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class QuantizedEntries:
+    """Keys or values in int8 with a scale for each head and position; a pytree of two leaves.
+
+    Attributes:
+      numbers: int8 [L, B, K, S, H].
+      scales: float32 [L, B, K, S]; an entry stands for `numbers[..., s, :] * scales[..., s]`.
+    """
+
+    numbers: jax.Array
+    scales: jax.Array
+
+    @classmethod
+    def of(cls, entries: jax.Array) -> Self:
+        """Float entries [..., H] rounded to int8: off by at most half a scale, 1/254 of an entry's largest number."""
+        entries = entries.astype(jnp.float32)
+        scales = jnp.abs(entries).max(axis=-1) / 127
+        numbers = jnp.round(entries / jnp.where(scales == 0, 1, scales)[..., None])
+        return cls(numbers.astype(jnp.int8), scales)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[L, B, K, S, H]."""
+        return self.numbers.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """int8."""
+        return self.numbers.dtype
+
+
+Entries = jax.Array | QuantizedEntries
+
+
+def entry_bytes(head_dim: int, dtype: DTypeLike) -> int:
+    """Bytes of one head's key, or value, at one position of a cache of this dtype."""
+    dtype = jnp.dtype(dtype)
+    return head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys (after RoPE) and values of all positions seen so far; a value, never changed in place by Python code.
 
@@ -24,12 +66,12 @@ class KVCache:
 
     Attributes:
       keys: [L, B, K, S, H]; K counts each kv head once for every device of its group (see `ShardingRules.kv_heads`).
-      values: [L, B, K, S, H], of the same dtype.
+      values: [L, B, K, S, H], of the same kind.
       lengths: int32 [B], filled entries of each row, 0 to S.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Entries
+    values: Entries
     lengths: jax.Array
 
     @classmethod
@@ -49,13 +91,15 @@ class KVCache:
           config: the model's sizes.
           batch_size: B, rows.
           max_len: S, entries a row can hold; by default `config.max_seq_len`, which it may not exceed.
-          dtype: of keys and values. By default bfloat16, but float32 on CPUs, which gain nothing from bfloat16 (and
-            jax 0.10 converts the whole cache at each write there).
+          dtype: of keys and values: float32, bfloat16, or int8 with a scale for each head and position. By default
+            bfloat16, but float32 on CPUs, which gain nothing from bfloat16 (and jax 0.10 converts the whole cache at
+            each write there).
           mesh: the model's mesh; one device by default.
           rules: the model's sharding rules.
 
         Raises:
-          ValueError: A size is below 1, or `max_len` exceeds the configuration's longest sequence.
+          ValueError: A size is below 1, `max_len` exceeds the configuration's longest sequence, or the dtype is
+            another one.
         """
         shapes = cls.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
@@ -82,7 +126,14 @@ class KVCache:
             dtype = jnp.float32 if partitioner.platform == "cpu" else jnp.bfloat16
         heads = config.num_kv_heads * partitioner.kv_copies(config)
         shape = (config.num_layers, batch_size, heads, max_len, config.head_dim)
-        entries: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.sharding(CACHE_AXES, shape))
+
+        def abstract(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+            sharding = partitioner.sharding(CACHE_AXES[: len(shape)], shape)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        entries = abstract(shape, check_cache_dtype(dtype))
+        if entries.dtype == jnp.int8:
+            entries = QuantizedEntries(entries, abstract(shape[:-1], jnp.float32))
         whole = partitioner.sharding((None,), (batch_size,))
         lengths: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=whole)
         return cls(keys=entries, values=entries, lengths=lengths)
@@ -101,12 +152,12 @@ class KVCache:
         """This cache with row `row` replaced by the only row of `row_cache`.
 
         Args:
-          row_cache: a cache of one row, no longer than this one, of the same model, mesh and dtype.
+          row_cache: a cache of one row, no longer than this one, of the same model and mesh, int8 if this one is.
           row: int32 [], the row to fill.
 
         Raises:
-          ValueError: `row_cache` has more than one row, is longer or of another model or mesh, or `row` is outside the
-            batch.
+          ValueError: `row_cache` has more than one row, is longer, of another model or mesh, or in int8 where this one
+            is not, or `row` is outside the batch.
         """
         if row_cache.batch_size != 1 or row_cache.max_len > self.max_len:
             raise ValueError(
@@ -120,14 +171,17 @@ class KVCache:
                 f"the row holds entries of (layers, kv heads, head size) {theirs} and this cache {ours}: create both "
                 "with the same configuration, mesh and rules."
             )
+        if type(self.keys) is not type(row_cache.keys):
+            raise ValueError(
+                f"the row holds entries of {row_cache.keys.dtype} and this cache those of {self.keys.dtype}: create "
+                "both with the same dtype."
+            )
         row = self._check_row(row)
-        zero = jnp.zeros((), jnp.int32)
-        index = (zero, row, zero, zero, zero)
-        return KVCache(
-            keys=lax.dynamic_update_slice(self.keys, row_cache.keys.astype(self.keys.dtype), index),
-            values=lax.dynamic_update_slice(self.values, row_cache.values.astype(self.values.dtype), index),
-            lengths=lax.dynamic_update_slice(self.lengths, row_cache.lengths, (row,)),
-        )
+
+        def put(stack: jax.Array, piece: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(stack, piece.astype(stack.dtype), row, axis=min(stack.ndim - 1, 1))
+
+        return jax.tree.map(put, self, row_cache)
 
     def reset(self, row: jax.Array | int) -> "KVCache":
         """This cache with row `row` empty."""
@@ -138,12 +192,23 @@ class KVCache:
         return layers, heads, head_dim
 
     def _check_row(self, row: jax.Array | int) -> jax.Array:
-        if not isinstance(row, jax.core.Tracer) and not 0 <= int(row) < self.batch_size:
-            raise ValueError(f"row {int(row)} is outside the cache's {self.batch_size} rows.")
+        if not isinstance(row, jax.core.Tracer) and row not in range(self.batch_size):
+            raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows: give one of 0, 1, ...")
         return jnp.asarray(row, jnp.int32)
 
 
-def write(stack: jax.Array, new: jax.Array, *, layer: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+def check_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of a cache as a `numpy.dtype`.
+
+    Raises:
+      ValueError: It is none of float32, bfloat16 and int8.
+    """
+    if jnp.dtype(dtype) not in [jnp.dtype(known) for known in (jnp.float32, jnp.bfloat16, jnp.int8)]:
+        raise ValueError(f"the cache's dtype {jnp.dtype(dtype).name} must be float32, bfloat16 or int8.")
+    return jnp.dtype(dtype)
+
+
+def write(stack: Entries, new: jax.Array, *, layer: jax.Array, start: jax.Array, count: jax.Array) -> Entries:
     """Writes new entries of one layer into the stack, in place where the stack is a loop's carry.
 
     Entries that would lie beyond the end are dropped; everything else stays as it was. Each row is one
@@ -151,7 +216,7 @@ def write(stack: jax.Array, new: jax.Array, *, layer: jax.Array, start: jax.Arra
 
     Args:
       stack: [L, B, K, S, H].
-      new: [B, K, T, H] with T at most S; of row b the first `count[b]` entries are written.
+      new: float [B, K, T, H] with T at most S; of row b the first `count[b]` entries are written.
       layer: int32 [].
       start: int32 [B], position of each row's first new entry.
       count: int32 [B], 0 to T.
@@ -159,19 +224,51 @@ def write(stack: jax.Array, new: jax.Array, *, layer: jax.Array, start: jax.Arra
     Returns:
       The stack [L, B, K, S, H].
     """
-    num_rows, heads, num_new, head_dim = new.shape
+    parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
+    return jax.tree.map(functools.partial(_write, layer=layer, start=start, count=count), stack, parts)
+
+
+def read(
+    stack: Entries, *, layer: jax.Array, begin: jax.Array, size: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array | None]:
+    """A block of one layer's entries, and what they have to be multiplied with.
+
+    Args:
+      stack: [L, B, K, S, H].
+      layer: int32 [].
+      begin: int32 [], position of the first entry.
+      size: entries.
+      dtype: to cast them to; int8 is exact in any.
+
+    Returns:
+      The entries [B, K, size, H] in `dtype`, and their scales, float32 [B, K, size], or None for factors of 1.
+    """
+
+    def take(stack: jax.Array) -> jax.Array:
+        zero = jnp.zeros((), jnp.int32)
+        index = (layer, zero, zero, begin) + (zero,) * (stack.ndim - 4)
+        return lax.dynamic_slice(stack, index, (1, *stack.shape[1:3], size, *stack.shape[4:]))[0]
+
+    if isinstance(stack, QuantizedEntries):
+        return take(stack.numbers).astype(dtype), take(stack.scales)
+    return take(stack).astype(dtype), None
+
+
+def _write(stack: jax.Array, new: jax.Array, *, layer: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
+    """`write` of one array: [L, B, K, S, ...] and [B, K, T, ...]."""
+    num_rows, heads, num_new, *rest = new.shape
     zero = jnp.zeros((), jnp.int32)
 
     def write_row(row: jax.Array, stack: jax.Array) -> jax.Array:
         # Near the end of the cache the window slides left, and the new entries slide right inside it.
         first = jnp.minimum(start[row], stack.shape[3] - num_new)
         shift = start[row] - first
-        index = (layer, row, zero, first, zero)
-        old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, head_dim))
+        index = (layer, row, zero, first) + (zero,) * len(rest)
+        old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
         number = jnp.arange(num_new) - shift
         fresh = (number >= 0) & (number < count[row])
         moved = jnp.roll(lax.dynamic_index_in_dim(new, row, keepdims=False), shift, axis=1)
-        window = jnp.where(fresh[:, None], moved.astype(stack.dtype), old[0, 0])
+        window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])
         return lax.dynamic_update_slice(stack, window[None, None], index)
 
     return lax.fori_loop(0, num_rows, write_row, stack)

@@ -85,6 +85,11 @@ def _add_model(generate: argparse.ArgumentParser) -> None:
         help="tokenizer.model (default: the one beside the checkpoint); or bytes, for checkpoints without a tokenizer",
     )
     generate.add_argument("--mesh", metavar="DATA,MODEL", help="devices (default: 1,N with all N devices that divide)")
+    generate.add_argument(
+        "--cache-dtype",
+        choices=("bfloat16", "float32", "int8"),
+        help="of keys and values (default: bfloat16, on CPUs and with --dtype float32 float32)",
+    )
     generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
 
 
@@ -112,7 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_batch(source, arguments)
     max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
     encode_prompt(source.tokenizer, arguments.prompt, max_len=max_len, add_bos=add_bos)
-    _stream(TextGenerator(source.make(), source.tokenizer, max_len=max_len, add_bos=add_bos), arguments)
+    cache_dtype = arguments.cache_dtype
+    generator = TextGenerator(
+        source.make(), source.tokenizer, max_len=max_len, add_bos=add_bos, cache_dtype=cache_dtype
+    )
+    _stream(generator, arguments)
     return 0
 
 
@@ -160,7 +169,7 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
         say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
     # Other processes wait for an engine, be there anything to do or not.
     if earlier < len(prompts) or jax.process_count() > 1:
-        sizes = {"slots": arguments.slots, "max_len": arguments.max_len}
+        sizes = {"slots": arguments.slots, "max_len": arguments.max_len, "cache_dtype": arguments.cache_dtype}
         with (
             model_failures(),
             Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos) as engine,

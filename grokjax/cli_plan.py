@@ -46,7 +46,9 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--prompt", type=int, default=1024, help="tokens of a prefill (default: %(default)s)")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    command.add_argument("--cache-dtype", choices=("bfloat16", "float32"), help="(default: bfloat16, on a CPU float32)")
+    command.add_argument(
+        "--cache-dtype", choices=("bfloat16", "float32", "int8"), help="(default: bfloat16, on a CPU float32)"
+    )
     command.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     _add_figures(command)
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
+from grokjax.cache import entry_bytes
 from grokjax.model import Grok
 
 
@@ -19,7 +21,7 @@ class StepCost:
       experts: bytes of the experts that the tokens choose, on average over uniform choices; where a device holds some
         of the experts only, of the busiest device.
       unembedding: bytes of the table.
-      cache: bytes of the filled keys and values of all rows.
+      cache: bytes of the filled keys and values of all rows, scales included.
       operations: multiplications and additions, attention included.
     """
 
@@ -35,7 +37,7 @@ class StepCost:
         return self.attention + self.experts + self.unembedding + self.cache
 
 
-def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, cache_itemsize: int) -> StepCost:
+def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, cache_dtype: DTypeLike) -> StepCost:
     """The cost of adding `num_new` tokens to each of `batch_size` rows.
 
     Args:
@@ -43,7 +45,7 @@ def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, ca
       batch_size: rows.
       num_new: 1 for a decode step, more for a prefill.
       filled: entries of each row, the new ones included.
-      cache_itemsize: bytes of a number in the cache.
+      cache_dtype: of keys and values.
     """
     config, partitioner, layers = model.config, model.partitioner, model.layers
     data, shards = partitioner.shards("batch"), partitioner.shards("heads")
@@ -55,12 +57,12 @@ def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, ca
     experts = parts * stored_bytes(feed_forward.gate, feed_forward.up, feed_forward.down)
     fraction = _read_fraction(model, rows * num_new)
     heads = max(1, config.num_kv_heads // shards)
-    entries = 2 * config.num_layers * heads * config.head_dim * rows
+    entries = 2 * config.num_layers * heads * rows * filled
     return StepCost(
         attention=parts * stored_bytes(attention.query, attention.key, attention.value, attention.output),
         experts=experts * fraction,
         unembedding=parts * stored_bytes(model.embedding.table),
-        cache=entries * filled * cache_itemsize,
+        cache=entries * entry_bytes(config.head_dim, cache_dtype),
         operations=_operations(model, rows, num_new, filled - (num_new - 1) / 2),
     )
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Self
 
+from jax.typing import DTypeLike
+
 from grokjax.metrics import Meter, Metrics
 from grokjax.request import Completion, FinishReason, Piece, Request
 from grokjax.scheduler import PrefillGroup, Scheduler, default_buckets
@@ -43,6 +45,7 @@ class Engine:
       reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
         smallest bucket.
       add_bos: put the beginning-of-sequence token before prompts that are text.
+      cache_dtype: of the cache, as in `Grok.new_cache`.
       clock: seconds, for timings.
       make_steps: makes the `Steps` of the model; another one serves tests.
 
@@ -64,6 +67,7 @@ class Engine:
         max_logprobs: int = 8,
         reuse_prefixes: bool = True,
         add_bos: bool = False,
+        cache_dtype: DTypeLike | None = None,
         clock: Callable[[], float] = time.perf_counter,
         make_steps: Callable[..., Steps] = steps_of_model,
     ):
@@ -79,7 +83,8 @@ class Engine:
             max_queue=max_queue,
             reuse_prefixes=reuse_prefixes,
         )
-        self._steps = make_steps(model, slots=len(self._scheduler.running), max_len=max_len, num_top=max_logprobs)
+        sizes = {"slots": len(self._scheduler.running), "max_len": max_len, "num_top": max_logprobs}
+        self._steps = make_steps(model, **sizes, cache_dtype=cache_dtype)
         self._clock, self._meter = clock, Meter()
         self._live: dict[LiveSample, None] = {}
         self._siblings: dict[Handle, tuple[int, list[LiveSample]]] = {}  # until the first sample's prefill is under way
@@ -243,13 +248,11 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """What the engine does now and did so far."""
-        running = [sample for sample in self._scheduler.running if sample is not None]
-        held = self._scheduler.held.lengths
-        filled = sum(held[sample.slot] for sample in running if sample.slot is not None)
+        scheduler = self._scheduler
         return self._meter.snapshot(
-            queue_length=len(self._scheduler.queue),
-            active_slots=len(running),
-            cache_occupancy=filled / (len(held) * self._scheduler.max_len),
+            queue_length=len(scheduler.queue),
+            active_slots=sum(sample is not None for sample in scheduler.running),
+            cache_occupancy=scheduler.occupancy,
         )
 
     def _advance(self) -> None:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from grokjax.cache import CACHE_AXES, write
+from grokjax.cache import CACHE_AXES, Entries, read, write
 from grokjax.config import GrokConfig
 from grokjax.quantization import QuantizedArray, Weight, float_precision, matmul, specs
 from grokjax.sharding import Axes, Partitioner
@@ -119,8 +119,8 @@ QUERY_BLOCK = 256
 
 def attend(
     query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Entries,
+    values: Entries,
     *,
     layer: jax.Array,
     start: jax.Array,
@@ -169,8 +169,8 @@ def attend(
 
 def _attend_block(
     query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    keys: Entries,
+    values: Entries,
     *,
     layer: jax.Array,
     first: jax.Array,
@@ -185,15 +185,14 @@ def _attend_block(
     block = min(KEY_BLOCK, max_len)
     positions = (first[:, None] + jnp.arange(num_new)[None])[:, None, None, :, None]  # [B, 1, 1, T, 1]
     precision = float_precision(query.dtype)
-    zero = jnp.zeros((), jnp.int32)
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         peak, total, mixed = carry
         begin = jnp.minimum(i * block, max_len - block)  # the last block slides left and masks what was seen before
-        index, sizes = (layer, zero, zero, begin, zero), (1, batch, num_kv_heads, block, head_dim)
-        key = lax.dynamic_slice(keys, index, sizes)[0].astype(query.dtype)
-        value = lax.dynamic_slice(values, index, sizes)[0].astype(query.dtype)
+        key, key_scales = read(keys, layer=layer, begin=begin, size=block, dtype=query.dtype)
+        value, value_scales = read(values, layer=layer, begin=begin, size=block, dtype=query.dtype)
         scores = jnp.einsum("btkgh,bksh->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32)
+        scores = _scaled(scores, key_scales)
         scores = softcap * jnp.tanh(scores * (multiplier / softcap))
         entry = (begin + jnp.arange(block))[None, None, None, None]
         scores = jnp.where((entry <= positions) & (entry >= i * block), scores, -1e30)
@@ -202,7 +201,7 @@ def _attend_block(
         decay = jnp.exp(peak - new_peak)
         part = jnp.einsum(
             "bkgts,bksh->bkgth",
-            weights.astype(query.dtype),
+            _scaled(weights, value_scales).astype(query.dtype),
             value,
             precision=precision,
             preferred_element_type=jnp.float32,
@@ -219,6 +218,11 @@ def _attend_block(
     # A batch of empty rows runs no step at all: its total is 0 and its result, never read, is 0 too.
     out = mixed / jnp.maximum(total, 1e-30)[..., None]  # [B, K, G, T, H]
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, num_new, num_heads * head_dim).astype(query.dtype)
+
+
+def _scaled(scores: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """Scores, or weights, [B, K, G, T, S] times the scales of the entries [B, K, S]."""
+    return scores if scales is None else scores * scales[:, :, None, None]
 
 
 class Attention(nnx.Module):
@@ -242,14 +246,14 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
+        keys: Entries,
+        values: Entries,
         *,
         layer: jax.Array,
         slot: jax.Array,
         start: jax.Array,
         count: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Entries, Entries]:
         """Writes the new tokens' keys and values into the cache and attends.
 
         Args:
@@ -270,7 +274,7 @@ class Attention(nnx.Module):
         weight_specs = tuple(specs(w, p.logical_axes, partitioner) for w, p in zip(weights, params, strict=True))
         rows = partitioner.spec(("batch", None, None), x.shape)
         row = PartitionSpec(rows[0])
-        cache = partitioner.spec(CACHE_AXES, keys.shape)
+        cache = jax.tree.map(lambda leaf: partitioner.spec(CACHE_AXES[: leaf.ndim], leaf.shape), keys)
         run = partitioner.shard_map(
             self._local,
             in_specs=(rows, weight_specs, cache, cache, PartitionSpec(), PartitionSpec(), row, row),
@@ -282,13 +286,13 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         weights: tuple[Weight, ...],
-        keys: jax.Array,
-        values: jax.Array,
+        keys: Entries,
+        values: Entries,
         layer: jax.Array,
         slot: jax.Array,
         start: jax.Array,
         count: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Entries, Entries]:
         """One device's heads and rows."""
         batch, num_new, _ = x.shape
         query_weight, key_weight, value_weight, output_weight = weights

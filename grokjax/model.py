@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from grokjax.cache import KVCache
+from grokjax.cache import Entries, KVCache
 from grokjax.config import GrokConfig
 from grokjax.embedding import Embedding
 from grokjax.layers import Attention, RMSNorm
@@ -49,14 +49,14 @@ class DecoderLayers(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
+        keys: Entries,
+        values: Entries,
         *,
         layer: jax.Array,
         slot: jax.Array,
         start: jax.Array,
         count: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Entries, Entries]:
         """One layer, number `layer`; arguments and results as those of `Attention`."""
         with jax.named_scope("attention"):
             normed = self.pre_attention_norm(x, layer)
@@ -103,7 +103,9 @@ class Grok(nnx.Module):
         count = jnp.minimum(count, cache.max_len - start)
         is_scratch = cache.keys.shape[0] == 1
 
-        def run_layer(layer: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def run_layer(
+            layer: jax.Array, carry: tuple[jax.Array, Entries, Entries]
+        ) -> tuple[jax.Array, Entries, Entries]:
             x, keys, values = carry
             slot = jnp.zeros_like(layer) if is_scratch else layer
             x, keys, values = self.layers(x, keys, values, layer=layer, slot=slot, start=start, count=count)
@@ -112,6 +114,31 @@ class Grok(nnx.Module):
         x = self.partitioner.constrain(self.embedding.encode(tokens), ("batch", None, None))
         x, keys, values = lax.fori_loop(0, self.config.num_layers, run_layer, (x, cache.keys, cache.values))
         return self.final_norm(x), KVCache(keys, values, start + count)
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        is_scratch: bool = False,
+    ) -> KVCache:
+        """An empty cache on the model's mesh, see `KVCache.create`.
+
+        Args:
+          batch_size: B, rows.
+          max_len: S, entries a row can hold.
+          dtype: by default float32 for a float32 model.
+          is_scratch: with a single layer, that every layer uses in turn: what it holds after a call means nothing.
+        """
+        return KVCache.create(
+            self.config.replace(num_layers=1) if is_scratch else self.config,
+            batch_size,
+            max_len,
+            dtype=self.dtype if dtype is None and self.dtype == jnp.float32 else dtype,
+            mesh=self.partitioner.mesh,
+            rules=self.partitioner.rules,
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""

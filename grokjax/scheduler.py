@@ -277,6 +277,12 @@ class Scheduler(Generic[J]):
         most = min(self.prefill_rows, len(self.running))
         return tuple(1 << power for power in range(most.bit_length()))
 
+    @property
+    def occupancy(self) -> float:
+        """The part of all rows that running jobs have filled."""
+        filled = sum(length for length, job in zip(self.held.lengths, self.running, strict=True) if job is not None)
+        return filled / (len(self.running) * self.max_len)
+
     def admit(self) -> list[Admission[J]]:
         """Gives free slots to waiting jobs; the copies that this asks for must be made in the order of the list."""
         admissions = []

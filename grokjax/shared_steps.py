@@ -1,7 +1,9 @@
 """The steps of an engine whose model spans several processes: the first leads, the others follow."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from grokjax.distributed import Channel
 from grokjax.model import Grok
@@ -9,14 +11,14 @@ from grokjax.slot_steps import DeviceScores, DeviceTokens, ModelSteps
 from grokjax.slots import SlotSettings, Steps
 
 
-def make_steps(model: Grok, *, slots: int, max_len: int, num_top: int) -> Steps:
+def make_steps(model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None) -> Steps:
     """The steps of a model: `SharedSteps` where its mesh spans processes, else `ModelSteps`.
 
     Raises:
       ValueError: Its mesh spans processes, and this is not the first.
     """
     kind = SharedSteps if model.partitioner.mesh.is_multi_process else ModelSteps
-    return kind(model, slots=slots, max_len=max_len, num_top=num_top)
+    return kind(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype)
 
 
 class SharedSteps:
@@ -25,7 +27,7 @@ class SharedSteps:
     The other processes call `follow(model)`. The arguments are those of `ModelSteps`.
     """
 
-    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int):
+    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
         if jax.process_index():
             raise ValueError(
                 f"the model spans {jax.process_count()} processes, and the engine runs on process 0: "
@@ -33,8 +35,9 @@ class SharedSteps:
             )
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._channel = Channel.open()
-        self._channel.send("start", _fingerprint(model), slots, max_len, num_top)
-        self._steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top)
+        dtype = "" if cache_dtype is None else jnp.dtype(cache_dtype).name
+        self._channel.send("start", _fingerprint(model), dtype, slots, max_len, num_top)
+        self._steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`."""
@@ -87,14 +90,14 @@ def follow(model: Grok) -> None:
             f"process {jax.process_index()} with a mesh of {model.partitioner.mesh.size} devices: make an engine."
         )
     channel = Channel.open()
-    name, (fingerprint, *sizes) = channel.receive()
+    name, (fingerprint, dtype, *sizes) = channel.receive()
     if str(fingerprint) != _fingerprint(model):
         raise ValueError(
             f"process 0 has another model: {fingerprint}; process {jax.process_index()} has {_fingerprint(model)}: "
             "load the same with the same mesh, rules and dtype."
         )
     slots, max_len, num_top = (size.item() for size in sizes)
-    steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top)
+    steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=str(dtype) or None)
     drawn: DeviceTokens | None = None
     while name != "close":
         name, values = channel.receive()

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
-from grokjax.cache import KVCache
+from grokjax.cache import CACHE_AXES, Entries, KVCache
 from grokjax.model import Grok
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
 from grokjax.slots import DrawnTokens, SlotSettings
@@ -37,12 +38,13 @@ class ModelSteps:
       slots: B, rows of the cache.
       max_len: S, tokens that each row holds.
       num_top: most probable tokens that a request may ask for.
+      cache_dtype: as in `KVCache.create`; by default float32 for a float32 model.
     """
 
-    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int):
+    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._model = model
-        self._state = _new_state(model, slots, max_len)
+        self._state = _new_state(model, slots, max_len, cache_dtype)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`; compiled for each shape of `tokens`."""
@@ -103,16 +105,9 @@ class DeviceScores:
         return np.asarray(self._scores)
 
 
-def _new_state(model: Grok, slots: int, max_len: int) -> _State:
+def _new_state(model: Grok, slots: int, max_len: int, cache_dtype: DTypeLike | None) -> _State:
     partitioner = model.partitioner
-    cache = KVCache.create(
-        model.config,
-        slots,
-        max_len,
-        dtype=jnp.float32 if model.dtype == jnp.float32 else None,
-        mesh=partitioner.mesh,
-        rules=partitioner.rules,
-    )
+    cache = model.new_cache(slots, max_len, dtype=cache_dtype)
     shape = (slots, model.config.vocab_size)
     wide = partitioner.sharding(("batch", "vocab"), shape)
     tokens = jnp.zeros((slots,), jnp.int32, device=partitioner.sharding((None,), (slots,)))
@@ -121,13 +116,12 @@ def _new_state(model: Grok, slots: int, max_len: int) -> _State:
 
 def _placed(model: Grok, state: _State) -> _State:
     """The state where `_new_state` put it, so that no step is compiled a second time for another placement."""
-    entries, wide = ("layers", "batch", "kv_heads", None, None), ("batch", "vocab")
-    constrain = model.partitioner.constrain
-    cache = KVCache(
-        constrain(state.cache.keys, entries),
-        constrain(state.cache.values, entries),
-        constrain(state.cache.lengths, (None,)),
-    )
+    wide, constrain = ("batch", "vocab"), model.partitioner.constrain
+
+    def placed(entries: Entries) -> Entries:
+        return jax.tree.map(lambda leaf: constrain(leaf, CACHE_AXES[: leaf.ndim]), entries)
+
+    cache = KVCache(placed(state.cache.keys), placed(state.cache.values), constrain(state.cache.lengths, (None,)))
     return _State(cache, constrain(state.tokens, (None,)), constrain(state.logits, wide), constrain(state.bias, wide))
 
 
@@ -234,7 +228,7 @@ def _take_rows(cache: KVCache, starts: jax.Array, rows: jax.Array) -> KVCache:
         parts = [lax.dynamic_slice_in_dim(stack, rows[i], 1, axis=1) for i in range(rows.shape[0])]
         return jnp.concatenate(parts, axis=1)
 
-    return KVCache(take(cache.keys), take(cache.values), starts)
+    return KVCache(jax.tree.map(take, cache.keys), jax.tree.map(take, cache.values), starts)
 
 
 def _put_rows(state: _State, pieces: KVCache, logits: jax.Array, rows: jax.Array) -> _State:

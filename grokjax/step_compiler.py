@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from grokjax.cache import KVCache
+from grokjax.cache import KVCache, check_cache_dtype
 from grokjax.config import GrokConfig
 from grokjax.costs import StepCost, device_bytes, step_cost
 from grokjax.model import Grok, abstract_model, check_dtype
@@ -76,7 +76,7 @@ class StepCompiler:
             cache_dtype = jnp.float32 if target.accelerator.kind == "cpu" else jnp.bfloat16
         extents = _default_mesh(config, target.num_devices) if mesh is None else mesh
         partitioner = Partitioner.create(config, target.mesh(extents), rules)
-        return cls(config, target, partitioner, check_dtype(dtype), check_dtype(cache_dtype), quantized)
+        return cls(config, target, partitioner, check_dtype(dtype), check_cache_dtype(cache_dtype), quantized)
 
     @property
     def stands_in(self) -> bool:
@@ -103,7 +103,7 @@ class StepCompiler:
             batch_size=batch_size,
             num_new=num_new,
             filled=max_len,
-            cache_itemsize=self.cache_dtype.itemsize,
+            cache_dtype=self.cache_dtype,
         )
 
     def _model(self, config: GrokConfig, dtype: DTypeLike) -> Grok:
@@ -130,7 +130,8 @@ class StepCompiler:
         # What old compilers for CPUs do to bfloat16 stacks, converting them whole, says nothing of other targets.
         as_float32 = self.stands_in and not self.quantized
         model = self._model(config, jnp.float32 if as_float32 else self.dtype)
-        cache = self._cache(batch_size, max_len, jnp.float32 if self.stands_in else self.cache_dtype, config)
+        cache_dtype = jnp.float32 if self.stands_in and self.cache_dtype == jnp.bfloat16 else self.cache_dtype
+        cache = self._cache(batch_size, max_len, cache_dtype, config)
         rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):  # tells kernels the device
             if num_new == 1:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from grokjax.cache import KVCache
+from grokjax.cache import KVCache, check_cache_dtype
 from grokjax.model import Grok
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 
@@ -138,6 +138,7 @@ def generate(
     settings: SampleSettings | None = None,
     keys: jax.Array | None = None,
     eos_id: int | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Generated:
     """Continues prompts, the whole loop on the device, until every row has ended.
 
@@ -152,6 +153,7 @@ def generate(
       settings: how to draw; greedy by default.
       keys: a key for each row, [B]; by default folded from seed 0 and the row's number.
       eos_id: token that ends a row; none by default, so that every row gets `max_new_tokens`.
+      cache_dtype: as in `Grok.new_cache`.
 
     Raises:
       ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, or there is no
@@ -177,13 +179,16 @@ def generate(
     keys = (
         jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)) if keys is None else keys
     )
-    return _generate(model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id)
+    cache_dtype = None if cache_dtype is None else check_cache_dtype(cache_dtype)
+    return _generate(
+        model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id, cache_dtype=cache_dtype
+    )
 
 
 @jax.jit
 def _forward(model: Grok, tokens: jax.Array) -> jax.Array:
     batch, num_new = tokens.shape
-    scratch = _create_cache(model, batch, num_new, num_layers=1)
+    scratch = model.new_cache(batch, num_new, is_scratch=True)
     hidden, _ = model(tokens, jnp.full((batch,), num_new, jnp.int32), scratch)
     return model.logits(hidden)
 
@@ -205,7 +210,7 @@ _prefill = jax.jit(_prefill_step, donate_argnames="cache")
 _decode = jax.jit(_decode_step, donate_argnames="cache")
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id"))
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "cache_dtype"))
 def _generate(
     model: Grok,
     tokens: jax.Array,
@@ -215,9 +220,10 @@ def _generate(
     *,
     max_new_tokens: int,
     eos_id: int | None,
+    cache_dtype: jnp.dtype | None,
 ) -> Generated:
     batch, longest = tokens.shape
-    cache = _create_cache(model, batch, longest + max_new_tokens, num_layers=model.config.num_layers)
+    cache = model.new_cache(batch, longest + max_new_tokens, dtype=cache_dtype)
     logits, cache = _prefill_step(model, tokens, lengths, cache)
     shape = (batch, max_new_tokens)
     out = Generated(
@@ -254,17 +260,6 @@ def _generate(
     state = (jnp.ones((), jnp.int32), token, active, cache, out)
     generated: Generated = lax.while_loop(is_running, advance, state)[-1]
     return generated
-
-
-def _create_cache(model: Grok, batch_size: int, max_len: int, *, num_layers: int) -> KVCache:
-    return KVCache.create(
-        model.config.replace(num_layers=num_layers),
-        batch_size,
-        max_len,
-        dtype=jnp.float32 if model.dtype == jnp.float32 else None,
-        mesh=model.partitioner.mesh,
-        rules=model.partitioner.rules,
-    )
 
 
 def _is_concrete(*arrays: jax.Array) -> bool:

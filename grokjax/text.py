@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from grokjax.cache import KVCache
 from grokjax.model import Grok
@@ -43,12 +43,21 @@ class TextGenerator:
       tokenizer: its tokenizer.
       max_len: tokens of prompt and continuation together, by default the configuration's longest sequence.
       add_bos: put the beginning-of-sequence token before every prompt; the release does not.
+      cache_dtype: of the cache, as in `Grok.new_cache`.
 
     Raises:
       ValueError: The tokenizer has more tokens than the model, or `max_len` exceeds the longest sequence.
     """
 
-    def __init__(self, model: Grok, tokenizer: Tokenizer, *, max_len: int | None = None, add_bos: bool = False):
+    def __init__(
+        self,
+        model: Grok,
+        tokenizer: Tokenizer,
+        *,
+        max_len: int | None = None,
+        add_bos: bool = False,
+        cache_dtype: DTypeLike | None = None,
+    ):
         config = model.config
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
@@ -57,7 +66,7 @@ class TextGenerator:
         self.max_len = config.max_seq_len if max_len is None else max_len
         if not 2 <= self.max_len <= config.max_seq_len:
             raise ValueError(f"max_len={max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
-        self.model, self.tokenizer, self.add_bos = model, tokenizer, add_bos
+        self.model, self.tokenizer, self.add_bos, self.cache_dtype = model, tokenizer, add_bos, cache_dtype
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens of a prompt, with the beginning-of-sequence token where it is asked for.
@@ -151,14 +160,7 @@ class TextGenerator:
 
     def _prefill(self, ids: Sequence[int]) -> tuple[jax.Array, KVCache]:
         model = self.model
-        cache = KVCache.create(
-            model.config,
-            1,
-            self.max_len,
-            dtype=jnp.float32 if model.dtype == jnp.float32 else None,
-            mesh=model.partitioner.mesh,
-            rules=model.partitioner.rules,
-        )
+        cache = model.new_cache(1, self.max_len, dtype=self.cache_dtype)
         logits = None
         for chunk in plan_chunks(0, len(ids), default_buckets(self.max_len)):
             tokens = np.full((1, chunk.bucket), model.config.pad_id)

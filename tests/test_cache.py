@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from grokjax.cache import KVCache, write
+from grokjax.cache import KVCache, QuantizedEntries, entry_bytes, write
 from grokjax.config import GrokConfig
 from grokjax.sharding import make_mesh
 
@@ -103,6 +103,8 @@ def test_refused_rows() -> None:
     cache = filled(3, 4, (1, 1), 1)
     with pytest.raises(ValueError, match="row 3 is outside the cache's 3 rows"):
         cache.reset(3)
+    with pytest.raises(ValueError, match=r"row 1\.5 is outside the cache's 3 rows"):
+        cache.reset(1.5)
     with pytest.raises(ValueError, match="row -1 is outside the cache's 3 rows"):
         cache.insert(filled(1, 4, (1, 1), 1), -1)
     with pytest.raises(ValueError, match="one row and at most 4 entries, not 1 rows of 5"):
@@ -124,3 +126,54 @@ def test_rows_of_another_model_are_refused(config: GrokConfig, theirs: str) -> N
     """A smaller row would fit into a corner of this one, and leave the rest of it as it was."""
     with pytest.raises(ValueError, match=rf"head size\) {theirs} and this cache \(2, 4, 16\): create both"):
         filled(3, 4, (1, 1), 1).insert(KVCache.create(config, 1, 4), 0)
+
+
+class TestInt8:
+    def test_half_a_scale_off_at_most(self) -> None:
+        new = np.random.default_rng(0).standard_normal((ROWS, HEADS, NEW, DIM)).astype(np.float32)
+        new[0, 0, 0] = 0
+        entries = QuantizedEntries.of(jnp.asarray(new))
+        np.testing.assert_allclose(entries.scales, np.abs(new).max(-1) / 127, rtol=1e-6)
+        restored = np.asarray(entries.numbers, np.float32) * np.asarray(entries.scales)[..., None]
+        assert (np.abs(restored - new) <= np.asarray(entries.scales)[..., None] * 0.50001).all()
+        assert np.abs(entries.numbers).max() == 127
+
+    def test_shape_sharding_and_bytes(self) -> None:
+        cache = KVCache.create(TINY, 4, 16, dtype="int8", mesh=make_mesh((2, 4)))
+        assert (cache.keys.shape, cache.keys.scales.shape) == ((2, 4, 4, 16, 16), (2, 4, 4, 16))
+        assert (cache.keys.dtype, cache.keys.scales.dtype) == (jnp.int8, jnp.float32)
+        assert cache.values.numbers.sharding.spec == P(None, "data", "model", None, None)
+        assert cache.values.scales.sharding.spec == P(None, "data", "model", None)
+        one = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.keys)) / (2 * 4 * 4 * 16)
+        assert entry_bytes(16, "int8") == one == 20
+        assert entry_bytes(16, jnp.bfloat16) == 32
+
+    @given(
+        start=st.lists(st.integers(0, LENGTH), min_size=ROWS, max_size=ROWS),
+        count=st.lists(st.integers(0, NEW), min_size=ROWS, max_size=ROWS),
+    )
+    def test_written_as_other_entries_are(self, start: list[int], count: list[int]) -> None:
+        rng = np.random.default_rng(0)
+        old = rng.standard_normal((LAYERS, ROWS, HEADS, LENGTH, DIM)).astype(np.float32)
+        new = rng.standard_normal((ROWS, HEADS, NEW, DIM)).astype(np.float32)
+        place = {"layer": jnp.int32(1), "start": jnp.array(start, jnp.int32), "count": jnp.array(count, jnp.int32)}
+        written = compiled_write()(QuantizedEntries.of(jnp.asarray(old)), jnp.asarray(new), **place)
+        expected = QuantizedEntries.of(compiled_write()(jnp.asarray(old), jnp.asarray(new), **place))
+        np.testing.assert_array_equal(written.numbers, expected.numbers)
+        np.testing.assert_array_equal(written.scales, expected.scales)
+
+    def test_rows_come_with_their_scales(self) -> None:
+        cache, one = (KVCache.create(TINY, rows, 4, dtype="int8") for rows in (3, 1))
+        one = jax.tree.map(lambda leaf: leaf + jnp.asarray(2, leaf.dtype), one)
+        after = cache.insert(one, 1)
+        for stack in (after.keys, after.values):
+            for leaf in jax.tree.leaves(stack):
+                assert (np.asarray(leaf)[:, 1] == 2).all()
+                assert not np.asarray(leaf)[:, [0, 2]].any()
+        np.testing.assert_array_equal(after.lengths, [0, 2, 0])
+
+    def test_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"entries of float32 and this cache those of int8: create both"):
+            KVCache.create(TINY, 2, 4, dtype="int8").insert(KVCache.create(TINY, 1, 4), 0)
+        with pytest.raises(ValueError, match="the cache's dtype float16 must be float32, bfloat16 or int8"):
+            KVCache.create(TINY, 2, 4, dtype=jnp.float16)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from goldens import GOLDEN_DIR, load_e2e
 
-from grokjax import GrokConfig, load_tokenizer
+from grokjax import Grok, GrokConfig, load_tokenizer
 from grokjax.cli import main
 from grokjax.testing import write_release_checkpoint
 
@@ -190,3 +190,20 @@ def test_terminal_without_the_characters(small_config: Path) -> None:
     done = subprocess.run([*command, "hello"], capture_output=True, env=environment, check=True)
     assert b"20 tokens" in done.stderr
     assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_the_dtype_of_the_cache(is_batch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    create = Grok.new_cache
+
+    def noted(*arguments, **options):
+        made.append(create(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(Grok, "new_cache", noted)
+    (tmp_path / "prompts.txt").write_text("hi")
+    what = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out.jsonl")] if is_batch else ["hi"]
+    options = ["--mesh", "1,1", "--max-len", "16", "--max-new-tokens", "2", "--cache-dtype", "int8"]
+    assert main(["generate", "--random", "tiny", *options, *what]) == 0
+    assert [cache.keys.dtype.name for cache in made] == ["int8"]

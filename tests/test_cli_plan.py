@@ -47,6 +47,15 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["decode"]["transfers"][0].keys() == {"kind", "count", "num_bytes"}
 
 
+def test_an_int8_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    cache = {}
+    for dtype in ("float32", "int8"):
+        record = json.loads(run_plan(capsys, "--target", "h100:8", "--batch", "4", "--cache-dtype", dtype, "--json"))
+        cache[dtype] = record["cache_bytes_per_device"]
+    lengths = 4 * 4
+    assert (cache["int8"] - lengths) * 64 == (cache["float32"] - lengths) * 20  # heads of 16, and a float32 scale
+
+
 def test_figures_in_place_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     # 10 KiB: less than the tiny model's weights, whatever the compiler adds to them.
     figures = ["--hbm-gib", "0.00001", "--bandwidth-gbs", "1", "--tflops", "1", "--link-gbs", "1", "--latency-us", "1"]

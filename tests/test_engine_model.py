@@ -179,6 +179,19 @@ def test_mask_as_in_generate() -> None:
     assert biased.token_ids == done.token_ids
 
 
+def test_an_int8_cache() -> None:
+    """Rows that are prefilled together, in pieces, and from a shared prefix."""
+    prompts = [texts()[text, :length] for text, length in ((0, 20), (1, 7), (3, 20), (4, 14))]
+    made = new_engine(cache_dtype="int8").generate([p.tolist() for p in prompts], max_new_tokens=NEW, temperature=0)
+    for prompt, done in zip(prompts, made, strict=True):
+        alone = generate(
+            model(), prompt[None], np.array([len(prompt)]), max_new_tokens=NEW, cache_dtype="int8", eos_id=CONFIG.eos_id
+        )
+        assert list(done.token_ids) == np.asarray(alone.tokens)[0, : len(done.token_ids)].tolist()
+    state = new_engine(cache_dtype="int8")._steps._state
+    assert state.cache.keys.dtype == jnp.int8
+
+
 @pytest.mark.parametrize("temperature", [1e10, 1e30, 3e38])
 def test_no_temperature_draws_what_is_not_allowed(temperature: float) -> None:
     options = {"temperature": temperature, "ignore_eos": True, "max_new_tokens": NEW}
@@ -187,10 +200,11 @@ def test_no_temperature_draws_what_is_not_allowed(temperature: float) -> None:
     assert {*masked.token_ids, *biased.token_ids} == {0, 1}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_nothing_compiles_after_warm_up(mesh: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("mesh", "cache_dtype"), [((1, 1), None), ((2, 4), "int8")], ids=str)
+def test_nothing_compiles_after_warm_up(mesh: tuple[int, int], cache_dtype: str | None) -> None:
     """Every kind of request in random order, on one device and on a mesh that does not divide the slots."""
-    warm = Engine(model(mesh), ByteTokenizer(CONFIG.vocab_size), slots=3, prefill_buckets=(4, 8), prefill_rows=4)
+    sizes = {"slots": 3, "prefill_buckets": (4, 8), "prefill_rows": 4, "cache_dtype": cache_dtype}
+    warm = Engine(model(mesh), ByteTokenizer(CONFIG.vocab_size), **sizes)
     before = len(COMPILED)
     steps = warm.warm_up()
     assert len(COMPILED) - before >= len(steps)

@@ -42,17 +42,6 @@ def load_model(case: str, mesh: tuple[int, int], rules: ShardingRules, dtype: st
     return load(golden.checkpoint, golden.config, make_mesh(mesh), jnp.dtype(dtype), rules=rules)
 
 
-def new_cache(model: Grok, batch_size: int, max_len: int) -> KVCache:
-    return KVCache.create(
-        model.config,
-        batch_size,
-        max_len,
-        dtype=model.dtype,
-        mesh=model.partitioner.mesh,
-        rules=model.partitioner.rules,
-    )
-
-
 def real_logits(case: GoldenCase, logits: np.ndarray) -> np.ndarray:
     """The logits [sum of lengths, V] at real positions of [B, T, V]."""
     return np.concatenate([row[:length] for row, length in zip(logits, case.lengths, strict=True)])
@@ -89,7 +78,7 @@ def check_generation(golden: GoldenCase, model: Grok, rows) -> None:
     """Prefill and greedy decoding of some rows together: logits, tokens, lengths and the whole cache."""
     arrays, rows = golden.arrays["float32"], list(rows)
     expected_tokens = arrays["decode_tokens"][rows]  # [B, n + 1], the first from the prefill
-    logits, cache = prefill(model, golden.tokens[rows], golden.lengths[rows], new_cache(model, len(rows), 64))
+    logits, cache = prefill(model, golden.tokens[rows], golden.lengths[rows], model.new_cache(len(rows), 64))
     np.testing.assert_allclose(logits, arrays["prefill_logits"][rows, 0], atol=ATOL_LOGITS, rtol=0)
     for step in range(expected_tokens.shape[1] - 1):
         tokens = np.asarray(logits).argmax(-1)
@@ -130,7 +119,7 @@ def test_inner_values(case: str) -> None:
     check(x, arrays["embed"])
     for i in range(golden.config.num_layers):
         layer = jnp.asarray(i, jnp.int32)
-        scratch = new_cache(model, batch, length)
+        scratch = model.new_cache(batch, length)
         normed = layers.pre_attention_norm(x, layer)
         check(normed, arrays["norm0_out"][i])
         mixed, _, _ = layers.attention(
@@ -173,7 +162,9 @@ def test_bfloat16_decoding_along_forced_tokens(case: str) -> None:
     golden, model = load_case(case), load_model(case, (1, 1), TENSOR, "bfloat16")
     arrays = golden.arrays["bfloat16"]
     forced, expected = arrays["forced_tokens"].astype(np.int32), arrays["forced_logits"]
-    _, cache = prefill(model, golden.tokens, golden.lengths, new_cache(model, len(golden.lengths), 64))
+    _, cache = prefill(
+        model, golden.tokens, golden.lengths, model.new_cache(len(golden.lengths), 64, dtype=model.dtype)
+    )
     for step in range(expected.shape[1]):
         logits, cache = decode(model, forced[:, step], cache)
         difference = np.asarray(logits) - expected[:, step]
@@ -182,6 +173,23 @@ def test_bfloat16_decoding_along_forced_tokens(case: str) -> None:
         top = np.sort(expected[:, step], axis=-1)
         sure = top[:, -1] - top[:, -2] > 0.5
         np.testing.assert_array_equal(np.asarray(logits).argmax(-1)[sure], expected[:, step].argmax(-1)[sure])
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("case", MODEL_CASES)
+def test_int8_cache(case: str, mesh: tuple[int, int]) -> None:
+    """Rounding keys and values costs about as much as computing in bfloat16 does."""
+    golden, model = load_case(case), load_model(case, mesh, TENSOR)
+    arrays = golden.arrays["float32"]
+    logits, cache = prefill(
+        model, golden.tokens, golden.lengths, model.new_cache(len(golden.lengths), 64, dtype="int8")
+    )
+    differences = [np.asarray(logits) - arrays["prefill_logits"][:, 0]]
+    for step in range(arrays["decode_logits"].shape[1]):
+        logits, cache = decode(model, arrays["decode_tokens"][:, step].astype(np.int32), cache)
+        differences.append(np.asarray(logits) - arrays["decode_logits"][:, step])
+    assert rms(np.stack(differences)) < 0.04
+    assert np.abs(differences).max() < 0.25
 
 
 def rms(x: np.ndarray) -> float:

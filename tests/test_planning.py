@@ -137,7 +137,7 @@ class TestRoofline:
         """Written out for int8, bfloat16 scales and table, from the shapes of the parameters."""
         config = TINY
         model = abstract_model(config, Partitioner.create(config, make_mesh()), dtype=jnp.bfloat16, quantized=True)
-        cost = step_cost(model, batch_size=1, filled=10, cache_itemsize=4)
+        cost = step_cost(model, batch_size=1, filled=10, cache_dtype=jnp.float32)
         shapes = parameter_shapes(config)
         per_layer = [name for name in shapes if name.startswith("layers.0.")]
         attention = sum(math.prod(shapes[name]) for name in per_layer if ".attention." in name)
@@ -160,7 +160,7 @@ class TestRoofline:
                 abstract_model(TINY, Partitioner.create(TINY, make_mesh(mesh)), dtype=jnp.bfloat16, quantized=True),
                 batch_size=8,
                 filled=16,
-                cache_itemsize=2,
+                cache_dtype=jnp.bfloat16,
             )
             for mesh in ((1, 1), (1, 8), (8, 1))
         )
@@ -175,7 +175,7 @@ class TestRoofline:
     def test_experts_that_are_read(self, tokens: int, experts: float) -> None:
         """8 experts, of which each token draws 2: the mean of many draws, and exact for one token."""
         model = abstract_model(TINY, Partitioner.create(TINY, make_mesh()), dtype=jnp.bfloat16, quantized=True)
-        cost = functools.partial(step_cost, model, filled=1, cache_itemsize=2)
+        cost = functools.partial(step_cost, model, filled=1, cache_dtype=jnp.bfloat16)
         all_experts = cost(batch_size=1 << 20).experts
         assert cost(batch_size=tokens).experts / all_experts * 8 == pytest.approx(experts)
         draws = np.random.default_rng(0).permuted(np.tile(np.arange(8), (2000 * min(tokens, 50), 1)), axis=1)[:, :2]
@@ -185,7 +185,7 @@ class TestRoofline:
     def test_the_busiest_device_of_expert_parallelism_reads_a_whole_expert(self) -> None:
         partitioner = Partitioner.create(TINY, make_mesh((1, 8)), RULES["expert"])
         model = abstract_model(TINY, partitioner, dtype=jnp.bfloat16, quantized=True)
-        cost = [step_cost(model, batch_size=rows, filled=1, cache_itemsize=2).experts for rows in (1, 64)]
+        cost = [step_cost(model, batch_size=rows, filled=1, cache_dtype=jnp.bfloat16).experts for rows in (1, 64)]
         assert cost[0] == cost[1]
 
     def test_the_slowest_term_binds(self) -> None:
