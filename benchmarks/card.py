@@ -12,20 +12,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def read_bandwidth(mesh: Mesh, num_bytes: int = 1 << 29) -> float:
-    """Bytes a second at which all devices of the mesh together read arrays of `num_bytes` each, best of five sums."""
+    """Bytes a second at which all devices of the mesh together read arrays of `num_bytes` each, best of 20 sums."""
     shape = (mesh.size, num_bytes // 4)
     array = jnp.ones(shape, jnp.float32, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     total = jax.jit(jnp.sum)
     total(array).block_until_ready()
-    return array.nbytes / min(seconds(lambda: total(array)) for _ in range(5))
+    return array.nbytes / min(seconds(lambda: total(array)) for _ in range(20))
 
 
 def matmul_rate(mesh: Mesh, dtype: jnp.dtype, size: int = 2048) -> float:
-    """Operations a second of all devices of the mesh together in square products of `dtype`, best of five."""
+    """Operations a second of all devices of the mesh together in square products of `dtype`, best of 20."""
     array = jnp.ones((mesh.size, size, size), dtype, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     product(array).block_until_ready()
-    return 2 * mesh.size * size**3 / min(seconds(lambda: product(array)) for _ in range(5))
+    return 2 * mesh.size * size**3 / min(seconds(lambda: product(array)) for _ in range(20))
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -6,7 +6,8 @@ timed in turn, and the line also has `peer_prefill_tokens_per_second`, `peer_dec
 our speed to the peer's, `prefill_ratio` and `decode_ratio`, and `peer_difference`, that of the logits as part of their
 own size. The line is one with the keys `config`, `batch_size`, `prompt`, `new`, `dtype`, `quantized`,
 `quantized_table`, `cache_dtype`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`, `decode_tokens_per_second`,
-`decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`, `peak_memory_bytes` and the environment.
+`decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`, `weights_bytes`, `peak_memory_bytes` and
+the environment.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peer
+from flax import nnx
 
 from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
 from grokjax.costs import StepCost, step_cost
@@ -155,6 +157,7 @@ def main() -> None:
         "step_bytes": int(needed.num_bytes * mesh.size),
         "read_bandwidth": int(bandwidth),
         "percent_of_bandwidth": round(100 * needed.num_bytes * mesh.size / step_seconds / bandwidth, 1),
+        "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **card.environment(),
     }
@@ -205,6 +208,7 @@ def print_results(record: dict) -> None:
             "decode step": f"{1e3 * record['decode_step_seconds']:.2f} ms",
             "of the bandwidth ceiling": f"{record['percent_of_bandwidth']} %",
             "peak memory": f"{record['peak_memory_bytes'] / 2**30:.2f} GiB",
+            "of it beyond the weights": f"{(record['peak_memory_bytes'] - record['weights_bytes']) / 2**30:.2f} GiB",
         },
     )
 

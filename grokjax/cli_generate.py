@@ -90,6 +90,7 @@ def _add_model(generate: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float32", "int8"),
         help="of keys and values (default: bfloat16, on CPUs and with --dtype float32 float32)",
     )
+    generate.add_argument("--quantized-table", action="store_true", help="the embedding table in int8, with an error")
     generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
 
 
@@ -223,7 +224,12 @@ def _random_config(arguments: argparse.Namespace) -> GrokConfig:
 
 def _random_model(config: GrokConfig, arguments: argparse.Namespace) -> Grok:
     say(f"the weights are random ({arguments.random}): expect noise")
-    return init(config, mesh=choose_mesh(arguments.mesh, config), dtype=jnp.dtype(arguments.dtype))
+    return init(
+        config,
+        mesh=choose_mesh(arguments.mesh, config),
+        dtype=jnp.dtype(arguments.dtype),
+        quantized_table=arguments.quantized_table,
+    )
 
 
 def _open_checkpoint(arguments: argparse.Namespace) -> Checkpoint:
@@ -237,6 +243,7 @@ def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
         checkpoint.config,
         choose_mesh(arguments.mesh, checkpoint.config),
         jnp.dtype(arguments.dtype),
+        quantized_table=arguments.quantized_table,
         progress=ProgressLine("loaded"),
     )
 

@@ -15,12 +15,10 @@ from grokjax.layers import gather_embed, weight_param
 from grokjax.quantization import Weight, matmul, specs
 from grokjax.sharding import Partitioner
 
-# Fewest and most token rows that are multiplied by an expert's weights together.
-_FEWEST_ROWS, _MOST_ROWS = 8, 128
-# Fair shares from which a block has room for a quarter more, so that most experts need one block only.
-_LARGE_SHARE = 32
-# Rows of a short block for which there are programs of their own: most experts have as few in a decode step.
-_FEW_ROWS = (1, 2)
+# Numbers of rows for which a CPU has programs of their own; at the largest a product is fastest, a row.
+_CPU_SIZES = (1, 2, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384)
+# On other devices: those of a decode step's short blocks, fewest and most rows of a block.
+_FEW_ROWS, _FEWEST_ROWS, _MOST_ROWS = (1, 2), 8, 128
 
 
 class FeedForward(nnx.Module):
@@ -108,20 +106,29 @@ class FeedForward(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         own = experts.reshape(tokens.shape[0], -1) - self.partitioner.index("experts") * weights[0].shape[1]
         own = jnp.where(valid.reshape(-1, 1), own, -1)
-        block = rows_per_block(len(tokens), per_token=own.shape[1], num_experts=self.config.num_experts)
-        out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer, block=block)
+        sizes = block_sizes(
+            len(tokens),
+            per_token=own.shape[1],
+            num_experts=self.config.num_experts,
+            platform=self.partitioner.platform,
+        )
+        out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer, sizes=sizes)
         return self.partitioner.psum(out, "experts", "ffn").reshape(x.shape).astype(self.dtype)
 
 
-def rows_per_block(num_tokens: int, *, per_token: int, num_experts: int) -> int:
-    """Rows of a block: a little more than an expert's fair share of the tokens, within limits.
+def block_sizes(num_tokens: int, *, per_token: int, num_experts: int, platform: str) -> tuple[int, ...]:
+    """Numbers of rows, ascending, that a block of tokens of one expert can be computed with; the last is its room.
 
-    Larger blocks would be filled up with rows of nobody, smaller ones would read the weights more often.
+    On a CPU a block has room for whatever comes, so that an expert's weights are read, cast and packed once, and is
+    computed with the size next to what came. Elsewhere it has room for a fair share: a larger one would be filled up
+    with rows of nobody, a smaller one would read the weights more often.
     """
     fair_share = max(1, num_tokens * per_token // num_experts)
-    if fair_share < _LARGE_SHARE:
-        return min(num_tokens, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))
-    return min(num_tokens, _MOST_ROWS, -(-fair_share * 5 // 32) * 8)
+    if platform == "cpu":
+        room = min(num_tokens, _CPU_SIZES[-1])
+        return (*(size for size in _CPU_SIZES if fair_share / 4 <= size < room), room)
+    room = min(num_tokens, _MOST_ROWS, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))
+    return (*(size for size in _FEW_ROWS if size < room <= _FEWEST_ROWS), room)
 
 
 def evaluate_experts(
@@ -131,7 +138,7 @@ def evaluate_experts(
     weights: tuple[Weight, Weight, Weight],
     *,
     layer: jax.Array,
-    block: int,
+    sizes: tuple[int, ...],
 ) -> jax.Array:
     """The gated sum over each token's experts, one block of tokens of one expert at a time.
 
@@ -145,49 +152,41 @@ def evaluate_experts(
       experts: int32 [M, X], numbers of experts in `weights`; others (below 0, or E and above) are left out.
       weights: gate and up [L, E, D, F] and down [L, E, F, D].
       layer: int32 [].
-      block: rows of a block, see `rows_per_block`.
+      sizes: numbers of rows to compute a block with, see `block_sizes`.
 
     Returns:
       float32 [M, D].
     """
+    block = sizes[-1]
     num_tokens, per_token = experts.shape
     num_experts = weights[0].shape[1]
     flat = experts.reshape(-1)
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)  # what is left out sorts last
+    is_ours = (flat >= 0) & (flat < num_experts)
+    flat = jnp.where(is_ours, flat, num_experts)  # what is left out sorts last
     order = jnp.argsort(flat, stable=True)
+    places = jnp.argsort(order).reshape(experts.shape)
     counts = jnp.bincount(flat, length=num_experts)
     block_ends = jnp.cumsum(-(-counts // block))
     group_starts = jnp.cumsum(counts) - counts
-    order = jnp.pad(order, (0, block))  # the last block reads past the last pair
+    tokens = jnp.pad(order // per_token, (0, block))  # the last block reads past the last pair
 
     def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
         expert = jnp.searchsorted(block_ends, i, side="right").astype(jnp.int32)
         done = (i - jnp.where(expert > 0, block_ends[expert - 1], 0)) * block
-        pairs = lax.dynamic_slice_in_dim(order, group_starts[expert] + done, block)
-        real = done + jnp.arange(block) < counts[expert]
-        tokens = jnp.where(real, pairs // per_token, num_tokens)
-        rows = x.at[tokens].get(mode="fill", fill_value=0)
-        y = _gated_block(rows, weights, at=(layer, expert), num_real=counts[expert] - done)
-        y = y * gates.reshape(-1)[pairs][:, None]
-        return out.at[tokens].add(y, mode="drop")
+        first = group_starts[expert] + done
+        rows = lax.dynamic_slice_in_dim(tokens, first, block)
 
-    return lax.fori_loop(0, block_ends[-1], add_block, jnp.zeros(x.shape, jnp.float32))
+        def evaluate(size: int) -> Callable[[], jax.Array]:
+            return lambda: jnp.pad(gated_unit(x[rows[:size]], weights, at=(layer, expert)), ((0, block - size), (0, 0)))
 
+        # The smallest size that holds the expert's tokens; rows behind them are overwritten by the blocks that follow.
+        choice = (counts[expert] - done > jnp.array(sizes[:-1], jnp.int32)).sum()
+        return lax.dynamic_update_slice_in_dim(out, lax.switch(choice, [evaluate(size) for size in sizes]), first, 0)
 
-def _gated_block(
-    x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...], num_real: jax.Array
-) -> jax.Array:
-    """`gated_unit` of a block whose first `num_real` rows are real: a short one in the form for so few rows."""
-    block = x.shape[0]
-    if block > _FEWEST_ROWS:
-        return gated_unit(x, weights, at=at)
-    sizes = [size for size in _FEW_ROWS if size < block] + [block]
-
-    def evaluate(size: int) -> Callable[[], jax.Array]:
-        return lambda: jnp.pad(gated_unit(x[:size], weights, at=at), ((0, block - size), (0, 0)))
-
-    choice = sum((num_real > size).astype(jnp.int32) for size in sizes[:-1])
-    return lax.switch(choice, [evaluate(size) for size in sizes])
+    out = jnp.zeros((num_tokens * per_token + block, x.shape[1]), jnp.float32)
+    out = lax.fori_loop(0, block_ends[-1], add_block, out)
+    shares = jnp.where(is_ours, gates.reshape(-1), 0).reshape(gates.shape)
+    return sum(out[places[:, choice]] * shares[:, choice, None] for choice in range(per_token))
 
 
 def gated_unit(x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...]) -> jax.Array:

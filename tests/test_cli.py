@@ -10,6 +10,7 @@ from goldens import GOLDEN_DIR, load_e2e
 
 from grokjax import Grok, GrokConfig, load_tokenizer
 from grokjax.cli import main
+from grokjax.quantization import QuantizedTable
 from grokjax.testing import write_release_checkpoint
 
 E2E = GOLDEN_DIR / "e2e"
@@ -193,17 +194,28 @@ def test_terminal_without_the_characters(small_config: Path) -> None:
 
 
 @pytest.mark.parametrize("is_batch", [False, True])
-def test_the_dtype_of_the_cache(is_batch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_for_the_cache_and_the_table(is_batch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     create = Grok.new_cache
 
     def noted(*arguments, **options):
+        assert isinstance(arguments[0].embedding.table.get_value(), QuantizedTable)
         made.append(create(*arguments, **options))
         return made[-1]
 
     monkeypatch.setattr(Grok, "new_cache", noted)
     (tmp_path / "prompts.txt").write_text("hi")
     what = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out.jsonl")] if is_batch else ["hi"]
-    options = ["--mesh", "1,1", "--max-len", "16", "--max-new-tokens", "2", "--cache-dtype", "int8"]
+    options = [
+        "--mesh",
+        "1,1",
+        "--max-len",
+        "16",
+        "--max-new-tokens",
+        "2",
+        "--cache-dtype",
+        "int8",
+        "--quantized-table",
+    ]
     assert main(["generate", "--random", "tiny", *options, *what]) == 0
     assert [cache.keys.dtype.name for cache in made] == ["int8"]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grokjax.config import GrokConfig
-from grokjax.moe import FeedForward, evaluate_experts, gated_unit, rows_per_block
+from grokjax.moe import FeedForward, block_sizes, evaluate_experts, gated_unit
 from grokjax.quantization import quantize
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
@@ -52,25 +52,44 @@ def routed(num_tokens: int, per_token: int, seed: int = 0) -> tuple[np.ndarray, 
     return x, rng.random((num_tokens, per_token)).astype(np.float32), experts
 
 
-def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: int = 1) -> np.ndarray:
-    block = rows_per_block(len(x), per_token=experts.shape[1], num_experts=EXPERTS)
-    compiled = jax.jit(functools.partial(evaluate_experts, block=block))
+def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: int = 1, platform="cpu") -> np.ndarray:
+    sizes = block_sizes(len(x), per_token=experts.shape[1], num_experts=EXPERTS, platform=platform)
+    compiled = jax.jit(functools.partial(evaluate_experts, sizes=sizes))
     return np.asarray(compiled(x, gates, experts, stacks, layer=jnp.int32(layer)))
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "rows"),
-    [(1, 1), (2, 2), (8, 8), (32, 8), (33, 8), (40, 16), (128, 40), (256, 80), (512, 128), (8192, 128)],
+    ("platform", "num_tokens", "sizes"),
+    [
+        ("cpu", 1, (1,)),
+        ("cpu", 2, (1, 2)),
+        ("cpu", 9, (1, 2, 8, 9)),
+        ("cpu", 128, (8, 16, 32, 48, 64, 96, 128)),
+        ("cpu", 8192, (384,)),
+        ("gpu", 1, (1,)),
+        ("gpu", 8, (1, 2, 8)),
+        ("tpu", 33, (1, 2, 8)),
+        ("gpu", 40, (16,)),
+        ("gpu", 128, (32,)),
+        ("gpu", 8192, (128,)),
+    ],
 )
-def test_rows_of_a_block(num_tokens: int, rows: int) -> None:
-    assert rows_per_block(num_tokens, per_token=2, num_experts=8) == rows
+def test_sizes_of_blocks(platform: str, num_tokens: int, sizes: tuple[int, ...]) -> None:
+    assert block_sizes(num_tokens, per_token=2, num_experts=8, platform=platform) == sizes
 
 
-@pytest.mark.parametrize("per_token", [1, 2, 8])
-@pytest.mark.parametrize("num_tokens", [1, 2, 9, 128, 129, 383])
-def test_against_the_definition(num_tokens: int, per_token: int) -> None:
+@pytest.mark.parametrize(
+    ("platform", "num_tokens", "per_token"),
+    [
+        *(("cpu", num_tokens, per_token) for num_tokens in (1, 2, 9, 129) for per_token in (1, 2, 8)),
+        ("cpu", 800, 2),
+        ("gpu", 30, 2),
+        ("gpu", 383, 2),
+    ],
+)
+def test_against_the_definition(platform: str, num_tokens: int, per_token: int) -> None:
     x, gates, experts = routed(num_tokens, per_token, seed=num_tokens)
-    out = run(x, gates, experts, tuple(map(jnp.asarray, weights())))
+    out = run(x, gates, experts, tuple(map(jnp.asarray, weights())), platform=platform)
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
@@ -106,15 +125,15 @@ def recorded(function: Callable[..., jax.Array], *args, **kwargs) -> Recorded:
 
 
 @functools.cache
-def recorded_blocks(block: int) -> Recorded:
+def recorded_blocks(sizes: tuple[int, ...]) -> Recorded:
     stacks = tuple(map(jnp.asarray, weights()))
-    return recorded(functools.partial(evaluate_experts, block=block), *routed(30, 2), stacks, layer=jnp.int32(0))
+    return recorded(functools.partial(evaluate_experts, sizes=sizes), *routed(30, 2), stacks, layer=jnp.int32(0))
 
 
 @settings(max_examples=30)
-@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize("sizes", [(4,), (1, 2, 5, 16)], ids=str)
 @given(seed=st.integers(0, 10**6), chosen=st.sets(st.integers(-1, EXPERTS), min_size=2), layer=st.integers(0, 1))
-def test_any_routes(block: int, seed: int, chosen: set[int], layer: int) -> None:
+def test_any_routes(sizes: tuple[int, ...], seed: int, chosen: set[int], layer: int) -> None:
     """Some experts crowded, some empty, some numbers outside, as of padding and of other devices' experts.
 
     Each expert is evaluated as often as its tokens fill blocks, one that nobody chose never.
@@ -123,9 +142,9 @@ def test_any_routes(block: int, seed: int, chosen: set[int], layer: int) -> None
     rng, numbers = np.random.default_rng(seed), sorted(chosen)
     experts = np.stack([rng.choice(numbers, 2, replace=False) for _ in x]).astype(np.int32)
     stacks = tuple(jnp.asarray(poisoned(stack, layer, experts)) for stack in weights())
-    out, evaluated = recorded_blocks(block)(x, gates, experts, stacks, layer=jnp.int32(layer))
+    out, evaluated = recorded_blocks(sizes)(x, gates, experts, stacks, layer=jnp.int32(layer))
     np.testing.assert_allclose(out, definition(x, gates, experts, layer), atol=2e-5)
-    blocks = {expert: -(-int((experts == expert).sum()) // block) for expert in range(EXPERTS)}
+    blocks = {expert: -(-int((experts == expert).sum()) // sizes[-1]) for expert in range(EXPERTS)}
     assert evaluated == [(layer, expert) for expert, times in blocks.items() for _ in range(times)]
 
 
@@ -147,7 +166,7 @@ def test_all_tokens_on_one_expert() -> None:
 def test_nobody_chose_anything() -> None:
     x, gates, experts = routed(30, 2)
     stacks = tuple(map(jnp.asarray, weights()))
-    out, evaluated = recorded_blocks(4)(x, gates, np.full_like(experts, EXPERTS), stacks, layer=jnp.int32(0))
+    out, evaluated = recorded_blocks((4,))(x, gates, np.full_like(experts, EXPERTS), stacks, layer=jnp.int32(0))
     assert evaluated == []
     np.testing.assert_array_equal(out, np.zeros_like(x))
 
