@@ -223,7 +223,7 @@ def verify(
         raise CheckpointError(
             f"{stored.path / MANIFEST}: holds no checksums: verify the checkpoint once beside what it was made from."
         )
-    recipe = _recipe_of(stored)
+    recipe = Recipe.of_origin(stored.manifest.origin)
     if original is not None:
         _check_origin(stored, original, recipe)
     checksums: dict[str, str] = {}
@@ -385,20 +385,14 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _recipe_of(checkpoint: OrbaxCheckpoint) -> Recipe:
-    origin = checkpoint.manifest.origin
-    return Recipe(origin.get("weights", "keep"), origin.get("scale_blocks", 1))
-
-
 def _check_origin(stored: OrbaxCheckpoint, original: Checkpoint, recipe: Recipe) -> None:
     """Refuses a source that cannot have become this checkpoint, before anything is read."""
     found = {name: TensorSpec.of(tensor) for name, tensor in original.tensors.items()}
     ours = stored.manifest.specs
     problems = [f"{name}: only in the source" for name in found if name not in ours]
     problems += [f"{name}: only in the checkpoint" for name in ours if name not in found]
-    for name in [name for name in found if name in ours]:
-        if recipe.result(name, found[name]) != ours[name]:
-            problems.append(f"{name}: another shape or dtype than the source's becomes")
+    differing = [name for name in found if name in ours and recipe.result(name, found[name]) != ours[name]]
+    problems += [f"{name}: another shape or dtype than the source's becomes" for name in differing]
     if problems:
         advice = (
             f"This is not what {stored.path} was made from: name that source, or leave it out to compare checksums."

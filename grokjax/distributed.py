@@ -57,6 +57,8 @@ def initialize(
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     if coordinator_address is not None and not coordinator_address.rpartition(":")[2].isdecimal():
         raise ValueError(f"coordinator_address={coordinator_address!r} has no port: give it as HOST:PORT.")
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"num_processes={num_processes} must be 1 or more: count this one, too.")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id={process_id} must be between 0 and {num_processes - 1}, one of each.")
     try:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import jax
 import ml_dtypes
@@ -39,6 +39,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.weights not in get_args(Weights):
             raise ValueError(f"weights={self.weights!r}: choose one of {', '.join(get_args(Weights))}.")
+
+    @classmethod
+    def of_origin(cls, origin: Mapping[str, Any]) -> Self:
+        """That of a checkpoint's manifest; one that was saved and not converted has none."""
+        return cls(origin.get("weights", "keep"), origin.get("scale_blocks", 1))
 
     def result(self, parameter: str, spec: TensorSpec) -> TensorSpec:
         """What becomes of a parameter.

@@ -224,6 +224,7 @@ def test_alone_everything_is_done_here() -> None:
     [
         (("localhost", 2, 0), r"coordinator_address='localhost' has no port: give it as HOST:PORT\."),
         (("localhost:1", 2, 2), r"process_id=2 must be between 0 and 1"),
+        (("localhost:1", 0, 0), r"num_processes=0 must be 1 or more"),
         (("localhost:1", 2, 0), r"the processes cannot be joined .*: call initialize once, first of all"),
     ],
 )
