@@ -189,13 +189,13 @@ class Engine:
         Raises:
           ValueError: The request is not of this engine.
         """
+        if not handle.is_done and not any(sample.handle is handle for sample in self._live):
+            raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
         for number in itertools.count():
             while number >= len(handle.pieces):
                 if handle.is_done:
                     self._reported([handle])
                     return
-                if not any(sample.handle is handle for sample in self._live):
-                    raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
                 self._advance()
             yield handle.pieces[number]
 
