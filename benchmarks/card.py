@@ -1,6 +1,7 @@
 """What every benchmark prints: a card of what must move, the machine's ceiling, and last one JSON line."""
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -41,13 +42,14 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def environment() -> dict[str, object]:
-    """Device and versions, for the JSON line."""
+    """Device, versions and the compiler's flags, for the JSON line."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
         "devices": jax.device_count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 

@@ -42,8 +42,8 @@ def table_dtype(record: dict) -> str:
 COLUMNS: dict[str, dict[str, Column]] = {
     "decode": {
         "jax": lambda record: record["jax"],
+        "mesh": lambda record: record["mesh"],
         "rows": number("batch_size"),
-        "prompt": number("prompt"),
         "table": table_dtype,
         "prefill tokens/s": number("prefill_tokens_per_second"),
         "decode tokens/s": number("decode_tokens_per_second", 1),
@@ -55,6 +55,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
     },
     "prefill": {
         "jax": lambda record: record["jax"],
+        "mesh": lambda record: record["mesh"],
         "tokens": listed("lengths"),
         "tokens/s": number("tokens_per_second"),
         "percent of the rate of square products": number("percent_of_matmul_rate"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ENVIRONMENT = {"benchmark", "device", "devices", "jax", "python"}
+ENVIRONMENT = {"benchmark", "device", "devices", "jax", "python", "xla_flags"}
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def test_a_small_model() -> None:
     keys = SCRIPT.read_text().split('"""')[1].partition("with the keys")[2].partition("and the environment")[0]
     documented = set(re.findall(r"`(\w+)`", keys))
     assert len(documented) > 20
-    assert set(record) == documented | {"benchmark", "device", "devices", "jax", "python"}
+    assert set(record) == documented | {"benchmark", "device", "devices", "jax", "python", "xla_flags"}
     assert record["slots"] == 2
     assert 0 < record["host_percent_of_step"] <= 100
     positive = ("_per_second", "_seconds", "_p50", "_p99", "_idle")
