@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--mesh", metavar="DATA,MODEL", help="devices (default: as many along MODEL as the sizes allow)"
     )
-    command.add_argument("--rules", choices=tuple(RULES), default="tensor", help="parallelism (default: %(default)s)")
+    command.add_argument("--rules", choices=tuple(RULES), help="parallelism (default: tensor)")
     command.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
     command.add_argument(
         "--max-len", type=int, help="tokens that each row holds (default: the model's longest sequence)"
@@ -82,11 +83,15 @@ def _run(arguments: argparse.Namespace) -> None:
         "collective_latency": arguments.latency_us / 1e6,
     }
     if arguments.suggest:
+        if arguments.mesh is not None or arguments.plot is not None or arguments.rules is not None:
+            raise ValueError(
+                "--suggest tries every mesh and rule and draws nothing: leave out --mesh, --rules, --plot."
+            )
         found = suggest(config, **options)
         print(json.dumps([_suggestion_record(one) for one in found]) if arguments.json else _suggestion_lines(found))
         return
     mesh = None if arguments.mesh is None else read_extents(arguments.mesh)
-    made = plan(config, **options, mesh=mesh, rules=RULES[arguments.rules])
+    made = plan(config, **options, mesh=mesh, rules=RULES[arguments.rules or "tensor"])
     print(json.dumps(plan_record(made)) if arguments.json else _table(made))
     if arguments.plot is not None:
         _draw(made, arguments.plot)
@@ -100,6 +105,11 @@ def _target(arguments: argparse.Namespace) -> Target:
             raise ValueError(f"--devices {arguments.devices}: give a number and a name, such as 16xH100-80G.")
         text = f"{found[2]}:{found[1]}"
     target = Target.parse(text)
+    stated = (arguments.hbm_gib, arguments.bandwidth_gbs, arguments.tflops, arguments.link_gbs)
+    if not all(math.isfinite(figure) and figure > 0 for figure in stated if figure is not None):
+        raise ValueError("the figures of a device must be above 0 and finite: leave out those that are not known.")
+    if not 0 <= arguments.latency_us < math.inf:
+        raise ValueError(f"--latency-us {arguments.latency_us} must be 0 or more, and finite.")
     figures = {
         "memory_bytes": arguments.hbm_gib and int(arguments.hbm_gib * GIB),
         "bandwidth": arguments.bandwidth_gbs and arguments.bandwidth_gbs * 1e9,
@@ -107,8 +117,6 @@ def _target(arguments: argparse.Namespace) -> Target:
         "link_bandwidth": arguments.link_gbs and arguments.link_gbs * 1e9,
     }
     given = {name: figure for name, figure in figures.items() if figure is not None}
-    if any(figure <= 0 for figure in given.values()) or arguments.latency_us < 0:
-        raise ValueError("the figures of a device must be above 0: leave out those that are not known.")
     accelerator: Any = dataclasses.replace(target.accelerator, **given)
     return dataclasses.replace(target, accelerator=accelerator)
 

@@ -43,7 +43,8 @@ def initialize(
       coordinator_address: `HOST:PORT` of process 0, the same for all; the port must be free there.
       num_processes: how many there are.
       process_id: this one's number, from 0.
-      local_device_ids: which of the host's GPUs are this process's; all by default.
+      local_device_ids: which of the host's GPUs are this process's. By default those that JAX_LOCAL_DEVICE_IDS names;
+        else, under SLURM and Open MPI, the one of the process's number on its host, and elsewhere all.
       initialization_timeout_seconds: how long to wait for the others.
       heartbeat_timeout_seconds: after how long a silent process counts as dead.
       shutdown_timeout_seconds: how long the end of a process waits for that of the others.
@@ -88,7 +89,7 @@ def is_first() -> bool:
 
 
 def on_first(function: Callable[[], T], *, together: bool = True) -> T | None:
-    """Waits for all processes, and runs a function on process 0; what it raises as `ValueError` is raised by all.
+    """Waits for all processes, and runs a function on process 0; if it raises, the others raise `ValueError`.
 
     Args:
       function: what only one process may do, such as making a folder.
@@ -110,8 +111,8 @@ def on_first(function: Callable[[], T], *, together: bool = True) -> T | None:
         return None
     try:
         result = function()
-    except ValueError as error:
-        client.key_value_set(outcome, str(error) or "it failed")
+    except BaseException as error:
+        client.key_value_set(outcome, str(error) or type(error).__name__)
         raise
     client.key_value_set(outcome, "")
     return result

@@ -31,15 +31,22 @@ def make_mesh(
       devices: devices to use, by default `jax.devices()`; on one host the first `data * model` of them are taken.
 
     Raises:
-      ValueError: There are not as many devices or hosts as the mesh needs.
+      ValueError: There are not as many devices or hosts as the mesh needs, or, where no devices are named, it leaves
+        out all those of a process, which would wait for the others without end.
 
     Source: the release's `runners.py`, `make_mesh`.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    is_chosen = devices is not None
+    devices = list(devices if devices is not None else jax.devices())
     per_host, hosts = math.prod(local), math.prod(between_hosts)
     if min(*local, *between_hosts) < 1:
         raise ValueError(f"mesh extents must be 1 or more, not local={local}, between_hosts={between_hosts}.")
-    if per_host * hosts > len(devices) or (hosts > 1 and per_host * hosts != len(devices)):
+    if hosts > 1 and per_host * hosts != len(devices):
+        raise ValueError(
+            f"a mesh of local={local} x between_hosts={between_hosts} needs {per_host * hosts} devices and there are "
+            f"{len(devices)}: over several hosts name extents whose product is all of them."
+        )
+    if per_host * hosts > len(devices):
         raise ValueError(
             f"a mesh of local={local} x between_hosts={between_hosts} needs {per_host * hosts} devices and there are "
             f"{len(devices)}: choose extents whose product is at most that (on a CPU, "
@@ -51,8 +58,15 @@ def make_mesh(
             f"between_hosts={between_hosts} needs {hosts} hosts and the devices belong to {found}: "
             "name extents over hosts whose product is their number, and put the rest into `local`."
         )
+    used = devices[: per_host * hosts]
+    left_out = {device.process_index for device in devices} - {device.process_index for device in used}
+    if left_out and not is_chosen:
+        raise ValueError(
+            f"a mesh of local={local} leaves out all devices of process {', '.join(map(str, sorted(left_out)))}: "
+            f"name the extent over hosts too, such as between_hosts=({found}, 1), or pass the devices to use."
+        )
     if hosts == 1:
-        grid = mesh_utils.create_device_mesh(local, devices[:per_host], allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(local, used, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_hybrid_device_mesh(local, between_hosts, devices, process_is_granule=True)
     return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * 2)

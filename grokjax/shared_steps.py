@@ -1,11 +1,13 @@
 """The steps of an engine whose model spans several processes: the first leads, the others follow."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from grokjax.distributed import Channel
+from grokjax.distributed import Channel, DistributedError
 from grokjax.model import Grok
 from grokjax.slot_steps import DeviceScores, DeviceTokens, ModelSteps
 from grokjax.slots import SlotSettings, Steps
@@ -82,7 +84,7 @@ def follow(model: Grok) -> None:
 
     Raises:
       ValueError: This is process 0, the model is another than that of process 0, or it does not span processes.
-      DistributedError: Process 0 has gone.
+      DistributedError: Process 0 has gone, or a step failed.
     """
     if not jax.process_index() or not model.partitioner.mesh.is_multi_process:
         raise ValueError(
@@ -99,11 +101,18 @@ def follow(model: Grok) -> None:
     slots, max_len, num_top = (size.item() for size in sizes)
     steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=str(dtype) or None)
     drawn: DeviceTokens | None = None
-    while name != "close":
-        name, values = channel.receive()
-        earlier, drawn = drawn, _take_step(steps, name, values) or drawn
-        if earlier is not None and earlier is not drawn:
-            earlier.read()  # As in an engine, one step is under way while the next is dispatched.
+    try:
+        while name != "close":
+            name, values = channel.receive()
+            earlier, drawn = drawn, _take_step(steps, name, values) or drawn
+            if earlier is not None and earlier is not drawn:
+                earlier.read()  # As in an engine, one step is under way while the next is dispatched.
+    except jax.errors.JaxRuntimeError as error:
+        first, _, _ = str(error).partition("\n")
+        raise DistributedError(
+            f"a step of all processes failed: {first.rstrip('.')}. Another process may have died, or memory was short: "
+            "end them all and start them again."
+        ) from error
 
 
 def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> DeviceTokens | None:
@@ -126,4 +135,7 @@ def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> Device
 
 def _fingerprint(model: Grok) -> str:
     partitioner = model.partitioner
-    return f"{model.config} {np.dtype(model.dtype).name} {dict(partitioner.mesh.shape)} {partitioner.rules}"
+    kinds = collections.Counter(np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(model))
+    stored = ", ".join(f"{count} x {name}" for name, count in sorted(kinds.items()))
+    compute = np.dtype(model.dtype).name
+    return f"{model.config} {compute} of {stored} {dict(partitioner.mesh.shape)} {partitioner.rules}"

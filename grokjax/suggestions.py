@@ -1,6 +1,7 @@
 """Which mesh and which rules suit a machine: every one that is possible, planned and put in order."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -60,8 +61,22 @@ def suggest(
         raise ValueError(f"the memory of {target} is unknown: state it, or choose an accelerator of the table.")
     config = GrokConfig.grok_1() if config is None else config
     sizes = {"batch_size": batch_size, "max_len": max_len}
-    found = [_try(config, target, mesh, rules, sizes | options) for mesh in _meshes(target) for rules in RULES]
-    return tuple(sorted((one for one in found if one is not None), key=_rank))
+    kinds: dict[str, Any] = {"dtype": "bfloat16", "cache_dtype": None, "quantized": True}
+    kinds |= {name: options[name] for name in kinds if name in options}
+    found: list[Suggestion] = []
+    problem = ValueError(f"{target} allows no mesh.")
+    for mesh, rules in itertools.product(_meshes(target), RULES):
+        if _is_alike(config, mesh, rules):
+            continue
+        try:
+            steps = StepCompiler.create(config, target, mesh=mesh, rules=RULES[rules], **kinds)
+        except ValueError as error:
+            problem = error  # of sizes that this mesh does not divide, or of all of them
+            continue
+        found.append(_suggestion(steps, mesh, rules, sizes | options))
+    if not found:
+        raise problem
+    return tuple(sorted(found, key=_rank))
 
 
 def _meshes(target: Target) -> list[tuple[int, int]]:
@@ -69,26 +84,19 @@ def _meshes(target: Target) -> list[tuple[int, int]]:
     return [(count // model, model) for model in range(1, count + 1) if count % model == 0]
 
 
-def _try(
-    config: GrokConfig, target: Target, mesh: tuple[int, int], rules: str, options: dict[str, Any]
-) -> Suggestion | None:
-    """None where the sizes do not divide, or rules make no difference on the mesh."""
-    if (rules == "fsdp" and mesh[0] == 1) or (rules == "expert" and (mesh[1] == 1 or config.num_experts == 1)):
-        return None
-    chosen: dict[str, Any] = {"mesh": mesh, "rules": RULES[rules]}
-    kinds: dict[str, Any] = {"dtype": "bfloat16", "cache_dtype": None, "quantized": True}
-    kinds |= {name: options[name] for name in kinds if name in options}
-    try:
-        steps = StepCompiler.create(config, target, **chosen, **kinds)
-    except ValueError:
-        return None
-    max_len = options["max_len"] or config.max_seq_len
+def _is_alike(config: GrokConfig, mesh: tuple[int, int], rules: str) -> bool:
+    """Whether the rules make no difference on the mesh to the tensor parallel ones."""
+    return (rules == "fsdp" and mesh[0] == 1) or (rules == "expert" and (mesh[1] == 1 or config.num_experts == 1))
+
+
+def _suggestion(steps: StepCompiler, mesh: tuple[int, int], rules: str, options: dict[str, Any]) -> Suggestion:
+    max_len = options["max_len"] or steps.config.max_seq_len
     weights_bytes, cache_bytes = steps.weights_bytes, steps.cache_bytes(options["batch_size"], max_len)
-    least, usable = weights_bytes + cache_bytes, target.accelerator.usable_bytes or 0
+    least, usable = weights_bytes + cache_bytes, steps.target.accelerator.usable_bytes or 0
     if least > usable:
         reason = f"weights and cache take {_gib(least)} of {_gib(usable)} GiB a device."
         return Suggestion(mesh, rules, weights_bytes, cache_bytes, None, reason)
-    made = plan(config, target=target, **chosen, **options)
+    made = plan(steps.config, target=steps.target, mesh=mesh, rules=RULES[rules], **options)
     return Suggestion(mesh, rules, weights_bytes, cache_bytes, made, _reason(made))
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from goldens import load_case
 from member import CASE, ENGINE, MESHES, PROMPT, answer
 
-from grokjax import cli, console, distributed
+from grokjax import cli, console, distributed, shared_steps
 from grokjax.checkpoint import describe, load, save
 from grokjax.config import GrokConfig
 from grokjax.conversion import verify
@@ -188,6 +188,15 @@ class FakeClient:
             raise jax.errors.JaxRuntimeError(failure)
         return self.values[key]
 
+    def key_value_set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def blocking_key_value_get(self, key: str, timeout_ms: int) -> str:
+        return self.blocking_key_value_get_bytes(key, timeout_ms).decode()
+
+    def key_value_increment(self, key: str, amount: int) -> int:
+        return amount
+
     def wait_at_barrier(self, key: str, timeout_ms: int) -> None:
         pass
 
@@ -212,6 +221,51 @@ def test_waiting_goes_on_until_the_first_has_gone() -> None:
     receiver = Channel(FakeClient("DEADLINE_EXCEEDED: nothing yet"), "a")
     with pytest.raises(DistributedError, match=r"process 0 has gone \(UNAVAILABLE: closed\): see its messages"):
         receiver.receive()
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), OSError(28, "No space left on device")])
+def test_others_hear_of_every_error_of_the_first(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient()
+    monkeypatch.setattr(distributed, "_client", lambda: client)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        on_first(fail)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ValueError, match=f"process 0: .*{re.escape(str(error))}"):
+        on_first(fail)
+
+
+def test_a_failed_step_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JAX raises where another process has died."""
+
+    def fail(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer.\nat frame 1")
+
+    model = init(GrokConfig.tiny().replace(num_layers=1), dtype=np.float32)
+    channel = Channel(FakeClient(), "a")
+    channel.send("start", shared_steps._fingerprint(model), "", 1, 8, 0)
+    channel.send("decode", np.zeros((1, 8), np.int32))
+    channel._numbers = iter([0, 1])
+    monkeypatch.setattr(distributed.Channel, "open", lambda: channel)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setitem(vars(model.partitioner.mesh), "is_multi_process", True)  # A cached property.
+    monkeypatch.setattr(shared_steps, "_take_step", fail)
+    with pytest.raises(DistributedError, match=r"a step of all processes failed: .* reset by peer\. Another process"):
+        follow(model)
+
+
+def test_models_of_other_dtypes_differ() -> None:
+    config = GrokConfig.tiny().replace(num_layers=1)
+    prints = {
+        shared_steps._fingerprint(init(config, **options))
+        for options in ({}, {"quantized": False}, {"quantized_table": True}, {"dtype": np.float32})
+    }
+    assert len(prints) == 4
 
 
 def test_alone_everything_is_done_here() -> None:

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grokjax import suggestions
 from grokjax.accelerators import ACCELERATORS, find_accelerator
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
@@ -257,6 +259,24 @@ class TestSuggestions:
     def test_unknown_memory(self) -> None:
         with pytest.raises(ValueError, match="the memory of cpu:8 is unknown: state it"):
             suggest(TINY, target="cpu:8")
+
+    def test_a_failing_compiler_is_not_hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only meshes that the sizes do not allow are left out."""
+
+        def fail_once(*arguments: Any, mesh: tuple[int, int], **options: Any) -> Plan:
+            if mesh == (4, 1):
+                raise ValueError("the compiler failed: no reason")
+            return plan(*arguments, mesh=mesh, **options)
+
+        monkeypatch.setattr(suggestions, "plan", fail_once)
+        with pytest.raises(ValueError, match="the compiler failed"):
+            suggest(TINY.replace(num_layers=1), target="h100:4", max_len=32, prompt_len=8)
+
+    def test_nothing_to_suggest(self) -> None:
+        with pytest.raises(ValueError, match="dtype"):
+            suggest(TINY, target="h100:8", dtype="int32")
+        with pytest.raises(ValueError, match="devices"):
+            suggest(TINY, target="h100:64")
 
 
 class TestTargets:

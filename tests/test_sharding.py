@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 from typing import Any
 
 import jax
@@ -45,6 +46,18 @@ def test_mesh(shape: tuple[int, int]) -> None:
 def test_impossible_meshes(local: tuple[int, int], between_hosts: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_mesh(local, between_hosts)
+
+
+def test_a_mesh_that_leaves_out_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for the others without end; devices that are named may be those of one process."""
+    devices = [types.SimpleNamespace(process_index=i // 4) for i in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(ValueError, match=r"leaves out all devices of process 1: .* between_hosts=\(2, 1\)"):
+        make_mesh((1, 4))
+    with pytest.raises(ValueError, match=r"needs 2 devices and there are 8: over several hosts .* all of them"):
+        make_mesh((1, 1), (1, 2))
+    monkeypatch.undo()
+    assert make_mesh((1, 4), devices=jax.devices()[4:]).devices.tolist() == [jax.devices()[4:]]
 
 
 def test_specs_of_logical_axes() -> None:
