@@ -7,7 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
@@ -208,7 +208,15 @@ def check_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
-def write(stack: Entries, new: jax.Array, *, layer: jax.Array, start: jax.Array, count: jax.Array) -> Entries:
+def write(
+    stack: Entries,
+    new: jax.Array,
+    *,
+    layer: jax.Array,
+    rows: jax.Array | None = None,
+    start: jax.Array,
+    count: jax.Array,
+) -> Entries:
     """Writes new entries of one layer into the stack, in place where the stack is a loop's carry.
 
     Entries that would lie beyond the end are dropped; everything else stays as it was. Each row is one
@@ -216,58 +224,126 @@ def write(stack: Entries, new: jax.Array, *, layer: jax.Array, start: jax.Array,
 
     Args:
       stack: [L, B, K, S, H].
-      new: float [B, K, T, H] with T at most S; of row b the first `count[b]` entries are written.
+      new: float [P, K, T, H] with T at most S; of each row the first `count` entries are written.
       layer: int32 [].
-      start: int32 [B], position of each row's first new entry.
-      count: int32 [B], 0 to T.
+      rows: int32 [P], the stack's rows that they belong to; all B in order by default.
+      start: int32 [P], position of each row's first new entry.
+      count: int32 [P], 0 to T.
 
     Returns:
       The stack [L, B, K, S, H].
     """
     parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
-    return jax.tree.map(functools.partial(_write, layer=layer, start=start, count=count), stack, parts)
+    return jax.tree.map(functools.partial(_write, layer=layer, rows=rows, start=start, count=count), stack, parts)
 
 
 def read(
-    stack: Entries, *, layer: jax.Array, begin: jax.Array, size: int, dtype: DTypeLike
+    stack: Entries,
+    *,
+    layer: jax.Array,
+    rows: jax.Array | None = None,
+    begin: jax.Array,
+    size: int,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array | None]:
     """A block of one layer's entries, and what they have to be multiplied with.
 
     Args:
       stack: [L, B, K, S, H].
       layer: int32 [].
+      rows: int32 [P], the stack's rows to read; all B in order by default.
       begin: int32 [], position of the first entry.
       size: entries.
       dtype: to cast them to; int8 is exact in any.
 
     Returns:
-      The entries [B, K, size, H] in `dtype`, and their scales, float32 [B, K, size], or None for factors of 1.
+      The entries [P, K, size, H] in `dtype`, and their scales, float32 [P, K, size], or None for factors of 1.
     """
+    zero = jnp.zeros((), jnp.int32)
+
+    def take_rows(stack: jax.Array, first: jax.Array, num_rows: int) -> jax.Array:
+        index = (layer, first, zero, begin) + (zero,) * (stack.ndim - 4)
+        return lax.dynamic_slice(stack, index, (1, num_rows, stack.shape[2], size, *stack.shape[4:]))[0]
 
     def take(stack: jax.Array) -> jax.Array:
-        zero = jnp.zeros((), jnp.int32)
-        index = (layer, zero, zero, begin) + (zero,) * (stack.ndim - 4)
-        return lax.dynamic_slice(stack, index, (1, *stack.shape[1:3], size, *stack.shape[4:]))[0]
+        if rows is None:
+            return take_rows(stack, zero, stack.shape[1])
+        return jnp.concatenate([take_rows(stack, rows[i], 1) for i in range(len(rows))])
 
     if isinstance(stack, QuantizedEntries):
         return take(stack.numbers).astype(dtype), take(stack.scales)
     return take(stack).astype(dtype), None
 
 
-def _write(stack: jax.Array, new: jax.Array, *, layer: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
-    """`write` of one array: [L, B, K, S, ...] and [B, K, T, ...]."""
+def copy_row(stack: Entries, partitioner: Partitioner, *, source: jax.Array, target: jax.Array) -> Entries:
+    """The stack with row `target` a copy of row `source`, layer by layer, on whatever devices they lie.
+
+    Args:
+      stack: [L, B, K, S, H].
+      partitioner: of the model.
+      source: int32 [].
+      target: int32 [].
+
+    Returns:
+      The stack [L, B, K, S, H].
+    """
+    num_rows = stack.shape[1]
+
+    def copy(stack: jax.Array, rows: jax.Array) -> jax.Array:
+        is_split = stack.shape[1] < num_rows
+        own, is_held = own_rows(rows, stack.shape[1], partitioner) if is_split else (rows, jnp.ones(2, bool))
+
+        def copy_layer(layer: jax.Array, stack: jax.Array) -> jax.Array:
+            places = [(layer, own[i]) + (jnp.zeros((), jnp.int32),) * (stack.ndim - 2) for i in range(2)]
+            new, old = (lax.dynamic_slice(stack, place, (1, 1, *stack.shape[2:])) for place in places)
+            if is_split:
+                new = partitioner.psum(jnp.where(is_held[0], new, 0), "batch")
+            return lax.dynamic_update_slice(stack, jnp.where(is_held[1], new, old), places[1])
+
+        return lax.fori_loop(0, stack.shape[0], copy_layer, stack)
+
+    spec = jax.tree.map(lambda leaf: partitioner.spec(CACHE_AXES[: leaf.ndim], leaf.shape), stack)
+    copy_all = partitioner.shard_map(
+        lambda stack, rows: jax.tree.map(lambda leaf: copy(leaf, rows), stack),
+        in_specs=(spec, PartitionSpec()),
+        out_specs=spec,
+    )
+    copied: Entries = copy_all(stack, jnp.stack([source, target]))
+    return copied
+
+
+def own_rows(rows: jax.Array, num_held: int, partitioner: Partitioner) -> tuple[jax.Array, jax.Array]:
+    """Inside `shard_map`, of a cache whose rows are split: this device's numbers of some rows, and which it holds.
+
+    Args:
+      rows: int32 [P], of the whole cache.
+      num_held: rows that the device holds.
+      partitioner: of the model.
+
+    Returns:
+      int32 [P], 0 for rows held elsewhere, and bool [P].
+    """
+    own = rows - partitioner.index("batch") * num_held
+    is_held = (own >= 0) & (own < num_held)
+    return jnp.where(is_held, own, 0), is_held
+
+
+def _write(
+    stack: jax.Array, new: jax.Array, *, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
+) -> jax.Array:
+    """`write` of one array: [L, B, K, S, ...] and [P, K, T, ...]."""
     num_rows, heads, num_new, *rest = new.shape
     zero = jnp.zeros((), jnp.int32)
 
-    def write_row(row: jax.Array, stack: jax.Array) -> jax.Array:
+    def write_row(i: jax.Array, stack: jax.Array) -> jax.Array:
         # Near the end of the cache the window slides left, and the new entries slide right inside it.
-        first = jnp.minimum(start[row], stack.shape[3] - num_new)
-        shift = start[row] - first
-        index = (layer, row, zero, first) + (zero,) * len(rest)
+        first = jnp.minimum(start[i], stack.shape[3] - num_new)
+        shift = start[i] - first
+        index = (layer, i if rows is None else rows[i], zero, first) + (zero,) * len(rest)
         old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
         number = jnp.arange(num_new) - shift
-        fresh = (number >= 0) & (number < count[row])
-        moved = jnp.roll(lax.dynamic_index_in_dim(new, row, keepdims=False), shift, axis=1)
+        fresh = (number >= 0) & (number < count[i])
+        moved = jnp.roll(lax.dynamic_index_in_dim(new, i, keepdims=False), shift, axis=1)
         window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])
         return lax.dynamic_update_slice(stack, window[None, None], index)
 

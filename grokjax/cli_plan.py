@@ -46,6 +46,9 @@ def add_command(commands: Any) -> None:
         "--max-len", type=int, help="tokens that each row holds (default: the model's longest sequence)"
     )
     command.add_argument("--prompt", type=int, default=1024, help="tokens of a prefill (default: %(default)s)")
+    command.add_argument(
+        "--prefill-rows", type=int, default=4, help="prompts prefilled together at most (default: %(default)s)"
+    )
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     command.add_argument(
         "--cache-dtype", choices=("bfloat16", "float32", "int8"), help="(default: bfloat16, on a CPU float32)"
@@ -77,6 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "batch_size": arguments.batch,
         "max_len": arguments.max_len,
         "prompt_len": arguments.prompt,
+        "prefill_rows": arguments.prefill_rows,
         "dtype": arguments.dtype,
         "cache_dtype": arguments.cache_dtype,
         "quantized": not arguments.plain,
@@ -139,6 +143,7 @@ def plan_record(made: Plan) -> dict[str, Any]:
         "batch_size": made.batch_size,
         "max_len": made.max_len,
         "prompt_len": made.prompt_len,
+        "prefill_rows": made.prefill_rows,
         "weights_bytes_per_device": made.weights_bytes,
         "cache_bytes_per_device": made.cache_bytes,
         "temporary_bytes_per_device": made.temporary_bytes,
@@ -215,7 +220,7 @@ def _table(made: Plan) -> str:
             f"  {'most rows of ' + str(made.max_len):<28} {made.largest_batch_size:9}",
             f"  {'most tokens a row':<28} {made.largest_max_len:9}",
         ]
-    what = f"prefill of {made.prompt_len} tokens"
+    what = f"prefill of {made.prefill.num_tokens // made.prompt_len} x {made.prompt_len} tokens"
     return "\n".join([*lines, *_step_lines("a decode step", made.decode), *_step_lines(what, made.prefill)])
 
 

@@ -1,6 +1,7 @@
 """The parts of a decoder layer but the experts: RMSNorm, RoPE and attention, each for a stack of layers."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from grokjax.cache import CACHE_AXES, Entries, read, write
+from grokjax.cache import CACHE_AXES, Entries, own_rows, read, write
 from grokjax.config import GrokConfig
 from grokjax.quantization import QuantizedArray, Weight, float_precision, matmul, specs
 from grokjax.sharding import Axes, Partitioner
@@ -123,6 +124,7 @@ def attend(
     values: Entries,
     *,
     layer: jax.Array,
+    rows: jax.Array | None = None,
     start: jax.Array,
     count: jax.Array,
     multiplier: float,
@@ -134,17 +136,18 @@ def attend(
     cost follows the filled length and no [T, S] matrix exists.
 
     Args:
-      query: [B, T, N, H], after RoPE, in the compute dtype.
+      query: [P, T, N, H], after RoPE, in the compute dtype.
       keys: [L, B, K, S, H].
       values: [L, B, K, S, H].
       layer: int32 [], which layer of the cache.
-      start: int32 [B], position of each row's first query.
-      count: int32 [B], real queries of each row; the others' results mean nothing.
+      rows: int32 [P], rows of the cache that the queries belong to; all B in order by default.
+      start: int32 [P], position of each row's first query.
+      count: int32 [P], real queries of each row; the others' results mean nothing.
       multiplier: factor on the scores.
       softcap: c in `c * tanh(score / c)`.
 
     Returns:
-      The compute dtype, [B, T, N * H].
+      The compute dtype, [P, T, N * H].
 
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv 1805.02867).
     """
@@ -153,7 +156,7 @@ def attend(
     num_blocks = -(-num_new // block)
     padded = jnp.pad(query, ((0, 0), (0, num_blocks * block - num_new), (0, 0), (0, 0)))
     one_block = functools.partial(
-        _attend_block, keys=keys, values=values, layer=layer, multiplier=multiplier, softcap=softcap
+        _attend_block, keys=keys, values=values, layer=layer, rows=rows, multiplier=multiplier, softcap=softcap
     )
 
     def run(i: jax.Array) -> jax.Array:
@@ -173,6 +176,7 @@ def _attend_block(
     values: Entries,
     *,
     layer: jax.Array,
+    rows: jax.Array | None,
     first: jax.Array,
     filled: jax.Array,
     multiplier: float,
@@ -189,8 +193,8 @@ def _attend_block(
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         peak, total, mixed = carry
         begin = jnp.minimum(i * block, max_len - block)  # the last block slides left and masks what was seen before
-        key, key_scales = read(keys, layer=layer, begin=begin, size=block, dtype=query.dtype)
-        value, value_scales = read(values, layer=layer, begin=begin, size=block, dtype=query.dtype)
+        block_of = functools.partial(read, layer=layer, rows=rows, begin=begin, size=block, dtype=query.dtype)
+        (key, key_scales), (value, value_scales) = block_of(keys), block_of(values)
         scores = jnp.einsum("btkgh,bksh->bkgts", grouped, key, precision=precision, preferred_element_type=jnp.float32)
         scores = _scaled(scores, key_scales)
         scores = softcap * jnp.tanh(scores * (multiplier / softcap))
@@ -251,36 +255,39 @@ class Attention(nnx.Module):
         *,
         layer: jax.Array,
         slot: jax.Array,
+        rows: jax.Array | None = None,
         start: jax.Array,
         count: jax.Array,
     ) -> tuple[jax.Array, Entries, Entries]:
         """Writes the new tokens' keys and values into the cache and attends.
 
         Args:
-          x: [B, T, D] in the compute dtype.
+          x: [P, T, D] in the compute dtype.
           keys: [L, B, K, S, H], the cache's.
           values: [L, B, K, S, H], the cache's.
           layer: int32 [], which layer's weights.
           slot: int32 [], which layer of the cache.
-          start: int32 [B], filled entries before.
-          count: int32 [B], real new tokens of each row.
+          rows: int32 [P], rows of the cache that x belongs to, each once; all B in order by default.
+          start: int32 [P], filled entries before.
+          count: int32 [P], real new tokens of each row.
 
         Returns:
-          The output [B, T, D] in the compute dtype, and the cache's keys and values.
+          The output [P, T, D] in the compute dtype, and the cache's keys and values.
         """
         partitioner = self.partitioner.without_embed()
         params = (self.query, self.key, self.value, self.output)
         weights, indices = zip(*(gather_embed(param, layer, self.partitioner) for param in params), strict=True)
         weight_specs = tuple(specs(w, p.logical_axes, partitioner) for w, p in zip(weights, params, strict=True))
-        rows = partitioner.spec(("batch", None, None), x.shape)
-        row = PartitionSpec(rows[0])
         cache = jax.tree.map(lambda leaf: partitioner.spec(CACHE_AXES[: leaf.ndim], leaf.shape), keys)
+        # Rows that may lie on any device are whole on all: each attends for those whose entries it holds.
+        whole = PartitionSpec()
+        row = partitioner.spec(("batch",), x.shape[:1]) if rows is None else whole
         run = partitioner.shard_map(
-            self._local,
-            in_specs=(rows, weight_specs, cache, cache, PartitionSpec(), PartitionSpec(), row, row),
-            out_specs=(rows, cache, cache),
+            functools.partial(self._local, num_rows=keys.shape[1]),
+            in_specs=(row, weight_specs, cache, cache, whole, whole, whole, row, row),
+            out_specs=(row, cache, cache),
         )
-        return run(x, weights, keys, values, indices[0], slot, start, count)
+        return run(x, weights, keys, values, indices[0], slot, rows, start, count)
 
     def _local(
         self,
@@ -290,10 +297,13 @@ class Attention(nnx.Module):
         values: Entries,
         layer: jax.Array,
         slot: jax.Array,
+        rows: jax.Array | None,
         start: jax.Array,
         count: jax.Array,
+        *,
+        num_rows: int,
     ) -> tuple[jax.Array, Entries, Entries]:
-        """One device's heads and rows."""
+        """One device's heads, and its rows of the cache's `num_rows`."""
         batch, num_new, _ = x.shape
         query_weight, key_weight, value_weight, output_weight = weights
         positions = start[:, None] + jnp.arange(num_new)[None]
@@ -301,7 +311,11 @@ class Attention(nnx.Module):
         query = rotate(query, positions, self.config.rope_base).astype(self.dtype)
         key = rotate(self._kv_heads(matmul(x, key_weight, at=(layer,))), positions, self.config.rope_base)
         value = self._kv_heads(matmul(x, value_weight, at=(layer,)))
-        place = {"layer": slot, "start": start, "count": count}
+        is_held = None
+        if rows is not None and keys.shape[1] < num_rows:
+            rows, is_held = own_rows(rows, keys.shape[1], self.partitioner)
+            start, count = jnp.where(is_held, start, 0), jnp.where(is_held, count, 0)
+        place: dict[str, Any] = {"layer": slot, "rows": rows, "start": start, "count": count}
         with jax.named_scope("cache_write"):
             keys = write(keys, key.astype(self.dtype).swapaxes(1, 2), **place)
             values = write(values, value.astype(self.dtype).swapaxes(1, 2), **place)
@@ -313,6 +327,8 @@ class Attention(nnx.Module):
             multiplier=self.config.attention_multiplier,
             softcap=self.config.attention_softcap,
         )
+        if is_held is not None:
+            mixed = self.partitioner.psum(jnp.where(is_held[:, None, None], mixed, 0), "batch")
         out = self.partitioner.psum(matmul(mixed, output_weight, at=(layer,)), "heads")
         return out.astype(self.dtype), keys, values
 

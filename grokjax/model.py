@@ -54,13 +54,15 @@ class DecoderLayers(nnx.Module):
         *,
         layer: jax.Array,
         slot: jax.Array,
+        rows: jax.Array | None = None,
         start: jax.Array,
         count: jax.Array,
     ) -> tuple[jax.Array, Entries, Entries]:
         """One layer, number `layer`; arguments and results as those of `Attention`."""
         with jax.named_scope("attention"):
             normed = self.pre_attention_norm(x, layer)
-            mixed, keys, values = self.attention(normed, keys, values, layer=layer, slot=slot, start=start, count=count)
+            place: dict[str, Any] = {"layer": layer, "slot": slot, "rows": rows, "start": start, "count": count}
+            mixed, keys, values = self.attention(normed, keys, values, **place)
             x = x + self.post_attention_norm(mixed, layer)
         with jax.named_scope("feed_forward"):
             valid = jnp.arange(x.shape[1])[None] < count[:, None]
@@ -88,18 +90,21 @@ class Grok(nnx.Module):
         self.layers = DecoderLayers(config, quantized=quantized, **options)
         self.final_norm = RMSNorm(config)
 
-    def __call__(self, tokens: jax.Array, count: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, tokens: jax.Array, count: jax.Array, cache: KVCache, *, rows: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """Runs new tokens through all layers, after what the cache's rows hold already.
 
         Args:
-          tokens: int32 [B, T], right-padded.
-          count: int32 [B], real tokens of each row, 0 to T.
+          tokens: int32 [P, T], right-padded.
+          count: int32 [P], real tokens of each row, 0 to T.
           cache: of B rows; with a single layer it is scratch, used by every layer in turn.
+          rows: int32 [P], rows of the cache that the tokens are for, each once; by default all B in order.
 
         Returns:
-          Hidden states after the last norm, [B, T, D] in the compute dtype, and the cache with the real tokens added.
+          Hidden states after the last norm, [P, T, D] in the compute dtype, and the cache with the real tokens added.
         """
-        start = cache.lengths
+        start = cache.lengths if rows is None else cache.lengths[rows]
         count = jnp.minimum(count, cache.max_len - start)
         is_scratch = cache.keys.shape[0] == 1
 
@@ -108,12 +113,14 @@ class Grok(nnx.Module):
         ) -> tuple[jax.Array, Entries, Entries]:
             x, keys, values = carry
             slot = jnp.zeros_like(layer) if is_scratch else layer
-            x, keys, values = self.layers(x, keys, values, layer=layer, slot=slot, start=start, count=count)
+            place: dict[str, Any] = {"layer": layer, "slot": slot, "rows": rows, "start": start, "count": count}
+            x, keys, values = self.layers(x, keys, values, **place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
         x = self.partitioner.constrain(self.embedding.encode(tokens), ("batch", None, None))
         x, keys, values = lax.fori_loop(0, self.config.num_layers, run_layer, (x, cache.keys, cache.values))
-        return self.final_norm(x), KVCache(keys, values, start + count)
+        lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
+        return self.final_norm(x), KVCache(keys, values, lengths)
 
     def new_cache(
         self,

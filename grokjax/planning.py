@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -78,15 +79,17 @@ class Plan:
       steps: what has compiled the programs, for which model, machine and mesh.
       batch_size: rows of the cache.
       max_len: tokens that each row holds.
-      prompt_len: tokens of the prompt that the prefill takes.
+      prompt_len: tokens of each prompt that the prefill takes.
+      prefill_rows: prompts that are prefilled together at most.
       decode: a step of all rows, filled.
-      prefill: one prompt into a row of its own.
+      prefill: prompts of an engine that has as many.
     """
 
     steps: StepCompiler
     batch_size: int
     max_len: int
     prompt_len: int
+    prefill_rows: int
     decode: StepPlan
     prefill: StepPlan
 
@@ -123,7 +126,7 @@ class Plan:
 
     @property
     def other_bytes(self) -> int:
-        """Of the total: inputs, results, a prompt's own row, what layouts add to weights and cache."""
+        """Of the total: logits and biases of all rows, inputs, results, what layouts add to weights and cache."""
         return self.total_bytes - self.weights_bytes - self.cache_bytes - self.temporary_bytes
 
     @property
@@ -152,12 +155,11 @@ class Plan:
         return _largest(total, usable, self.max_len, self.steps.config.max_seq_len)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
-        steps, prompt_len = self.steps, min(self.prompt_len, max_len)
-        decoding, prefilling = steps.measure(batch_size, 1, max_len), steps.measure(1, prompt_len, prompt_len)
-        own_row = steps.cache_bytes(1, prompt_len)
-        decode_bytes = decoding.temporary_bytes + decoding.other_bytes
-        prefill_bytes = prefilling.temporary_bytes + prefilling.other_bytes + own_row
-        return steps.weights_bytes + steps.cache_bytes(batch_size, max_len) + max(decode_bytes, prefill_bytes)
+        steps = self.steps
+        prompts = _prompts(batch_size, min(self.prompt_len, max_len), self.prefill_rows)
+        measured = (steps.measure(batch_size, max_len), steps.measure(batch_size, max_len, prompts))
+        beside = max(one.temporary_bytes + one.other_bytes for one in measured)
+        return steps.weights_bytes + steps.cache_bytes(batch_size, max_len) + beside
 
 
 def plan(
@@ -169,12 +171,13 @@ def plan(
     batch_size: int = 1,
     max_len: int | None = None,
     prompt_len: int = 1024,
+    prefill_rows: int = 4,
     dtype: DTypeLike = jnp.bfloat16,
     cache_dtype: DTypeLike | None = None,
     quantized: bool = True,
     collective_latency: float = 0.0,
 ) -> Plan:
-    """Compiles prefill and decode for a machine that need not be there; no weight is ever allocated.
+    """Compiles an engine's prefill and decode for a machine that need not be there; no weight is ever allocated.
 
     Where the target's own compiler is not installed, that for CPUs stands in: weights and cache are exact then,
     temporaries and transfers those of another compiler. As many CPU devices must be simulated.
@@ -186,7 +189,8 @@ def plan(
       rules: sharding rules; tensor parallel by default.
       batch_size: rows of the cache.
       max_len: tokens that each row holds; by default the configuration's longest sequence.
-      prompt_len: tokens of the prompt of the prefill, at most `max_len`, to which a larger number is lowered.
+      prompt_len: tokens of each prompt of the prefill, at most `max_len`, to which a larger number is lowered.
+      prefill_rows: prompts that are prefilled together at most, as in `Engine`; a power of two of them is.
       dtype: compute dtype.
       cache_dtype: of keys and values; bfloat16 by default, on a CPU float32.
       quantized: int8 weights in attention and experts.
@@ -203,41 +207,42 @@ def plan(
     prompt_len = min(prompt_len, max_len)
     for rows, length in ((batch_size, max_len), (1, prompt_len)):
         steps.cache_bytes(rows, length)  # refuses sizes that are out of range, before anything is compiled
-    roofline = functools.partial(_roofline, steps, latency=collective_latency)
-    return Plan(
-        steps, batch_size, max_len, prompt_len, roofline(batch_size, 1, max_len), roofline(1, prompt_len, prompt_len)
-    )
+    if prefill_rows < 1:
+        raise ValueError(f"prefill_rows={prefill_rows} must be 1 or more: so many prompts are prefilled together.")
+    roofline = functools.partial(_roofline, steps, batch_size, max_len, latency=collective_latency)
+    prompts = _prompts(batch_size, prompt_len, prefill_rows)
+    return Plan(steps, batch_size, max_len, prompt_len, prefill_rows, roofline(None), roofline(prompts))
 
 
-def _roofline(steps: StepCompiler, batch_size: int, num_new: int, max_len: int, *, latency: float) -> StepPlan:
-    measured, cost = steps.measure(batch_size, num_new, max_len), steps.cost(batch_size, num_new, max_len)
+def _prompts(batch_size: int, prompt_len: int, prefill_rows: int) -> tuple[int, int]:
+    """Prompts that an engine of so many rows prefills together, a power of two, and their tokens."""
+    return 1 << (min(batch_size, prefill_rows).bit_length() - 1), prompt_len
+
+
+def _roofline(
+    steps: StepCompiler, batch_size: int, max_len: int, prompts: tuple[int, int] | None, *, latency: float
+) -> StepPlan:
+    measured, cost = steps.measure(batch_size, max_len, prompts), steps.cost(batch_size, max_len, prompts)
     traffic, accelerator = tuple(measured.traffic.values()), steps.target.accelerator
-    mesh = steps.partitioner.mesh
-    # Rings run along the model axis, neighbours on a mesh; those that gather sharded parameters along the other too.
-    ring = mesh.shape["model"] if steps.partitioner.rules.embed is None else mesh.size
-    link = _link_bandwidth(accelerator, ring)
+    times = [_ring_seconds(one, accelerator, latency) for one in traffic]
     return StepPlan(
         temporary_bytes=measured.temporary_bytes,
         cost=cost,
         traffic=traffic,
         memory_seconds=accelerator.bandwidth and cost.num_bytes / accelerator.bandwidth,
         compute_seconds=accelerator.flops and cost.operations / accelerator.flops,
-        transfer_seconds=link and sum(_ring_seconds(one, ring, link, latency) for one in traffic),
-        num_tokens=batch_size * num_new,
+        transfer_seconds=None if None in times else math.fsum(time for time in times if time is not None),
+        num_tokens=batch_size if prompts is None else math.prod(prompts),
     )
 
 
-def _link_bandwidth(accelerator: Accelerator, num_devices: int) -> float | None:
-    """Bytes a second at which a ring of so many devices sends: that of its slowest link."""
-    beyond = accelerator.group_size is not None and num_devices > accelerator.group_size
-    return accelerator.host_bandwidth if beyond else accelerator.link_bandwidth
-
-
-def _ring_seconds(traffic: Traffic, num_devices: int, link_bandwidth: float, latency: float) -> float:
-    """Every device sends its part of the result to the next one, round and round; a sum goes round twice."""
-    rounds = 2 if traffic.kind == "all-reduce" else 1
-    sent = rounds * traffic.num_bytes * (num_devices - 1) / num_devices
-    return traffic.count * latency + sent / link_bandwidth
+def _ring_seconds(traffic: Traffic, accelerator: Accelerator, latency: float) -> float | None:
+    """Every device sends its part of the result to the next one, round and round, at the pace of the slowest link."""
+    link = accelerator.host_bandwidth if traffic.is_between_hosts else accelerator.link_bandwidth
+    parts = (traffic.num_devices - 1) / traffic.num_devices
+    # A sum goes round twice; a result that is scattered is a part already; a permutation sends what each holds.
+    rounds = {"all-reduce": 2 * parts, "reduce-scatter": traffic.num_devices - 1, "collective-permute": 1}
+    return link and traffic.count * latency + rounds.get(traffic.kind, parts) * traffic.num_bytes / link
 
 
 def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int) -> int:

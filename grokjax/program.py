@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 # Operations that name a value without making one; what a call or a loop makes stands in its own computation.
 _VIEWS = frozenset({"bitcast", "call", "conditional", "constant", "get-tuple-element", "parameter", "tuple", "while"})
@@ -17,6 +18,11 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\(
 _TRANSFER = re.compile(rf"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(")
 _IN_LOOP = re.compile(r'op_name="[^"]*?/while/body/')
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_NUM_DEVICES = re.compile(r"num_partitions=(\d+)")
+# Who takes part in a transfer, in three forms: all numbers, those of a reshaped range, axes of a mesh.
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}")
+_RANGE = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]+)\] \{([\w',]+)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +53,22 @@ class Collective:
       kind: such as "all-reduce".
       num_bytes: of its result on one device.
       is_in_loop: whether it stands in the body of the program's outermost loop, which for a model runs once a layer.
+      groups: numbers, along the mesh's flat order, of the devices that exchange among themselves.
     """
 
     kind: str
     num_bytes: int
     is_in_loop: bool
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_devices(self) -> int:
+        """Of the largest group."""
+        return max(map(len, self.groups))
+
+    def is_between(self, size: int) -> bool:
+        """Whether a group has devices of several hosts, if each holds the next `size` of the devices."""
+        return any(len({device // size for device in group}) > 1 for group in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +105,9 @@ def read_program(compiled: jax.stages.Compiled) -> Program:
     if memory is None or text is None:
         raise ValueError("this backend tells nothing of its programs: compile for a CPU, a GPU or a TPU.")
     values = [value for line in _unfused_lines(text) for value in _values(line)]
-    transfers = tuple(transfer for line in text.splitlines() for transfer in _transfers(line))
+    partitions = _NUM_DEVICES.search(text)
+    num_devices = 1 if partitions is None else int(partitions[1])
+    transfers = tuple(transfer for line in text.splitlines() for transfer in _transfers(line, num_devices))
     counts = collections.Counter(transfer.kind for transfer in transfers)
     return Program(
         argument_bytes=memory.argument_size_in_bytes,
@@ -122,7 +141,7 @@ def _values(line: str) -> list[Value]:
     return [Value(dtype, _dimensions(shape), operation) for dtype, shape in _VALUE.findall(made)]
 
 
-def _transfers(line: str) -> list[Collective]:
+def _transfers(line: str, num_devices: int) -> list[Collective]:
     found = _TRANSFER.match(line)
     if not found:
         return []
@@ -131,7 +150,25 @@ def _transfers(line: str) -> list[Collective]:
     num_bytes = sum(sizes)
     if is_start and len(sizes) > 1:  # what starts an asynchronous transfer names its operands beside its results
         num_bytes = num_bytes // 2 if kind == "all-reduce" else max(sizes)
-    return [Collective(kind, num_bytes, bool(_IN_LOOP.search(line)))]
+    return [Collective(kind, num_bytes, bool(_IN_LOOP.search(line)), _groups(line, num_devices))]
+
+
+def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
+    """The devices of each group; one of all devices where the line names none."""
+    if found := _LISTED.search(line):
+        return tuple(_dimensions(group) for group in found[1].strip("{}").split("},{"))
+    groups: np.ndarray = np.arange(num_devices).reshape(1, -1)
+    if found := _RANGE.search(line):
+        shape, reshaped = _dimensions(found[1]), _dimensions(found[2])
+        order = _dimensions(found[3]) if found[3] else range(len(reshaped))
+        groups = np.arange(math.prod(shape)).reshape(reshaped).transpose(order).reshape(shape)
+    elif found := _AXES.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        inside = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[2])]
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        width = math.prod(devices.shape[axis] for axis in inside)
+        groups = np.moveaxis(devices, inside, range(-len(inside), 0)).reshape(-1, width)
+    return tuple(map(tuple, groups.tolist()))
 
 
 def _dimensions(shape: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from grokjax.cache import CACHE_AXES, Entries, KVCache
+from grokjax.cache import CACHE_AXES, Entries, KVCache, copy_row
 from grokjax.model import Grok
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
 from grokjax.slots import DrawnTokens, SlotSettings
@@ -44,7 +45,9 @@ class ModelSteps:
     def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._model = model
-        self._state = _new_state(model, slots, max_len, cache_dtype)
+        state = _state_shapes(model, slots)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
+        self._state = _State(model.new_cache(slots, max_len, dtype=cache_dtype), **zeros)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`; compiled for each shape of `tokens`."""
@@ -105,17 +108,34 @@ class DeviceScores:
         return np.asarray(self._scores)
 
 
-def _new_state(model: Grok, slots: int, max_len: int, cache_dtype: DTypeLike | None) -> _State:
-    partitioner = model.partitioner
-    cache = model.new_cache(slots, max_len, dtype=cache_dtype)
+def lower_prefill(model: Grok, cache: KVCache, prompts: tuple[int, int]) -> jax.stages.Lowered:
+    """The step that prefills (P, T) tokens, from an abstract model and cache."""
+    tokens = jax.ShapeDtypeStruct(prompts, jnp.int32)
+    numbers = jax.ShapeDtypeStruct(prompts[:1], jnp.int32)
+    return _prefill_rows.lower(model, _abstract_state(model, cache), tokens, numbers, numbers, numbers)
+
+
+def lower_decode(model: Grok, cache: KVCache, num_top: int) -> jax.stages.Lowered:
+    """The step that decodes all rows and draws from them, from an abstract model and cache."""
+    settings = SlotSettings.of((), cache.batch_size).packed
+    packed = jax.ShapeDtypeStruct(settings.shape, settings.dtype)
+    return _decode.lower(model, _abstract_state(model, cache), packed, num_top=num_top)
+
+
+def _abstract_state(model: Grok, cache: KVCache) -> _State:
+    return _State(cache, **_state_shapes(model, cache.batch_size))
+
+
+def _state_shapes(model: Grok, slots: int) -> dict[str, Any]:
+    """What a state holds beside its cache, by the names of `_State`."""
     shape = (slots, model.config.vocab_size)
-    wide = partitioner.sharding(("batch", "vocab"), shape)
-    tokens = jnp.zeros((slots,), jnp.int32, device=partitioner.sharding((None,), (slots,)))
-    return _State(cache, tokens, jnp.zeros(shape, device=wide), jnp.zeros(shape, device=wide))
+    wide = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=model.partitioner.sharding(("batch", "vocab"), shape))
+    whole = model.partitioner.sharding((None,), (slots,))
+    return {"tokens": jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), "logits": wide, "bias": wide}
 
 
 def _placed(model: Grok, state: _State) -> _State:
-    """The state where `_new_state` put it, so that no step is compiled a second time for another placement."""
+    """The state where it began, so that no step is compiled a second time for another placement."""
     wide, constrain = ("batch", "vocab"), model.partitioner.constrain
 
     def placed(entries: Entries) -> Entries:
@@ -129,9 +149,8 @@ def _placed(model: Grok, state: _State) -> _State:
 def _prefill_rows(
     model: Grok, state: _State, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
 ) -> _State:
-    pieces = _take_rows(state.cache, starts, rows)
-    logits, pieces = prefill(model, tokens, counts, pieces)
-    return _placed(model, _put_rows(state, pieces, logits, rows))
+    logits, cache = prefill(model, tokens, counts, _holding(state.cache, starts, rows), rows=rows)
+    return _placed(model, dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -139,24 +158,26 @@ def _score_row(
     model: Grok, state: _State, tokens: jax.Array, targets: jax.Array, place: jax.Array
 ) -> tuple[jax.Array, _State]:
     count, start, row = place[:1], place[1:2], place[2:]
-    hidden, piece = model(tokens, count, _take_rows(state.cache, start, row))
-
+    hidden, cache = model(tokens, count, _holding(state.cache, start, row), rows=row)
     length = tokens.shape[1]
     block = min(_SCORE_BLOCK, length)
     padded = jnp.pad(hidden[0], ((0, -length % block), (0, 0))).reshape(-1, block, hidden.shape[-1])
     wanted = jnp.pad(targets[0], (0, -length % block)).reshape(-1, block)
     scores = lax.map(lambda pair: log_probs_of(model.logits(pair[0]), pair[1]), (padded, wanted))
     last = lax.dynamic_index_in_dim(hidden[0], count[0] - 1, keepdims=True)
-    state = _put_rows(state, piece, model.logits(last), row)
+    state = dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, model.logits(last), row))
     return model.partitioner.constrain(scores.reshape(-1)[:length], (None,)), _placed(model, state)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _share_row(model: Grok, state: _State, place: jax.Array) -> _State:
-    source, target, length = place[:1], place[1:2], place[2:]
-    piece = _take_rows(state.cache, length, source)
-    logits = lax.dynamic_slice_in_dim(state.logits, source[0], 1)
-    return _placed(model, _put_rows(state, piece, logits, target))
+    source, target, length = place
+    copy = functools.partial(copy_row, partitioner=model.partitioner, source=source, target=target)
+    held = _holding(state.cache, length[None], target[None])
+    cache = dataclasses.replace(held, keys=copy(held.keys), values=copy(held.values))
+    logits = lax.dynamic_slice_in_dim(state.logits, source, 1)
+    logits = _put_logits(state.logits, logits, target[None])
+    return _placed(model, dataclasses.replace(state, cache=cache, logits=logits))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -221,21 +242,13 @@ def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> list[j
     return list(lax.cond(wanted, find, lambda: (nothing, nothing)))
 
 
-def _take_rows(cache: KVCache, starts: jax.Array, rows: jax.Array) -> KVCache:
-    """Copies of some rows [P], as a cache that holds `starts` entries of each."""
-
-    def take(stack: jax.Array) -> jax.Array:
-        parts = [lax.dynamic_slice_in_dim(stack, rows[i], 1, axis=1) for i in range(rows.shape[0])]
-        return jnp.concatenate(parts, axis=1)
-
-    return KVCache(jax.tree.map(take, cache.keys), jax.tree.map(take, cache.values), starts)
+def _holding(cache: KVCache, lengths: jax.Array, rows: jax.Array) -> KVCache:
+    """The cache whose rows [P] hold so many entries [P]."""
+    return dataclasses.replace(cache, lengths=cache.lengths.at[rows].set(lengths))
 
 
-def _put_rows(state: _State, pieces: KVCache, logits: jax.Array, rows: jax.Array) -> _State:
-    """The state with some rows of its cache and of its logits replaced."""
-    cache, kept = state.cache, state.logits
+def _put_logits(kept: jax.Array, logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """The logits [B, V] of all rows with those [P, V] of some."""
     for i in range(rows.shape[0]):
-        one = jax.tree.map(lambda leaf, i=i: lax.slice_in_dim(leaf, i, i + 1, axis=min(leaf.ndim - 1, 1)), pieces)
-        cache = cache.insert(one, rows[i])
         kept = lax.dynamic_update_slice_in_dim(kept, logits[i : i + 1], rows[i], axis=0)
-    return dataclasses.replace(state, cache=cache, logits=kept)
+    return kept

@@ -15,9 +15,14 @@ from grokjax.costs import StepCost, device_bytes, step_cost
 from grokjax.model import Grok, abstract_model, check_dtype
 from grokjax.program import Program, read_program
 from grokjax.sharding import Partitioner, ShardingRules, divides
-from grokjax.steps import decode, prefill
+from grokjax.slot_steps import lower_decode, lower_prefill
 from grokjax.targets import Target
 
+# Kind, devices, whether between hosts.
+Route = tuple[str, int, bool]
+
+# Most probable tokens that the steps find; an engine's default.
+_NUM_TOP = 8
 # Layers of the two small programs from which one that its compiler refuses, for want of memory, is extrapolated.
 _FEW_LAYERS = (2, 4)
 
@@ -30,20 +35,29 @@ class Traffic:
       kind: such as "all-reduce".
       count: how many.
       num_bytes: of the results of all of them on one device.
+      num_devices: that exchange among themselves.
+      is_between_hosts: whether some of these belong to other hosts than the rest.
     """
 
     kind: str
     count: int
     num_bytes: int
+    num_devices: int
+    is_between_hosts: bool
+
+    @property
+    def route(self) -> Route:
+        """What tells it from others of the step."""
+        return self.kind, self.num_devices, self.is_between_hosts
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a compiler said of a step: bytes on a device besides weights and cache, and kind -> transfers."""
+    """What a compiler said of a step: bytes on a device besides weights and cache, and route -> transfers."""
 
     temporary_bytes: int
     other_bytes: int
-    traffic: Mapping[str, Traffic]
+    traffic: Mapping[Route, Traffic]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +110,14 @@ class StepCompiler:
         """
         return device_bytes(jax.tree.leaves(self._cache(batch_size, max_len, self.cache_dtype)))
 
-    def cost(self, batch_size: int, num_new: int, max_len: int) -> StepCost:
-        """Of the step that `measure` compiles, with `max_len` entries filled."""
+    def cost(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None = None) -> StepCost:
+        """Of the step that `measure` compiles, in full rows or for the beginnings of prompts."""
+        rows, num_new = prompts or (batch_size, 1)
         return step_cost(
             self._model(self.config, self.dtype),
-            batch_size=batch_size,
+            batch_size=rows,
             num_new=num_new,
-            filled=max_len,
+            filled=max_len if prompts is None else num_new,
             cache_dtype=self.cache_dtype,
         )
 
@@ -115,9 +130,9 @@ class StepCompiler:
         return KVCache.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
 
     @functools.cache  # noqa: B019  # some numbers for each program, the same for equal compilers
-    def measure(self, batch_size: int, num_new: int, max_len: int) -> Measured:
-        """A step that adds `num_new` tokens to each row of a cache; a decode step if it is one."""
-        compile_layers = functools.partial(self._compile, batch_size, num_new, max_len)
+    def measure(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None = None) -> Measured:
+        """A step of an engine of so many rows: for P prompts' T tokens, given as (P, T), else a decode step of all."""
+        compile_layers = functools.partial(self._compile, batch_size, max_len, prompts)
         try:
             return compile_layers(self.config.num_layers)
         except jax.errors.JaxRuntimeError as error:
@@ -125,23 +140,19 @@ class StepCompiler:
                 raise ValueError(f"the compiler failed: {str(error).splitlines()[0]}") from error
             return _extrapolate(*[compile_layers(few) for few in _FEW_LAYERS], num_layers=self.config.num_layers)
 
-    def _compile(self, batch_size: int, num_new: int, max_len: int, num_layers: int) -> Measured:
+    def _compile(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None, num_layers: int) -> Measured:
         config = self.config.replace(num_layers=num_layers)
         # What old compilers for CPUs do to bfloat16 stacks, converting them whole, says nothing of other targets.
         as_float32 = self.stands_in and not self.quantized
         model = self._model(config, jnp.float32 if as_float32 else self.dtype)
         cache_dtype = jnp.float32 if self.stands_in and self.cache_dtype == jnp.bfloat16 else self.cache_dtype
         cache = self._cache(batch_size, max_len, cache_dtype, config)
-        rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):  # tells kernels the device
-            if num_new == 1:
-                lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
-            else:
-                tokens = jax.ShapeDtypeStruct((batch_size, num_new), jnp.int32)
-                lowered = jax.jit(prefill, donate_argnums=3).lower(model, tokens, rows, cache)
+            lowered = lower_decode(model, cache, _NUM_TOP) if prompts is None else lower_prefill(model, cache, prompts)
         program = read_program(lowered.compile())
         counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
-        return Measured(program.temporary_bytes, program.peak_bytes - counted, _traffic(program, num_layers))
+        traffic = _traffic(program, num_layers, self.target.accelerator.group_size)
+        return Measured(program.temporary_bytes, program.peak_bytes - counted, traffic)
 
 
 def _default_mesh(config: GrokConfig, num_devices: int) -> tuple[int, int]:
@@ -149,16 +160,25 @@ def _default_mesh(config: GrokConfig, num_devices: int) -> tuple[int, int]:
     return num_devices // model, model
 
 
-def _traffic(program: Program, num_layers: int) -> dict[str, Traffic]:
-    """Kind -> transfers in a step."""
-    traffic: dict[str, Traffic] = {}
+def _traffic(program: Program, num_layers: int, group_size: int | None) -> dict[Route, Traffic]:
+    """The transfers of a step on a machine whose hosts hold `group_size` devices; None if there are no hosts."""
+    traffic: dict[Route, Traffic] = {}
     for transfer in program.transfers:
+        if transfer.num_devices == 1:
+            continue  # of a mesh axis of one device: nothing moves
         times = num_layers if transfer.is_in_loop else 1
-        earlier = traffic.get(transfer.kind, Traffic(transfer.kind, 0, 0))
-        traffic[transfer.kind] = Traffic(
-            transfer.kind, earlier.count + times, earlier.num_bytes + times * transfer.num_bytes
+        is_between = group_size is not None and transfer.is_between(group_size)
+        more = Traffic(transfer.kind, times, times * transfer.num_bytes, transfer.num_devices, is_between)
+        earlier = traffic.get(more.route, _nothing(more.route))
+        traffic[more.route] = dataclasses.replace(
+            more, count=earlier.count + more.count, num_bytes=earlier.num_bytes + more.num_bytes
         )
     return traffic
+
+
+def _nothing(route: Route) -> Traffic:
+    kind, num_devices, is_between_hosts = route
+    return Traffic(kind, 0, 0, num_devices, is_between_hosts)
 
 
 def _extrapolate(fewer: Measured, more: Measured, *, num_layers: int) -> Measured:
@@ -167,13 +187,14 @@ def _extrapolate(fewer: Measured, more: Measured, *, num_layers: int) -> Measure
     def extend(low: int, high: int) -> int:
         return high + (high - low) * (num_layers - _FEW_LAYERS[1]) // (_FEW_LAYERS[1] - _FEW_LAYERS[0])
 
-    nothing = {kind: Traffic(kind, 0, 0) for kind in more.traffic}
+    def extend_traffic(high: Traffic) -> Traffic:
+        low = fewer.traffic.get(high.route, _nothing(high.route))
+        return dataclasses.replace(
+            high, count=extend(low.count, high.count), num_bytes=extend(low.num_bytes, high.num_bytes)
+        )
+
     return Measured(
         extend(fewer.temporary_bytes, more.temporary_bytes),
         extend(fewer.other_bytes, more.other_bytes),
-        {
-            kind: Traffic(kind, extend(low.count, high.count), extend(low.num_bytes, high.num_bytes))
-            for kind, high in more.traffic.items()
-            for low in [fewer.traffic.get(kind, nothing[kind])]
-        },
+        {route: extend_traffic(high) for route, high in more.traffic.items()},
     )

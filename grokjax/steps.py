@@ -34,30 +34,36 @@ def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
     return _forward(model, tokens)
 
 
-def prefill(model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache) -> tuple[jax.Array, KVCache]:
+def prefill(
+    model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache, *, rows: ArrayLike | None = None
+) -> tuple[jax.Array, KVCache]:
     """Adds prompts, or further chunks of them, to the cache's rows. DONATES `cache`.
 
     Args:
       model: the model.
-      tokens: integers [B, T] in the vocabulary, right-padded.
-      lengths: integers [B], real tokens of each row in this call, 0 to T; a row of 0 is left as it is.
+      tokens: integers [P, T] in the vocabulary, right-padded.
+      lengths: integers [P], real tokens of each row in this call, 0 to T; a row of 0 is left as it is.
       cache: of B rows, made with the model's mesh and rules; each row continues after what it holds.
+      rows: integers [P], the cache's rows that the prompts are for, each once; by default all B in order.
 
     Returns:
-      Logits, float32 [B, V], at each row's last real token (meaningless for rows of 0), and the cache.
+      Logits, float32 [P, V], at each row's last real token (meaningless for rows of 0), and the cache.
 
     Raises:
-      ValueError: Shapes disagree, a token is outside the vocabulary, a length is outside 0 ... T, or a row has no room.
-        Under a caller's own jit only shapes are checked, and what does not fit into a row is dropped.
+      ValueError: Shapes disagree, a token is outside the vocabulary, a length is outside 0 ... T, a row has no room,
+        is outside the cache or named twice. Under a caller's own jit only shapes are checked, and what does not fit
+        into a row is dropped.
     """
     tokens = _check_tokens(model, tokens, ndim=2)
     lengths = _check_lengths(lengths, tokens, least=0)
-    _check_cache(model, cache, tokens.shape[0])
+    _check_cache(model, cache, tokens.shape[0] if rows is None else cache.batch_size)
+    rows = None if rows is None else _check_rows(rows, tokens, cache)
     if tokens.shape[1] > cache.max_len:
         raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
-    if _is_concrete(lengths, cache.lengths):
-        _check_room(cache, lengths)
-    return _prefill(model, tokens, lengths, cache)
+    named = jnp.arange(len(lengths)) if rows is None else rows
+    if _is_concrete(lengths, cache.lengths, named):
+        _check_room(cache, lengths, np.asarray(named))
+    return _prefill(model, tokens, lengths, cache, rows)
 
 
 def decode(
@@ -86,7 +92,7 @@ def decode(
     if active.shape != tokens.shape:
         raise ValueError(f"active has shape {active.shape} and tokens {tokens.shape}: pass one value for each row.")
     if _is_concrete(active, cache.lengths):
-        _check_room(cache, active)
+        _check_room(cache, active, np.arange(len(tokens)))
     return _decode(model, tokens, cache, active)
 
 
@@ -193,8 +199,10 @@ def _forward(model: Grok, tokens: jax.Array) -> jax.Array:
     return model.logits(hidden)
 
 
-def _prefill_step(model: Grok, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    hidden, cache = model(tokens, lengths, cache)
+def _prefill_step(
+    model: Grok, tokens: jax.Array, lengths: jax.Array, cache: KVCache, rows: jax.Array | None = None
+) -> tuple[jax.Array, KVCache]:
+    hidden, cache = model(tokens, lengths, cache, rows=rows)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
     return model.logits(hidden), cache
@@ -293,6 +301,19 @@ def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.
     return lengths.astype(jnp.int32)
 
 
+def _check_rows(rows: ArrayLike, tokens: jax.Array, cache: KVCache) -> jax.Array:
+    rows = _as_integers(rows)
+    if rows.shape != tokens.shape[:1]:
+        raise ValueError(f"rows has shape {rows.shape} and tokens {tokens.shape}: name one of the cache for each.")
+    if _is_concrete(rows):
+        _check_range("rows", rows, cache.batch_size - 1)
+        if len(np.unique(rows)) < len(rows):
+            raise ValueError(
+                f"rows {np.asarray(rows).tolist()} names one twice: prefill its parts one after the other."
+            )
+    return rows.astype(jnp.int32)
+
+
 def _check_range(name: str, values: jax.Array, most: int, least: int = 0) -> None:
     low, high = int(values.min()), int(values.max())
     if low < least or high > most:
@@ -309,12 +330,12 @@ def _check_cache(model: Grok, cache: KVCache, batch_size: int) -> None:
         )
 
 
-def _check_room(cache: KVCache, count: jax.Array) -> None:
-    filled = np.asarray(cache.lengths)
+def _check_room(cache: KVCache, count: jax.Array, rows: np.ndarray) -> None:
+    filled = np.asarray(cache.lengths)[rows]
     needed = filled + np.asarray(count, np.int32)
     if (needed > cache.max_len).any():
-        row = int(needed.argmax())
+        worst = int(needed.argmax())
         raise ValueError(
-            f"row {row} holds {filled[row]} tokens of at most {cache.max_len} and has no room for "
-            f"{needed[row] - filled[row]} more: nothing was written; create a longer cache or end the row."
+            f"row {rows[worst]} holds {filled[worst]} tokens of at most {cache.max_len} and has no room for "
+            f"{needed[worst] - filled[worst]} more: nothing was written; create a longer cache or end the row."
         )

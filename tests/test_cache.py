@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from grokjax.cache import KVCache, QuantizedEntries, entry_bytes, write
+from grokjax.cache import KVCache, QuantizedEntries, copy_row, entry_bytes, write
 from grokjax.config import GrokConfig
-from grokjax.sharding import make_mesh
+from grokjax.sharding import Partitioner, make_mesh
 
 TINY = GrokConfig.tiny()
 LAYERS, ROWS, HEADS, LENGTH, NEW, DIM = 2, 3, 2, 10, 4, 2
@@ -87,6 +87,23 @@ def test_insert_replaces_one_row(mesh: tuple[int, int], row: int) -> None:
         assert (half[:, row, :, :5] == 3).all()
         assert (half[:, others] == 1).all()
     np.testing.assert_array_equal(after.lengths, np.where(np.arange(8) == row, 3, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4), (8, 1)], ids=str)
+def test_a_row_is_copied_wherever_it_lies(mesh: tuple[int, int], dtype: str) -> None:
+    partitioner = Partitioner.create(TINY, make_mesh(mesh))
+    stack = KVCache.create(TINY, 8, 4, dtype=dtype, mesh=partitioner.mesh).keys
+    numbers = jnp.arange(8)
+    stack = jax.tree.map(lambda leaf: leaf + numbers.astype(leaf.dtype).reshape(1, 8, *[1] * (leaf.ndim - 2)), stack)
+    copy = jax.jit(functools.partial(copy_row, partitioner=partitioner))
+    for source, target in ((6, 1), (0, 1), (7, 7)):
+        rows = np.arange(8)
+        rows[target] = source
+        copied = copy(stack, source=jnp.int32(source), target=jnp.int32(target))
+        for leaf, before in zip(jax.tree.leaves(copied), jax.tree.leaves(stack), strict=True):
+            assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
+            np.testing.assert_array_equal(leaf, np.asarray(before)[:, rows])
 
 
 def test_reset_empties_one_row() -> None:

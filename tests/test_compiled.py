@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from grokjax import slot_steps
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.model import abstract_model, parameter_maker
@@ -113,6 +114,29 @@ def test_prefill_updates_the_cache_in_place() -> None:
     cache_bytes = 2 * 4 * 4 * 8192 * 128
     assert program.aliased_bytes >= cache_bytes
     assert not any(value.operation == "copy" and value.shape == (4, 1, 1, 8192, 128) for value in program.values)
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode", "score", "share"])
+def test_an_engine_moves_no_rows_between_replicas(step: str) -> None:
+    """Rows are read and written where they lie, 128 MiB of keys a device; a shared one crosses layer by layer."""
+    config = REAL.replace(num_layers=4)
+    partitioner = Partitioner.create(config, make_mesh((2, 4)))
+    model = abstract_model(config, partitioner, dtype=jnp.bfloat16, quantized=True)
+    cache = KVCache.abstract(config, 8, 8192, dtype="float32", mesh=partitioner.mesh)
+    place, tokens = jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    state = slot_steps._abstract_state(model, cache)
+    lowered = {
+        "prefill": lambda: slot_steps.lower_prefill(model, cache, (2, 16)),
+        "decode": lambda: slot_steps.lower_decode(model, cache, num_top=8),
+        "score": lambda: slot_steps._score_row.lower(model, state, tokens, tokens, place),
+        "share": lambda: slot_steps._share_row.lower(model, state, place),
+    }
+    program = read_program(lowered[step]().compile())
+    a_row_of_a_layer = 4 * 2 * 8192 * 128
+    assert max(transfer.num_bytes for transfer in program.transfers) <= a_row_of_a_layer
+    half = 4 * 4 * a_row_of_a_layer
+    assert program.aliased_bytes >= 2 * half
+    assert program.temporary_bytes < half / 4
 
 
 @pytest.mark.parametrize("name", ["layers.feed_forward.gate", "layers.feed_forward.down", "layers.attention.output"])

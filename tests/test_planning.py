@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokjax import suggestions
+from grokjax import slot_steps, suggestions
 from grokjax.accelerators import ACCELERATORS, find_accelerator
-from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.costs import device_bytes, step_cost
 from grokjax.model import abstract_model, init
 from grokjax.planning import Plan, plan
 from grokjax.program import read_program
 from grokjax.sharding import RULES, Partitioner, make_mesh
+from grokjax.slot_steps import ModelSteps
+from grokjax.slots import SlotSettings
 from grokjax.step_compiler import Measured, StepCompiler, _extrapolate
-from grokjax.steps import decode
 from grokjax.stored import parameter_shapes
 from grokjax.suggestions import suggest
 from grokjax.targets import Target
@@ -50,9 +50,10 @@ class TestMemory:
         devices = make_mesh(mesh)
         before = {id(array) for array in jax.live_arrays()}
         model = init(config, mesh=devices, rules=RULES[rules])
-        cache = KVCache.create(config, 8, mesh=devices, rules=RULES[rules])
-        compiled = jax.jit(decode, donate_argnums=2).lower(model, jnp.zeros(8, jnp.int32), cache).compile()
-        _, cache = compiled(model, jnp.zeros(8, jnp.int32), cache)
+        steps = ModelSteps(model, slots=8, max_len=64, num_top=8)
+        tokens, numbers = np.zeros((4, 16), np.int32), np.arange(4, dtype=np.int32)
+        steps.prefill(tokens, numbers + 1, 0 * numbers, numbers)
+        steps.decode(SlotSettings.of((), 8)).read()
         first = devices.devices.flat[0]
         held = sum(
             shard.data.nbytes
@@ -61,11 +62,18 @@ class TestMemory:
             for shard in array.addressable_shards
             if shard.device == first
         )
-        logits = 8 // mesh[0] * config.vocab_size // mesh[1] * 4
-        assert held - logits == pytest.approx(made.weights_bytes + made.cache_bytes, rel=0.02)
-        program = read_program(compiled)
-        assert made.decode.temporary_bytes == pytest.approx(program.temporary_bytes, rel=0.02)
-        assert made.total_bytes >= program.peak_bytes * 0.98
+        logits_and_bias = 2 * 8 // mesh[0] * config.vocab_size // mesh[1] * 4
+        assert held - logits_and_bias == pytest.approx(made.weights_bytes + made.cache_bytes, rel=0.02)
+        programs = [
+            read_program(step.compile())
+            for step in (
+                slot_steps._decode.lower(model, steps._state, SlotSettings.of((), 8).packed, num_top=8),
+                slot_steps._prefill_rows.lower(model, steps._state, tokens, numbers, numbers, numbers),
+            )
+        ]
+        for planned, program in zip((made.decode, made.prefill), programs, strict=True):
+            assert planned.temporary_bytes == pytest.approx(program.temporary_bytes, rel=0.02)
+        assert made.total_bytes == pytest.approx(max(program.peak_bytes for program in programs), rel=0.02)
         assert made.total_bytes == made.weights_bytes + made.cache_bytes + made.temporary_bytes + made.other_bytes
 
     def test_the_real_weights_are_spread_over_eight_devices(self) -> None:
@@ -101,16 +109,21 @@ class TestMemory:
 
 class TestTraffic:
     def test_three_sums_but_two_of_them_in_every_layer(self) -> None:
-        [sums] = real_plan("cpu:8").decode.traffic
-        assert (sums.kind, sums.count) == ("all-reduce", 1 + 2 * 64)
-        assert sums.num_bytes == sums.count * 6144 * 4  # a token's hidden state, in float32 on a CPU
+        made = real_plan("cpu:8")
+        [sums] = made.prefill.traffic
+        assert (sums.kind, sums.count, sums.num_devices, sums.is_between_hosts) == ("all-reduce", 1 + 2 * 64, 8, False)
+        assert sums.num_bytes == sums.count * 1024 * 6144 * 4  # tokens' hidden states, in float32 on a CPU
+        of_kind = {one.kind: one for one in made.decode.traffic}
+        drawing = sum(one.num_bytes for one in made.decode.traffic) - sums.num_bytes // 1024
+        assert sums.count < of_kind["all-reduce"].count < sums.count + 16
+        assert 0 < drawing < 4 * 131072 * 4  # some rows of logits
 
-    @pytest.mark.parametrize("num_new", [1, 16])
-    def test_a_program_too_large_to_compile_is_extrapolated(self, num_new: int) -> None:
+    @pytest.mark.parametrize("prompts", [None, (4, 16)])
+    def test_a_program_too_large_to_compile_is_extrapolated(self, prompts: tuple[int, int] | None) -> None:
         """From 2 and 4 layers to 7: what the compiler says of 7."""
         steps = compiler_of(TINY.replace(num_layers=7))
-        measured = steps.measure(8, num_new, 64)
-        few = [compiler_of(TINY.replace(num_layers=few)).measure(8, num_new, 64) for few in (2, 4)]
+        measured = steps.measure(8, 64, prompts)
+        few = [compiler_of(TINY.replace(num_layers=few)).measure(8, 64, prompts) for few in (2, 4)]
         guessed = _extrapolate(*few, num_layers=7)
         assert guessed.traffic == measured.traffic
         assert guessed.temporary_bytes == pytest.approx(measured.temporary_bytes, rel=0.02)
@@ -127,7 +140,9 @@ class TestTraffic:
 
         config = TINY.replace(num_layers=full)
         monkeypatch.setattr(StepCompiler, "_compile", lambda *sizes: refuse("RESOURCE_EXHAUSTED: 1G", *sizes))
-        traffic = {one.kind: one.count for one in plan(config, target="cpu:8", max_len=32, prompt_len=8).decode.traffic}
+        traffic = {
+            one.kind: one.count for one in plan(config, target="cpu:8", max_len=32, prompt_len=8).prefill.traffic
+        }
         assert traffic["all-reduce"] == 1 + 2 * full
         monkeypatch.setattr(StepCompiler, "_compile", lambda *sizes: refuse("INTERNAL: broken", *sizes))
         with pytest.raises(ValueError, match="the compiler failed: INTERNAL: broken"):
@@ -200,10 +215,40 @@ class TestRoofline:
         assert step.memory_seconds == step.cost.num_bytes / 3.35e12
 
     def test_a_sum_goes_round_the_ring_twice(self) -> None:
-        step = real_plan("h100:8").decode
+        step = real_plan("h100:8").prefill
         assert step.transfer_seconds == pytest.approx(2 * step.traffic[0].num_bytes * 7 / 8 / 450e9)
-        slow = plan(target="h100:8", collective_latency=1e-5).decode
+        slow = plan(target="h100:8", collective_latency=1e-5).prefill
         assert slow.transfer_seconds == pytest.approx(step.transfer_seconds + 129e-5)
+
+    def test_what_crosses_hosts_takes_the_network(self) -> None:
+        """Parameters are gathered between two hosts of two devices; the sums stay inside a host."""
+        accelerator = dataclasses.replace(find_accelerator("h100"), group_size=2)
+        config = TINY.replace(num_layers=1)
+        made = plan(
+            config,
+            target=Target(accelerator, 4),
+            mesh=(2, 2),
+            rules=RULES["fsdp"],
+            max_len=32,
+            batch_size=2,
+            prompt_len=8,
+        )
+        crossing = {one.kind: one for one in made.prefill.traffic if one.is_between_hosts}
+        inside = {one.kind: one for one in made.prefill.traffic if not one.is_between_hosts}
+        assert crossing["all-gather"].num_bytes > made.weights_bytes / 2
+        assert inside["all-reduce"].num_devices == crossing["all-gather"].num_devices == 2
+        assert accelerator.host_bandwidth < accelerator.link_bandwidth
+        seconds = sum(
+            one.num_bytes * (1 if one.kind == "all-reduce" else 1 / 2) / bandwidth
+            for part, bandwidth in ((crossing, accelerator.host_bandwidth), (inside, accelerator.link_bandwidth))
+            for one in part.values()
+        )
+        assert made.prefill.transfer_seconds == pytest.approx(seconds)
+
+    def test_an_axis_of_one_device_moves_nothing(self) -> None:
+        made = plan(TINY, target="h100:1", max_len=32, prompt_len=8, collective_latency=1.0)
+        assert made.decode.transfer_seconds == made.prefill.transfer_seconds == 0
+        assert made.decode.traffic == ()
 
     def test_unknown_figures_say_nothing(self) -> None:
         made = real_plan("cpu:8")
@@ -239,8 +284,8 @@ class TestFits:
 
 class TestSuggestions:
     def test_order(self) -> None:
-        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=MIB // 2)
-        config = TINY.replace(num_layers=1, vocab_size=4096)
+        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=400 << 10)
+        config = TINY.replace(num_layers=1)
         found = suggest(config, target=Target(accelerator, 4), max_len=32, prompt_len=8)
         both = {(mesh, rules) for mesh in ((1, 4), (2, 2)) for rules in ("tensor", "expert")}
         assert {(one.mesh, one.rules) for one in found} == both | {

@@ -91,6 +91,25 @@ class TestRefusals:
         assert not cache.keys.is_deleted()
         prefill(model(), TOKENS, [0, 8, 8], cache)
 
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([0, 1], r"rows has shape \(2,\) and tokens \(3, 8\): name one of the cache for each"),
+            ([0, 1, 4], "rows must be between 0 and 3; these reach from 0 to 4"),
+            ([1, 3, 1], r"rows \[1, 3, 1\] names one twice: prefill its parts one after the other"),
+            ([1.0, 2.0, 3.0], "must be integers, not float64"),
+        ],
+    )
+    def test_prefill_into_rows(self, rows, message: str) -> None:
+        cache = empty(4)
+        with pytest.raises(ValueError, match=message):
+            prefill(model(), TOKENS, LENGTHS, cache, rows=rows)
+        assert not cache.keys.is_deleted()
+
+    def test_prefill_into_a_row_without_room(self) -> None:
+        with pytest.raises(ValueError, match="row 0 holds 16 tokens of at most 16 and has no room for 5 more"):
+            prefill(model(), TOKENS[:2], LENGTHS[:2], full_rows(), rows=[2, 0])
+
     def test_decode(self) -> None:
         cache = full_rows()
         with pytest.raises(ValueError, match="row 0 holds 16 tokens of at most 16 and has no room for 1 more"):
@@ -167,6 +186,27 @@ def test_prefill_leaves_rows_of_nothing_as_they_are() -> None:
     np.testing.assert_array_equal(after.lengths, [8, 8, 1])
     for half in ("keys", "values"):
         np.testing.assert_array_equal(np.asarray(getattr(after, half))[:, [0, 2]], getattr(before, half)[:, [0, 2]])
+
+
+@pytest.mark.parametrize(("mesh", "cache_dtype"), [((1, 1), "int8"), ((2, 4), "float32"), ((8, 1), "int8")], ids=str)
+def test_prefill_into_some_rows(mesh: tuple[int, int], cache_dtype: str) -> None:
+    """In two pieces, wherever the rows lie; what the others hold stays."""
+    grok = init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
+    small, cache = (grok.new_cache(batch_size, 16, dtype=cache_dtype) for batch_size in (2, 8))
+    cache = dataclasses.replace(cache, lengths=cache.lengths.at[5].set(7))
+    before = jax.device_get(cache)
+    for tokens, lengths in ((TOKENS[:2, :4], [3, 2]), (TOKENS[:2, 4:], [4, 1])):
+        expected, small = prefill(grok, tokens, lengths, small)
+        logits, cache = prefill(grok, tokens, lengths, cache, rows=[6, 1])
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_array_equal(cache.lengths, [0, 3, 0, 0, 0, 7, 7, 0])
+    others = [0, 2, 3, 4, 5, 7]
+    for new, old, alone in zip(*map(jax.tree.leaves, (cache, before, small)), strict=True):
+        if new.ndim == 1:
+            continue
+        new, old, alone = (np.asarray(leaf, np.float32) for leaf in (new, old, alone))
+        np.testing.assert_array_equal(new[:, others], old[:, others])
+        np.testing.assert_allclose(new[:, [6, 1]], alone, atol=1.0 if cache_dtype == "int8" and new.ndim == 5 else 1e-5)
 
 
 def test_full_row_under_a_callers_jit() -> None:
