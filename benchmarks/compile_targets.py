@@ -4,6 +4,7 @@
 and TPUs need the extras `plan-gpu` and `plan-tpu`, without them the compiler for CPUs stands in. It prints the compile
 time, the memory and the collectives per device, the largest matrices that the step writes (a copied, converted or
 gathered weight would stand there), and last one JSON line. What a machine needs in all is told by `grokjax plan`.
+`--check` compiles 8 layers for every target of `CHECKS` instead, and fails where a step takes more memory than stated.
 """
 
 import argparse
@@ -23,6 +24,19 @@ from grokjax.program import Program, Value, read_program
 from grokjax.sharding import RULES, Partitioner
 from grokjax.targets import Target
 
+# Options of a step, and MiB of temporaries that it may take on a device: a copied cache has 256 and more, a weight 24.
+CHECKS = (
+    ("--target h200:8 --batch 8", 8),
+    ("--target h200:8 --mesh 2,4 --batch 8 --cache-dtype int8", 8),
+    ("--target h200:8 --batch 8 --prefill 1024 --prompts 1", 160),
+    ("--target v5p:2x2x2 --batch 8", 8),
+    ("--target v5p:2x2x2 --mesh 2,4 --batch 8", 8),
+    ("--target v5p:2x2x2 --mesh 2,4 --batch 8 --cache-dtype int8", 8),
+    ("--target v5p:2x2x2 --batch 8 --prefill 1024 --prompts 1", 160),
+    ("--target v5p:2x2x2 --mesh 2,4 --batch 8 --prefill 1024 --prompts 4", 300),
+    ("--target v6e:2x4 --batch 8", 8),
+)
+
 
 def compile_step(arguments: argparse.Namespace) -> tuple[float, Program, tuple[int, ...]]:
     """Seconds of compilation, the program, and the cache's shape on one device."""
@@ -31,13 +45,16 @@ def compile_step(arguments: argparse.Namespace) -> tuple[float, Program, tuple[i
     data, model_axis = (int(size) for size in arguments.mesh.split(","))
     mesh = Target.parse(arguments.target).mesh((data, model_axis))
     model = abstract_model(config, Partitioner.create(config, mesh, rules), dtype=jnp.bfloat16, quantized=True)
-    cache = KVCache.abstract(config, arguments.batch, mesh=mesh, rules=rules)
-    rows = jax.ShapeDtypeStruct((arguments.batch,), jnp.int32)
+    cache = KVCache.abstract(config, arguments.batch, dtype=arguments.cache_dtype, mesh=mesh, rules=rules)
+    num_rows = arguments.prompts or arguments.batch
+    rows = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells kernels the device
         if arguments.prefill:
-            tokens = jax.ShapeDtypeStruct((arguments.batch, arguments.prefill), jnp.int32)
-            lowered = jax.jit(prefill, donate_argnums=3).lower(model, tokens, rows, cache)
+            tokens = jax.ShapeDtypeStruct((num_rows, arguments.prefill), jnp.int32)
+            lowered = jax.jit(prefill, donate_argnums=3).lower(
+                model, tokens, rows, cache, rows=rows if arguments.prompts else None
+            )
         else:
             lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
     program = read_program(lowered.compile())
@@ -53,6 +70,17 @@ def large_matrices(program: Program, cache: tuple[int, ...]) -> list[Value]:
     ]
 
 
+def check(parser: argparse.ArgumentParser) -> None:
+    """Compiles all of `CHECKS` and ends with an error if one takes more memory than it may."""
+    failed = 0
+    for options, most in CHECKS:
+        seconds, program, _ = compile_step(parser.parse_args([*options.split(), "--layers", "8"]))
+        used = program.temporary_bytes / 2**20
+        failed += used > most
+        print(f"{options:60} {used:7.1f} MiB of at most {most:4} {'TOO MUCH' if used > most else ''} {seconds:.0f} s")
+    parser.exit(bool(failed), f"{failed} of {len(CHECKS)} steps take too much memory\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="cpu:8", help="such as h200:8 or v5p:2x2x2 (default: cpu:8)")
@@ -61,7 +89,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prefill; 0 compiles the decode step")
+    parser.add_argument("--prompts", type=int, default=0, help="prompts that the prefill puts into rows; 0 for all")
+    parser.add_argument("--cache-dtype", choices=("bfloat16", "float32", "int8"), default="bfloat16")
+    parser.add_argument("--check", action="store_true", help="compile for all known targets and compare their memory")
     arguments = parser.parse_args()
+    if arguments.check:
+        check(parser)
     seconds, program, cache = compile_step(arguments)
     largest = large_matrices(program, cache)[:3]
     card.print_rows(
