@@ -238,10 +238,12 @@ class TestRoofline:
         assert crossing["all-gather"].num_bytes > made.weights_bytes / 2
         assert inside["all-reduce"].num_devices == crossing["all-gather"].num_devices == 2
         assert accelerator.host_bandwidth < accelerator.link_bandwidth
+        halves = {"all-gather": 1 / 2}  # of two parts each device has one; a sum sends a half twice
         seconds = sum(
-            one.num_bytes * (1 if one.kind == "all-reduce" else 1 / 2) / bandwidth
-            for part, bandwidth in ((crossing, accelerator.host_bandwidth), (inside, accelerator.link_bandwidth))
-            for one in part.values()
+            one.num_bytes
+            * halves.get(one.kind, 1)
+            / (accelerator.host_bandwidth if one.is_between_hosts else accelerator.link_bandwidth)
+            for one in made.prefill.traffic
         )
         assert made.prefill.transfer_seconds == pytest.approx(seconds)
 
