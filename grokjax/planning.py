@@ -18,7 +18,7 @@ from grokjax.targets import Target
 
 Bound = Literal["memory", "compute", "transfers"]
 
-# Programs that a search for the largest batch or context may compile beside a small one and that of the plan.
+# Totals that a search for the largest batch or context may ask for beside a small one and that of the plan.
 _MAX_TRIES = 4
 # Rows beyond which no search goes.
 _MOST_ROWS = 1 << 16
@@ -142,8 +142,8 @@ class Plan:
         if usable is None:
             return None
         total = functools.partial(self._total_bytes, max_len=self.max_len)
-        start = -(-self.batch_size // data)
-        return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data)
+        start, slope = -(-self.batch_size // data), self.steps.cache_bytes(data, self.max_len)
+        return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, slope)
 
     @functools.cached_property
     def largest_max_len(self) -> int | None:
@@ -152,7 +152,8 @@ class Plan:
         if usable is None:
             return None
         total = functools.partial(self._total_bytes, self.batch_size)
-        return _largest(total, usable, self.max_len, self.steps.config.max_seq_len)
+        slope = self.steps.cache_bytes(self.batch_size, 1)
+        return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, slope)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
         steps = self.steps
@@ -245,18 +246,23 @@ def _ring_seconds(traffic: Traffic, accelerator: Accelerator, latency: float) ->
     return link and traffic.count * latency + rounds.get(traffic.kind, parts) * traffic.num_bytes / link
 
 
-def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int) -> int:
+def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int, slope: float) -> int:
     """The largest n up to `most` whose total is usable, which grows about linearly; 0 if there is none.
 
-    It is confirmed by its total; at most `_MAX_TRIES` totals beside those of 1 and of `start` are asked for.
+    It is confirmed by its total. At most `_MAX_TRIES` totals beside those of `start` and maybe 1 are asked for, the
+    first where `slope` bytes for each n would lead.
     """
-    if total_bytes(1) > usable:
+    known = {start: total_bytes(start)}
+    if known[start] > usable:
+        known[1] = total_bytes(1)
+    if known.get(1, 0) > usable:
         return 0
-    known = {n: total_bytes(n) for n in (1, max(2, min(start, most)))}
     for _ in range(_MAX_TRIES):
         fitting, others = [sorted(n for n in known if (known[n] <= usable) is fits) for fits in (True, False)]
-        low, high = (fitting[-1], others[0]) if others else fitting[-2:]
-        slope = max((known[high] - known[low]) / (high - low), 1)
+        low = fitting[-1]
+        if len(known) > 1:
+            high = others[0] if others else fitting[-2]
+            slope = max((known[high] - known[low]) / (high - low), 1)
         guess = min(most, low + int((usable - known[low]) / slope))
         if guess in known:
             break

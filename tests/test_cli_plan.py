@@ -44,7 +44,13 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(isinstance(record[f"{key}_bytes_per_device"], int) for key in KEYS)
     assert record["total_bytes_per_device"] == sum(record[f"{key}_bytes_per_device"] for key in KEYS - {"total"})
     assert (record["mesh"], record["fits"], record["largest_batch_size"]) == ([2, 4], None, None)
-    assert record["decode"]["transfers"][0].keys() == {"kind", "count", "num_bytes"}
+    assert record["decode"]["transfers"][0].keys() == {
+        "kind",
+        "count",
+        "num_bytes",
+        "num_devices",
+        "is_between_hosts",
+    }
 
 
 def test_an_int8_cache(capsys: pytest.CaptureFixture[str]) -> None:
