@@ -201,13 +201,13 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     manifest = Manifest(model.config, specs, {"made_by": "save"})
     done, total = 0, sum(spec.num_bytes for spec in specs.values())
     together = model.partitioner.mesh.is_multi_process
-    on_first(lambda: _begin(folder, manifest, total), together=together)
+    on_first(f"the beginning of {folder}", lambda: _begin(folder, manifest, total), together=together)
     for unit in units_of(model.config):
         write_unit(folder, unit.name, {piece.name: _take(values, piece) for piece in unit.pieces})
         done += sum(specs[piece.parameter].piece(piece).num_bytes for piece in unit.pieces)
         if progress is not None:
             progress(Progress(unit.name, unit.name, done, total))
-    on_first(lambda: commit(folder, manifest), together=together)
+    on_first(f"the end of {folder}", lambda: commit(folder), together=together)
 
 
 def _begin(folder: Path, manifest: Manifest, num_bytes: int) -> None:

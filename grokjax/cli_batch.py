@@ -12,8 +12,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from grokjax.engine import Engine
 from grokjax.request import Completion, Request
 from grokjax.sequence import Handle
@@ -228,23 +226,6 @@ def run_batch(
         if time.monotonic() - told >= _PROGRESS_PERIOD or not (waiting or running):
             progress(len(results.failed), engine.metrics().new_tokens)
             told = time.monotonic()
-
-
-@contextlib.contextmanager
-def model_failures() -> Iterator[None]:
-    """Turns an error of the device, or too little memory, into a sentence.
-
-    Raises:
-      ValueError: There was one.
-    """
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        first, _, _ = str(error).partition("\n")
-        raise ValueError(
-            f"the model failed: {first.rstrip('.')}. The results so far are kept, and the same command goes on after "
-            "them; if memory was short, give it fewer --slots or a smaller --max-len."
-        ) from error
 
 
 def _open(path: Path) -> FileIO:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
-from grokjax.cli_batch import Prompt, Results, model_failures, open_results, read_prompts, run_batch
+from grokjax.cli_batch import Prompt, Results, open_results, read_prompts, run_batch
 from grokjax.console import (
     BatchProgress,
     ProgressLine,
@@ -27,6 +27,7 @@ from grokjax.console import (
 )
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine
+from grokjax.errors import first_line
 from grokjax.layouts import open_checkpoint
 from grokjax.request import Request
 from grokjax.shared_steps import follow
@@ -115,15 +116,27 @@ def run(arguments: argparse.Namespace) -> int:
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
     if arguments.prompts is not None:
-        return _run_batch(source, arguments)
-    max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
-    encode_prompt(source.tokenizer, arguments.prompt, max_len=max_len, add_bos=add_bos)
-    cache_dtype = arguments.cache_dtype
-    generator = TextGenerator(
-        source.make(), source.tokenizer, max_len=max_len, add_bos=add_bos, cache_dtype=cache_dtype
-    )
-    _stream(generator, arguments)
-    return 0
+        with _model_failures(
+            "The results so far are kept, and the same command goes on after them; if memory was short, give it fewer "
+            "--slots or a smaller --max-len."
+        ):
+            return _run_batch(source, arguments)
+    with _model_failures("If memory was short, give it a smaller --max-len."):
+        return _run_prompt(source, arguments)
+
+
+@contextlib.contextmanager
+def _model_failures(advice: str) -> Iterator[None]:
+    """Turns an error of the devices, such as the death of another process, or too little memory into a sentence.
+
+    Raises:
+      ValueError: There was one.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        others = "Another process may have died: see its messages. " if jax.process_count() > 1 else ""
+        raise ValueError(f"the model failed: {first_line(error)}. {others}{advice}") from error
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
@@ -152,7 +165,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
     """Of several processes, the first has prompts and results, and the others step the model with it."""
     with contextlib.ExitStack() as until_done:
-        batch = on_first(lambda: _open_batch(arguments, until_done))
+        batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, until_done))
         if batch is None:
             follow(source.make())
             return 0
@@ -172,7 +185,6 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
     if earlier < len(prompts) or jax.process_count() > 1:
         sizes = {"slots": arguments.slots, "max_len": arguments.max_len, "cache_dtype": arguments.cache_dtype}
         with (
-            model_failures(),
             Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos) as engine,
             BatchProgress(len(prompts)) as progress,
         ):
@@ -181,6 +193,17 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
     return 1 if num_errors else 0
+
+
+def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
+    max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
+    encode_prompt(source.tokenizer, arguments.prompt, max_len=max_len, add_bos=add_bos)
+    cache_dtype = arguments.cache_dtype
+    generator = TextGenerator(
+        source.make(), source.tokenizer, max_len=max_len, add_bos=add_bos, cache_dtype=cache_dtype
+    )
+    _stream(generator, arguments)
+    return 0
 
 
 def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:

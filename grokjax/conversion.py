@@ -149,9 +149,9 @@ def convert(
         return
     manifest = make_manifest(plan.source, plan.recipe, plan.specs)
     with contextlib.ExitStack() as until_committed:
-        on_first(lambda: until_committed.enter_context(_begun(plan, manifest)))
+        on_first(f"the beginning of {plan.target}", lambda: until_committed.enter_context(_begun(plan, manifest)))
         _write_units(plan, manifest, progress)
-        on_first(lambda: commit(plan.target, manifest))
+        on_first(f"the end of {plan.target}", lambda: commit(plan.target))
 
 
 @contextlib.contextmanager
@@ -251,10 +251,9 @@ def verify(
         return
     try:
         dataclasses.replace(stored.manifest, checksums=checksums).write(stored.path, MANIFEST)
-    except OSError as error:
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{stored.path / MANIFEST}: every array is what it was made from, but the checksums cannot be kept "
-            f"({error.strerror}): check the permissions if they are to be."
+            f"every array is what it was made from, but the checksums cannot be kept for the next time: {error}"
         ) from error
 
 

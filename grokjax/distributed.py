@@ -1,26 +1,31 @@
 """Several processes, one for each host: joining them, what only the first does, its messages to the others."""
 
+import contextlib
 import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 from jax._src import distributed as coordination
 
+from grokjax.errors import first_line
+
 T = TypeVar("T")
 
-# How long a process waits for a message before it looks again whether the others are there, milliseconds.
+# A message is waited for in pieces of so many milliseconds, between which Python hears of Ctrl-C.
 _POLL_MS = 10_000
 # A message waits for the others after as many, so that read messages can be deleted.
 _MESSAGES_AT_ONCE = 64
-# For what other processes may do before; that they live is known otherwise.
+_STEP = "the engine's next step"
+# At a barrier, for what other processes may do before. If one of them dies, the barrier fails within the heartbeat's
+# time; of shorter waits, the first that passed would end it for all.
 _FOREVER_MS = 1000 * 3600 * 24 * 7
 
 
 class DistributedError(RuntimeError):
-    """Another process has failed or ended; the message says what to do."""
+    """Another process has failed, ended or come elsewhere; the message says what to do."""
 
 
 def initialize(
@@ -88,24 +93,26 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def on_first(function: Callable[[], T], *, together: bool = True) -> T | None:
+def on_first(what: str, function: Callable[[], T], *, together: bool = True) -> T | None:
     """Waits for all processes, and runs a function on process 0; if it raises, the others raise `ValueError`.
 
     Args:
+      what: the same on all processes, and what an error calls it: "the beginning of /model".
       function: what only one process may do, such as making a folder.
       together: whether the processes work together; else each runs the function for itself.
 
     Returns:
       What it returns; None on the other processes.
+
+    Raises:
+      DistributedError: Another process has gone, or has come to something else.
     """
     if not together or not jax.distributed.is_initialized() or jax.process_count() == 1:
         return function()
     client = _client()
-    number = client.key_value_increment(f"grokjax/meetings/{jax.process_index()}", 1)
-    client.wait_at_barrier(f"grokjax/meeting/{number}", _FOREVER_MS)
-    outcome = f"grokjax/outcome/{number}"
+    outcome = f"{_meet(client, what)}/outcome"
     if jax.process_index():
-        problem = client.blocking_key_value_get(outcome, _FOREVER_MS)
+        problem = _wait(client, outcome, what).decode()
         if problem:
             raise ValueError(f"process 0: {problem}")
         return None
@@ -116,6 +123,23 @@ def on_first(function: Callable[[], T], *, together: bool = True) -> T | None:
         raise
     client.key_value_set(outcome, "")
     return result
+
+
+def _meet(client: Any, what: str) -> str:
+    """Waits until all processes have come to the same thing; returns a folder for it."""
+    with _gone_before(what):
+        number = client.key_value_increment(f"grokjax/meetings/{jax.process_index()}", 1)
+        folder = f"grokjax/meeting/{number}"
+        client.key_value_set(f"{folder}/names/{jax.process_index()}", what)
+        client.wait_at_barrier(folder, _FOREVER_MS)
+        names = {int(key.rpartition("/")[2]): name for key, name in client.key_value_dir_get(f"{folder}/names")}
+    for process, name in sorted(names.items()):
+        if name != names[0]:
+            raise DistributedError(
+                f"process 0 has come to {names[0]}, and process {process} to {name}: make the same calls in the same "
+                "order on every process."
+            )
+    return folder
 
 
 class Channel:
@@ -132,54 +156,73 @@ class Channel:
     def open(cls) -> Self:
         """This process's end of the next channel."""
         client = _client()
-        number = client.key_value_increment(f"grokjax/channels/{jax.process_index()}", 1)
+        with _gone_before(_STEP):
+            number = client.key_value_increment(f"grokjax/channels/{jax.process_index()}", 1)
         return cls(client, f"grokjax/channel/{number}")
 
     def send(self, name: str, *values: Any) -> None:
-        """Sends a name and what NumPy makes arrays of."""
+        """Sends a name and what NumPy makes arrays of.
+
+        Raises:
+          DistributedError: Another process has gone.
+        """
         stream = io.BytesIO()
         for value in (name, *values):
             np.save(stream, np.asarray(value), allow_pickle=False)
         number = next(self._numbers)
-        self._client.key_value_set_bytes(self._key(number), stream.getvalue())
+        with _gone_before(_STEP):
+            self._client.key_value_set_bytes(self._key(number), stream.getvalue())
         self._meet(number)
 
     def receive(self) -> tuple[str, list[np.ndarray]]:
         """Waits for the next message.
 
         Raises:
-          DistributedError: Process 0 has gone.
+          DistributedError: Another process has gone.
         """
         number = next(self._numbers)
-        stream = io.BytesIO(self._wait(self._key(number)))
+        stream = io.BytesIO(_wait(self._client, self._key(number), _STEP))
         arrays = []
         while stream.tell() < len(stream.getbuffer()):
             arrays.append(np.load(stream, allow_pickle=False))
         self._meet(number)
         return str(arrays[0]), arrays[1:]
 
-    def _wait(self, key: str) -> bytes:
-        while True:
-            try:
-                message: bytes = self._client.blocking_key_value_get_bytes(key, _POLL_MS)
-                return message
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise DistributedError(
-                        f"process 0 has gone ({str(error).splitlines()[0]}): see its messages, then start all again."
-                    ) from error
-
     def _meet(self, number: int) -> None:
         """After so many messages, waits for all to have read them, then deletes them."""
         if (number + 1) % _MESSAGES_AT_ONCE:
             return
         folder = self._key(number).rpartition("/")[0]
-        self._client.wait_at_barrier(folder, _FOREVER_MS)
+        with _gone_before(_STEP):
+            self._client.wait_at_barrier(folder, _FOREVER_MS)
         if jax.process_index() == 0:
             self._client.key_value_delete(folder)
 
     def _key(self, number: int) -> str:
         return f"{self._folder}/{number // _MESSAGES_AT_ONCE}/{number}"
+
+
+def _wait(client: Any, key: str, what: str) -> bytes:
+    """The value of a key, as soon as process 0 has set it."""
+    while True:
+        with _gone_before(what):
+            try:
+                value: bytes = client.blocking_key_value_get_bytes(key, _POLL_MS)
+                return value
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+
+@contextlib.contextmanager
+def _gone_before(what: str) -> Iterator[None]:
+    """Turns a failure of JAX's coordination, which means that a process has gone, into a sentence."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise DistributedError(
+            f"another process has gone before {what} ({first_line(error)}): see its messages, then start all again."
+        ) from error
 
 
 def _client() -> Any:

@@ -58,13 +58,23 @@ class Manifest:
         return json.dumps(document, indent=1) + "\n"
 
     def write(self, folder: Path, name: str) -> None:
-        """Writes the file so that it is there whole or not at all."""
+        """Writes the file so that it is there whole or not at all; what was there before stays until then.
+
+        Raises:
+          CheckpointError: The disk is full, or the folder cannot be written.
+        """
         temporary = folder / f"{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(self.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(folder / name)
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(self.to_json())
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name}: cannot be written ({error.strerror}): make room or check the permissions, then try "
+                "again."
+            ) from error
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -28,6 +28,7 @@ import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from grokjax.config import GrokConfig
+from grokjax.errors import first_line
 from grokjax.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
 from grokjax.stored import (
     Array,
@@ -101,7 +102,7 @@ class OrbaxArray:
             rows: Array = stored[tuple(parts)].read().result()
         except ValueError as error:
             raise CheckpointError(
-                f"{array}: cannot be read ({_first_line(error)}): restore this folder from a copy or convert again."
+                f"{array}: cannot be read ({_reason(error)}): restore this folder from a copy or convert again."
             ) from error
         return rows
 
@@ -183,7 +184,7 @@ def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]])
     except Exception as error:  # Orbax passes on whatever its libraries raise
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"{path}: cannot be written ({_first_line(error)}), {free / 1e9:.1f} GB are free: "
+            f"{path}: cannot be written ({_reason(error)}), {free / 1e9:.1f} GB are free: "
             f"make room or check the permissions, then {_how_to_go_on(folder)}."
         ) from error
 
@@ -221,7 +222,7 @@ def read_unit(
             return found
     except Exception as error:  # Orbax itself raises bare Exceptions for damaged files
         raise CheckpointError(
-            f"{path}: cannot be read ({_first_line(error)}): restore this folder from a copy or convert again."
+            f"{path}: cannot be read ({_reason(error)}): restore this folder from a copy or convert again."
         ) from error
 
 
@@ -238,22 +239,40 @@ def finished_units(folder: Path, manifest: Manifest) -> set[str]:
 
 
 def prepare_units(folder: Path, manifest: Manifest) -> None:
-    """Makes room for the units: removes what an interrupted write left of others than the finished ones."""
+    """Makes room for the units: removes what an interrupted write left of others than the finished ones.
+
+    Raises:
+      CheckpointError: The folder cannot be written.
+    """
     weights = folder / _WEIGHTS
-    weights.mkdir(exist_ok=True)
-    finished = finished_units(folder, manifest)
-    for entry in weights.iterdir():
-        if entry.name not in finished:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    try:
+        weights.mkdir(exist_ok=True)
+        finished = finished_units(folder, manifest)
+        for entry in weights.iterdir():
+            if entry.name not in finished:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{weights}: cannot be written ({error.strerror}): make room or check the permissions, then "
+            f"{_how_to_go_on(folder)}."
+        ) from error
 
 
-def commit(folder: Path, manifest: Manifest) -> None:
+def commit(folder: Path) -> None:
     """Makes a folder with all its units a checkpoint.
 
     As after a copy, the kernel writes the bytes back when it likes; if it never does, `open_orbax` misses them.
+
+    Raises:
+      CheckpointError: The folder cannot be written.
     """
-    manifest.write(folder, UNFINISHED)
-    (folder / UNFINISHED).replace(folder / MANIFEST)
+    try:
+        (folder / UNFINISHED).replace(folder / MANIFEST)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / UNFINISHED}: cannot be renamed to {MANIFEST} ({error.strerror}): every array is written; check "
+            "the permissions, then rename it."
+        ) from error
 
 
 def _how_to_go_on(folder: Path) -> str:
@@ -357,7 +376,6 @@ def _table_options(path: tuple[Any, ...], _: Any) -> Any:
     return options if "embedding.table" in jax.tree_util.keystr(path) else None
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What a library says, without the whole specification of an array that it adds."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.split(r" \[tensorstore_spec|\. See full TensorStore details", line)[0]
+    return re.split(r" \[tensorstore_spec|\. See full TensorStore details", first_line(error))[0]

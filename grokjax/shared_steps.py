@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from grokjax.distributed import Channel, DistributedError
+from grokjax.errors import first_line
 from grokjax.model import Grok
 from grokjax.slot_steps import DeviceScores, DeviceTokens, ModelSteps
 from grokjax.slots import SlotSettings, Steps
@@ -108,9 +109,8 @@ def follow(model: Grok) -> None:
             if earlier is not None and earlier is not drawn:
                 earlier.read()  # As in an engine, one step is under way while the next is dispatched.
     except jax.errors.JaxRuntimeError as error:
-        first, _, _ = str(error).partition("\n")
         raise DistributedError(
-            f"a step of all processes failed: {first.rstrip('.')}. Another process may have died, or memory was short: "
+            f"a step of all processes failed: {first_line(error)}. Another process may have died, or memory was short: "
             "end them all and start them again."
         ) from error
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from grokjax.cache import KVCache, check_cache_dtype
 from grokjax.config import GrokConfig
 from grokjax.costs import StepCost, device_bytes, step_cost
+from grokjax.errors import first_line
 from grokjax.model import Grok, abstract_model, check_dtype
 from grokjax.program import Program, read_program
 from grokjax.sharding import Partitioner, ShardingRules, divides
@@ -137,7 +138,7 @@ class StepCompiler:
             return compile_layers(self.config.num_layers)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise ValueError(f"the compiler failed: {str(error).splitlines()[0]}") from error
+                raise ValueError(f"the compiler failed: {first_line(error)}") from error
             return _extrapolate(*[compile_layers(few) for few in _FEW_LAYERS], num_layers=self.config.num_layers)
 
     def _compile(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None, num_layers: int) -> Measured:

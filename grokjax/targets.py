@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from grokjax.accelerators import Accelerator, find_accelerator
+from grokjax.errors import first_line
 from grokjax.sharding import make_mesh
 
 _FORMS = "cpu:8 or h200:8 (a number of devices), or v5p:2x2x2 (the shape of a TPU slice)"
@@ -104,7 +105,14 @@ def _describe_tpus(target: Target) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=str(target)).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"the TPU compiler knows no slice {target}: {str(error).splitlines()[0]}") from error
+        if "lockfile" in str(error):
+            raise ValueError(
+                f"the TPU compiler serves one process at a time ({first_line(error)}): try again when the other one "
+                "has ended."
+            ) from error
+        raise ValueError(
+            f"the TPU compiler knows no slice {target} ({first_line(error)}): choose another shape."
+        ) from error
 
 
 def _describe_gpus(target: Target) -> Sequence[jax.Device]:
@@ -116,7 +124,13 @@ def _describe_gpus(target: Target) -> Sequence[jax.Device]:
         bandwidth=int(target.accelerator.bandwidth or 0),
         **_GPU_FACTS[target.accelerator.name],
     )
-    return topologies.get_topology_desc("", platform="cuda", target_config=description, topology=topology).devices
+    try:
+        return topologies.get_topology_desc("", platform="cuda", target_config=description, topology=topology).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the second where the plugin has not loaded
+        raise ValueError(
+            f"the GPU compiler does not take {target} ({first_line(error)}): install {_PACKAGES['gpu'][1]} for this "
+            "version of jax and what they need, or uninstall them, and the compiler for CPUs stands in."
+        ) from error
 
 
 _HOPPER = {

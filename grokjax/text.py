@@ -153,7 +153,8 @@ class TextGenerator:
                 # The next step is under way before this step's token is read.
                 output, cache = decode_and_sample(self.model, current, cache, settings, keys)
                 next_id = output.token_id
-            token = int(current[0])
+            # Indexed here: on the devices that would be a program behind the next step's.
+            token = int(np.asarray(current)[0])
             yield token
             if token == self.tokenizer.eos_id and not ignore_eos:
                 return

@@ -1,10 +1,12 @@
-"""One of two processes that work together, with four simulated devices each; `test_distributed.py` starts them.
+"""One of two processes that work together, with simulated devices; `test_distributed.py` starts them.
 
 python member.py JOB PROCESS PORT FOLDER
 """
 
 import contextlib
+import functools
 import io
+import itertools
 import json
 import os
 import signal
@@ -18,7 +20,7 @@ import numpy as np
 from goldens import load_case
 from jax.experimental import multihost_utils
 
-from grokjax import cli, distributed, release
+from grokjax import cli, cli_generate, distributed, release
 from grokjax.checkpoint import describe, load, save
 from grokjax.conversion import convert
 from grokjax.engine import Engine
@@ -26,12 +28,15 @@ from grokjax.model import Grok
 from grokjax.request import Request
 from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.shared_steps import follow
+from grokjax.slot_steps import ModelSteps
 from grokjax.steps import forward
 
 CASE = "tiny-moe-s8"
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
+MESH = {"1x8": ["--mesh", "1,8"], "2x4": ["--mesh", "2,4"]}
 ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,)}
-PROMPT = ["generate", "abc", "--dtype", "float32", "--max-new-tokens", "4", "--ignore-eos", "--random"]
+GENERATE = ["generate", "--dtype", "float32", "--ignore-eos", "--random"]
+PROMPT = ["abc", "--max-new-tokens", "4"]
 PREFIX = list(range(5, 16))
 # Chunks, shared prefixes, several samples, every kind of setting; together well over a channel's 64 messages.
 REQUESTS = (
@@ -76,11 +81,24 @@ def work_together(folder: Path) -> dict[str, Any]:
         save(model, folder / "saved")
     except ValueError as error:
         found["refused"] = str(error)
-    found["answers"] = lead_or_follow(load(folder / "alone", mesh=make_mesh(*MESHES["1x8"]), dtype=np.float32))
+    try:
+        distributed.on_first(f"the end of /{jax.process_index()}", lambda: None)
+    except distributed.DistributedError as error:
+        found["elsewhere"] = str(error)
+    found["answers"] = {
+        name: lead_or_follow(load(folder / "alone", mesh=make_mesh(*mesh), dtype=np.float32))
+        for name, mesh in MESHES.items()
+    }
+    found["shown"] = {name: show([*GENERATE, str(folder / "config.json"), *PROMPT, *MESH[name]]) for name in MESHES}
+    return found
+
+
+def show(command: list[str]) -> str:
+    """What a command that succeeds prints."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        found["status"] = cli.main([*PROMPT, str(folder / "config.json")])
-    return found | {"shown": shown.getvalue()}
+        assert cli.main(command) == 0
+    return shown.getvalue()
 
 
 def keep_logits(model: Grok, path: Path) -> None:
@@ -112,33 +130,43 @@ def counted_bytes() -> Iterator[list[int]]:
     release.Payload.read = read
 
 
-def die_while_decoding(mortal: int) -> None:
-    """An engine runs until the process `mortal` is killed, as by the kernel."""
-    model = load(load_case(CASE).checkpoint, load_case(CASE).config, make_mesh(*MESHES["1x8"]), np.float32)
-    send_or_receive = "receive" if jax.process_index() else "send"
-    pass_message, count = getattr(distributed.Channel, send_or_receive), 0
+# Job -> whose function it is and at which of its calls a process dies: before all meet, between steps, between pieces.
+DEATHS: dict[str, tuple[Any, str, int]] = {
+    "meeting": (cli_generate, "on_first", 1),
+    "batch": (ModelSteps, "decode", 10),
+    "prompt": (cli_generate, "_show", 10),
+}
 
-    def counted(*arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 20 and jax.process_index() == mortal:
+
+def die(job: str, mortal: int, folder: Path) -> None:
+    """A command runs until the process `mortal` is killed, as by the kernel."""
+    if jax.process_index() == mortal:
+        kill_at(*DEATHS[job])
+    what = ["abc"] if job == "prompt" else ["--prompts", str(folder / "prompts.txt"), "--output", str(folder / "out")]
+    sys.exit(cli.main([*GENERATE, str(folder / "config.json"), "--max-new-tokens", "60", *what]))
+
+
+def kill_at(owner: Any, name: str, call: int) -> None:
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return pass_message(*arguments)
+        return function(*arguments, **options)
 
-    setattr(distributed.Channel, send_or_receive, counted)
-    lead_or_follow(model)
+    setattr(owner, name, counted)
 
 
-JOBS: dict[str, Callable[[Path], Any]] = {
-    "work": work_together,
-    "first_dies": lambda _: die_while_decoding(0),
-    "second_dies": lambda _: die_while_decoding(1),
+JOBS: dict[str, Callable[[Path], Any]] = {"work": work_together} | {
+    f"{job}-{mortal}": functools.partial(die, job, mortal) for job in DEATHS for mortal in range(2)
 }
 
 
 def main() -> None:
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     job, process_id, port, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    # Of several devices on CPUs, those with no neighbour in the process that died would wait on, and JAX with them.
+    devices = 4 if job == "work" else 1
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     distributed.initialize(
         f"localhost:{port}", 2, process_id, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=60
     )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from goldens import GOLDEN_DIR, load_e2e
 
@@ -166,6 +167,33 @@ def test_interrupt(small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr("grokjax.cli_generate.init", interrupt)
     assert main(["generate", "--random", str(small_config), "hello"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "message"),
+    [
+        ("init", MemoryError(), "the model failed: MemoryError. If memory was short, give it a smaller --max-len."),
+        (
+            "TextGenerator.stream",
+            jax.errors.JaxRuntimeError("INTERNAL: no.\nDetails"),
+            "the model failed: INTERNAL: no. If memory was short, give it a smaller --max-len.",
+        ),
+    ],
+)
+def test_a_model_that_fails(
+    failing: str,
+    error: Exception,
+    message: str,
+    small_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"grokjax.cli_generate.{failing}", fail)
+    assert main(["generate", "--random", str(small_config), "hello"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"grokjax: error: {message}"
 
 
 def test_usage_errors_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,6 +150,20 @@ class TestCommand:
         assert "fewer --slots or a smaller --max-len" in error
         assert (tmp_path / "out").read_text() == ""
 
+    @pytest.mark.usefixtures("fake_model")
+    def test_a_model_that_fails_to_follow(
+        self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """On a process after the first, which has no prompts."""
+
+        def fail(*_: object) -> None:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: closed.\nDetails")
+
+        monkeypatch.setattr("grokjax.cli_generate.on_first", lambda *_: None)
+        monkeypatch.setattr("grokjax.cli_generate.follow", fail)
+        assert main([*command, "--output", str(tmp_path / "out")]) == 2
+        assert "the model failed: UNAVAILABLE: closed. The results so far are kept" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [

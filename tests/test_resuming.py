@@ -1,5 +1,7 @@
 """Conversions that are interrupted, anywhere and in any way, and go on."""
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -8,9 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
+from builders import SMALL, TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
 
-from grokjax import CheckpointError, Progress, conversion, convert, load, orbax_layout, plan_conversion, verify
+from grokjax import (
+    CheckpointError,
+    Progress,
+    conversion,
+    convert,
+    init,
+    load,
+    orbax_layout,
+    plan_conversion,
+    save,
+    verify,
+)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +187,86 @@ class TestInterrupted:
 
         with pytest.raises(CheckpointError, match="another process is writing it: wait until it has finished"):
             convert(source.path, tmp_path / "model", source.config, progress=second)
+
+
+class TestUnwritable:
+    """Disks that are full and folders that may not be written: what is there stays, and is gone on from."""
+
+    def test_the_manifest(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "model"
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=raise_interrupt)
+        before = contents(target)
+
+        def refuse(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", refuse)
+            message = (
+                r"model/unfinished.json: cannot be written \(No space left on device\): make room or check the perm"
+            )
+            with pytest.raises(CheckpointError, match=message):
+                convert(source.path, target, source.config)
+        assert before.items() <= contents(target).items()
+        assert plan_conversion(source.path, target, source.config).num_done == 1
+        convert(source.path, target, source.config)
+        assert contents(target) == contents(converted)
+
+    def test_the_folder_of_units(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+        target = tmp_path / "model"
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=raise_interrupt)
+        (target / "weights").rename(tmp_path / "away")
+        (target / "weights").write_text("")
+        with pytest.raises(
+            CheckpointError, match=r"weights: cannot be written \(File exists\): .* run the same conversion"
+        ):
+            convert(source.path, target, source.config)
+        (target / "weights").unlink()
+        (tmp_path / "away").rename(target / "weights")
+        assert plan_conversion(source.path, target, source.config).num_done == 1
+
+    def test_the_end(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The message's advice is good, and so is the same conversion once more."""
+        target = tmp_path / "model"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", refuse_the_end)
+            with pytest.raises(CheckpointError, match=NO_END):
+                convert(source.path, target, source.config)
+        by_hand = Path(shutil.copytree(target, tmp_path / "by_hand"))
+        (by_hand / "unfinished.json").rename(by_hand / "grokjax.json")
+        verify(by_hand, source.path, source.config)
+        told: list[Progress] = []
+        convert(source.path, target, source.config, progress=told.append)
+        assert [progress.parameter for progress in told] == [conversion.EARLIER]
+        assert contents(target) == contents(converted)
+
+    def test_the_end_of_saving(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", refuse_the_end)
+            with pytest.raises(CheckpointError, match=NO_END):
+                save(init(SMALL), tmp_path / "model")
+        (tmp_path / "model" / "unfinished.json").rename(tmp_path / "model" / "grokjax.json")
+        load(tmp_path / "model")
+
+
+NO_END = (
+    r"model/unfinished.json: cannot be renamed to grokjax.json \(Permission denied\): every array is written; check "
+    r"the permissions, then rename it\."
+)
+
+
+def refuse_the_end(path: Path, target: Path) -> Path:
+    """`Path.replace` where `grokjax.json` may not be written."""
+    if target.name == "grokjax.json":
+        raise PermissionError(errno.EACCES, "Permission denied")
+    path.rename(target)
+    return target
 
 
 def raise_interrupt(_) -> None:
