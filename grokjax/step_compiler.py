@@ -24,6 +24,8 @@ Route = tuple[str, int, bool]
 
 # Most probable tokens that the steps find; an engine's default.
 _NUM_TOP = 8
+# On CPUs memory and transfers are settled before the machine code, which is not going to run.
+_QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 # Layers of the two small programs from which one that its compiler refuses, for want of memory, is extrapolated.
 _FEW_LAYERS = (2, 4)
 
@@ -150,7 +152,7 @@ class StepCompiler:
         cache = self._cache(batch_size, max_len, cache_dtype, config)
         with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):  # tells kernels the device
             lowered = lower_decode(model, cache, _NUM_TOP) if prompts is None else lower_prefill(model, cache, prompts)
-        program = read_program(lowered.compile())
+        program = read_program(lowered.compile(_QUICKLY if self.target.compiler == "cpu" else None))
         counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
         traffic = _traffic(program, num_layers, self.target.accelerator.group_size)
         return Measured(program.temporary_bytes, program.peak_bytes - counted, traffic)
