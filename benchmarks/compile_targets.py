@@ -58,7 +58,8 @@ def compile_step(arguments: argparse.Namespace) -> tuple[float, Program, tuple[i
         else:
             lowered = jax.jit(decode, donate_argnums=2).lower(model, rows, cache)
     program = read_program(lowered.compile())
-    return time.perf_counter() - start, program, cache.keys.sharding.shard_shape(cache.keys.shape)
+    keys = jax.tree.leaves(cache.keys)[0]
+    return time.perf_counter() - start, program, keys.sharding.shard_shape(keys.shape)
 
 
 def large_matrices(program: Program, cache: tuple[int, ...]) -> list[Value]:
