@@ -1,5 +1,6 @@
 """The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -232,19 +233,20 @@ def init_parameters(
     made: dict[str, Weight] = {}
     for name in (parameter_name(path) for path, _ in nnx.to_flat_state(abstract)):
         if names is None or name in names:
-            maker = parameter_maker(config, partitioner, name, seed=seed, dtype=dtype, quantized=quantized)
-            made[name] = jax.block_until_ready(maker())
+            maker = parameter_maker(config, partitioner, name, dtype=jnp.dtype(dtype), quantized=quantized)
+            made[name] = jax.block_until_ready(maker(jax.random.key(seed)))
     return made
 
 
+@functools.cache
 def parameter_maker(
-    config: GrokConfig, partitioner: Partitioner, name: str, *, seed: int, dtype: DTypeLike, quantized: bool
+    config: GrokConfig, partitioner: Partitioner, name: str, *, dtype: jnp.dtype, quantized: bool
 ) -> jax.stages.Wrapped:
-    """The compiled function without arguments that makes one parameter of `init` in its shards."""
+    """The compiled function that makes one parameter of `init` from a key, in its shards; a second model reuses it."""
     options: dict[str, Any] = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner}
     abstract = _values(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: _values(Grok(config, rngs=nnx.Rngs(seed), **options))[name], out_shardings=shardings)
+    return jax.jit(lambda key: _values(Grok(config, rngs=nnx.Rngs(key), **options))[name], out_shardings=shardings)
 
 
 def _values(model: Grok) -> dict[str, Weight]:

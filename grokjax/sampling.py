@@ -5,6 +5,7 @@ whatever the logits' dtype.
 """
 
 import dataclasses
+import functools
 from typing import Self
 
 import jax
@@ -134,6 +135,12 @@ def sample_token(keys: jax.Array, logits: jax.Array, settings: SampleSettings, *
       ValueError: Shapes disagree, or `num_top` is outside 0 to V.
     """
     _check_shapes(keys, logits, settings, num_top)
+    return _sample_token(keys, logits, settings, num_top)
+
+
+# Outside a caller's `jax.jit` each call of `lax.cond` would be compiled anew.
+@functools.partial(jax.jit, static_argnames="num_top", inline=True)
+def _sample_token(keys: jax.Array, logits: jax.Array, settings: SampleSettings, num_top: int) -> SampleOutput:
     logits = logits.astype(jnp.float32)
     greedy = settings.temperature < _SMALLEST_TEMPERATURE
     with jax.named_scope("filter"):
@@ -147,7 +154,8 @@ def sample_token(keys: jax.Array, logits: jax.Array, settings: SampleSettings, *
         logprob=log_probs_of(logits, token_id),
         **_top(filtered, num_top),
     )
-    return jax.tree.map(lambda field: _zero_inactive(field, settings.active), output)
+    zeroed: SampleOutput = jax.tree.map(lambda field: _zero_inactive(field, settings.active), output)
+    return zeroed
 
 
 def log_probs_of(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
