@@ -35,6 +35,7 @@ CHECKS = (
     ("--target v5p:2x2x2 --batch 8 --prefill 1024 --prompts 1", 160),
     ("--target v5p:2x2x2 --mesh 2,4 --batch 8 --prefill 1024 --prompts 4", 300),
     ("--target v6e:2x4 --batch 8", 8),
+    ("--target v6e:2x4 --batch 8 --prefill 1024 --prompts 1", 160),
 )
 
 

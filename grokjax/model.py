@@ -11,10 +11,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from grokjax.attention import Attention
 from grokjax.cache import Entries, KVCache
 from grokjax.config import GrokConfig
 from grokjax.embedding import Embedding
-from grokjax.layers import Attention, RMSNorm
+from grokjax.layers import RMSNorm
 from grokjax.moe import FeedForward
 from grokjax.quantization import QuantizedTable, Weight, quantize_table, specs
 from grokjax.sharding import Partitioner, ShardingRules
