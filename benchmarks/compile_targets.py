@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prefill; 0 compiles the decode step")
     parser.add_argument("--prompts", type=int, default=0, help="prompts that the prefill puts into rows; 0 for all")
-    parser.add_argument("--cache-dtype", choices=("bfloat16", "float32", "int8"), default="bfloat16")
+    parser.add_argument(
+        "--cache-dtype", choices=("bfloat16", "float32", "int8"), help="default: bfloat16, for CPUs float32"
+    )
     parser.add_argument("--check", action="store_true", help="compile for all known targets and compare their memory")
     arguments = parser.parse_args()
     if arguments.check:
