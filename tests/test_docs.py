@@ -94,6 +94,13 @@ def test_relative_links_lead_to_files(document: Path) -> None:
     assert not missing, f"{name(document)} links to files that are not there: {missing}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_prose_fits_in_a_line(document: Path) -> None:
+    """120 characters, as in the code; tables and blocks are as wide as they must be."""
+    prose = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
 def test_blocks_know_their_line_and_whether_they_run() -> None:
     text = "# Title\n\n```python\na = 1\n```\n\n```bash no-run\nrm x\n```\n```\nplain\n```\n"
     assert read_blocks(text) == [
