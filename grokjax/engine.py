@@ -39,7 +39,8 @@ class Engine:
       max_len: S, tokens of prompt and continuation together; by default the model's longest sequence.
       prefill_buckets: padded lengths of prompts. A longer prompt is taken in pieces of the largest, a decode step
         between two of them. By default those of 16, 64, 256 and 1024 that fit.
-      prefill_rows: prompts of one bucket that are prefilled together at most; of those waiting, a power of two is.
+      prefill_rows: prompts of one bucket that are prefilled together at most; of those waiting, a power of two is. A
+        prompt of several pieces goes alone.
       max_queue: no request is taken while so many samples wait for a slot.
       max_logprobs: most probable tokens that a request may ask for.
       reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
@@ -167,7 +168,8 @@ class Engine:
     def step(self) -> list[Handle]:
         """Fills free slots, prefills at most one group of pieces, decodes one token for each running request.
 
-        The tokens that it dispatches are read in the next step, when the device already works on those after them.
+        The tokens that it dispatches are read in the next step, when the device already works on those after them; or in
+        this one, while further pieces of prompts wait.
 
         Returns:
           The requests that have ended and were not reported yet, by this or as the end of their `stream`.
@@ -264,8 +266,12 @@ class Engine:
             prefilled = self._prefill()
             self._begin(ready + [sample for sample in prefilled if not sample.chunks])
             decoded = self._decode()
-            while len(self._in_flight) > decoded:
+            # While pieces of prompts wait nothing is dispatched ahead: whoever comes now waits for this piece alone.
+            is_ahead = decoded and not self._scheduler.has_pieces
+            while len(self._in_flight) > is_ahead:
                 self._in_flight.popleft()()
+            if prefilled and not is_ahead:
+                self._steps.wait()
         self._meter.note_step(self._clock() - start, prefilled=bool(prefilled), decoded=decoded)
 
     def _reported(self, handles: Container[Handle]) -> None:

@@ -278,6 +278,11 @@ class Scheduler(Generic[J]):
         return tuple(1 << power for power in range(most.bit_length()))
 
     @property
+    def has_pieces(self) -> bool:
+        """Whether a running job has pieces left to prefill."""
+        return bool(self._fresh or self._begun)
+
+    @property
     def occupancy(self) -> float:
         """The part of all rows that running jobs have filled."""
         filled = sum(length for length, job in zip(self.held.lengths, self.running, strict=True) if job is not None)
@@ -342,11 +347,11 @@ class Scheduler(Generic[J]):
         return max(useful, key=lambda match: (match.length, match.slot in self._free), default=nothing)
 
     def _group(self, first: J) -> list[J]:
-        if first.is_scored:
+        """It and others whose one piece has the same bucket; a piece of a long prompt goes alone, lest it stall more."""
+        if first.is_scored or first in self._begun or len(first.chunks) > 1:
             return [first]
-        bucket = first.chunks[0].bucket
-        others = [job for job in (*self._fresh, *self._begun) if job is not first and not job.is_scored]
-        jobs = [first, *(job for job in others if job.chunks[0].bucket == bucket)]
+        others = [job for job in self._fresh if job is not first and not job.is_scored and len(job.chunks) == 1]
+        jobs = [first, *(job for job in others if job.chunks[0].bucket == first.chunks[0].bucket)]
         most = min(len(jobs), self.prefill_rows)
         return jobs[: 1 << (most.bit_length() - 1)]
 

@@ -72,6 +72,10 @@ class SharedSteps:
         self._channel.send("decode", settings.packed)
         return self._steps.decode(settings)
 
+    def wait(self) -> None:
+        """See `Steps`; the other processes need not know."""
+        self._steps.wait()
+
     def close(self) -> None:
         """Lets the other processes return from `follow`."""
         self._channel.send("close")

@@ -77,6 +77,10 @@ class ModelSteps:
         packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceTokens(packed)
 
+    def wait(self) -> None:
+        """See `Steps`."""
+        jax.block_until_ready(self._state)
+
     def close(self) -> None:
         """See `Steps`; there is nothing to end."""
 

@@ -101,5 +101,8 @@ class Steps(Protocol):
     def decode(self, settings: SlotSettings) -> Pending:
         """Adds the last drawn token of each active row to it, and draws the next."""
 
+    def wait(self) -> None:
+        """Waits until the device has done all that was dispatched."""
+
     def close(self) -> None:
         """Ends what the steps hold beyond this process; nothing is called after it."""

@@ -123,6 +123,9 @@ class FakeSteps:
             ends[row] = self.rows[row][-1]
         return self._draw(settings, ends, number)
 
+    def wait(self) -> None:
+        self.log.append(("wait", self.programs))
+
     def close(self) -> None:
         self.is_closed = True
 

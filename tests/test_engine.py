@@ -177,9 +177,31 @@ class TestSchedule:
         engine.step()
         assert short.pieces
         engine.run()
-        assert before == 1 + pieces
+        assert before == 2 + pieces  # its first, the one that was under way, and one beside each piece
         names = [entry[0] for entry in engine._steps.log]
         assert ("prefill", "prefill") not in itertools.pairwise(names)
+
+    @pytest.mark.parametrize("is_decoding", [False, True])
+    @pytest.mark.parametrize("max_new_tokens", [0, 2])
+    def test_the_device_has_one_piece_of_a_prompt_at_a_time(self, is_decoding: bool, max_new_tokens: int) -> None:
+        """So that whoever comes next waits for no more than that: each is done before another is dispatched."""
+        engine = make_engine(slots=4, reuse_prefixes=False)
+        if is_decoding:
+            engine.submit(Request([3], max_new_tokens=9, ignore_eos=True))
+        for token in (4, 5):
+            engine.submit(Request([token] * 21, max_new_tokens=max_new_tokens, ignore_eos=True))
+        engine.run()
+        names = [entry[0] for entry in engine._steps.log if entry[0] in ("prefill", "wait")]
+        assert len([name for name in names if name == "prefill"]) == 6 + is_decoding
+        assert ("prefill", "prefill") not in itertools.pairwise(names)
+
+    def test_a_piece_of_a_long_prompt_goes_alone(self) -> None:
+        """Beside a running request, which would else wait for the pieces of all of them."""
+        engine = make_engine(slots=6)
+        for token in range(3, 7):
+            engine.submit(Request([token] * 21, max_new_tokens=2))
+        engine.run()
+        assert {entry[2] for entry in engine._steps.log if entry[0] == "prefill"} == {(1, 8)}
 
     def test_prompts_of_a_bucket_go_together(self) -> None:
         engine = make_engine(slots=4)
