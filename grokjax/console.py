@@ -144,6 +144,9 @@ def add_processes(command: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="started by hand: where process 0 runs, a free port")
     group.add_argument("--num-processes", metavar="N", type=int, help="how many")
     group.add_argument("--process-id", metavar="I", type=int, help="which of them this is, from 0")
+    group.add_argument(
+        "--heartbeat", metavar="SECONDS", type=int, help="after how long a silent process counts as dead (default: 100)"
+    )
 
 
 def join_processes(arguments: argparse.Namespace) -> None:
@@ -153,13 +156,15 @@ def join_processes(arguments: argparse.Namespace) -> None:
       ValueError: They are incomplete.
     """
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    if by_hand == (None, None, None):
-        if arguments.distributed:
-            initialize()
+    is_alone = by_hand == (None, None, None)
+    if is_alone and not arguments.distributed:
+        if arguments.heartbeat is not None:
+            raise ValueError("--heartbeat is of several processes: give --distributed or --coordinator, too.")
         return
-    if None in by_hand:
+    if None in by_hand and not is_alone:
         raise ValueError("--coordinator, --num-processes and --process-id go together: give all three.")
-    initialize(*by_hand)
+    options = {} if arguments.heartbeat is None else {"heartbeat_timeout_seconds": arguments.heartbeat}
+    initialize(*by_hand, **options)
 
 
 def read_config(option: str, path: Path) -> GrokConfig:

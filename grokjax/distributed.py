@@ -67,6 +67,8 @@ def initialize(
         raise ValueError(f"num_processes={num_processes} must be 1 or more: count this one, too.")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ValueError(f"process_id={process_id} must be between 0 and {num_processes - 1}, one of each.")
+    if heartbeat_timeout_seconds < 1:
+        raise ValueError(f"heartbeat_timeout_seconds={heartbeat_timeout_seconds} must be 1 or more.")
     try:
         jax.distributed.initialize(
             **given,  # type: ignore[arg-type]  # each by its name

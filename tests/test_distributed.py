@@ -358,6 +358,11 @@ def test_refused_arguments(arguments: tuple[Any, ...], message: str) -> None:
         initialize(*arguments)
 
 
+def test_a_heartbeat_that_none_could_keep() -> None:
+    with pytest.raises(ValueError, match=r"heartbeat_timeout_seconds=0 must be 1 or more"):
+        initialize("localhost:1", 2, 0, heartbeat_timeout_seconds=0)
+
+
 def test_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: Any) -> None:
         raise ValueError("coordinator_address should be defined.")
@@ -369,13 +374,16 @@ def test_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(console, "initialize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(console, "initialize", lambda *arguments, **options: calls.append((*arguments, options)))
     command = ["generate", "a", "--checkpoint", "nowhere", "--coordinator", "host:1"]
     assert cli.main(command) == 2
     assert "--coordinator, --num-processes and --process-id go together" in capsys.readouterr().err
     assert cli.main([*command, "--num-processes", "2", "--process-id", "0"]) == 2
-    assert cli.main(["generate", "a", "--checkpoint", "nowhere", "--distributed"]) == 2
-    assert calls == [("host:1", 2, 0), ()]
+    alone = ["generate", "a", "--checkpoint", "nowhere", "--heartbeat", "20"]
+    assert cli.main(alone) == 2
+    assert "--heartbeat is of several processes: give --distributed or --coordinator" in capsys.readouterr().err
+    assert cli.main([*alone, "--distributed"]) == 2
+    assert calls == [("host:1", 2, 0, {}), (None, None, None, {"heartbeat_timeout_seconds": 20})]
 
 
 def test_who_leads_and_who_follows(monkeypatch: pytest.MonkeyPatch) -> None:
