@@ -41,7 +41,7 @@ def add_command(commands: Any) -> None:
         "--mesh", metavar="DATA,MODEL", help="devices (default: as many along MODEL as the sizes allow)"
     )
     command.add_argument("--rules", choices=tuple(RULES), help="parallelism (default: tensor)")
-    command.add_argument("--batch", type=int, default=1, help="rows (default: %(default)s)")
+    command.add_argument("--batch", type=int, help="rows (default: 1, with --suggest 8)")
     command.add_argument(
         "--max-len", type=int, help="tokens that each row holds (default: the model's longest sequence)"
     )
@@ -70,14 +70,15 @@ def _add_figures(command: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    target = _target(arguments)
-    config = named_config("--config", arguments.config)
+    if arguments.suggest and (arguments.mesh, arguments.rules, arguments.plot) != (None, None, None):
+        raise ValueError("--suggest tries every mesh and rule and draws nothing: leave out --mesh, --rules, --plot.")
+    target, config = _target(arguments), named_config("--config", arguments.config)
+    mesh = None if arguments.mesh is None else read_extents(arguments.mesh)
     _simulate_devices(target.num_devices)
     if target.missing:
         say(f"without {target.missing}, the compiler for CPUs stands in for that of {target}")
     options: dict[str, Any] = {
         "target": target,
-        "batch_size": arguments.batch,
         "max_len": arguments.max_len,
         "prompt_len": arguments.prompt,
         "prefill_rows": arguments.prefill_rows,
@@ -86,15 +87,12 @@ def _run(arguments: argparse.Namespace) -> None:
         "quantized": not arguments.plain,
         "collective_latency": arguments.latency_us / 1e6,
     }
+    if arguments.batch is not None:
+        options["batch_size"] = arguments.batch
     if arguments.suggest:
-        if arguments.mesh is not None or arguments.plot is not None or arguments.rules is not None:
-            raise ValueError(
-                "--suggest tries every mesh and rule and draws nothing: leave out --mesh, --rules, --plot."
-            )
-        found = suggest(config, **options)
+        found = suggest(config, **options, progress=_say_suggestion)
         print(json.dumps([_suggestion_record(one) for one in found]) if arguments.json else _suggestion_lines(found))
         return
-    mesh = None if arguments.mesh is None else read_extents(arguments.mesh)
     made = plan(config, **options, mesh=mesh, rules=RULES[arguments.rules or "tensor"])
     print(json.dumps(plan_record(made)) if arguments.json else _table(made))
     if arguments.plot is not None:
@@ -173,6 +171,10 @@ def _step_record(step: StepPlan) -> dict[str, Any]:
     }
 
 
+def _say_suggestion(one: Suggestion, done: int, total: int) -> None:
+    say(f"{done} of {total} planned: mesh {one.mesh[0]},{one.mesh[1]}, {one.rules}: {one.reason}")
+
+
 def _suggestion_record(one: Suggestion) -> dict[str, Any]:
     return {
         "mesh": list(one.mesh),
@@ -247,7 +249,7 @@ def _draw(made: Plan, path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ValueError("--plot needs matplotlib: install grokjax[plot].") from None
-    figure = Figure(figsize=(7, 2.2), layout="constrained")
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.subplots()
     left = 0.0
     for name, num_bytes in (
@@ -262,7 +264,7 @@ def _draw(made: Plan, path: Path) -> None:
         axes.axvline(made.target.accelerator.memory_bytes / GIB, color="black", label="memory")
     title = f"{made.target}, batch {made.batch_size}, {made.max_len} tokens a row"
     axes.set(yticks=[], xlabel="GiB on each device", title=title)
-    axes.legend(ncols=3, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")  # below, where it covers no bar
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from grokjax.config import GrokConfig
@@ -39,6 +40,7 @@ def suggest(
     target: Target | str,
     batch_size: int = 8,
     max_len: int | None = None,
+    progress: Callable[[Suggestion, int, int], None] | None = None,
     **options: Any,
 ) -> tuple[Suggestion, ...]:
     """Plans every mesh and every rule that a machine and a model allow.
@@ -48,6 +50,7 @@ def suggest(
       target: a machine of known memory.
       batch_size: rows that are to run at once.
       max_len: tokens of each; by default the configuration's longest sequence.
+      progress: called with each as soon as it is planned, how many are, and how many there will be.
       **options: further ones of `grokjax.plan`, but for `mesh` and `rules`.
 
     Returns:
@@ -63,20 +66,31 @@ def suggest(
     sizes = {"batch_size": batch_size, "max_len": max_len}
     kinds: dict[str, Any] = {"dtype": "bfloat16", "cache_dtype": None, "quantized": True}
     kinds |= {name: options[name] for name in kinds if name in options}
+    allowed = _allowed(config, target, kinds)
     found: list[Suggestion] = []
+    for (mesh, rules), steps in allowed.items():
+        found.append(_suggestion(steps, mesh, rules, sizes | options))
+        if progress is not None:
+            progress(found[-1], len(found), len(allowed))
+    return tuple(sorted(found, key=_rank))
+
+
+def _allowed(
+    config: GrokConfig, target: Target, kinds: dict[str, Any]
+) -> dict[tuple[tuple[int, int], str], StepCompiler]:
+    """(mesh, rules) -> compiler of it, but for those that the sizes do not allow or that differ in nothing."""
+    allowed = {}
     problem = ValueError(f"{target} allows no mesh.")
     for mesh, rules in itertools.product(_meshes(target), RULES):
         if _is_alike(config, mesh, rules):
             continue
         try:
-            steps = StepCompiler.create(config, target, mesh=mesh, rules=RULES[rules], **kinds)
+            allowed[mesh, rules] = StepCompiler.create(config, target, mesh=mesh, rules=RULES[rules], **kinds)
         except ValueError as error:
             problem = error  # of sizes that this mesh does not divide, or of all of them
-            continue
-        found.append(_suggestion(steps, mesh, rules, sizes | options))
-    if not found:
+    if not allowed:
         raise problem
-    return tuple(sorted(found, key=_rank))
+    return allowed
 
 
 def _meshes(target: Target) -> list[tuple[int, int]]:
