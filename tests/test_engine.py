@@ -1,5 +1,6 @@
 """The engine by hand, over a fake model: what comes out, in which order, and what one request can do to another."""
 
+import dataclasses
 import gc
 import itertools
 import tracemalloc
@@ -110,6 +111,18 @@ class TestResults:
         done = engine.generate([prompt], max_new_tokens=2, prompt_logprobs=True, n=2)
         for sample in done:
             assert sample.prompt_logprobs == (None, *(-float(t + p) for p, t in enumerate(prompt[1:])))
+        names = [entry[0] for entry in engine._steps.log]
+        assert names.count("score") == 3  # of both samples together
+
+    def test_half_of_the_prompt_logprobs_are_none(self) -> None:
+        engine = make_engine()
+        handle = engine.submit(Request(list(range(3, 24)), prompt_logprobs=True))
+        engine.step()
+        engine.step()
+        [sample] = engine._live
+        assert 1 < len(sample.prompt_logprobs) < 21
+        engine.cancel(handle)
+        assert handle.completion.prompt_logprobs is None
 
     def test_masks_and_biases_belong_to_their_request(self) -> None:
         allowed = np.zeros(VOCAB, bool)
@@ -251,6 +264,18 @@ class TestSchedule:
         assert last.prefill_share + last.decode_share == pytest.approx(1)
         assert last.between_tokens.p50 <= last.between_tokens.p99
         assert last.tokens_per_second == pytest.approx(12 / last.busy_seconds)
+
+    def test_measured_times(self) -> None:
+        now = 1.0
+        engine = make_engine(slots=1, clock=lambda: now)
+        for token in (3, 4):
+            engine.submit(Request([token], max_new_tokens=3, ignore_eos=True))
+        for now in (2.0, 5.0, 10.0, 17.0):  # noqa: B007
+            engine.step()
+        last = engine.metrics()
+        # At 2, 5 and 10 a token of the first request came, at 10 and 17 one of the second, which waited for the slot.
+        assert dataclasses.astuple(last.first_token) == pytest.approx(np.percentile([1, 9], (50, 90, 99)))
+        assert dataclasses.astuple(last.between_tokens) == pytest.approx(np.percentile([3, 5, 7], (50, 90, 99)))
 
     def test_shares_by_hand(self) -> None:
         meter = Meter()
@@ -549,6 +574,25 @@ def test_a_closed_engine() -> None:
         engine.submit(Request([1, 2], max_new_tokens=2))
 
 
+def test_a_closed_engine_has_no_work() -> None:
+    engine = make_engine()
+    for count in (2, 9):
+        engine.submit(Request([3], max_new_tokens=count, ignore_eos=True))
+    engine.step()
+    assert engine._in_flight
+    engine.close()
+    assert not engine.has_work
+
+
+def test_what_was_cancelled_leaves_the_queue() -> None:
+    engine = make_engine(slots=1)
+    engine.submit(Request([3], max_new_tokens=9))
+    for _ in range(200):
+        engine.cancel(engine.submit(Request([4], n=2)))
+    assert len(engine._scheduler.queue) == 1
+    assert len(engine._scheduler.queue._heap) < 50
+
+
 def test_an_interrupt_ends_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it nearly always comes: while tokens are waited for, which are lost with it."""
     engine = make_engine()
@@ -607,6 +651,15 @@ def test_each_end_is_told_once() -> None:
     assert engine.run() == [waiting]
     assert waiting not in taken
     assert not engine.has_work
+
+
+def test_a_warm_up_forgets_what_the_rows_held() -> None:
+    engine, prompt = make_engine(), list(range(3, 14))
+    for _ in range(2):
+        [done] = engine.generate([prompt], max_new_tokens=5, ignore_eos=True)
+        assert list(done.token_ids) == continuation(prompt, 5)
+        engine.warm_up()
+    assert engine.metrics().reused_tokens == 0
 
 
 def test_a_warm_up_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
