@@ -26,7 +26,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Request))
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What JSON gives for a field of another kind than a number.
+    """What JSON gives for a field that is neither a number nor true or false.
 
     Attributes:
       types: of the value.
@@ -45,10 +45,8 @@ class _Kind:
         )
 
 
-# `Request` itself names the numbers that are of another kind.
+# `Request` itself names those that are of another kind.
 _KINDS = {
-    "ignore_eos": _Kind((bool,), "true or false"),
-    "prompt_logprobs": _Kind((bool,), "true or false"),
     "stop": _Kind((str, list), "a text or a list of texts", str),
     "stop_ids": _Kind((list,), "a list of token ids", int),
     "allowed_tokens": _Kind((list, type(None)), "a list with true or false for each token", int),
@@ -308,8 +306,6 @@ def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
 
 
 def _sentence(prompt: object, error: Exception) -> str:
-    if not isinstance(prompt, str | list):
-        return f"the prompt must be text or a list of token ids, not {prompt!r}."
     if isinstance(prompt, str) and prompt != prompt.encode(errors="ignore").decode():
         return "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
     return str(error) or type(error).__name__

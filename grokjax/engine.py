@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import os
+import reprlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Self
@@ -12,7 +13,7 @@ from typing import Any, Self
 from jax.typing import DTypeLike
 
 from grokjax.metrics import Meter, Metrics
-from grokjax.request import Completion, FinishReason, Piece, Request
+from grokjax.request import Completion, FinishReason, Piece, Request, is_integer
 from grokjax.scheduler import PrefillGroup, Scheduler, default_buckets
 from grokjax.sequence import Drawn, Handle, Intake, LiveSample
 from grokjax.shared_steps import make_steps as steps_of_model
@@ -142,9 +143,11 @@ class Engine:
 
         Raises:
           QueueFullError: `max_queue` samples are waiting.
-          ValueError: A step of the model failed before: the engine is over.
+          ValueError: A step of the model failed before: the engine is over. Or this is no `Request`.
         """
         self._check_open()
+        if not isinstance(request, Request):
+            raise ValueError(f"submit takes a request, not {reprlib.repr(request)}: make one with Request(prompt).")
         self._scheduler.queue.check_room()
         handle, now = Handle(request), self._clock()
         try:
@@ -168,8 +171,8 @@ class Engine:
     def step(self) -> list[Handle]:
         """Fills free slots, prefills at most one group of pieces, decodes one token for each running request.
 
-        The tokens that it dispatches are read in the next step, when the device already works on those after them; or in
-        this one, while further pieces of prompts wait.
+        The tokens that it dispatches are read in the next step, when the device already works on those after them; or
+        in this one, while further pieces of prompts wait.
 
         Returns:
           The requests that have ended and were not reported yet, by this or as the end of their `stream`.
@@ -189,8 +192,12 @@ class Engine:
         """The pieces of a request as they come, from its first; steps the engine, and the other requests, on the way.
 
         Raises:
-          ValueError: The request is not of this engine.
+          ValueError: The request is not of this engine, or this is no `Handle`.
         """
+        if not isinstance(handle, Handle):
+            raise ValueError(
+                f"stream takes what submit returned, not {reprlib.repr(handle)}: submit the request first."
+            )
         if not handle.is_done and not any(sample.handle is handle for sample in self._live):
             raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
         for number in itertools.count():
@@ -208,10 +215,9 @@ class Engine:
         try:
             while running or not exhausted:
                 while self.has_room and not exhausted:
-                    request = next(source, None)
-                    exhausted = request is None
-                    if request is not None:
-                        running[self.submit(request)] = None
+                    taken = [self.submit(request) for request in itertools.islice(source, 1)]
+                    exhausted = not taken
+                    running.update(dict.fromkeys(taken))
                 self._advance()
                 ended = [handle for handle in running if handle.is_done]
                 self._reported(ended)
@@ -230,11 +236,9 @@ class Engine:
           Their completions in the order of the prompts, with all samples of a prompt one after the other.
 
         Raises:
-          ValueError: An option is out of range, or `prompts` is one text.
+          ValueError: An option is out of range, or `prompts` is one prompt.
         """
-        if isinstance(prompts, str):
-            raise ValueError("generate takes a list of prompts: put the text into one.")
-        requests = [Request(prompt, **options) for prompt in prompts]
+        requests = [Request(prompt, **options) for prompt in _listed(prompts)]
         handles = {handle.request: handle for handle in self.as_completed(requests)}
         return [sample for request in requests for sample in handles[request].samples]
 
@@ -400,6 +404,18 @@ class Engine:
                 f"a step of this engine failed ({type(self._failure).__name__}: {self._failure}) and its cache is lost "
                 "with it: make a new engine."
             ) from self._failure
+
+
+def _listed(prompts: object) -> list[Any]:
+    """Several prompts; one alone is refused, or each of its letters or tokens would be taken for one."""
+    if not isinstance(prompts, str) and isinstance(prompts, Iterable):
+        listed = list(prompts)
+        if not any(is_integer(prompt) for prompt in listed):
+            return listed
+    raise ValueError(
+        f"generate takes a list of prompts, not {reprlib.repr(prompts)}: put the text, or the list of token ids, into "
+        "a list."
+    )
 
 
 def _rows(samples: Iterable[LiveSample]) -> _Rows:

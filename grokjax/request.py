@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,10 +16,12 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt and how to continue it; the numbers are checked here, what depends on a model when it is submitted.
+    """A prompt and how to continue it.
+
+    The options are checked here; the prompt, and what depends on the tokenizer and the model, when it is submitted.
 
     Attributes:
-      prompt: text, or token ids.
+      prompt: text, or token ids in a list or an array.
       max_new_tokens: tokens drawn at most, 0 or more; fewer where something stops them or the slot is full.
       temperature: divisor of the logits, finite, 0 or more; 0 is greedy.
       top_p: probability mass kept, 0 to 1.
@@ -63,6 +66,8 @@ class Request:
                 check_integer(name, getattr(self, name), least, most)
         for name, largest in _NUMBERS:
             _check_number(name, getattr(self, name), largest)
+        for name in ("ignore_eos", "prompt_logprobs"):
+            object.__setattr__(self, name, _boolean(name, getattr(self, name)))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
@@ -149,23 +154,22 @@ class Completion:
     error: Exception | None
 
 
-def check_prompt(ids: Sequence[int], *, vocab_size: int, max_len: int) -> np.ndarray:
+def check_prompt(prompt: object, *, vocab_size: int, max_len: int) -> np.ndarray:
     """The tokens of a prompt, int32 [n].
 
     Raises:
-      ValueError: There are none, one is outside the vocabulary, or they leave no room for a continuation.
+      ValueError: It is no list of integers, there are none, one is outside the vocabulary, or they leave no room for a
+        continuation.
     """
+    ids = _token_array(prompt)
     if not len(ids):
         raise ValueError("the prompt is empty: give it some text, or begin with the beginning-of-sequence token.")
     if len(ids) >= max_len:
         raise ValueError(
             f"the prompt has {len(ids)} tokens and at most {max_len - 1} leave room for a continuation: shorten it."
         )
-    array = np.asarray(ids)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"the prompt must be text or a list of token ids, not an array of {array.dtype}{array.shape}.")
-    _check_ids("the prompt", array, vocab_size)
-    return array.astype(np.int32)
+    _check_ids("the prompt", ids, vocab_size)
+    return ids.astype(np.int32)
 
 
 def bias_row(request: Request, vocab_size: int) -> np.ndarray | None:
@@ -201,13 +205,34 @@ def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
     return frozenset(stop_ids)
 
 
+def _token_array(prompt: object) -> np.ndarray:
+    """Integers [n], of any size."""
+    array = _array(prompt)
+    if array.ndim != 1:
+        raise ValueError(f"the prompt must be text or a list of token ids, not {reprlib.repr(prompt)}.")
+    if np.issubdtype(array.dtype, np.integer):
+        return array
+    # Integers of more than 64 bits, too, make an array of another kind.
+    return np.array(_integers("the prompt", prompt), object)
+
+
+def _array(values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists of several lengths in a list, which NumPy refuses
+        return np.fromiter(values, object)
+
+
 def _allowed(mask: ArrayLike, vocab_size: int) -> np.ndarray:
-    allowed = np.asarray(mask)
+    allowed = _array(mask)
     if allowed.shape != (vocab_size,):
         raise ValueError(
             f"allowed_tokens has shape {allowed.shape}: give one value for each of the {vocab_size} tokens."
         )
-    return allowed != 0
+    wrong = allowed[(allowed != 0) & (allowed != 1)].tolist()
+    if wrong:
+        raise ValueError(f"allowed_tokens has {wrong[0]!r}: give true or false, or 1 or 0, for each token.")
+    return allowed == 1
 
 
 def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
@@ -243,6 +268,12 @@ def check_integer(name: str, value: object, least: int | None = None, most: int 
 def is_integer(value: object) -> TypeGuard[int]:
     """Whether a value is an integer, NumPy's among them; booleans are none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r} must be true or false.")
+    return bool(value)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -93,7 +93,10 @@ def check_buckets(buckets: Sequence[int], max_len: int) -> tuple[int, ...]:
     Raises:
       ValueError: There are none, one is no length, or one exceeds the cache.
     """
-    if not len(buckets):
+    if not isinstance(buckets, Iterable):
+        raise ValueError(f"prefill_buckets={buckets!r} must be a list of lengths, such as (16, 64, 256).")
+    buckets = tuple(buckets)
+    if not buckets:
         raise ValueError("prefill_buckets is empty: give at least one length, such as (16, 64, 256).")
     for bucket in buckets:
         if not is_integer(bucket) or not 1 <= bucket <= max_len:
@@ -347,7 +350,7 @@ class Scheduler(Generic[J]):
         return max(useful, key=lambda match: (match.length, match.slot in self._free), default=nothing)
 
     def _group(self, first: J) -> list[J]:
-        """It and others whose one piece has the same bucket; a piece of a long prompt goes alone, lest it stall more."""
+        """It and others whose one piece has the same bucket; a piece of a long prompt goes alone, to stall no more."""
         if first.is_scored or first in self._begun or len(first.chunks) > 1:
             return [first]
         others = [job for job in self._fresh if job is not first and not job.is_scored and len(job.chunks) == 1]

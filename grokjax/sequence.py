@@ -235,10 +235,10 @@ class Intake:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
             )
         if not is_integer(self.max_len) or not 2 <= self.max_len <= config.max_seq_len:
-            raise ValueError(f"max_len={self.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+            raise ValueError(f"max_len={self.max_len!r} must be between 2 and max_seq_len={config.max_seq_len}.")
         if not is_integer(self.max_logprobs) or not 0 <= self.max_logprobs <= config.vocab_size:
             raise ValueError(
-                f"max_logprobs={self.max_logprobs} must be between 0 and the {config.vocab_size} tokens there are."
+                f"max_logprobs={self.max_logprobs!r} must be between 0 and the {config.vocab_size} tokens there are."
             )
 
     def samples(self, handle: Handle, now: float) -> list[LiveSample]:

@@ -143,10 +143,11 @@ class TestResults:
         assert found[5]["token_ids"] == continuation([5], 5, seed=3)
 
     def test_prompts_of_another_kind(self, tmp_path: Path) -> None:
-        run(read_json(tmp_path, {"prompt": 7}, {"prompt": "4"}), tmp_path / "out")
+        run(read_json(tmp_path, {"prompt": 7}, {"prompt": "4"}, {"prompt": None}, {"prompt": {}}), tmp_path / "out")
         found = records(tmp_path / "out")
-        assert found[1]["error"] == "the prompt must be text or a list of token ids, not 7."
-        assert "error" not in found[2]
+        assert "error" not in found.pop(2)
+        for number, given in ((1, "7"), (3, "None"), (4, "{}")):
+            assert found[number]["error"] == f"the prompt must be text or a list of token ids, not {given}."
 
     def test_one_bad_sample_marks_the_line(self, tmp_path: Path) -> None:
         run(read_json(tmp_path, {"prompt": "x", "n": 2}), tmp_path / "out")

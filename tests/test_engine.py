@@ -330,7 +330,8 @@ class TestTrouble:
             (Request([]), "the prompt is empty"),
             (Request([3] * 64), "the prompt has 64 tokens and at most 63 leave room"),
             (Request([3, 99]), "the prompt has the token id 99, outside the vocabulary of 32"),
-            (Request([3.5]), "the prompt must be text or a list of token ids, not an array of float64"),
+            (Request([3.5]), "the prompt has 3.5: token ids are integers"),
+            (Request(None), "the prompt must be text or a list of token ids, not None"),
             (Request("?"), "no such letter"),
             (Request([3], allowed_tokens=[True] * 31), "allowed_tokens has shape"),
             (Request([3], allowed_tokens=[False] * 32), "leave no token"),
@@ -350,6 +351,10 @@ class TestTrouble:
         assert message in str(bad.completion.error)
         assert set(map(id, engine.run())) == {id(good), id(bad)}
         assert list(good.completion.token_ids) == continuation([3, 4, 5], 4)
+
+    def test_a_generator_is_no_prompt(self) -> None:
+        handle = make_engine().submit(Request(token for token in (3, 4)))
+        assert "the prompt must be text or a list of token ids, not <generator" in str(handle.completion.error)
 
     def test_text_needs_a_tokenizer(self) -> None:
         engine = make_engine()
@@ -450,6 +455,9 @@ class TestTrouble:
             ({"prefill_buckets": (65,)}, "the prefill bucket 65"),
             ({"prefill_rows": 0}, "prefill_rows=0"),
             ({"max_len": 20.5}, r"max_len=20\.5 must be"),
+            ({"max_len": "64"}, "max_len='64' must be between"),
+            ({"max_logprobs": "8"}, "max_logprobs='8' must be between"),
+            ({"prefill_buckets": 8}, r"prefill_buckets=8 must be a list of lengths, such as \(16, 64, 256\)\."),
             ({"max_queue": 2.5}, r"max_queue=2\.5 must be an integer"),
             ({"slots": True}, "slots=True must be an integer"),
             ({"max_logprobs": 2.5}, r"max_logprobs=2\.5 must be between"),
@@ -468,9 +476,27 @@ class TestTrouble:
         with pytest.raises(ValueError, match="the tokenizer has 33 tokens, the model 32"):
             make_engine(Larger())
 
-    def test_one_text_is_no_list(self) -> None:
-        with pytest.raises(ValueError, match="generate takes a list of prompts"):
-            make_engine(Letters()).generate("abc")
+    @pytest.mark.parametrize("prompt", ["abc", b"abc", [3, 4, 5], np.array([3, 4, 5]), None, 3], ids=str)
+    def test_one_prompt_is_no_list(self, prompt: object) -> None:
+        engine = make_engine(Letters())
+        with pytest.raises(ValueError, match=r"generate takes a list of prompts, not .*: put the text, or the list of"):
+            engine.generate(prompt)
+        assert not engine.has_work
+
+    def test_prompts_that_are_no_list_yet(self) -> None:
+        done = make_engine().generate(np.array([[3, 4], [5, 6]]), max_new_tokens=1)
+        assert [list(one.prompt_ids) for one in done] == [[3, 4], [5, 6]]
+        assert len(make_engine().generate(([token] for token in (3, 4)), max_new_tokens=1)) == 2
+
+    @pytest.mark.parametrize("given", ["abc", None, [3, 4]], ids=str)
+    def test_what_is_no_request(self, given: object) -> None:
+        engine = make_engine()
+        with pytest.raises(ValueError, match=r"submit takes a request, not .*: make one with Request\(prompt\)\."):
+            engine.submit(given)
+        with pytest.raises(ValueError, match="submit takes a request, not"):
+            list(engine.as_completed([given]))
+        with pytest.raises(ValueError, match=r"stream takes what submit returned, not .*: submit the request first\."):
+            next(engine.stream(given))
 
 
 class TestText:

@@ -37,6 +37,10 @@ from grokjax.request import Request, bias_row, check_prompt, check_stop_ids
         ({"stop_ids": np.array([[1]])}, r"stop_ids has array\(\[1\]\): token ids are integers"),
         ({"stop_ids": 3}, "stop_ids=3 must be token ids: give a list of integers"),
         ({"stop_ids": "3"}, "stop_ids='3' must be token ids"),
+        ({"ignore_eos": "no"}, r"ignore_eos='no' must be true or false\."),
+        ({"ignore_eos": 1}, r"ignore_eos=1 must be true or false\."),
+        ({"prompt_logprobs": 3}, r"prompt_logprobs=3 must be true or false\."),
+        ({"prompt_logprobs": None}, r"prompt_logprobs=None must be true or false\."),
         ({"logit_bias": [(1, 2.0)]}, r"logit_bias=\[\(1, 2.0\)\] must map token ids to numbers, such as \{42: -1.5\}"),
     ],
     ids=str,
@@ -49,6 +53,12 @@ def test_refused(options: dict, message: str) -> None:
 def test_limits_are_allowed() -> None:
     Request("a", max_new_tokens=0, temperature=0, top_p=0, min_p=1, top_k=2**31 - 1, seed=2**32 - 1, priority=-5)
     Request([1], max_new_tokens=np.int64(3), temperature=np.float32(0.5), logprobs=0)
+
+
+def test_numpys_booleans() -> None:
+    request = Request("a", ignore_eos=np.True_, prompt_logprobs=np.False_)
+    assert (request.ignore_eos, request.prompt_logprobs) == (True, False)
+    assert type(request.ignore_eos) is type(request.prompt_logprobs) is bool
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:
@@ -66,6 +76,11 @@ class TestBias:
         assert row.tolist() == pytest.approx([0, -1e10, -2, -1e10])
         assert row.dtype == np.float32
 
+    @pytest.mark.parametrize("kind", [bool, np.int8, np.float32, object])
+    def test_masks_of_every_kind(self, kind: type) -> None:
+        mask = np.array([True, False, True, True]).astype(kind)
+        assert bias_row(Request("a", allowed_tokens=mask), 4).tolist() == [0, -1e10, 0, 0]
+
     def test_numpys_numbers(self) -> None:
         row = bias_row(Request("a", logit_bias={np.int64(1): np.float32(0.5), 2: np.int32(3)}), 4)
         assert row.tolist() == [0, 0.5, 3, 0]
@@ -74,6 +89,12 @@ class TestBias:
         ("options", "message"),
         [
             ({"allowed_tokens": [True] * 3}, r"allowed_tokens has shape \(3,\): give one value for each of the 4"),
+            ({"allowed_tokens": [[1, 0], [1]]}, r"allowed_tokens has shape \(2,\): give one value"),
+            ({"allowed_tokens": [1, 0, 1, math.nan]}, "allowed_tokens has nan: give true or false, or 1 or 0"),
+            ({"allowed_tokens": [1, 0.5, 1, 1]}, r"allowed_tokens has 0\.5: give true or false"),
+            ({"allowed_tokens": ["0", "1", "1", "1"]}, "allowed_tokens has '0': give true or false"),
+            ({"allowed_tokens": [True, None, True, True]}, "allowed_tokens has None: give true or false"),
+            ({"allowed_tokens": [1, [0, 1], 1, 1]}, r"allowed_tokens has \[0, 1\]: give true or false"),
             ({"allowed_tokens": [False] * 4}, "the mask and the bias leave no token"),
             ({"logit_bias": dict.fromkeys(range(4), -math.inf)}, "the mask and the bias leave no token"),
             ({"logit_bias": {4: 1.0}}, "logit_bias has the token id 4, outside the vocabulary of 4"),
@@ -102,12 +123,22 @@ class TestBias:
         ([1] * 8, "the prompt has 8 tokens and at most 7 leave room"),
         ([1, 4], "the prompt has the token id 4, outside the vocabulary of 4 tokens"),
         ([-1], "the prompt has the token id -1"),
-        ([[1, 2]], "must be text or a list of token ids"),
-        ([1.0], "must be text or a list of token ids, not an array of float64"),
+        ([[1, 2]], r"must be text or a list of token ids, not \[\[1, 2\]\]\."),
+        (None, r"must be text or a list of token ids, not None\."),
+        (5, r"must be text or a list of token ids, not 5\."),
+        (b"ab", "must be text or a list of token ids, not b'ab'"),
+        ({1: 2}, r"must be text or a list of token ids, not \{1: 2\}"),
+        ({1, 2}, r"must be text or a list of token ids, not \{1, 2\}"),
+        ([1, 1.5], r"the prompt has 1\.5: token ids are integers"),
+        (np.array([1.5]), r"the prompt has .*1\.5.*: token ids are integers"),
+        (["a", 1], "the prompt has 'a': token ids are integers"),
+        ([[1, 2], [3]], r"the prompt has \[1, 2\]: token ids are integers"),
+        ([2**70], "the prompt has the token id 1180591620717411303424, outside the vocabulary of 4"),
+        ([2**63, 1], "the prompt has the token id 9223372036854775808, outside the vocabulary of 4"),
     ],
     ids=str,
 )
-def test_refused_prompts(ids: list, message: str) -> None:
+def test_refused_prompts(ids: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_prompt(ids, vocab_size=4, max_len=8)
 
@@ -115,6 +146,7 @@ def test_refused_prompts(ids: list, message: str) -> None:
 def test_prompts_and_stop_ids() -> None:
     prompt = check_prompt(np.array([1, 3], np.int64), vocab_size=4, max_len=3)
     assert (prompt.tolist(), prompt.dtype) == ([1, 3], np.int32)
+    assert check_prompt(range(3), vocab_size=4, max_len=5).tolist() == [0, 1, 2]
     assert check_stop_ids([3, 1, 3], 4) == {1, 3}
     assert Request("a", stop_ids=np.array([3, 1])).stop_ids == (3, 1)
     assert check_stop_ids((), 4) == frozenset()
