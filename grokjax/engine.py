@@ -42,7 +42,7 @@ class Engine:
         between two of them. By default those of 16, 64, 256 and 1024 that fit.
       prefill_rows: prompts of one bucket that are prefilled together at most; of those waiting, a power of two is. A
         prompt of several pieces goes alone.
-      max_queue: no request is taken while so many samples wait for a slot.
+      max_queue: no request is taken while so many samples wait for a slot, and none of more samples than that.
       max_logprobs: most probable tokens that a request may ask for.
       reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
         smallest bucket.
@@ -138,8 +138,8 @@ class Engine:
     def submit(self, request: Request) -> Handle:
         """Puts a request into the queue.
 
-        What is wrong with the request itself, be it the prompt, the mask or the tokenizer's opinion of it, ends it with
-        the finish reason "error"; nothing is raised for it.
+        What is wrong with the request itself, be it the prompt, the mask, more samples than may wait or the tokenizer's
+        opinion of it, ends it with the finish reason "error"; nothing is raised for it.
 
         Raises:
           QueueFullError: `max_queue` samples are waiting.
@@ -151,6 +151,7 @@ class Engine:
         self._scheduler.queue.check_room()
         handle, now = Handle(request), self._clock()
         try:
+            self._scheduler.queue.check_count(request.n)
             first, *others = self._intake.samples(handle, now)
         except Exception as error:  # a tokenizer may raise anything
             for number in range(request.n):

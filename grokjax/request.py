@@ -35,7 +35,8 @@ class Request:
       ignore_eos: go on past the end-of-sequence token.
       logprobs: report each token's log-probability and those of so many most probable tokens; None reports none.
       prompt_logprobs: report the log-probability of each token of the prompt. Such a prompt is computed alone.
-      n: samples, at most 1024; they share the prefill, and sample i draws as a request with the seed `seed + i` would.
+      n: samples, at most 1024 and the engine's `max_queue`; they share the prefill, and sample i draws as a request
+        with the seed `seed + i` would.
       priority: waiting requests of larger priority go first.
 
     Raises:

@@ -160,6 +160,18 @@ class WaitingQueue(Generic[J]):
                 "first, send the request later, or make the engine with a longer queue."
             )
 
+    def check_count(self, count: int) -> None:
+        """Says so where so many samples of one request do not fit even an empty queue.
+
+        Raises:
+          ValueError: They are more than may wait.
+        """
+        if count > self._max_queue:
+            raise ValueError(
+                f"n={count} samples exceed the engine's max_queue={self._max_queue}: ask for fewer, or make the engine "
+                "with a longer queue."
+            )
+
     def push(self, job: J, *, arrival: int | None = None) -> int:
         """Adds a job and returns its arrival number; one that is given an earlier number stands at that place."""
         number = next(self._numbers)

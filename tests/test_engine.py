@@ -666,6 +666,25 @@ def test_waiting_samples_fill_the_queue() -> None:
     assert engine.has_room
 
 
+def test_more_samples_than_may_wait_are_an_error() -> None:
+    engine = make_engine(slots=1, max_queue=2)
+    handles = list(engine.as_completed(Request([token], n=n, max_new_tokens=2) for token, n in ((3, 3), (4, 2))))
+    reasons = [[sample.finish_reason for sample in handle.samples] for handle in handles]
+    assert reasons == [["error"] * 3, ["length"] * 2]
+    message = "n=3 samples exceed the engine's max_queue=2: ask for fewer, or make the engine with a longer queue."
+    assert {str(sample.error) for sample in handles[0].samples} == {message}
+    engine.submit(Request([3], n=1000))
+    assert engine.metrics().queue_length == 0
+
+
+def test_a_request_is_taken_whole_while_the_queue_has_room() -> None:
+    engine = make_engine(slots=1, max_queue=3)
+    for n in (2, 3):
+        engine.submit(Request([3], n=n, max_new_tokens=2))
+    assert engine.metrics().queue_length == 5
+    assert [len(handle.samples) for handle in engine.run()] == [2, 3]
+
+
 def test_each_end_is_told_once() -> None:
     engine = make_engine()
     streamed, other = (engine.submit(Request([first], max_new_tokens=2)) for first in (3, 4))

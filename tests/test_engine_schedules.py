@@ -77,7 +77,7 @@ class Schedules(RuleBasedStateMachine):
         own=st.lists(st.integers(3, VOCAB - 1), max_size=3),
         max_new_tokens=st.integers(0, 12),
         seed=st.integers(0, 3),
-        n=st.integers(1, 3),
+        n=st.integers(1, MAX_QUEUE + 1),
         priority=st.integers(-1, 1),
         stop_at=st.integers(-6, 8),
         options=st.fixed_dictionaries(
@@ -109,6 +109,7 @@ class Schedules(RuleBasedStateMachine):
             assert waiting >= MAX_QUEUE
             return
         assert waiting < MAX_QUEUE
+        assert self.engine.metrics().queue_length < 2 * MAX_QUEUE
         self.submitted.append(Submitted(handle))
 
     @precondition(lambda self: self.submitted)
@@ -179,7 +180,7 @@ class Schedules(RuleBasedStateMachine):
 
     def check(self, handle: Handle, done: Completion) -> None:
         request = handle.request
-        if len(request.prompt) >= self.max_len:
+        if len(request.prompt) >= self.max_len or request.n > MAX_QUEUE:
             assert done.finish_reason == "error"
             return
         tokens, text, reason = by_hand(request, done.sample, self.max_len)
