@@ -107,6 +107,9 @@ def _add_settings(generate: argparse.ArgumentParser) -> None:
     )
     generate.add_argument("--add-bos", action="store_true", help="begin with the beginning-of-sequence token")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    generate.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -158,7 +161,7 @@ def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """How to continue a prompt, by the names of `TextGenerator.stream` and `Request`."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop")
     return {name: getattr(arguments, name) for name in names}
 
 

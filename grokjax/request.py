@@ -69,7 +69,7 @@ class Request:
             _check_number(name, getattr(self, name), largest)
         for name in ("ignore_eos", "prompt_logprobs"):
             object.__setattr__(self, name, _boolean(name, getattr(self, name)))
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop", stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers, such as {{42: -1.5}}.")
@@ -291,7 +291,12 @@ def _integers(name: str, values: object) -> tuple[int, ...]:
     return tuple(int(value) for value in listed)
 
 
-def _stop_strings(stop: object) -> tuple[str, ...]:
+def stop_strings(stop: object) -> tuple[str, ...]:
+    """Stop strings, given as one or several.
+
+    Raises:
+      ValueError: One is empty, or no string.
+    """
     listed = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     if not all(isinstance(one, str) and one for one in listed):
         raise ValueError(f"stop={stop!r} must be strings of at least one character, in a list if there are several.")

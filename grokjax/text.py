@@ -10,9 +10,11 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import KVCache
 from grokjax.model import Grok
+from grokjax.request import stop_strings
 from grokjax.sampling import SampleSettings, row_keys, sample_token
 from grokjax.scheduler import default_buckets, plan_chunks
 from grokjax.steps import decode_and_sample, prefill
+from grokjax.stopping import CheckedText, StopFilter
 from grokjax.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -23,10 +25,11 @@ class GeneratedText:
     """One continuation.
 
     Attributes:
-      text: decoded, without the end-of-sequence token.
+      text: decoded, without the end-of-sequence token or the stop string.
       token_ids: the tokens drawn, the end-of-sequence token included.
       prompt_ids: the tokens of the prompt.
-      finish_reason: "stop" at the end-of-sequence token, "length" at the token limit or the cache's end.
+      finish_reason: "stop" at the end-of-sequence token or a stop string, "length" at the token limit or the end of the
+        cache.
     """
 
     text: str
@@ -87,15 +90,18 @@ class TextGenerator:
         min_p: float = 0.0,
         seed: int = 0,
         ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
     ) -> GeneratedText:
         """The whole continuation of a prompt; the arguments are those of `stream`."""
         prompt_ids = self.encode(prompt)
         check_limits(max_new_tokens=max_new_tokens, seed=seed)
         settings = SampleSettings.create(1, temperature=temperature, nucleus_p=top_p, top_k=top_k, min_p=min_p)
-        ids = tuple(self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos))
-        stopped = ids[-1] == self.tokenizer.eos_id and not ignore_eos
-        text = self.tokenizer.decode(ids[:-1] if stopped else ids)
-        return GeneratedText(text, ids, tuple(prompt_ids), "stop" if stopped else "length")
+        ids: list[int] = []
+        tokens = _noted(self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos), ids)
+        pieces = list(self._pieces(tokens, ignore_eos, stop_strings(stop)))
+        stopped = pieces[-1].stopped or (ids[-1] == self.tokenizer.eos_id and not ignore_eos)
+        text = "".join(piece.text for piece in pieces)
+        return GeneratedText(text, tuple(ids), tuple(prompt_ids), "stop" if stopped else "length")
 
     def stream(
         self,
@@ -108,6 +114,7 @@ class TextGenerator:
         min_p: float = 0.0,
         seed: int = 0,
         ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Pieces of the continuation as they are made, one for each token, never a part of a character.
 
@@ -120,21 +127,31 @@ class TextGenerator:
           min_p: least probability kept, as a fraction of the largest.
           seed: of the draws, 0 to 2**32 - 1; the draw at position p uses `fold_in(key(seed), p)`.
           ignore_eos: go on past the end-of-sequence token.
+          stop: strings that end the text, one or several; the text ends before them.
 
         Raises:
-          ValueError: The prompt is empty or too long, or a setting is out of range; before any work.
+          ValueError: The prompt is empty or too long, a setting is out of range, or a stop string is empty; before any
+            work.
         """
         prompt_ids = self.encode(prompt)
         check_limits(max_new_tokens=max_new_tokens, seed=seed)
         settings = SampleSettings.create(1, temperature=temperature, nucleus_p=top_p, top_k=top_k, min_p=min_p)
-        return self._pieces(self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos), ignore_eos)
+        tokens = self._tokens(prompt_ids, settings, max_new_tokens, seed, ignore_eos)
+        pieces = self._pieces(tokens, ignore_eos, stop_strings(stop))
+        return (piece.text for piece in pieces)
 
-    def _pieces(self, ids: Iterator[int], ignore_eos: bool) -> Iterator[str]:
-        decoder = StreamDecoder(self.tokenizer)
+    def _pieces(self, ids: Iterator[int], ignore_eos: bool, stop: Sequence[str]) -> Iterator[CheckedText]:
+        """The text that each token makes certain, and last what was held back; after a stop string that is nothing."""
+        decoder, stops = StreamDecoder(self.tokenizer), StopFilter(stop)
         for token in ids:
             # An empty piece still tells the caller that a token was made.
-            yield "" if token == self.tokenizer.eos_id and not ignore_eos else decoder.push(token)
-        yield decoder.flush()
+            piece = stops.push("" if token == self.tokenizer.eos_id and not ignore_eos else decoder.push(token))
+            yield piece
+            if piece.stopped:
+                yield CheckedText("", stopped=True)
+                return
+        rest = stops.push(decoder.flush())
+        yield CheckedText(rest.text + stops.flush(), stopped=rest.stopped)
 
     def _tokens(
         self, prompt_ids: Sequence[int], settings: SampleSettings, max_new_tokens: int, seed: int, ignore_eos: bool
@@ -169,6 +186,13 @@ class TextGenerator:
             logits, cache = prefill(model, tokens, np.array([chunk.count]), cache)
         assert logits is not None
         return logits, cache
+
+
+def _noted(tokens: Iterator[int], ids: list[int]) -> Iterator[int]:
+    """The tokens; those that were taken are appended to `ids`."""
+    for token in tokens:
+        ids.append(token)
+        yield token
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, max_len: int, add_bos: bool) -> list[int]:

@@ -76,6 +76,17 @@ def test_random_model(small_config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == first.out
 
 
+def test_stop_strings(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--random", str(small_config), "--max-new-tokens", "9", "--ignore-eos", "--mesh", "1,1"]
+    assert main([*command, "hello"]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    stop = text[2:4]
+    assert main([*command, "--stop", "never there", f"--stop={stop}", "hello"]) == 0
+    stopped = capsys.readouterr()
+    assert stopped.out == text[: text.find(stop)] + "\n"
+    assert "9 tokens" not in stopped.err
+
+
 def test_tokenizer_beside_the_checkpoint(
     trained_tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +134,7 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
         (["hi", "--seed", "4294967296"], "seed=4294967296 must be between"),
         (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1 or more"),
         (["hi", "--top-k", "-1"], "top_k=-1"),
+        (["hi", "--stop", ""], "stop=[''] must be strings of at least one character"),
         (["hi", "--top-p", "2"], "top_p=2.0 must be a number, from 0 to 1"),
         (["a" * 32], "the prompt has 32 tokens and at most 31"),
         (["hi", "--config", "nowhere.json"], "--config goes with --checkpoint"),

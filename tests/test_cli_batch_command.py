@@ -137,6 +137,16 @@ class TestCommand:
         assert tokens(tmp_path / "out")[1] == continuation([bos, *a], 3, seed=4)
 
     @pytest.mark.usefixtures("fake_model")
+    def test_stop_strings_reach_the_engine(self, command: list[str], tmp_path: Path) -> None:
+        assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+        text = {line["id"]: line["text"] for line in read_lines(tmp_path / "whole")}[1]
+        stop = text[2:4]
+        stops = ["--stop", "never there", f"--stop={stop}"]
+        assert main([*command, *stops, "--output", str(tmp_path / "out")]) == 0
+        first = {line["id"]: line for line in read_lines(tmp_path / "out")}[1]
+        assert (first["text"], first["finish_reason"]) == (text[: text.find(stop)], "stop")
+
+    @pytest.mark.usefixtures("fake_model")
     def test_a_model_that_fails(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -72,6 +72,27 @@ def test_stops_at_the_end_token(generator: TextGenerator) -> None:
     assert "".join(stopping.stream("hello", max_new_tokens=12, temperature=0)) == result.text
 
 
+def test_stop_strings_end_the_text(generator: TextGenerator) -> None:
+    options = {"max_new_tokens": 20, "seed": 3, "ignore_eos": True}
+    whole = generator.generate("hello", **options)
+    stop = whole.text[4:6]
+    stopped = generator.generate("hello", stop=stop, **options)
+    assert stopped.text == whole.text[: whole.text.find(stop)]
+    assert stopped.finish_reason == "stop"
+    assert 0 < len(stopped.token_ids) < 20
+    assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)]
+    pieces = list(generator.stream("hello", stop=["never there", stop], **options))
+    assert "".join(pieces) == stopped.text
+    assert len(pieces) == len(stopped.token_ids) + 1
+
+
+def test_a_stop_string_that_does_not_come_whole(generator: TextGenerator) -> None:
+    options = {"max_new_tokens": 20, "seed": 3, "ignore_eos": True}
+    whole = generator.generate("hello", **options)
+    held = generator.generate("hello", stop=whole.text[-2:] + "never there", **options)
+    assert (held.text, held.finish_reason) == (whole.text, "length")
+
+
 class _EndsAt:
     """A tokenizer with another end-of-sequence token."""
 
@@ -115,6 +136,8 @@ def test_errors_before_any_work(generator: TextGenerator) -> None:
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match=rf"seed={seed} must be between 0 and 2\*\*32 - 1"):
             generator.stream("a", seed=seed)
+    with pytest.raises(ValueError, match=r"stop=\[''\] must be strings of at least one character"):
+        generator.stream("a", stop=[""])
     with pytest.raises(ValueError, match="temperature"):
         generator.stream("a", temperature=-1)
     with pytest.raises(ValueError, match="max_len=65 must be between 2 and max_seq_len=64"):
