@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from grokjax.attention import Attention
@@ -153,6 +153,10 @@ class Grok(nnx.Module):
         """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
         with jax.named_scope("unembed"):
             return self.embedding.decode(hidden)
+
+    def whole_rows(self, logits: jax.Array) -> NamedSharding:
+        """Where logits [B, V] lie if no row of them is divided over devices."""
+        return self.partitioner.sharding(("batch", None), logits.shape)
 
 
 def check_dtype(dtype: DTypeLike) -> jnp.dtype:

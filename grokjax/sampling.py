@@ -6,11 +6,13 @@ whatever the logits' dtype.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 # The logit of a token that must not be drawn. Source: the release's `runners.py`, `top_p_filter` and `sample_token`.
@@ -117,12 +119,19 @@ def row_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(keys, positions)
 
 
-def sample_token(keys: jax.Array, logits: jax.Array, settings: SampleSettings, *, num_top: int = 0) -> SampleOutput:
+def sample_token(
+    keys: jax.Array,
+    logits: jax.Array,
+    settings: SampleSettings,
+    *,
+    num_top: int = 0,
+    whole: jax.sharding.Sharding | None = None,
+) -> SampleOutput:
     """Draws one token per row: temperature, mask, top-k, min-p, top-p, then one categorical draw in float32.
 
     The same keys give the same tokens as the release, which ran with `jax_threefry_partitionable=False`. The nucleus of
     top-p is taken of what top-k and min-p leave. A row's result does not depend on the other rows: together they only
-    decide whether to sort the vocabulary (for top-k and top-p) and whether to draw V random numbers a row (not if all
+    decide whether to look for ranks in the vocabulary (for top-k and top-p) and whether to draw V random numbers a row (not if all
     are greedy).
 
     Args:
@@ -130,22 +139,26 @@ def sample_token(keys: jax.Array, logits: jax.Array, settings: SampleSettings, *
       logits: [B, V] of any float dtype.
       settings: for the same B rows.
       num_top: how many of the most probable tokens to report as well, at most V; static.
+      whole: where logits whose vocabulary lies on several devices are brought together before ranks are looked for,
+        which else takes an exchange for each step of the search; static.
 
     Raises:
       ValueError: Shapes disagree, or `num_top` is outside 0 to V.
     """
     _check_shapes(keys, logits, settings, num_top)
-    return _sample_token(keys, logits, settings, num_top)
+    return _sample_token(keys, logits, settings, num_top, whole)
 
 
 # Outside a caller's `jax.jit` each call of `lax.cond` would be compiled anew.
-@functools.partial(jax.jit, static_argnames="num_top", inline=True)
-def _sample_token(keys: jax.Array, logits: jax.Array, settings: SampleSettings, num_top: int) -> SampleOutput:
+@functools.partial(jax.jit, static_argnames=("num_top", "whole"), inline=True)
+def _sample_token(
+    keys: jax.Array, logits: jax.Array, settings: SampleSettings, num_top: int, whole: jax.sharding.Sharding | None
+) -> SampleOutput:
     logits = logits.astype(jnp.float32)
     greedy = settings.temperature < _SMALLEST_TEMPERATURE
     with jax.named_scope("filter"):
         scaled = _scale(logits, settings.mask, jnp.where(greedy, 1.0, settings.temperature))
-        filtered = _filter(scaled, settings)
+        filtered = _filter(scaled, settings, whole)
     with jax.named_scope("draw"):
         token_id = _draw(keys, filtered, greedy, needs_draw=jnp.any(settings.active & ~greedy))
     output = SampleOutput(
@@ -185,7 +198,7 @@ def top_p_filter(logits: jax.Array, top_p: ArrayLike) -> jax.Array:
 
     Source: the release's `runners.py`, `top_p_filter`.
     """
-    return _keep_from(logits, _top_p_threshold(_ascending(logits), _per_row(top_p, logits, jnp.float32)))
+    return _keep_from(logits, _top_p_threshold(logits, _per_row(top_p, logits, jnp.float32)))
 
 
 def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
@@ -195,7 +208,7 @@ def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
       logits: [..., V].
       top_k: integers, scalar or [...]; 0, V and more keep all.
     """
-    return _keep_from(logits, _top_k_threshold(_ascending(logits), _per_row(top_k, logits, jnp.int32)))
+    return _keep_from(logits, _top_k_threshold(logits, _per_row(top_k, logits, jnp.int32)))
 
 
 def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
@@ -218,23 +231,32 @@ def _scale(logits: jax.Array, mask: jax.Array | None, temperature: jax.Array) ->
     return jnp.where(allowed <= EXCLUDED, EXCLUDED, scaled)
 
 
-def _filter(scaled: jax.Array, settings: SampleSettings) -> jax.Array:
-    """All filters at once on [B, V] float32; sorts only if an active row asks for a rank or a nucleus."""
-    min_p_only = _min_p_threshold(scaled, settings.min_p)
+def _filter(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sharding | None) -> jax.Array:
+    """All filters on [B, V] float32; looks for ranks, or for a nucleus, only if an active row asks for one."""
+    threshold = _min_p_threshold(scaled, settings.min_p)
 
-    def threshold_by_rank() -> jax.Array:
-        ascending = _ascending(scaled)
-        threshold = jnp.maximum(min_p_only, _top_k_threshold(ascending, settings.top_k))
-        return jnp.maximum(threshold, _top_p_threshold(_keep_from(ascending, threshold), settings.nucleus_p))
+    def raised(threshold: jax.Array) -> jax.Array:
+        gathered = scaled if whole is None else lax.with_sharding_constraint(scaled, whole)
+        threshold = lax.cond(
+            jnp.any(needs_rank),
+            lambda: jnp.maximum(threshold, _top_k_threshold(gathered, settings.top_k)),
+            lambda: threshold,
+        )
+        return lax.cond(
+            jnp.any(needs_nucleus),
+            lambda: jnp.maximum(threshold, _top_p_threshold(_keep_from(gathered, threshold), settings.nucleus_p)),
+            lambda: threshold,
+        )
 
-    needs_rank = jnp.any(settings.active & ((settings.top_k > 0) | (settings.nucleus_p < 1.0)))
-    return _keep_from(scaled, jax.lax.cond(needs_rank, threshold_by_rank, lambda: min_p_only))
+    needs_rank = settings.active & (settings.top_k > 0)
+    needs_nucleus = settings.active & (settings.nucleus_p < 1.0)
+    return _keep_from(scaled, lax.cond(jnp.any(needs_rank | needs_nucleus), raised, lambda least: least, threshold))
 
 
 def _draw(keys: jax.Array, filtered: jax.Array, greedy: jax.Array, needs_draw: jax.Array) -> jax.Array:
     """One token per row [B] int32: the best one if greedy, else drawn; no random numbers if no row needs them."""
     best = jnp.argmax(filtered, axis=-1)
-    drawn = jax.lax.cond(needs_draw, lambda: jax.vmap(jax.random.categorical)(keys, filtered), lambda: best)
+    drawn = lax.cond(needs_draw, lambda: jax.vmap(jax.random.categorical)(keys, filtered), lambda: best)
     return jnp.where(greedy, best, drawn).astype(jnp.int32)
 
 
@@ -243,24 +265,47 @@ def _keep_from(logits: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.where(logits.astype(jnp.float32) >= threshold, logits, EXCLUDED)
 
 
-def _ascending(logits: jax.Array) -> jax.Array:
-    return jnp.sort(logits, axis=-1).astype(jnp.float32)
+def _top_p_threshold(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest logit kept [..., 1] float32, of logits [..., V] and [...] float32."""
+    largest = logits.max(axis=-1, keepdims=True).astype(jnp.float32)
+    weights = jnp.exp(logits.astype(jnp.float32) - largest)
+    left_out = (1.0 - top_p[..., None]) * weights.sum(axis=-1, keepdims=True)
+    threshold = _largest_kept(logits, lambda below: jnp.where(below, weights, 0).sum(axis=-1, keepdims=True) < left_out)
+    # At top_p = 0 the tokens below the best may round to the whole mass.
+    return jnp.where(top_p[..., None] > 0, threshold, largest)
 
 
-def _top_p_threshold(ascending: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The smallest logit kept [..., 1] float32, from sorted logits [..., V] float32 and [...] float32."""
-    mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
-    # At top_p = 0 the sum may round to 1 before its end, and just below 1 at its end.
-    reached = (mass >= 1.0 - top_p[..., None]) & (top_p[..., None] > 0.0)
-    index = jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), ascending.shape[-1] - 1)
-    return jnp.take_along_axis(ascending, index[..., None], axis=-1)
+def _top_k_threshold(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """The smallest logit kept [..., 1] float32, of logits [..., V] and [...] int32."""
+    vocab_size = logits.shape[-1]
+    left_out = vocab_size - jnp.where(top_k == 0, vocab_size, jnp.clip(top_k, 1, vocab_size))
+    return _largest_kept(logits, lambda below: below.sum(axis=-1, keepdims=True) <= left_out[..., None])
 
 
-def _top_k_threshold(ascending: jax.Array, top_k: jax.Array) -> jax.Array:
-    """The smallest logit kept [..., 1] float32, from sorted logits [..., V] float32 and [...] int32."""
-    vocab_size = ascending.shape[-1]
-    kept = jnp.where(top_k == 0, vocab_size, jnp.clip(top_k, 1, vocab_size))
-    return jnp.take_along_axis(ascending, (vocab_size - kept)[..., None], axis=-1)
+def _largest_kept(logits: jax.Array, may_go: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest logit [..., 1] float32 of which all below may go, found bit by bit.
+
+    To sort a vocabulary would take longer, and the compiler for TPUs 17 s for a program that might.
+
+    Args:
+      logits: [..., V].
+      may_go: whether some tokens of each row, bool [..., V], may all be left out, bool [..., 1]; if so, so may fewer.
+    """
+    order = _ordered(lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32))
+
+    def try_bit(i: jax.Array, best: jax.Array) -> jax.Array:
+        higher = best | jnp.uint32(1 << 31) >> i.astype(jnp.uint32)
+        return jnp.where(may_go(order < higher), higher, best)
+
+    best = lax.fori_loop(0, 32, try_bit, jnp.zeros((*logits.shape[:-1], 1), jnp.uint32))
+    best = jnp.clip(best, order.min(axis=-1, keepdims=True), order.max(axis=-1, keepdims=True))
+    is_positive = best >> 31 == 1
+    return lax.bitcast_convert_type(jnp.where(is_positive, best ^ jnp.uint32(1 << 31), ~best), jnp.float32)
+
+
+def _ordered(bits: jax.Array) -> jax.Array:
+    """Bits of float32 numbers as uint32 numbers of the same order."""
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _min_p_threshold(logits: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -271,7 +316,7 @@ def _min_p_threshold(logits: jax.Array, min_p: jax.Array) -> jax.Array:
 def _top(filtered: jax.Array, num_top: int) -> dict[str, jax.Array | None]:
     if not num_top:
         return {"top_k_token_ids": None, "top_k_probs": None}
-    values, token_ids = jax.lax.top_k(filtered, num_top)  # [B, num_top]
+    values, token_ids = lax.top_k(filtered, num_top)  # [B, num_top]
     probs = jnp.exp(values - jax.nn.logsumexp(filtered, axis=-1, keepdims=True))
     return {"top_k_token_ids": token_ids.astype(jnp.int32), "top_k_probs": probs}
 

@@ -219,7 +219,8 @@ def _draw(model: Grok, state: _State, logits: jax.Array, packed: jax.Array, num_
             lambda: jnp.where(biased[:, None], _biased(logits, state.bias), logits),
             lambda: logits,
         )
-    drawn = sample_token(row_keys(keys, state.cache.lengths), adjusted, settings).token_id
+    keys = row_keys(keys, state.cache.lengths)
+    drawn = sample_token(keys, adjusted, settings, whole=model.whole_rows(adjusted)).token_id
     logprob = lax.bitcast_convert_type(log_probs_of(logits, drawn), jnp.int32)
     columns = [drawn[:, None], logprob[:, None]]
     if num_top:

@@ -115,7 +115,7 @@ def decode_and_sample(
       The drawn tokens and the cache.
     """
     logits, cache = _decode_step(model, tokens, cache, settings.active)
-    return sample_token(row_keys(keys, cache.lengths), logits, settings), cache
+    return sample_token(row_keys(keys, cache.lengths), logits, settings, whole=model.whole_rows(logits)), cache
 
 
 @jax.tree_util.register_dataclass
@@ -243,7 +243,7 @@ def _generate(
     def draw(
         step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated
     ) -> tuple[jax.Array, jax.Array, Generated]:
-        drawn = sample_token(row_keys(keys, lengths + step), logits, settings)
+        drawn = sample_token(row_keys(keys, lengths + step), logits, settings, whole=model.whole_rows(logits))
         token = jnp.where(active, drawn.token_id, model.config.pad_id)
         logprob = jnp.where(active, drawn.logprob, 0)
         write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=1)

@@ -163,7 +163,8 @@ class TextGenerator:
     ) -> Iterator[int]:
         keys = jax.random.key(seed)[None]
         logits, cache = self._prefill(prompt_ids)
-        next_id = sample_token(row_keys(keys, cache.lengths), logits, settings).token_id
+        whole = self.model.whole_rows(logits)
+        next_id = sample_token(row_keys(keys, cache.lengths), logits, settings, whole=whole).token_id
         for number in range(num_tokens):
             current = next_id
             if number + 1 < num_tokens:
