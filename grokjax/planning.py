@@ -13,7 +13,7 @@ from grokjax.accelerators import Accelerator
 from grokjax.config import GrokConfig
 from grokjax.costs import StepCost
 from grokjax.sharding import ShardingRules
-from grokjax.step_compiler import StepCompiler, Traffic
+from grokjax.step_compiler import Measured, StepCompiler, Traffic
 from grokjax.targets import Target
 
 Bound = Literal["memory", "compute", "transfers"]
@@ -158,8 +158,8 @@ class Plan:
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
         steps = self.steps
         prompts = _prompts(batch_size, min(self.prompt_len, max_len), self.prefill_rows)
-        measured = (steps.measure(batch_size, max_len), steps.measure(batch_size, max_len, prompts))
-        beside = max(one.temporary_bytes + one.other_bytes for one in measured)
+        decode, prefill = steps.measure_both(batch_size, max_len, prompts)
+        beside = max(decode.temporary_bytes, prefill.temporary_bytes) + decode.other_bytes
         return steps.weights_bytes + steps.cache_bytes(batch_size, max_len) + beside
 
 
@@ -210,9 +210,10 @@ def plan(
         steps.cache_bytes(rows, length)  # refuses sizes that are out of range, before anything is compiled
     if prefill_rows < 1:
         raise ValueError(f"prefill_rows={prefill_rows} must be 1 or more: so many prompts are prefilled together.")
-    roofline = functools.partial(_roofline, steps, batch_size, max_len, latency=collective_latency)
     prompts = _prompts(batch_size, prompt_len, prefill_rows)
-    return Plan(steps, batch_size, max_len, prompt_len, prefill_rows, roofline(None), roofline(prompts))
+    roofline = functools.partial(_roofline, steps, batch_size, max_len, latency=collective_latency)
+    decode, prefill = steps.measure_both(batch_size, max_len, prompts)
+    return Plan(steps, batch_size, max_len, prompt_len, prefill_rows, roofline(decode), roofline(prefill, prompts))
 
 
 def _prompts(batch_size: int, prompt_len: int, prefill_rows: int) -> tuple[int, int]:
@@ -221,9 +222,15 @@ def _prompts(batch_size: int, prompt_len: int, prefill_rows: int) -> tuple[int, 
 
 
 def _roofline(
-    steps: StepCompiler, batch_size: int, max_len: int, prompts: tuple[int, int] | None, *, latency: float
+    steps: StepCompiler,
+    batch_size: int,
+    max_len: int,
+    measured: Measured,
+    prompts: tuple[int, int] | None = None,
+    *,
+    latency: float,
 ) -> StepPlan:
-    measured, cost = steps.measure(batch_size, max_len, prompts), steps.cost(batch_size, max_len, prompts)
+    cost = steps.cost(batch_size, max_len, prompts)
     traffic, accelerator = tuple(measured.traffic.values()), steps.target.accelerator
     times = [_ring_seconds(one, accelerator, latency) for one in traffic]
     return StepPlan(

@@ -131,8 +131,8 @@ def sample_token(
 
     The same keys give the same tokens as the release, which ran with `jax_threefry_partitionable=False`. The nucleus of
     top-p is taken of what top-k and min-p leave. A row's result does not depend on the other rows: together they only
-    decide whether to look for ranks in the vocabulary (for top-k and top-p) and whether to draw V random numbers a row (not if all
-    are greedy).
+    decide whether to look for ranks in the vocabulary (for top-k and top-p) and whether to draw V random numbers a row
+    (not if all are greedy).
 
     Args:
       keys: one key per row, typed [B] or raw uint32 [B, 2].

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 import jax
@@ -132,8 +133,18 @@ class StepCompiler:
         config = self.config if config is None else config
         return KVCache.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
 
+    def measure_both(self, batch_size: int, max_len: int, prompts: tuple[int, int]) -> tuple[Measured, Measured]:
+        """A decode step of all rows and a prefill of (P, T) tokens, compiled side by side."""
+        # The rows that a prefill does not touch add nothing but their bytes: it is the same for any number of them.
+        data = self.partitioner.mesh.devices.shape[0]
+        touched = min(batch_size, -(-prompts[0] // data) * data)
+        with ThreadPoolExecutor(2) as threads:
+            decode = threads.submit(self.measure, batch_size, max_len, None)
+            prefill = threads.submit(self.measure, touched, max_len, prompts)
+            return decode.result(), prefill.result()
+
     @functools.cache  # noqa: B019  # some numbers for each program, the same for equal compilers
-    def measure(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None = None) -> Measured:
+    def measure(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None) -> Measured:
         """A step of an engine of so many rows: for P prompts' T tokens, given as (P, T), else a decode step of all."""
         compile_layers = functools.partial(self._compile, batch_size, max_len, prompts)
         try:
