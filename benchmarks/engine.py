@@ -6,16 +6,17 @@ must read, then medians, and last one JSON line with the keys `config`, `layers`
 `fraction_of_bare`,
 `host_seconds_per_step`, `host_percent_of_step`, `all_at_once_new_tokens_per_second`,
 `all_at_once_total_tokens_per_second`, `poisson_rate`, `poisson_new_tokens_per_second`, `first_token_p50`,
-`first_token_p99`, `between_tokens_p50`, `between_tokens_p99`, `first_token_idle`, `first_token_behind_long_prompt`,
-`chunk_seconds`, `chunks_later` and the environment.
+`first_token_p99`, `between_tokens_p50`, `between_tokens_p99`, `first_token_idle`, `chunk_seconds`, `chunks_later`,
+`chunks_later_beside_decoding` and the environment.
 
 * `bare`: `decode_and_sample` in a loop over as many rows, each token read one step later.
 * `full`: the engine with every slot busy and nothing to prefill; `fraction_of_bare` compares the two.
 * `host`: time of a step of the engine in which it does not wait for the device.
 * `all_at_once` and `poisson`: requests of mixed lengths, up to `prompt` and `new` tokens, all there at the start or
   arriving at random at 0.7 of the rate that all at once were served at; waiting times are those of the latter.
-* `chunks_later`: how much later the first token of a short request comes when it arrives while a long prompt is being
-  prefilled, in pieces of `chunk` tokens, than on an idle engine; in times of one piece.
+* `chunks_later`: how much later than on an idle engine the first token of a short request comes that arrives at a random
+  moment while a long prompt is being prefilled in pieces of `chunk` tokens; in times of one piece, the median and the
+  most. `chunks_later_beside_decoding`: the same when another request runs, in times of a piece and a decode step.
 """
 
 import argparse
@@ -161,14 +162,28 @@ class Bench:
         between = [one.timings.decode / (len(one.token_ids) - 1) for one in done if len(one.token_ids) > 1]
         return sum(len(one.token_ids) for one in done) / seconds, first, between
 
-    def first_token(self, *, behind_long_prompt: bool) -> float:
-        """Seconds until the first token of a short request."""
-        if behind_long_prompt:
-            self.engine.submit(self.request(4 * self.chunk, 1))
-            self.engine.step()
+    def first_token_idle(self) -> float:
+        """Seconds until the first token of a short request, alone."""
         handle = self.engine.submit(self.request(8, 2))
         self.engine.run()
         return handle.completion.timings.first_token
+
+    def first_token_behind(self, *, running: int, step_seconds: float) -> float:
+        """Seconds from the arrival of a short request, during the prefill of a long prompt, until its first token.
+
+        It arrives at a random moment of the first three of four steps, and is given to the engine after that step.
+        """
+        others = [self.engine.submit(self.request(8, self.new)) for _ in range(running)]
+        while not all(other.pieces for other in others):
+            self.engine.step()
+        self.engine.submit(self.request(4 * self.chunk, 1))
+        due = time.perf_counter() + self.random.uniform(0, 3 * step_seconds)
+        while time.perf_counter() < due:
+            self.engine.step()
+        late = time.perf_counter() - due
+        handle = self.engine.submit(self.request(8, 2))
+        self.engine.run()
+        return late + handle.completion.timings.first_token
 
     def chunk_seconds(self) -> float:
         """Seconds that one piece of a long prompt takes."""
@@ -177,7 +192,7 @@ class Bench:
         return handle.completion.timings.prefill / 4
 
 
-def measure(bench: Bench, repeats: int) -> dict[str, float]:
+def measure(bench: Bench, repeats: int) -> dict[str, float | list[float]]:
     def median(run) -> float:
         return statistics.median(run() for _ in range(repeats))
 
@@ -188,9 +203,13 @@ def measure(bench: Bench, repeats: int) -> dict[str, float]:
         statistics.median(column) for column in zip(*(bench.all_at_once() for _ in range(repeats)), strict=True)
     )
     poisson, first, between = bench.poisson(0.7 * rate)
-    idle = median(lambda: bench.first_token(behind_long_prompt=False))
-    behind = median(lambda: bench.first_token(behind_long_prompt=True))
-    chunk = median(bench.chunk_seconds)
+    idle, chunk = median(bench.first_token_idle), median(bench.chunk_seconds)
+
+    def later(running: int) -> list[float]:
+        step = chunk + running * full
+        waits = [bench.first_token_behind(running=running, step_seconds=step) for _ in range(4 * repeats)]
+        return [(wait - idle) / step for wait in (statistics.median(waits), max(waits))]
+
     return {
         "bare_tokens_per_second": bench.slots / bare,
         "full_tokens_per_second": bench.slots / full,
@@ -206,9 +225,9 @@ def measure(bench: Bench, repeats: int) -> dict[str, float]:
         "between_tokens_p50": float(np.percentile(between, 50)),
         "between_tokens_p99": float(np.percentile(between, 99)),
         "first_token_idle": idle,
-        "first_token_behind_long_prompt": behind,
         "chunk_seconds": chunk,
-        "chunks_later": (behind - idle) / chunk,
+        "chunks_later": later(0),
+        "chunks_later_beside_decoding": later(1),
     }
 
 
@@ -235,11 +254,16 @@ def main() -> None:
         "quantized": not arguments.plain,
         "mesh": arguments.mesh,
         "warm_up_seconds": round(warm_up, 2),
-        **{name: float(f"{value:.5g}") for name, value in measure(bench, arguments.repeats).items()},
+        **{name: rounded(value) for name, value in measure(bench, arguments.repeats).items()},
         **card.environment(),
     }
     print_results(record)
     card.print_json(record)
+
+
+def rounded(value: float | list[float]) -> float | list[float]:
+    """To five digits."""
+    return [rounded(one) for one in value] if isinstance(value, list) else float(f"{value:.5g}")
 
 
 def print_card(arguments: argparse.Namespace, bench: Bench, bandwidth: float) -> None:
@@ -257,6 +281,10 @@ def print_card(arguments: argparse.Namespace, bench: Bench, bandwidth: float) ->
     )
 
 
+def times(median_and_most: list[float]) -> str:
+    return "{:.2f} pieces, at most {:.2f},".format(*median_and_most)
+
+
 def print_results(record: dict) -> None:
     card.print_rows(
         "medians",
@@ -272,7 +300,8 @@ def print_results(record: dict) -> None:
             "requests/s",
             "first token": f"{record['first_token_p50']} s, 99 % within {record['first_token_p99']} s",
             "between tokens": f"{record['between_tokens_p50']} s, 99 % within {record['between_tokens_p99']} s",
-            "short request behind a long prompt": f"{record['chunks_later']:.2f} pieces later than on an idle engine",
+            "short request behind a long prompt": f"{times(record['chunks_later'])} later than on an idle engine",
+            "the same beside a running request": times(record["chunks_later_beside_decoding"]),
         },
     )
 

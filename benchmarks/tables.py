@@ -76,6 +76,21 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "us a layer": number("layer_seconds", 0, 1e6),
         "percent of the bandwidth": number("percent_of_bandwidth"),
     },
+    "engine": {
+        "jax": lambda record: record["jax"],
+        "layers": number("layers"),
+        "bare loop, tokens/s": number("bare_tokens_per_second", 1),
+        "engine": number("full_tokens_per_second", 1),
+        "of the bare loop": number("fraction_of_bare", 2),
+        "host, percent of a step": number("host_percent_of_step", 1),
+        "all at once, new tokens/s": number("all_at_once_new_tokens_per_second", 1),
+        "Poisson: first token, half and 99 % within, s": lambda record: (
+            f"{record['first_token_p50']:.2f}, {record['first_token_p99']:.2f}"
+        ),
+        "a piece, s": number("chunk_seconds", 2),
+        "pieces later behind a long prompt, median and most": number("chunks_later", 2),
+        "beside a running request": number("chunks_later_beside_decoding", 2),
+    },
     "startup": {
         "jax": lambda record: record["jax"],
         "first token, nothing compiled": number("cold_seconds", 1),

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from grokjax.cache import CACHE_AXES, Entries, own_rows, read, write
 from grokjax.config import GrokConfig
 from grokjax.layers import gather_embed, rotate, weight_param
+from grokjax.processors import product_dtype
 from grokjax.quantization import Weight, float_precision, matmul, specs
 from grokjax.sharding import Partitioner
 
@@ -61,6 +62,9 @@ def attend(
             query, keys, values, layer=layer, rows=rows, start=start, multiplier=multiplier, softcap=softcap
         )
     batch, num_new, num_heads, _ = query.shape
+    dtype = query.dtype
+    if platform == "cpu":
+        query = query.astype(product_dtype(dtype))
     query_block, key_block = block_sizes(platform, batch * num_heads, num_new)
     block = min(query_block, num_new)
     num_blocks = -(-num_new // block)
@@ -82,9 +86,9 @@ def attend(
         return one_block(queries, first=start + i * block, filled=filled)
 
     if num_blocks == 1:
-        return run(jnp.zeros((), jnp.int32))
+        return run(jnp.zeros((), jnp.int32)).astype(dtype)
     out = lax.map(run, jnp.arange(num_blocks))  # [blocks, B, block, N * H]
-    return out.swapaxes(0, 1).reshape(batch, num_blocks * block, -1)[:, :num_new]
+    return out.swapaxes(0, 1).reshape(batch, num_blocks * block, -1)[:, :num_new].astype(dtype)
 
 
 def block_sizes(platform: str, num_heads: int, num_new: int) -> tuple[int, int]:

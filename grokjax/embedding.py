@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
+from grokjax.processors import product_dtype
 from grokjax.quantization import QuantizedTable, float_precision, pad_rows, specs
 from grokjax.sharding import Partitioner
 
@@ -110,7 +111,7 @@ def _integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     is cast block by block.
     """
     if x.shape[0] > _INTEGER_ROWS:
-        return _blocked_unembed(x, table)
+        return _blocked_unembed(x.astype(product_dtype(x.dtype)), table)
     digits = 2 if x.dtype == jnp.bfloat16 else 3
     wide = x.astype(jnp.float32)
     largest = jnp.abs(wide).max(axis=1, keepdims=True)

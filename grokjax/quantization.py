@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from grokjax import gpu_kernels
+from grokjax.processors import product_dtype
 from grokjax.sharding import Axes, Partitioner
 
 
@@ -249,6 +250,7 @@ _STEP_SLICES, _SLICE_NUMBERS = 8, 1 << 15
 
 def _cpu_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
     """The product in the form that suits the number of rows; each reads a weight once and copies none of it whole."""
+    x = x.astype(product_dtype(x.dtype))
     if x.shape[0] <= _SUMMED_ROWS:
         return _summed_matmul(x, weight, scales, at)
     is_wide = x.shape[0] >= _COLUMN_ROWS and weight.shape[-1] > weight.shape[-2]

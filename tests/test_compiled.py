@@ -12,6 +12,7 @@ from grokjax import slot_steps
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.model import abstract_model, parameter_maker
+from grokjax.processors import product_dtype
 from grokjax.program import Program, Value, read_program
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 from grokjax.steps import decode, prefill
@@ -45,16 +46,14 @@ def compile_step(
 
 
 def large_matrices(program: Program, *, cache: tuple[int, ...]) -> list[Value]:
-    """Matrices of over 2 MiB, but for the cache, which is updated where it lies.
+    """Matrices larger than a cast block of a weight, but for the cache, which is updated where it lies.
 
-    Rows of activations and of scales are no matrices of 64 x 64 and more; a block of a weight has at most 1 MiB, or
-    2 MiB when cast to bfloat16.
+    Rows of activations and of scales are no matrices of 64 x 64 and more; a block of a weight has at most 1 MiB, and
+    2 MiB when cast to bfloat16, or 4 where processors multiply float32 instead.
     """
-    return [
-        value
-        for value in program.values
-        if value.num_bytes > 2 * MIB and len(value.shape) > 1 and min(value.shape[-2:]) >= 64 and value.shape != cache
-    ]
+    block = product_dtype(jnp.bfloat16).itemsize * MIB
+    matrices = (value for value in program.values if len(value.shape) > 1 and min(value.shape[-2:]) >= 64)
+    return [value for value in matrices if value.num_bytes > block and value.shape != cache]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])

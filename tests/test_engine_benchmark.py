@@ -28,3 +28,5 @@ def test_a_small_model() -> None:
     assert 0 < record["host_percent_of_step"] <= 100
     positive = ("_per_second", "_seconds", "_p50", "_p99", "_idle")
     assert all(record[name] > 0 for name in record if name.endswith(positive))
+    median, most = record["chunks_later"]
+    assert median <= most

@@ -1,0 +1,51 @@
+"""In which dtype processors are asked to multiply: as their description says, and the same result either way."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grokjax import processors
+from grokjax.processors import has_bfloat16, product_dtype
+from grokjax.quantization import matmul, quantize
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu sse4_2 avx2 avx512f avx512_bf16 avx512_vnni", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile", True),
+        ("flags\t\t: fpu sse4_2 avx2 f16c", False),
+        ("Features\t: fp asimd i8mm bf16", True),
+        ("Features\t: fp asimd", False),
+        ("model name\t: bf16", False),
+    ],
+)
+def test_what_a_description_says(tmp_path: Path, line: str, expected: bool) -> None:
+    description = tmp_path / "cpuinfo"
+    description.write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
+    assert has_bfloat16(description) is expected
+
+
+def test_without_a_description(tmp_path: Path) -> None:
+    assert not has_bfloat16(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 64])
+@pytest.mark.parametrize("found", [True, False])
+def test_products_of_bfloat16(num_rows: int, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is multiplied as such only where processors can; float32 always; the sums agree."""
+    monkeypatch.setattr(processors, "has_bfloat16", lambda: found)
+    assert product_dtype(jnp.bfloat16) == (jnp.bfloat16 if found else jnp.float32)
+    assert product_dtype(np.float32) == jnp.float32
+    random = np.random.default_rng(num_rows)
+    weight = quantize(jnp.asarray(random.standard_normal((64, 160)), jnp.float32))
+    x = jnp.asarray(random.standard_normal((num_rows, 64)), jnp.bfloat16)
+    product = jax.jit(lambda x, w: matmul(x, w))
+    lines = product.lower(x, weight).as_text().splitlines()
+    of_bfloat16 = [line for line in lines if "dot_general" in line and "xbf16" in line]
+    assert bool(of_bfloat16) == (found and num_rows > 2)  # fewer rows are sums, in float32 anyway
+    expected = np.asarray(x, np.float64) @ (np.asarray(weight.weight, np.float64) * np.asarray(weight.scales))
+    np.testing.assert_allclose(product(x, weight), expected, atol=2e-5)
