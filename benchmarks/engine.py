@@ -14,9 +14,9 @@ must read, then medians, and last one JSON line with the keys `config`, `layers`
 * `host`: time of a step of the engine in which it does not wait for the device.
 * `all_at_once` and `poisson`: requests of mixed lengths, up to `prompt` and `new` tokens, all there at the start or
   arriving at random at 0.7 of the rate that all at once were served at; waiting times are those of the latter.
-* `chunks_later`: how much later than on an idle engine the first token of a short request comes that arrives at a random
-  moment while a long prompt is being prefilled in pieces of `chunk` tokens; in times of one piece, the median and the
-  most. `chunks_later_beside_decoding`: the same when another request runs, in times of a piece and a decode step.
+* `chunks_later`: how much later than on an idle engine the first token of a short request comes, one that arrives at a
+  random moment while a long prompt is being prefilled in pieces of `chunk` tokens; in times of a piece, the median and
+  the most. `chunks_later_beside_decoding`: the same when another request runs, in times of a piece and a decode step.
 """
 
 import argparse
