@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grokjax.processors import product_dtype
+
 
 def read_bandwidth(mesh: Mesh, num_bytes: int = 1 << 29) -> float:
     """Bytes a second at which all devices of the mesh together read arrays of `num_bytes` each, best of 20 sums."""
@@ -22,7 +24,12 @@ def read_bandwidth(mesh: Mesh, num_bytes: int = 1 << 29) -> float:
 
 
 def matmul_rate(mesh: Mesh, dtype: jnp.dtype, size: int = 2048) -> float:
-    """Operations a second of all devices of the mesh together in square products of `dtype`, best of 20."""
+    """Operations a second of all devices of the mesh together in square products of `dtype`, best of 20.
+
+    On CPUs that imitate products of `dtype`, in those that they are given instead.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        dtype = product_dtype(dtype)
     array = jnp.ones((mesh.size, size, size), dtype, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     product(array).block_until_ready()
