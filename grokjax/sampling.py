@@ -233,7 +233,8 @@ def _scale(logits: jax.Array, mask: jax.Array | None, temperature: jax.Array) ->
 
 def _filter(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sharding | None) -> jax.Array:
     """All filters on [B, V] float32; looks for ranks, or for a nucleus, only if an active row asks for one."""
-    threshold = _min_p_threshold(scaled, settings.min_p)
+    needs_rank = settings.active & (settings.top_k > 0)
+    needs_nucleus = settings.active & (settings.nucleus_p < 1.0)
 
     def raised(threshold: jax.Array) -> jax.Array:
         gathered = scaled if whole is None else lax.with_sharding_constraint(scaled, whole)
@@ -248,9 +249,8 @@ def _filter(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sha
             lambda: threshold,
         )
 
-    needs_rank = settings.active & (settings.top_k > 0)
-    needs_nucleus = settings.active & (settings.nucleus_p < 1.0)
-    return _keep_from(scaled, lax.cond(jnp.any(needs_rank | needs_nucleus), raised, lambda least: least, threshold))
+    least = _min_p_threshold(scaled, settings.min_p)
+    return _keep_from(scaled, lax.cond(jnp.any(needs_rank | needs_nucleus), raised, lambda threshold: threshold, least))
 
 
 def _draw(keys: jax.Array, filtered: jax.Array, greedy: jax.Array, needs_draw: jax.Array) -> jax.Array:
