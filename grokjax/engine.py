@@ -165,7 +165,12 @@ class Engine:
         return handle
 
     def cancel(self, handle: Handle) -> None:
-        """Ends a request now, with what it has; its slot is free for the next step. Harmless when it has ended."""
+        """Ends a request now, with what it has; its slot is free for the next step. Harmless when it has ended.
+
+        Raises:
+          ValueError: This is no `Handle`.
+        """
+        _check_handle("cancel", handle)
         for sample in [sample for sample in self._live if sample.handle is handle]:
             self._finish(sample, "cancelled")
 
@@ -195,10 +200,7 @@ class Engine:
         Raises:
           ValueError: The request is not of this engine, or this is no `Handle`.
         """
-        if not isinstance(handle, Handle):
-            raise ValueError(
-                f"stream takes what submit returned, not {reprlib.repr(handle)}: submit the request first."
-            )
+        _check_handle("stream", handle)
         if not handle.is_done and not any(sample.handle is handle for sample in self._live):
             raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
         for number in itertools.count():
@@ -210,7 +212,13 @@ class Engine:
             yield handle.pieces[number]
 
     def as_completed(self, requests: Iterable[Request]) -> Iterator[Handle]:
-        """Runs requests, taken from an iterable as the queue has room, and yields each as soon as it has ended."""
+        """Runs requests, taken from an iterable as the queue has room, and yields each as soon as it has ended.
+
+        Raises:
+          ValueError: This is nothing to take requests from, or what `submit` says of one of them.
+        """
+        if not isinstance(requests, Iterable):
+            raise ValueError(f"as_completed takes requests in a list, not {reprlib.repr(requests)}.")
         source, running = iter(requests), dict[Handle, None]()
         exhausted = False
         try:
@@ -417,6 +425,11 @@ def _listed(prompts: object) -> list[Any]:
         f"generate takes a list of prompts, not {reprlib.repr(prompts)}: put the text, or the list of token ids, into "
         "a list."
     )
+
+
+def _check_handle(name: str, handle: object) -> None:
+    if not isinstance(handle, Handle):
+        raise ValueError(f"{name} takes what submit returned, not {reprlib.repr(handle)}: submit the request first.")
 
 
 def _rows(samples: Iterable[LiveSample]) -> _Rows:

@@ -211,9 +211,9 @@ def _token_array(prompt: object) -> np.ndarray:
     array = _array(prompt)
     if array.ndim != 1:
         raise ValueError(f"the prompt must be text or a list of token ids, not {reprlib.repr(prompt)}.")
-    if np.issubdtype(array.dtype, np.integer):
+    if np.issubdtype(array.dtype, np.integer) and not isinstance(prompt, list | tuple):
         return array
-    # Integers of more than 64 bits, too, make an array of another kind.
+    # One by one: NumPy takes booleans among integers for integers, and integers of more than 64 bits for objects.
     return np.array(_integers("the prompt", prompt), object)
 
 

@@ -497,6 +497,12 @@ class TestTrouble:
             list(engine.as_completed([given]))
         with pytest.raises(ValueError, match=r"stream takes what submit returned, not .*: submit the request first\."):
             next(engine.stream(given))
+        with pytest.raises(ValueError, match=r"cancel takes what submit returned, not .*: submit the request first\."):
+            engine.cancel(given)
+
+    def test_what_holds_no_requests(self) -> None:
+        with pytest.raises(ValueError, match=r"as_completed takes requests in a list, not None\."):
+            next(make_engine().as_completed(None))
 
 
 class TestText:

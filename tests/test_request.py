@@ -131,6 +131,7 @@ class TestBias:
         ({1, 2}, r"must be text or a list of token ids, not \{1, 2\}"),
         ([1, 1.5], r"the prompt has 1\.5: token ids are integers"),
         (np.array([1.5]), r"the prompt has .*1\.5.*: token ids are integers"),
+        ([True, 1], "the prompt has True: token ids are integers"),
         (["a", 1], "the prompt has 'a': token ids are integers"),
         ([[1, 2], [3]], r"the prompt has \[1, 2\]: token ids are integers"),
         ([2**70], "the prompt has the token id 1180591620717411303424, outside the vocabulary of 4"),
