@@ -127,13 +127,13 @@ def main() -> None:
     config = read_config(arguments, longest=arguments.max_len or arguments.prompt + arguments.new + 1)
     mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
     dtype = jnp.dtype(arguments.dtype)
+    bandwidth = card.read_bandwidth(mesh)  # first: what it reads is not beside the model when memory is highest
     table = arguments.quantized_table
     model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain, quantized_table=table)
     runner = Runner(model, arguments)
     filled = arguments.prompt + arguments.new // 2
     cache_dtype = runner.new_cache().keys.dtype
     needed = step_cost(model, batch_size=arguments.batch, filled=filled, cache_dtype=cache_dtype)
-    bandwidth = card.read_bandwidth(mesh)
     print_card(arguments, needed, bandwidth / mesh.size)
 
     compile_seconds = card.seconds(runner.prefill) + card.seconds(lambda: greedy_step(model, *runner.prefill())[0])

@@ -80,9 +80,13 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
     scales = (jnp.abs(blocks).max(axis=-2) / 127).astype(scale_dtype)
+    return QuantizedArray(_levels(blocks, scales[..., None, :]).reshape(w.shape), scales)
+
+
+def _levels(w: jax.Array, scales: jax.Array) -> jax.Array:
+    """int8 numbers of scales that come nearest to `w`; 0 where the scale is 0."""
     divisor = jnp.where(scales == 0, jnp.ones_like(scales), scales).astype(jnp.float32)
-    levels = jnp.clip(jnp.round(blocks / divisor[..., None, :]), -127, 127)
-    return QuantizedArray(levels.astype(jnp.int8).reshape(w.shape), scales)
+    return jnp.clip(jnp.round(w.astype(jnp.float32) / divisor), -127, 127).astype(jnp.int8)
 
 
 @jax.tree_util.register_dataclass
@@ -106,8 +110,10 @@ class QuantizedTable:
 
 def quantize_table(table: jax.Array) -> QuantizedTable:
     """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale."""
-    columns = quantize(table.T)
-    return QuantizedTable(columns.weight.T, columns.scales[0])
+    scales = jnp.abs(table).max(axis=1).astype(jnp.float32) / 127
+    # Else XLA's CPU backend casts the table once for scales and levels, and holds all of it in float32 between them.
+    scales, table = lax.optimization_barrier((scales, table))
+    return QuantizedTable(_levels(table, scales[:, None]), scales)
 
 
 def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
