@@ -142,8 +142,8 @@ class Plan:
         if usable is None:
             return None
         total = functools.partial(self._total_bytes, max_len=self.max_len)
-        start, slope = -(-self.batch_size // data), self.steps.cache_bytes(data, self.max_len)
-        return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, slope)
+        start, guess = -(-self.batch_size // data), self._likely_batch_size(usable) // data if self.fits else 0
+        return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, guess)
 
     @functools.cached_property
     def largest_max_len(self) -> int | None:
@@ -152,8 +152,20 @@ class Plan:
         if usable is None:
             return None
         total = functools.partial(self._total_bytes, self.batch_size)
-        slope = self.steps.cache_bytes(self.batch_size, 1)
-        return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, slope)
+        guess = self.max_len + (usable - self.total_bytes) // self.steps.cache_bytes(self.batch_size, 1)
+        return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
+
+    def _likely_batch_size(self, usable: int) -> int:
+        """Rows that fit beside the temporaries of the largest prefill, if those of a decode step do not grow beyond.
+
+        Where they do not it is the answer, and spares compiling a decode step of yet another number of rows.
+        """
+        rows, prompt_len = self.batch_size, min(self.prompt_len, self.max_len)
+        prompts = _prompts(_MOST_ROWS, prompt_len, self.prefill_rows)
+        decode = self.steps.measure(rows, self.max_len, None)
+        prefill = self.steps.measure_prefill(_MOST_ROWS, self.max_len, prompts)
+        temporary = max(decode.temporary_bytes, prefill.temporary_bytes)
+        return int((usable - self.weights_bytes - temporary) / (self.cache_bytes + decode.other_bytes) * rows)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
         steps = self.steps
@@ -253,11 +265,11 @@ def _ring_seconds(traffic: Traffic, accelerator: Accelerator, latency: float) ->
     return link and traffic.count * latency + rounds.get(traffic.kind, parts) * traffic.num_bytes / link
 
 
-def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int, slope: float) -> int:
+def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int, guess: int) -> int:
     """The largest n up to `most` whose total is usable, which grows about linearly; 0 if there is none.
 
     It is confirmed by its total. At most `_MAX_TRIES` totals beside those of `start` and maybe 1 are asked for, the
-    first where `slope` bytes for each n would lead.
+    first that of `guess` if that of `start` is usable.
     """
     known = {start: total_bytes(start)}
     if known[start] > usable:
@@ -270,7 +282,8 @@ def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: i
         if len(known) > 1:
             high = others[0] if others else fitting[-2]
             slope = max((known[high] - known[low]) / (high - low), 1)
-        guess = min(most, low + int((usable - known[low]) / slope))
+            guess = low + int((usable - known[low]) / slope)
+        guess = min(most, max(guess, low))
         if guess in known:
             break
         known[guess] = total_bytes(guess)

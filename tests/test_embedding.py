@@ -28,6 +28,12 @@ def test_rounding_error_is_half_a_step_of_the_row() -> None:
     assert (np.abs(restored - table) <= 0.501 * np.asarray(quantized.scales)[:, None]).all()
 
 
+def test_rounding_holds_no_float32_copy_of_the_table() -> None:
+    table = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
+    compiled = jax.jit(quantize_table).lower(table).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < table.size
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17])
 def test_every_form_of_the_product(num_rows: int, dtype: str) -> None:
