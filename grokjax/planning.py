@@ -142,7 +142,7 @@ class Plan:
         if usable is None:
             return None
         total = functools.partial(self._total_bytes, max_len=self.max_len)
-        start, guess = -(-self.batch_size // data), self._likely_batch_size(usable) // data if self.fits else 0
+        start, guess = -(-self.batch_size // data), self._likely_rows(usable) if self.fits else 0
         return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, guess)
 
     @functools.cached_property
@@ -155,17 +155,18 @@ class Plan:
         guess = self.max_len + (usable - self.total_bytes) // self.steps.cache_bytes(self.batch_size, 1)
         return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
 
-    def _likely_batch_size(self, usable: int) -> int:
-        """Rows that fit beside the temporaries of the largest prefill, if those of a decode step do not grow beyond.
+    def _likely_rows(self, usable: int) -> int:
+        """Rows of each replica that fit beside the temporaries of the largest prefill.
 
-        Where they do not it is the answer, and spares compiling a decode step of yet another number of rows.
+        Where those of a decode step do not grow beyond them it is the answer, and spares compiling another decode step.
         """
-        rows, prompt_len = self.batch_size, min(self.prompt_len, self.max_len)
-        prompts = _prompts(_MOST_ROWS, prompt_len, self.prefill_rows)
-        decode = self.steps.measure(rows, self.max_len, None)
+        data = self.mesh[0]
+        prompts = _prompts(_MOST_ROWS, self.prompt_len, self.prefill_rows)
+        decode = self.steps.measure(self.batch_size, self.max_len, None)
         prefill = self.steps.measure_prefill(_MOST_ROWS, self.max_len, prompts)
         temporary = max(decode.temporary_bytes, prefill.temporary_bytes)
-        return int((usable - self.weights_bytes - temporary) / (self.cache_bytes + decode.other_bytes) * rows)
+        other = decode.other_bytes // -(-self.batch_size // data)
+        return (usable - self.weights_bytes - temporary) // (self.steps.cache_bytes(data, self.max_len) + other)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
         steps = self.steps
