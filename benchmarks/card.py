@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grokjax.processors import product_dtype
 
 
-def read_bandwidth(mesh: Mesh, num_bytes: int = 1 << 29) -> float:
-    """Bytes a second at which all devices of the mesh together read arrays of `num_bytes` each, best of 20 sums."""
+def read_bandwidth(mesh: Mesh, num_bytes: int | None = None) -> float:
+    """Bytes a second at which all devices of the mesh together read arrays of `num_bytes` each, best of 20 sums.
+
+    By default the arrays are far larger than any cache, and long enough to read that a call's own time is small: 512
+    MiB on CPUs, 4 GiB on others.
+    """
+    if num_bytes is None:
+        num_bytes = 1 << (29 if _platform(mesh) == "cpu" else 32)
     shape = (mesh.size, num_bytes // 4)
     array = jnp.ones(shape, jnp.float32, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     total = jax.jit(jnp.sum)
@@ -23,17 +30,33 @@ def read_bandwidth(mesh: Mesh, num_bytes: int = 1 << 29) -> float:
     return array.nbytes / min(seconds(lambda: total(array)) for _ in range(20))
 
 
-def matmul_rate(mesh: Mesh, dtype: jnp.dtype, size: int = 2048) -> float:
+def matmul_rate(mesh: Mesh, dtype: jnp.dtype, size: int | None = None) -> float:
     """Operations a second of all devices of the mesh together in square products of `dtype`, best of 20.
 
-    On CPUs that imitate products of `dtype`, in those that they are given instead.
+    By default of 2048 rows on CPUs, of 8192 on others. On CPUs that imitate products of `dtype`, in those that they are
+    given instead.
     """
-    if mesh.devices.flat[0].platform == "cpu":
+    if _platform(mesh) == "cpu":
         dtype = product_dtype(dtype)
-    array = jnp.ones((mesh.size, size, size), dtype, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    size = size or (2048 if _platform(mesh) == "cpu" else 8192)
+    place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    # Of random numbers: chips that lower their clock to save power are faster on ones.
+    numbers = jax.jit(lambda: jax.random.normal(jax.random.key(0), (mesh.size, size, size), dtype), out_shardings=place)
+    array = numbers()
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     product(array).block_until_ready()
     return 2 * mesh.size * size**3 / min(seconds(lambda: product(array)) for _ in range(20))
+
+
+def peak_memory(mesh: Mesh) -> int:
+    """The most bytes that this process has held so far: of the machine's memory on CPUs, else of the fullest device."""
+    if _platform(mesh) == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(device.memory_stats()["peak_bytes_in_use"] for device in mesh.devices.flat)
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
 
 
 def seconds(run: Callable[[], object]) -> float:

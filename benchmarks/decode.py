@@ -4,7 +4,7 @@
 what one step must read, then medians, and last one JSON line. With `--peer llama.cpp` prefill and decode of both are
 timed in turn, and the line also has `peer_prefill_tokens_per_second`, `peer_decode_tokens_per_second`, the ratios of
 our speed to the peer's, `prefill_ratio` and `decode_ratio`, and `peer_difference`, that of the logits as part of their
-own size. The line is one with the keys `config`, `batch_size`, `prompt`, `new`, `dtype`, `quantized`,
+own size. The line is one with the keys `config`, `layers`, `batch_size`, `prompt`, `new`, `dtype`, `quantized`,
 `quantized_table`, `cache_dtype`, `mesh`, `compile_seconds`, `prefill_tokens_per_second`, `decode_tokens_per_second`,
 `decode_step_seconds`, `step_bytes`, `read_bandwidth`, `percent_of_bandwidth`, `weights_bytes`, `peak_memory_bytes` and
 the environment.
@@ -12,7 +12,6 @@ the environment.
 
 import argparse
 import functools
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +26,8 @@ from flax import nnx
 from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
 from grokjax.costs import StepCost, step_cost
 
+# Steps that a device is given before the host waits for the last.
+_QUEUED = 8
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
 
@@ -81,13 +82,16 @@ class Runner:
         return logits.argmax(axis=-1).astype(jnp.int32), cache
 
     def decode_steps(self) -> list[float]:
-        """Seconds of each step after a prefill."""
+        """Seconds of a step after a prefill, each the mean of some that were asked for together, as engines do."""
         tokens, cache = jax.block_until_ready(self.prefill())
         times = []
-        for _ in range(self.new):
+        for done in range(0, self.new, _QUEUED):
+            number = min(_QUEUED, self.new - done)
             start = time.perf_counter()
-            tokens, cache = jax.block_until_ready(greedy_step(self.model, tokens, cache))
-            times.append(time.perf_counter() - start)
+            for _ in range(number):
+                tokens, cache = greedy_step(self.model, tokens, cache)
+            jax.block_until_ready(tokens)
+            times.append((time.perf_counter() - start) / number)
         return times
 
 
@@ -142,6 +146,7 @@ def main() -> None:
     record = {
         "benchmark": "decode",
         "config": arguments.config,
+        "layers": config.num_layers,
         "batch_size": arguments.batch,
         "prompt": arguments.prompt,
         "new": arguments.new,
@@ -158,7 +163,7 @@ def main() -> None:
         "read_bandwidth": int(bandwidth),
         "percent_of_bandwidth": round(100 * needed.num_bytes * mesh.size / step_seconds / bandwidth, 1),
         "weights_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": card.peak_memory(mesh),
         **card.environment(),
     }
     for peer_prefill, peer_step in others:

@@ -4,7 +4,7 @@
 turn, on whatever device there is. It prints a card of what they must compute, then medians, and last one JSON line.
 `--peer llama.cpp` runs the same prompts through it, in turn too, and adds `peer_tokens_per_second`, `peer_ratio` (our
 speed over its) and `peer_difference` (of the logits, as part of their own size). The line is one with the keys
-`config`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`, `tokens_per_second`,
+`config`, `layers`, `lengths`, `dtype`, `quantized`, `mesh`, `compile_seconds`, `prefill_seconds`, `tokens_per_second`,
 `operations`, `matmul_rate`, `percent_of_matmul_rate` and the environment; where there is a list, it is by length.
 """
 
@@ -106,6 +106,7 @@ def main() -> None:
         {
             "benchmark": "prefill",
             "config": arguments.config,
+            "layers": config.num_layers,
             "lengths": lengths,
             "dtype": arguments.dtype,
             "quantized": not arguments.plain,

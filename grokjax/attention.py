@@ -11,11 +11,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from grokjax import gpu_attention
 from grokjax.cache import CACHE_AXES, Entries, own_rows, read, write
 from grokjax.config import GrokConfig
 from grokjax.layers import gather_embed, rotate, weight_param
 from grokjax.processors import product_dtype
-from grokjax.quantization import Weight, float_precision, matmul, specs
+from grokjax.quantization import Weight, float_precision, matmul, matmuls, specs
 from grokjax.sharding import Partitioner
 
 # A vector of a TPU; sizes that its kernel takes are multiples of it.
@@ -38,7 +39,8 @@ def attend(
     """Causal attention of new tokens over one layer of a cache that holds them already.
 
     Blocks of keys are taken one after the other, up to the longest filled row, with a running maximum and sum, so the
-    cost follows the filled length and no [T, S] matrix exists. On TPUs a prefill is one kernel (see `fused_attend`).
+    cost follows the filled length and no [T, S] matrix exists. On TPUs a prefill is one kernel (see `fused_attend`), on
+    GPUs every call (see `gpu_attention`).
 
     Args:
       query: [P, T, N, H], after RoPE, in the compute dtype.
@@ -61,6 +63,9 @@ def attend(
         return fused_attend(
             query, keys, values, layer=layer, rows=rows, start=start, multiplier=multiplier, softcap=softcap
         )
+    if platform == "gpu" and gpu_attention.fits(query, keys, softcap):
+        place: dict[str, Any] = {"layer": layer, "rows": rows, "start": start, "count": count}
+        return gpu_attention.attend(query, keys, values, **place, multiplier=multiplier, softcap=softcap)
     batch, num_new, num_heads, _ = query.shape
     dtype = query.dtype
     if platform == "cpu":
@@ -344,10 +349,11 @@ class Attention(nnx.Module):
         batch, num_new, _ = x.shape
         query_weight, key_weight, value_weight, output_weight = weights
         positions = start[:, None] + jnp.arange(num_new)[None]
-        query = matmul(x, query_weight, at=(layer,)).reshape(batch, num_new, -1, self.config.head_dim)
+        query, key, value = matmuls(x, (query_weight, key_weight, value_weight), at=(layer,))
+        query = query.reshape(batch, num_new, -1, self.config.head_dim)
         query = rotate(query, positions, self.config.rope_base).astype(self.dtype)
-        key = rotate(self._kv_heads(matmul(x, key_weight, at=(layer,))), positions, self.config.rope_base)
-        value = self._kv_heads(matmul(x, value_weight, at=(layer,)))
+        key = rotate(self._kv_heads(key), positions, self.config.rope_base)
+        value = self._kv_heads(value)
         is_held = None
         if rows is not None and keys.shape[1] < num_rows:
             rows, is_held = own_rows(rows, keys.shape[1], self.partitioner)

@@ -1,7 +1,6 @@
 """The key and value cache: a frozen pytree with a length for each row."""
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -221,7 +220,8 @@ def write(
     """Writes new entries of one layer into the stack, in place where the stack is a loop's carry.
 
     Entries that would lie beyond the end are dropped; everything else stays as it was. Each row is one
-    `dynamic_update_slice`: a scatter makes XLA:TPU copy the whole stack into another layout.
+    `dynamic_update_slice`: a scatter makes XLA:TPU copy the whole stack into another layout. On GPUs it is a scatter,
+    one kernel for all rows.
 
     Args:
       stack: [L, B, K, S, H].
@@ -235,7 +235,12 @@ def write(
       The stack [L, B, K, S, H].
     """
     parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
-    return jax.tree.map(functools.partial(_write, layer=layer, rows=rows, start=start, count=count), stack, parts)
+    rows = jnp.arange(new.shape[0]) if rows is None else rows
+
+    def put(stack: jax.Array, new: jax.Array) -> jax.Array:
+        return lax.platform_dependent(stack, new, layer, rows, start, count, cuda=_scatter, default=_write_rows)
+
+    return jax.tree.map(put, stack, parts)
 
 
 def read(
@@ -330,10 +335,21 @@ def own_rows(rows: jax.Array, num_held: int, partitioner: Partitioner) -> tuple[
     return jnp.where(is_held, own, 0), is_held
 
 
-def _write(
-    stack: jax.Array, new: jax.Array, *, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
+def _scatter(
+    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, start: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """`write` of one array: [L, B, K, S, ...] and [P, K, T, ...]."""
+    """`write` of one array, [L, B, K, S, ...] and [P, K, T, ...]."""
+    number = jnp.arange(new.shape[2])[None]
+    # What is not to be written goes behind the end, each to a place of its own.
+    position = jnp.where(number < count[:, None], start[:, None] + number, stack.shape[3] + number)  # [P, T]
+    moved = new.swapaxes(1, 2).astype(stack.dtype)
+    return stack.at[layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
+
+
+def _write_rows(
+    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, start: jax.Array, count: jax.Array
+) -> jax.Array:
+    """The same, row by row."""
     num_rows, heads, num_new, *rest = new.shape
     zero = jnp.zeros((), jnp.int32)
 
@@ -341,7 +357,7 @@ def _write(
         # Near the end of the cache the window slides left, and the new entries slide right inside it.
         first = jnp.minimum(start[i], stack.shape[3] - num_new)
         shift = start[i] - first
-        index = (layer, i if rows is None else rows[i], zero, first) + (zero,) * len(rest)
+        index = (layer, rows[i], zero, first) + (zero,) * len(rest)
         old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
         number = jnp.arange(num_new) - shift
         fresh = (number >= 0) & (number < count[i])

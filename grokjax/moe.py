@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,18 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from grokjax import gpu_matmul
 from grokjax.config import GrokConfig
 from grokjax.layers import gather_embed, weight_param
-from grokjax.quantization import Weight, matmul, specs
+from grokjax.quantization import KERNEL_ROWS, Weight, matmul, matmuls, parts, specs
 from grokjax.sharding import Partitioner
 
 # Numbers of rows for which a CPU has programs of their own; at the largest a product is fastest, a row.
 _CPU_SIZES = (1, 2, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384)
 # On other devices: those of a decode step's short blocks, fewest and most rows of a block.
 _FEW_ROWS, _FEWEST_ROWS, _MOST_ROWS = (1, 2), 8, 128
+# On GPUs, where an expert has so many tokens that its weights are cast first: in quarters of a fair share.
+_GPU_SIZES = (1, 2, 3, 4, 5, 6, 8)
 
 
 class FeedForward(nnx.Module):
@@ -106,13 +110,15 @@ class FeedForward(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         own = experts.reshape(tokens.shape[0], -1) - self.partitioner.index("experts") * weights[0].shape[1]
         own = jnp.where(valid.reshape(-1, 1), own, -1)
-        sizes = block_sizes(
-            len(tokens),
-            per_token=own.shape[1],
-            num_experts=self.config.num_experts,
-            platform=self.partitioner.platform,
-        )
-        out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer, sizes=sizes)
+        counts = {"per_token": own.shape[1], "num_experts": self.config.num_experts}
+        platform = self.partitioner.platform
+        if platform == "gpu" and fits_kernel(tokens, weights, **counts):
+            out = evaluate_together(
+                tokens, gates.reshape(own.shape), own, weights, layer=layer, num_experts=self.config.num_experts
+            )
+        else:
+            sizes = block_sizes(len(tokens), **counts, platform=platform)
+            out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer, sizes=sizes)
         return self.partitioner.psum(out, "experts", "ffn").reshape(x.shape).astype(self.dtype)
 
 
@@ -120,13 +126,15 @@ def block_sizes(num_tokens: int, *, per_token: int, num_experts: int, platform: 
     """Numbers of rows, ascending, that a block of tokens of one expert can be computed with; the last is its room.
 
     On a CPU a block has room for whatever comes, so that an expert's weights are read, cast and packed once, and is
-    computed with the size next to what came. Elsewhere it has room for a fair share: a larger one would be filled up
-    with rows of nobody, a smaller one would read the weights more often.
+    computed with the size next to what came; so it is on GPUs, where many come. Elsewhere it has room for a fair share:
+    a larger one would be filled up with rows of nobody, a smaller one would read the weights more often.
     """
     fair_share = max(1, num_tokens * per_token // num_experts)
     if platform == "cpu":
         room = min(num_tokens, _CPU_SIZES[-1])
         return (*(size for size in _CPU_SIZES if fair_share / 4 <= size < room), room)
+    if platform == "gpu" and fair_share > KERNEL_ROWS:
+        return tuple(size * (-(-fair_share // 4)) for size in _GPU_SIZES if size * fair_share < 4 * num_tokens)
     room = min(num_tokens, _MOST_ROWS, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))
     return (*(size for size in _FEW_ROWS if size < room <= _FEWEST_ROWS), room)
 
@@ -189,8 +197,112 @@ def evaluate_experts(
     return sum(out[places[:, choice]] * shares[:, choice, None] for choice in range(per_token))
 
 
+# Most tokens of which every one is computed by every chosen expert: rows that nobody asked for cost a kernel nothing.
+_COMMON_ROWS = 16
+
+
+def fits_kernel(x: jax.Array, weights: tuple[Weight, Weight, Weight], *, per_token: int, num_experts: int) -> bool:
+    """Whether `evaluate_together` takes these, and gains: an expert has so few tokens that the kernel is faster."""
+    is_small = len(x) * per_token <= KERNEL_ROWS * num_experts
+    return is_small and gpu_matmul.fits(x, [parts(w) for w in weights[:2]]) and gpu_matmul.fits(x, [parts(weights[2])])
+
+
+def evaluate_together(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    weights: tuple[Weight, Weight, Weight],
+    *,
+    layer: jax.Array,
+    num_experts: int,
+) -> jax.Array:
+    """The gated sum over each token's experts, all experts in one kernel for each weight, for GPUs.
+
+    A loop over blocks, as in `evaluate_experts`, would ask the host at every turn whether it goes on. Few tokens are
+    all computed by every expert that one of them chose, many are sorted into blocks of one expert each.
+
+    Args:
+      x: bfloat16 [M, D].
+      gates: float32 [M, X].
+      experts: int32 [M, X], as in `evaluate_experts`.
+      weights: gate and up [L, E, D, F] and down [L, E, F, D].
+      layer: int32 [].
+      num_experts: of all devices; tokens are expected to be spread over them.
+
+    Returns:
+      float32 [M, D].
+    """
+    if len(x) <= _COMMON_ROWS:
+        return _evaluate_common(x, gates, experts, weights, layer=layer)
+    return _evaluate_sorted(x, gates, experts, weights, layer=layer, num_experts=num_experts)
+
+
+def _evaluate_common(
+    x: jax.Array, gates: jax.Array, experts: jax.Array, weights: tuple[Weight, Weight, Weight], *, layer: jax.Array
+) -> jax.Array:
+    held = weights[0].shape[1]
+    candidates = experts[0] if len(x) == 1 else jnp.arange(held)  # [N]
+    is_ours = (candidates >= 0) & (candidates < held)
+    choices = (experts[None] == candidates[:, None, None]) & is_ours[:, None, None]  # [N, M, X]
+    chosen = choices.any(axis=-1)
+    shares = jnp.where(choices, gates[None], 0).sum(axis=-1)
+    wanted: dict[str, Any] = {"is_wanted": chosen.any(axis=-1), "num_wanted": min(held, experts.size)}
+    out = _gated_units(x[None], weights, layer=layer, experts=candidates, **wanted)
+    return jnp.where(chosen[..., None], out * shares[..., None], 0).sum(axis=0)  # what is not wanted is no number
+
+
+def _evaluate_sorted(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    weights: tuple[Weight, Weight, Weight],
+    *,
+    layer: jax.Array,
+    num_experts: int,
+) -> jax.Array:
+    (num_tokens, per_token), held = experts.shape, weights[0].shape[1]
+    pairs = experts.size
+    # Room for twice a fair share: that an expert has a second block costs more than rows of nobody.
+    tile = gpu_matmul.tile_rows(max(1, 2 * pairs // num_experts))
+    most = min(held * -(-num_tokens // tile), pairs // tile + min(held, pairs))
+    flat, number = experts.reshape(-1), jnp.arange(pairs)
+    is_ours = (flat >= 0) & (flat < held)
+    counts = (flat[None] == jnp.arange(held)[:, None]).sum(axis=1)
+    ends = jnp.cumsum(-(-counts // tile))  # blocks
+    first = ends - -(-counts // tile)
+    before = ((flat[None] == flat[:, None]) & (number[None] < number[:, None])).sum(axis=1)  # pairs of the same expert
+    places = jnp.where(is_ours, first[jnp.where(is_ours, flat, 0)] * tile + before, most * tile + number)
+    tokens = jnp.zeros(most * tile, jnp.int32).at[places].set(number // per_token, mode="drop", unique_indices=True)
+    block = jnp.arange(most)
+    chosen = jnp.minimum((ends[None] <= block[:, None]).sum(axis=1), held - 1)
+    rows = x[tokens].reshape(most, tile, -1)
+    wanted: dict[str, Any] = {"is_wanted": block < ends[-1], "num_wanted": pairs // tile + held // 2}
+    out = _gated_units(rows, weights, layer=layer, experts=chosen, **wanted)
+    found = out.reshape(most * tile, -1)[places] * gates.reshape(-1, 1)
+    return jnp.where(is_ours[:, None], found, 0).reshape(num_tokens, per_token, -1).sum(axis=1)
+
+
+def _gated_units(
+    x: jax.Array,
+    weights: tuple[Weight, Weight, Weight],
+    *,
+    layer: jax.Array,
+    experts: jax.Array,
+    is_wanted: jax.Array,
+    num_wanted: int,
+) -> jax.Array:
+    """`gated_unit` of rows [N or 1, M, D] with N experts, int32 [N]: float32 [N, M, D]."""
+    at = jnp.stack([jnp.broadcast_to(layer, experts.shape), experts], axis=1).astype(jnp.int32)
+    wanted: dict[str, Any] = {"is_wanted": is_wanted, "num_wanted": num_wanted}
+    gate, up, down = (parts(w) for w in weights)
+    inputs, factors = gpu_matmul.stack_matmul(x, [gate, up], at, **wanted)
+    hidden = jax.nn.gelu(inputs, approximate=True) * factors
+    return gpu_matmul.stack_matmul(hidden.astype(x.dtype), [down], at, **wanted)[0]
+
+
 def gated_unit(x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...]) -> jax.Array:
     """`(gelu(x @ gate) * (x @ up)) @ down` with the tanh form of GELU, float32 [M, D], for x [M, D]."""
     gate, up, down = weights
-    hidden = jax.nn.gelu(matmul(x, gate, at=at), approximate=True) * matmul(x, up, at=at)
+    inputs, factors = matmuls(x, (gate, up), at=at)
+    hidden = jax.nn.gelu(inputs, approximate=True) * factors
     return matmul(hidden.astype(x.dtype), down, at=at)

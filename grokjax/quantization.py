@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from grokjax import gpu_kernels
+from grokjax import gpu_matmul
 from grokjax.processors import product_dtype
 from grokjax.sharding import Axes, Partitioner
 
@@ -150,17 +151,31 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
     Raises:
       ValueError: C differs, or there is not one index for each stack axis.
     """
-    if x.shape[-1] != w.shape[-2] or len(at) != w.ndim - 2:
-        raise ValueError(
-            f"activations of shape {x.shape} and {len(at)} indices do not fit a weight of shape {w.shape}."
-        )
-    weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
+    return matmuls(x, (w,), at=at)[0]
+
+
+def matmuls(x: jax.Array, weights: Sequence[Weight], *, at: tuple[jax.Array, ...] = ()) -> list[jax.Array]:
+    """`matmul` of the same activations with several weights of the same stack axes; on GPUs one kernel does all."""
+    for w in weights:
+        if x.shape[-1] != w.shape[-2] or len(at) != w.ndim - 2:
+            raise ValueError(
+                f"activations of shape {x.shape} and {len(at)} indices do not fit a weight of shape {w.shape}."
+            )
     rows = x.reshape(-1, x.shape[-1])
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)
-    out = lax.platform_dependent(
-        rows, weight, scales, at, cpu=_cpu_matmul, cuda=_reduced_matmul, default=_direct_matmul
-    )
-    return out.reshape(*x.shape[:-1], weight.shape[-1])
+    forms = {"cpu": _each(_cpu_matmul), "cuda": _gpu_matmuls, "default": _each(_direct_matmul)}
+    outs = lax.platform_dependent(rows, [parts(w) for w in weights], at, **forms)
+    return [out.reshape(*x.shape[:-1], -1) for out in outs]
+
+
+def parts(w: Weight) -> tuple[jax.Array, jax.Array | None]:
+    """Numbers and scales of a weight."""
+    return (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
+
+
+def _each(product: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
+    """A form of the product for one weight after the other."""
+    return lambda x, weights, at: [product(x, *w, at) for w in weights]
 
 
 def specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
@@ -213,37 +228,40 @@ def _select(
 
 def _direct_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
     """One product on the slice: compilers for accelerators fuse the slice and the cast into it."""
-    rows, outputs = weight.shape[-2:]
-    w = _select(weight, at, 0, rows).astype(x.dtype)
-    precision = float_precision(x.dtype)
+    w = _select(weight, at, 0, weight.shape[-2]).astype(x.dtype)
+    return _scaled_product(x, w, None if scales is None else _select(scales, at, 0, scales.shape[-2]))
+
+
+def _scaled_product(x: jax.Array, w: jax.Array, scales: jax.Array | None) -> jax.Array:
+    """`x [M, C] @ w [C, O]` in float32, scaled by [Q, O]."""
+    product = functools.partial(jnp.einsum, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
     if scales is None:
-        return jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
-    num_blocks = scales.shape[-2]
-    s = _select(scales, at, 0, num_blocks).astype(jnp.float32)
-    if num_blocks == 1:
-        return jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32) * s
-    x_blocks = x.reshape(-1, num_blocks, rows // num_blocks)  # [M, Q, C / Q]
-    w_blocks = w.reshape(num_blocks, rows // num_blocks, outputs)
-    out = jnp.einsum("mqc,qco->qmo", x_blocks, w_blocks, precision=precision, preferred_element_type=jnp.float32)
-    return (out * s[:, None, :]).sum(axis=0)
+        return product("mc,co->mo", x, w)
+    scales = scales.astype(jnp.float32)
+    if len(scales) == 1:
+        return product("mc,co->mo", x, w) * scales
+    x_blocks = x.reshape(len(x), len(scales), -1)  # [M, Q, C / Q]
+    w_blocks = w.reshape(len(scales), -1, w.shape[1])
+    return (product("mqc,qco->qmo", x_blocks, w_blocks) * scales[:, None]).sum(axis=0)
 
 
-# Most rows for which XLA:GPU reads a weight in place, at one pass for every two rows.
-_REDUCED_ROWS = 8
+# Most rows for which a kernel that casts each tile of a weight costs less than one that casts all of it beforehand.
+KERNEL_ROWS = 512
 
 
-def _reduced_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
-    """A few rows as sums of products: XLA:GPU fuses slice and cast into them, and copies the slice for a matmul."""
-    if x.shape[0] > _REDUCED_ROWS:
-        if scales is not None and gpu_kernels.fits(x, weight, scales):
-            return gpu_kernels.int8_matmul(x, weight, scales, at)
-        return _direct_matmul(x, weight, scales, at)
-    rows, outputs = weight.shape[-2:]
-    num_blocks = 1 if scales is None else scales.shape[-2]
-    w = _select(weight, at, 0, rows).astype(jnp.float32)
-    products = [(row.astype(jnp.float32)[:, None] * w).reshape(num_blocks, -1, outputs).sum(axis=1) for row in x]
-    out = jnp.stack(products)  # [M, Q, O]
-    return (out if scales is None else out * _select(scales, at, 0, num_blocks).astype(jnp.float32)[None]).sum(axis=1)
+def _gpu_matmuls(x: jax.Array, weights: gpu_matmul.Weights, at: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """A kernel for few rows, XLA's products after one that casts for many: XLA:GPU would copy the slices first."""
+    if not at or not gpu_matmul.fits(x, weights):
+        return _each(_direct_matmul)(x, weights, at)
+    index = jnp.stack(at)
+    if len(x) <= KERNEL_ROWS:
+        return [out[0] for out in gpu_matmul.stack_matmul(x[None], weights, index[None])]
+    return [
+        _scaled_product(x, gpu_matmul.cast(weight, index), _select(scales, at, 0, scales.shape[-2]))
+        if scales is not None
+        else _direct_matmul(x, weight, None, at)
+        for weight, scales in weights
+    ]
 
 
 # Most rows for which XLA's CPU backend is asked for sums of products.

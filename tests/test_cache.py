@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from grokjax.cache import KVCache, QuantizedEntries, copy_row, entry_bytes, write
+from grokjax.cache import KVCache, QuantizedEntries, _scatter, copy_row, entry_bytes, write
 from grokjax.config import GrokConfig
 from grokjax.sharding import Partitioner, make_mesh
 
@@ -47,6 +47,11 @@ def compiled_write():
     return jax.jit(write)
 
 
+@functools.cache
+def compiled_scatter():
+    return jax.jit(_scatter)
+
+
 @pytest.mark.parametrize("num_new", [NEW, LENGTH])
 @given(
     layer=st.integers(0, LAYERS - 1),
@@ -66,6 +71,8 @@ def test_write_against_a_loop(num_new: int, layer: int, start: list[int], count:
                 expected[layer, row, :, start[row] + i] = new[row, :, i]
     place = {"layer": jnp.int32(layer), "start": jnp.array(start, jnp.int32), "count": jnp.array(count, jnp.int32)}
     np.testing.assert_array_equal(compiled_write()(jnp.asarray(stack), jnp.asarray(new), **place), expected)
+    for_gpus = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new), rows=jnp.arange(ROWS), **place)
+    np.testing.assert_array_equal(for_gpus, expected)
 
 
 def filled(batch_size: int, max_len: int, mesh: tuple[int, int], value: float) -> KVCache:

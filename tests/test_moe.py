@@ -12,8 +12,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grokjax import gpu_matmul
 from grokjax.config import GrokConfig
-from grokjax.moe import FeedForward, block_sizes, evaluate_experts, gated_unit
+from grokjax.moe import FeedForward, block_sizes, evaluate_experts, evaluate_together, fits_kernel, gated_unit
 from grokjax.quantization import quantize
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
@@ -71,7 +72,9 @@ def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: in
         ("tpu", 33, (1, 2, 8)),
         ("gpu", 40, (16,)),
         ("gpu", 128, (32,)),
-        ("gpu", 8192, (128,)),
+        ("gpu", 2048, (128,)),
+        ("gpu", 8192, (512, 1024, 1536, 2048, 2560, 3072, 4096)),
+        ("gpu", 2052, (129, 258, 387, 516, 645, 774, 1032)),
     ],
 )
 def test_sizes_of_blocks(platform: str, num_tokens: int, sizes: tuple[int, ...]) -> None:
@@ -91,6 +94,33 @@ def test_against_the_definition(platform: str, num_tokens: int, per_token: int) 
     x, gates, experts = routed(num_tokens, per_token, seed=num_tokens)
     out = run(x, gates, experts, tuple(map(jnp.asarray, weights())), platform=platform)
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 40, 200])
+@pytest.mark.parametrize("held", [8, 4])
+def test_all_experts_in_one_kernel(num_tokens: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For GPUs, run as plain JAX: the same as block by block, with experts that nobody chose and that others hold."""
+    kernel = functools.partial(gpu_matmul.stack_matmul, interpret=True)
+    monkeypatch.setattr(gpu_matmul, "stack_matmul", kernel)
+    rng = np.random.default_rng(num_tokens)
+    shapes = ((128, 256), (128, 256), (256, 128))
+    stacks = tuple(quantize(jnp.asarray(rng.standard_normal((2, held, *shape)), jnp.float32)) for shape in shapes)
+    x = jnp.asarray(rng.standard_normal((num_tokens, 128)), jnp.bfloat16)
+    _, gates, experts = routed(num_tokens, 2, seed=num_tokens)
+    experts = jnp.where(jnp.arange(num_tokens)[:, None] % 5 == 4, -1, experts % 7)  # some of nobody, and no expert 7
+    assert fits_kernel(x, stacks, per_token=2, num_experts=8)
+    together = evaluate_together(x, gates, experts, stacks, layer=jnp.int32(1), num_experts=8)
+    blocks = evaluate_experts(x, gates, experts, stacks, layer=jnp.int32(1), sizes=(8, 16))
+    np.testing.assert_allclose(together, blocks, atol=1e-5 * np.abs(blocks).max())
+
+
+def test_where_one_kernel_is_slower() -> None:
+    """An expert with more tokens than KERNEL_ROWS has its weights cast first; other dtypes have no kernel."""
+    stacks = tuple(quantize(jnp.zeros((1, 8, *shape))) for shape in ((64, 128), (64, 128), (128, 128)))
+    fits = functools.partial(fits_kernel, weights=stacks, per_token=2, num_experts=8)
+    assert fits(jax.ShapeDtypeStruct((2048, 64), jnp.bfloat16))
+    assert not fits(jax.ShapeDtypeStruct((2049, 64), jnp.bfloat16))
+    assert not fits(jax.ShapeDtypeStruct((1, 64), jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,230 @@
+"""Products with parts of a stack of weights, for which XLA's compiler for GPUs would copy them: kernels in Triton."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Numbers and scales of some weights.
+Weights = Sequence[tuple[jax.Array, jax.Array | None]]
+
+# So many programs keep the multiprocessors of the largest GPUs busy to the end, four each.
+PROGRAMS = 512
+# Rows that one program multiplies. Matrix units take no fewer than 16, and 32 by the slower of two ways.
+_ROWS = (16, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """What one program of the kernel computes, and how.
+
+    Attributes:
+      rows: of the output.
+      outputs: columns of it.
+      step: rows of the weight that are multiplied together.
+      warps: that share the work.
+      stages: steps whose tiles are on their way at the same time.
+    """
+
+    rows: int
+    outputs: int = 128
+    step: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+def _choose_tile(num_rows: int, outputs: Sequence[int]) -> _Tile:
+    """The fastest of those tried on an H100, see docs/performance.md."""
+    rows = tile_rows(num_rows)
+    is_wide = rows < _ROWS[-1] and all(size % 256 == 0 for size in outputs)
+    return _Tile(rows, outputs=256 if is_wide else 128, stages=4 if is_wide or rows == _ROWS[-1] else 3)
+
+
+def tile_rows(num_rows: int) -> int:
+    """Rows that one program multiplies where each group has `num_rows`."""
+    return next((rows for rows in _ROWS if num_rows <= rows), _ROWS[-1])
+
+
+def fits(x: jax.Array, weights: Weights) -> bool:
+    """Whether `stack_matmul` takes these: bfloat16 and int8 or bfloat16, sizes that its tiles divide."""
+    num_blocks = {1 if scales is None else scales.shape[-2] for _, scales in weights}
+    return x.dtype == jnp.bfloat16 and len(num_blocks) == 1 and all(_fits(*w, *num_blocks) for w in weights)
+
+
+def _fits(weight: jax.Array, scales: jax.Array | None, num_blocks: int) -> bool:
+    contracted, outputs = weight.shape[-2:]
+    is_known = weight.dtype == (jnp.bfloat16 if scales is None else jnp.int8)
+    return is_known and has_safe_offsets(weight) and outputs % 128 == 0 and contracted // num_blocks % 64 == 0
+
+
+def has_safe_offsets(array: jax.Array) -> bool:
+    """Whether kernels find the elements: jax up to 0.12 numbers them with 32 signed bits up to 4 GiB, even of int8."""
+    return not 2**31 < array.size <= 2**32 // array.dtype.itemsize
+
+
+def stack_matmul(
+    x: jax.Array,
+    weights: Weights,
+    at: jax.Array,
+    *,
+    is_wanted: jax.Array | None = None,
+    num_wanted: int | None = None,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """`x[i] @ weight[at[i]]` for some weights, scaled; each tile of them is read in place, cast and multiplied.
+
+    XLA:GPU copies the slice of a stack before it multiplies; a kernel is given the whole stack and reads the slice. All
+    weights and groups are one kernel, and neighbours with the same weight share what is read of it.
+
+    Args:
+      x: bfloat16 [N, M, C], N groups of rows, or [1, M, C], the same rows for all.
+      weights: numbers and scales of each: int8 [*stack, C, O] and bfloat16 or float32 [*stack, Q, O], or bfloat16 and
+        None; the sizes O are multiples of 128, C / Q is one of 64.
+      at: int32 [N, stack axes], what each group is multiplied with.
+      is_wanted: bool [N], groups to compute, by default all; the results of the others mean nothing.
+      num_wanted: how many of them to expect, by default all.
+      interpret: run it as plain JAX, on any device.
+
+    Returns:
+      float32 [N, M, O] for each weight.
+    """
+    # Imported where it is used: importing grokjax must not take the time, and other devices never need it.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    num_rows, contracted = x.shape[1:]
+    num_groups, outputs = len(at), [weight.shape[-1] for weight, _ in weights]
+    num_blocks = 1 if weights[0][1] is None else weights[0][1].shape[-2]
+    tile = _choose_tile(num_rows, outputs)
+    tiles, columns = -(-num_rows // tile.rows), sum(outputs) // tile.outputs
+    programs = (num_wanted or num_groups) * tiles * columns
+    parts = _num_parts(contracted, num_blocks, tile=tile, num_rows=num_rows, programs=programs)
+    wanted = jnp.ones(num_groups, jnp.int32) if is_wanted is None else is_wanted.astype(jnp.int32)
+    operands = [x, wanted, at, *jax.tree.leaves(weights)]
+    out_shape = (parts, num_groups, num_rows, sum(outputs))
+    partial = pl.pallas_call(
+        functools.partial(
+            _multiply_tile, tile=tile, tiles=tiles, part=contracted // parts, scale_rows=contracted // num_blocks
+        ),
+        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32),
+        grid=(num_groups * tiles, columns, parts),
+        in_specs=[pl.BlockSpec(array.shape, lambda *_, rank=array.ndim: (0,) * rank) for array in operands],
+        out_specs=pl.BlockSpec(out_shape, lambda *_: (0, 0, 0, 0)),
+        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name="stack_matmul",
+    )(*operands)
+    return jnp.split(partial.sum(axis=0), list(itertools.accumulate(outputs))[:-1], axis=-1)
+
+
+def _num_parts(contracted: int, num_blocks: int, *, tile: _Tile, num_rows: int, programs: int) -> int:
+    """Parts of the contraction for different programs: each whole scale blocks or a whole fraction of one.
+
+    As many as keep the device busy, if their sums, float32, are at most a third of the weight's bytes.
+    """
+    scale_rows = contracted // num_blocks
+    allowed = [n for n in range(1, num_blocks + 1) if num_blocks % n == 0]
+    allowed += [num_blocks * n for n in range(2, scale_rows // tile.step + 1) if scale_rows % (n * tile.step) == 0]
+    small = [n for n in allowed if n == 1 or n * min(num_rows, tile.rows) * 12 <= contracted]
+    return next((n for n in small if n * programs >= PROGRAMS), small[-1])
+
+
+def _multiply_tile(
+    x_ref: Any,
+    wanted_ref: Any,
+    at_ref: Any,
+    *weights_and_out: Any,
+    tile: _Tile,
+    tiles: int,
+    part: int,
+    scale_rows: int,
+) -> None:
+    """One tile of the output, over one part of the contraction; the stacks stay where they are, tiles are read."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    *weights, out_ref = weights_and_out
+    group, number = pl.program_id(0) // tiles, pl.program_id(1)
+    rows = pl.program_id(0) % tiles * tile.rows + jnp.arange(tile.rows)
+    if x_ref.shape[1] % tile.rows:
+        rows = jnp.minimum(rows, x_ref.shape[1] - 1)  # the last row several times: the same is written to one place
+    number_of_part = pl.program_id(2)
+    piece = math.gcd(part, scale_rows)
+    zeros = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
+
+    def multiply(weight_ref: Any, scales_refs: list[Any], first_column: jax.Array) -> jax.Array:
+        at = tuple(at_ref[group, i] for i in range(at_ref.shape[1]))
+        columns = pl.ds(first_column, tile.outputs)
+
+        def add_piece(i: jax.Array, out: jax.Array) -> jax.Array:
+            start = number_of_part * part + i * piece
+
+            def add_step(step: jax.Array, total: jax.Array) -> jax.Array:
+                begin = start + step * tile.step
+                x = x_ref[group if len(x_ref) > 1 else 0, rows[:, None], (begin + jnp.arange(tile.step))[None]]
+                return total + triton.dot(x, weight_ref[(*at, pl.ds(begin, tile.step), columns)].astype(x.dtype))
+
+            total = lax.fori_loop(0, piece // tile.step, add_step, zeros)
+            for scales_ref in scales_refs:
+                total = total * scales_ref[(*at, pl.ds(start // scale_rows, 1), columns)].astype(jnp.float32)
+            return out + total
+
+        return lax.fori_loop(0, part // piece, add_piece, zeros)
+
+    first = 0  # column tiles of the weights before
+    while weights:
+        weight_ref, *weights = weights
+        scales_refs = [weights.pop(0)] if weight_ref.dtype == jnp.int8 else []
+        end = first + weight_ref.shape[-1] // tile.outputs
+
+        @pl.when((wanted_ref[group] != 0) & (number >= first) & (number < end))
+        def compute(first: int = first, weight_ref: Any = weight_ref, scales_refs: list[Any] = scales_refs) -> None:
+            columns = number * tile.outputs + jnp.arange(tile.outputs)
+            out = multiply(weight_ref, scales_refs, (number - first) * tile.outputs)
+            out_ref[number_of_part, group, rows[:, None], columns[None]] = out
+
+        first = end
+
+
+# Rows and columns that one program casts.
+_CAST_TILE = (8, 128 * 8)
+
+
+def cast(stack: jax.Array, at: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """`stack[at]` in bfloat16, in one pass over it: XLA:GPU copies the slice before it casts.
+
+    Args:
+      stack: int8 [*stack, C, O]; C a multiple of 64, O of 128.
+      at: int32 [stack axes].
+      interpret: run it as plain JAX, on any device.
+
+    Returns:
+      bfloat16 [C, O].
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    *_, rows, outputs = stack.shape
+    tile = (_CAST_TILE[0], math.gcd(_CAST_TILE[1], outputs))
+
+    def cast_tile(at_ref: Any, stack_ref: Any, out_ref: Any) -> None:
+        index = tuple(at_ref[i] for i in range(at_ref.shape[0]))
+        place = (pl.ds(pl.program_id(axis) * tile[axis], tile[axis]) for axis in range(2))
+        out_ref[...] = stack_ref[(*index, *place)].astype(out_ref.dtype)
+
+    return pl.pallas_call(
+        cast_tile,
+        out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.bfloat16),
+        grid=(rows // tile[0], outputs // tile[1]),
+        in_specs=[pl.BlockSpec(array.shape, lambda *_, rank=array.ndim: (0,) * rank) for array in (at, stack)],
+        out_specs=pl.BlockSpec(tile, lambda row, column: (row, column)),
+        compiler_params=triton.CompilerParams(),
+        interpret=interpret,
+        name="cast",
+    )(at, stack)

@@ -1,0 +1,122 @@
+"""Attention for GPUs, run as plain JAX, against NumPy in float64; and the whole model with all kernels for GPUs."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grokjax import GrokConfig, decode, gpu_attention, gpu_matmul, init, prefill
+from grokjax.cache import Entries, QuantizedEntries
+from grokjax.sharding import Partitioner
+
+MULTIPLIER = 0.125
+START = np.array([0, 150], np.int32)
+ROWS = np.array([2, 0], np.int32)
+
+
+def make(num_new: int, max_len: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [2, T, 6, 64] and the keys and values [2, 3, 2, S, 64] of a cache."""
+    random = np.random.default_rng(num_new)
+    query = random.standard_normal((2, num_new, 6, 64)) * 3
+    keys, values = random.standard_normal((2, 2, 3, 2, max_len, 64))
+    return tuple(jnp.asarray(array, jnp.bfloat16) for array in (query, keys, values))
+
+
+def expected(query: jax.Array, keys: jax.Array, values: jax.Array, softcap: float) -> np.ndarray:
+    """Attention over layer 1, [2, T, 384]."""
+    out = []
+    for i in range(2):
+        q = np.asarray(query[i], np.float64)  # [T, N, H]
+        k, v = (np.repeat(np.asarray(stack[1, ROWS[i]], np.float64), 3, axis=0) for stack in (keys, values))
+        scores = softcap * np.tanh(np.einsum("tnh,nsh->nts", q, k) * MULTIPLIER / softcap)
+        entry, position = np.arange(k.shape[1])[None], START[i] + np.arange(len(q))[:, None]
+        weights = np.where(entry <= position, np.exp(scores), 0)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out.append(np.einsum("nts,nsh->tnh", weights, v).reshape(len(q), -1))
+    return np.stack(out)
+
+
+def place(num_new: int, softcap: float = 5.0) -> dict[str, Any]:
+    count = jnp.full(2, num_new, jnp.int32)
+    where = {"layer": jnp.int32(1), "rows": jnp.asarray(ROWS), "start": jnp.asarray(START), "count": count}
+    return where | {"multiplier": MULTIPLIER, "softcap": softcap}
+
+
+@pytest.mark.parametrize(("num_new", "max_len"), [(1, 192), (1, 1000), (5, 200), (50, 320)])
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize("softcap", [5.0, 30.0])
+def test_against_the_definition(num_new: int, max_len: int, is_quantized: bool, softcap: float) -> None:
+    """As exact as bfloat16 queries, weights and results are; with one program for the keys of a row, and with more."""
+    query, keys, values = make(num_new, max_len)
+    exact, stacks = expected(query, keys, values, softcap), [keys, values]
+    if is_quantized:
+        stacks: list[Entries] = [QuantizedEntries.of(stack) for stack in stacks]
+        exact = expected(query, *(s.numbers.astype(jnp.float32) * s.scales[..., None] for s in stacks), softcap)
+    assert gpu_attention.fits(query, stacks[0], softcap)
+    found = gpu_attention.attend(query, *stacks, **place(num_new, softcap), interpret=True)
+    assert (found.shape, found.dtype) == ((2, num_new, 384), jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02, rtol=0)
+
+
+def test_all_rows_in_order_and_rows_of_nothing() -> None:
+    query, keys, values = make(3, 160)
+    where = place(3) | {"rows": None, "count": jnp.array([0, 3])}
+    found = gpu_attention.attend(query, keys[:, ROWS], values[:, ROWS], **where, interpret=True)
+    np.testing.assert_allclose(np.asarray(found[1]), expected(query, keys, values, 5.0)[1], atol=0.02, rtol=0)
+    assert np.isfinite(np.asarray(found, np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"softcap": 50}, False),
+        ({"max_len": 48}, False),
+        ({"dtype": jnp.float32}, False),
+        ({"cache_dtype": jnp.float32}, False),
+        ({"cache_dtype": jnp.int8}, True),
+    ],
+)
+def test_what_fits(change: dict[str, Any], fits: bool) -> None:
+    values = {"softcap": 30, "max_len": 160, "dtype": jnp.bfloat16, "cache_dtype": jnp.bfloat16} | change
+    query, keys, _ = make(1, values["max_len"])
+    arrays = query.astype(values["dtype"]), keys.astype(values["cache_dtype"])
+    assert gpu_attention.fits(*arrays, values["softcap"]) == fits
+
+
+@pytest.mark.parametrize(("max_len", "programs", "splits"), [(8192, 8, 32), (8192, 64, 4), (512, 8, 4), (128, 1, 1)])
+def test_splits(max_len: int, programs: int, splits: int) -> None:
+    assert gpu_attention._num_splits(max_len, programs=programs) == splits
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_a_model_with_all_kernels(cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program for GPUs computes, but for XLA's own part, is what one for CPUs does: prefill and two steps."""
+    sizes = {"model_dim": 128, "ffn_dim": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "num_layers": 2}
+    config = GrokConfig.tiny().replace(**sizes)
+    model = init(config, dtype=jnp.bfloat16)
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, 40))
+
+    def logits() -> np.ndarray:
+        cache = model.new_cache(2, 96, dtype=cache_dtype)
+        out, cache = prefill(model, tokens, [40, 33], cache)
+        outs = [out]
+        for step in range(2):
+            out, cache = decode(model, tokens[:, step], cache)
+            outs.append(out)
+        return np.asarray(jnp.stack(outs))
+
+    plain = logits()
+    names = {(gpu_matmul, "stack_matmul"): [], (gpu_attention, "attend"): []}
+    for (module, name), calls in names.items():
+        kernel = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, lambda *a, k=kernel, c=calls, **kw: c.append(1) or k(*a, **kw))
+    monkeypatch.setattr(Partitioner, "platform", "gpu")
+    jax.clear_caches()
+    found = logits()
+    jax.clear_caches()  # what was traced for another platform
+    assert all(names.values())
+    assert np.sqrt(np.mean((found - plain) ** 2)) < 0.02 * plain.std()
