@@ -82,7 +82,7 @@ class Runner:
         return logits.argmax(axis=-1).astype(jnp.int32), cache
 
     def decode_steps(self) -> list[float]:
-        """Seconds of a step after a prefill, each the mean of some that were asked for together, as engines do."""
+        """Seconds of a step after a prefill, each the mean of some that the device was given together."""
         tokens, cache = jax.block_until_ready(self.prefill())
         times = []
         for done in range(0, self.new, _QUEUED):

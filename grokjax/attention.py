@@ -40,7 +40,7 @@ def attend(
 
     Blocks of keys are taken one after the other, up to the longest filled row, with a running maximum and sum, so the
     cost follows the filled length and no [T, S] matrix exists. On TPUs a prefill is one kernel (see `fused_attend`), on
-    GPUs every call (see `gpu_attention`).
+    GPUs whatever `gpu_attention.fits`.
 
     Args:
       query: [P, T, N, H], after RoPE, in the compute dtype.
@@ -99,8 +99,8 @@ def attend(
 def block_sizes(platform: str, num_heads: int, num_new: int) -> tuple[int, int]:
     """Queries and keys that one step of blocked attention handles.
 
-    On CPUs their scores should stay in the caches. On GPUs and TPUs a step has a price of its own, some microseconds:
-    there it is large, many keys of a single query, or scores of 32 MiB.
+    On CPUs their scores should stay in the caches. On TPUs, and on GPUs where there is no kernel, a step has a price of
+    its own, some microseconds: there it is large, many keys of a single query, or scores of 32 MiB.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
@@ -349,7 +349,8 @@ class Attention(nnx.Module):
         batch, num_new, _ = x.shape
         query_weight, key_weight, value_weight, output_weight = weights
         positions = start[:, None] + jnp.arange(num_new)[None]
-        query, key, value = matmuls(x, (query_weight, key_weight, value_weight), at=(layer,))
+        project: dict[str, Any] = {"at": (layer,), "platform": self.partitioner.platform}
+        query, key, value = matmuls(x, (query_weight, key_weight, value_weight), **project)
         query = query.reshape(batch, num_new, -1, self.config.head_dim)
         query = rotate(query, positions, self.config.rope_base).astype(self.dtype)
         key = rotate(self._kv_heads(key), positions, self.config.rope_base)
@@ -373,7 +374,7 @@ class Attention(nnx.Module):
         )
         if is_held is not None:
             mixed = self.partitioner.psum(jnp.where(is_held[:, None, None], mixed, 0), "batch")
-        out = self.partitioner.psum(matmul(mixed, output_weight, at=(layer,)), "heads")
+        out = self.partitioner.psum(matmul(mixed, output_weight, **project), "heads")
         return out.astype(self.dtype), keys, values
 
     def _kv_heads(self, features: jax.Array) -> jax.Array:

@@ -339,9 +339,11 @@ def _scatter(
     stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, start: jax.Array, count: jax.Array
 ) -> jax.Array:
     """`write` of one array, [L, B, K, S, ...] and [P, K, T, ...]."""
-    number = jnp.arange(new.shape[2])[None]
+    num_rows, _, num_new, *_ = new.shape
+    number = jnp.arange(num_new)[None]
     # What is not to be written goes behind the end, each to a place of its own.
-    position = jnp.where(number < count[:, None], start[:, None] + number, stack.shape[3] + number)  # [P, T]
+    behind = stack.shape[3] + jnp.arange(num_rows * num_new).reshape(num_rows, num_new)
+    position = jnp.where(number < count[:, None], start[:, None] + number, behind)  # [P, T]
     moved = new.swapaxes(1, 2).astype(stack.dtype)
     return stack.at[layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
 

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from grokjax.cache import Entries
-from grokjax.gpu_matmul import PROGRAMS, has_safe_offsets, tile_rows
+from grokjax.gpu_matmul import has_safe_offsets, tile_rows
 
-# Keys that one step handles.
-_KEYS = 64
-
-
-# Largest cap of the scores c for which weights `exp(score - c)` stay far from float32's smallest number.
-_LARGEST_CAP = 40
+# Keys that one step handles, and programs that keep the multiprocessors of the largest GPUs busy.
+_KEYS, _PROGRAMS = 64, 256
+# Largest cap c of the scores. Weights `exp(score - c)` are 1e-26 and more with it; times the scale of an int8 value,
+# that is far from the smallest number, 1e-38, of float32 and bfloat16.
+_LARGEST_CAP = 30
 
 
 def fits(query: jax.Array, keys: Entries, softcap: float) -> bool:
@@ -23,7 +22,7 @@ def fits(query: jax.Array, keys: Entries, softcap: float) -> bool:
     head_dim, max_len = query.shape[-1], keys.shape[3]
     types = query.dtype == jnp.bfloat16 and keys.dtype in (jnp.bfloat16, jnp.int8)
     is_safe = all(has_safe_offsets(leaf) for leaf in jax.tree.leaves(keys))
-    return types and is_safe and head_dim in (64, 128, 256) and max_len >= _KEYS and softcap <= _LARGEST_CAP
+    return types and is_safe and head_dim in (64, 128) and max_len >= _KEYS and softcap <= _LARGEST_CAP
 
 
 def attend(
@@ -46,15 +45,15 @@ def attend(
     `exp(score - c)`, without a search for the largest score.
 
     Args:
-      query: bfloat16 [P, T, N, H], after RoPE; H 64, 128 or 256.
+      query: bfloat16 [P, T, N, H], after RoPE; H 64 or 128.
       keys: bfloat16 or int8 [L, B, K, S, H]; S at least 64.
-      values: [L, B, K, S, H].
-      layer: int32 [].
-      rows: int32 [P]; all B in order by default.
-      start: int32 [P].
-      count: int32 [P].
+      values: [L, B, K, S, H], of the same dtype.
+      layer: int32 [], which layer of the cache.
+      rows: int32 [P], rows of the cache that the queries belong to; all B in order by default.
+      start: int32 [P], position of each row's first query.
+      count: int32 [P], real queries of each row; the others' results mean nothing.
       multiplier: factor on the scores.
-      softcap: c in `c * tanh(score / c)`.
+      softcap: c in `c * tanh(score / c)`, at most 30.
       interpret: run it as plain JAX, on any device.
 
     Returns:
@@ -88,8 +87,7 @@ def attend(
     mixed, total = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)],
-        # The last queries, which have most keys, come first.
-        grid=(batch * kv_heads, tiles, splits),
+        grid=(batch * kv_heads, tiles, splits),  # the last queries, which have most keys, come first
         in_specs=[
             pl.BlockSpec((1, tile, head_dim), lambda head, i, _: (head, tiles - 1 - i, 0)),
             *(pl.BlockSpec(array.shape, lambda *_, rank=array.ndim: (0,) * rank) for array in whole + entries),
@@ -110,7 +108,7 @@ def attend(
 
 def _num_splits(max_len: int, *, programs: int) -> int:
     """Programs that share the keys of a tile of queries: a power of two, each with 128 keys or more of a full row."""
-    most = max(1, min(PROGRAMS // 2 // programs, max_len // (2 * _KEYS)))
+    most = max(1, min(_PROGRAMS // programs, max_len // (2 * _KEYS)))
     return 1 << most.bit_length() - 1
 
 
@@ -142,7 +140,8 @@ def _attend_tile(
     first = (pl.num_programs(1) - 1 - pl.program_id(1)) * tile
     start = start_ref[number]
     positions = start + (first + jnp.arange(tile)) // group
-    filled = start + jnp.minimum((first + tile - 1) // group + 1, count_ref[number])
+    count = count_ref[number]
+    filled = jnp.where(count > 0, start + jnp.minimum((first + tile - 1) // group + 1, count), 0)
     num_blocks = (filled + _KEYS - 1) // _KEYS
     share = (num_blocks + splits - 1) // splits
     query = query_ref[0]

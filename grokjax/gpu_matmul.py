@@ -16,7 +16,7 @@ Weights = Sequence[tuple[jax.Array, jax.Array | None]]
 
 # So many programs keep the multiprocessors of the largest GPUs busy to the end, four each.
 PROGRAMS = 512
-# Rows that one program multiplies. Matrix units take no fewer than 16, and 32 by the slower of two ways.
+# Rows that one program multiplies: matrix units take no fewer than 16, and 32 took longer than 64 on an H100.
 _ROWS = (16, 64, 128)
 
 
@@ -39,10 +39,11 @@ class _Tile:
     stages: int = 3
 
 
-def _choose_tile(num_rows: int, outputs: Sequence[int]) -> _Tile:
-    """The fastest of those tried on an H100, see docs/performance.md."""
+def _choose_tile(num_rows: int, weights: Weights) -> _Tile:
+    """The fastest of those tried on an H100, with int8 weights; see docs/performance.md."""
     rows = tile_rows(num_rows)
-    is_wide = rows < _ROWS[-1] and all(size % 256 == 0 for size in outputs)
+    are_wide = all(weight.shape[-1] % 256 == 0 and weight.dtype == jnp.int8 for weight, _ in weights)
+    is_wide = rows < _ROWS[-1] and are_wide
     return _Tile(rows, outputs=256 if is_wide else 128, stages=4 if is_wide or rows == _ROWS[-1] else 3)
 
 
@@ -53,14 +54,18 @@ def tile_rows(num_rows: int) -> int:
 
 def fits(x: jax.Array, weights: Weights) -> bool:
     """Whether `stack_matmul` takes these: bfloat16 and int8 or bfloat16, sizes that its tiles divide."""
-    num_blocks = {1 if scales is None else scales.shape[-2] for _, scales in weights}
-    return x.dtype == jnp.bfloat16 and len(num_blocks) == 1 and all(_fits(*w, *num_blocks) for w in weights)
+    have_same_blocks = len({_num_blocks(scales) for _, scales in weights}) == 1
+    return x.dtype == jnp.bfloat16 and have_same_blocks and all(_fits(*w) for w in weights)
 
 
-def _fits(weight: jax.Array, scales: jax.Array | None, num_blocks: int) -> bool:
+def _fits(weight: jax.Array, scales: jax.Array | None) -> bool:
     contracted, outputs = weight.shape[-2:]
     is_known = weight.dtype == (jnp.bfloat16 if scales is None else jnp.int8)
-    return is_known and has_safe_offsets(weight) and outputs % 128 == 0 and contracted // num_blocks % 64 == 0
+    return is_known and has_safe_offsets(weight) and outputs % 128 == 0 and contracted // _num_blocks(scales) % 64 == 0
+
+
+def _num_blocks(scales: jax.Array | None) -> int:
+    return 1 if scales is None else scales.shape[-2]
 
 
 def has_safe_offsets(array: jax.Array) -> bool:
@@ -94,16 +99,16 @@ def stack_matmul(
     Returns:
       float32 [N, M, O] for each weight.
     """
-    # Imported where it is used: importing grokjax must not take the time, and other devices never need it.
+    # Imported where it is used: importing grokjax must not take the time, and other devices do not need it.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     num_rows, contracted = x.shape[1:]
     num_groups, outputs = len(at), [weight.shape[-1] for weight, _ in weights]
-    num_blocks = 1 if weights[0][1] is None else weights[0][1].shape[-2]
-    tile = _choose_tile(num_rows, outputs)
+    num_blocks = _num_blocks(weights[0][1])
+    tile = _choose_tile(num_rows, weights)
     tiles, columns = -(-num_rows // tile.rows), sum(outputs) // tile.outputs
-    programs = (num_wanted or num_groups) * tiles * columns
+    programs = (num_groups if num_wanted is None else num_wanted) * tiles * columns
     parts = _num_parts(contracted, num_blocks, tile=tile, num_rows=num_rows, programs=programs)
     wanted = jnp.ones(num_groups, jnp.int32) if is_wanted is None else is_wanted.astype(jnp.int32)
     operands = [x, wanted, at, *jax.tree.leaves(weights)]
@@ -200,7 +205,7 @@ def cast(stack: jax.Array, at: jax.Array, *, interpret: bool = False) -> jax.Arr
     """`stack[at]` in bfloat16, in one pass over it: XLA:GPU copies the slice before it casts.
 
     Args:
-      stack: int8 [*stack, C, O]; C a multiple of 64, O of 128.
+      stack: int8 [*stack, C, O]; C a multiple of 8, O of 128.
       at: int32 [stack axes].
       interpret: run it as plain JAX, on any device.
 

@@ -14,12 +14,12 @@ from jax.typing import DTypeLike
 from grokjax import gpu_matmul
 from grokjax.config import GrokConfig
 from grokjax.layers import gather_embed, weight_param
-from grokjax.quantization import KERNEL_ROWS, Weight, matmul, matmuls, parts, specs
+from grokjax.quantization import KERNEL_ROWS, Weight, matmul, matmuls, numbers_and_scales, specs
 from grokjax.sharding import Partitioner
 
 # Numbers of rows for which a CPU has programs of their own; at the largest a product is fastest, a row.
-_CPU_SIZES = (1, 2, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384)
-# On other devices: those of a decode step's short blocks, fewest and most rows of a block.
+_CPU_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384)
+# On TPUs, and on GPUs where there is no kernel: those of a decode step's short blocks, fewest and most rows of a block.
 _FEW_ROWS, _FEWEST_ROWS, _MOST_ROWS = (1, 2), 8, 128
 # On GPUs, where an expert has so many tokens that its weights are cast first: in quarters of a fair share.
 _GPU_SIZES = (1, 2, 3, 4, 5, 6, 8)
@@ -118,7 +118,8 @@ class FeedForward(nnx.Module):
             )
         else:
             sizes = block_sizes(len(tokens), **counts, platform=platform)
-            out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, layer=layer, sizes=sizes)
+            place: dict[str, Any] = {"layer": layer, "sizes": sizes, "platform": platform}
+            out = evaluate_experts(tokens, gates.reshape(own.shape), own, weights, **place)
         return self.partitioner.psum(out, "experts", "ffn").reshape(x.shape).astype(self.dtype)
 
 
@@ -126,17 +127,23 @@ def block_sizes(num_tokens: int, *, per_token: int, num_experts: int, platform: 
     """Numbers of rows, ascending, that a block of tokens of one expert can be computed with; the last is its room.
 
     On a CPU a block has room for whatever comes, so that an expert's weights are read, cast and packed once, and is
-    computed with the size next to what came; so it is on GPUs, where many come. Elsewhere it has room for a fair share:
-    a larger one would be filled up with rows of nobody, a smaller one would read the weights more often.
+    computed with the size next to what came. So it is on GPUs where many come, with room for two fair shares. Elsewhere
+    it has room for one: a larger one would be filled up with rows of nobody, a smaller one would read the weights more
+    often.
     """
     fair_share = max(1, num_tokens * per_token // num_experts)
     if platform == "cpu":
         room = min(num_tokens, _CPU_SIZES[-1])
         return (*(size for size in _CPU_SIZES if fair_share / 4 <= size < room), room)
-    if platform == "gpu" and fair_share > KERNEL_ROWS:
-        return tuple(size * (-(-fair_share // 4)) for size in _GPU_SIZES if size * fair_share < 4 * num_tokens)
+    if platform == "gpu" and not _is_few(num_tokens, per_token=per_token, num_experts=num_experts):
+        return tuple(size * (-(-fair_share // 4)) for size in _GPU_SIZES if size * fair_share <= 4 * num_tokens)
     room = min(num_tokens, _MOST_ROWS, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))
     return (*(size for size in _FEW_ROWS if size < room <= _FEWEST_ROWS), room)
+
+
+def _is_few(num_tokens: int, *, per_token: int, num_experts: int) -> bool:
+    """Whether the experts of a GPU expect so few tokens each that a kernel casts their weights faster."""
+    return num_tokens * per_token <= KERNEL_ROWS * num_experts
 
 
 def evaluate_experts(
@@ -147,6 +154,7 @@ def evaluate_experts(
     *,
     layer: jax.Array,
     sizes: tuple[int, ...],
+    platform: str | None = None,
 ) -> jax.Array:
     """The gated sum over each token's experts, one block of tokens of one expert at a time.
 
@@ -161,6 +169,7 @@ def evaluate_experts(
       weights: gate and up [L, E, D, F] and down [L, E, F, D].
       layer: int32 [].
       sizes: numbers of rows to compute a block with, see `block_sizes`.
+      platform: as for `quantization.matmul`.
 
     Returns:
       float32 [M, D].
@@ -185,7 +194,11 @@ def evaluate_experts(
         rows = lax.dynamic_slice_in_dim(tokens, first, block)
 
         def evaluate(size: int) -> Callable[[], jax.Array]:
-            return lambda: jnp.pad(gated_unit(x[rows[:size]], weights, at=(layer, expert)), ((0, block - size), (0, 0)))
+            def run() -> jax.Array:
+                out = gated_unit(x[rows[:size]], weights, at=(layer, expert), platform=platform)
+                return jnp.pad(out, ((0, block - size), (0, 0)))
+
+            return run
 
         # The smallest size that holds the expert's tokens; rows behind them are overwritten by the blocks that follow.
         choice = (counts[expert] - done > jnp.array(sizes[:-1], jnp.int32)).sum()
@@ -203,8 +216,9 @@ _COMMON_ROWS = 16
 
 def fits_kernel(x: jax.Array, weights: tuple[Weight, Weight, Weight], *, per_token: int, num_experts: int) -> bool:
     """Whether `evaluate_together` takes these, and gains: an expert has so few tokens that the kernel is faster."""
-    is_small = len(x) * per_token <= KERNEL_ROWS * num_experts
-    return is_small and gpu_matmul.fits(x, [parts(w) for w in weights[:2]]) and gpu_matmul.fits(x, [parts(weights[2])])
+    gate, up, down = map(numbers_and_scales, weights)
+    is_few = _is_few(len(x), per_token=per_token, num_experts=num_experts)
+    return is_few and gpu_matmul.fits(x, [gate, up]) and gpu_matmul.fits(x, [down])
 
 
 def evaluate_together(
@@ -224,7 +238,7 @@ def evaluate_together(
     Args:
       x: bfloat16 [M, D].
       gates: float32 [M, X].
-      experts: int32 [M, X], as in `evaluate_experts`.
+      experts: int32 [M, X], as in `evaluate_experts`, those of a token all different.
       weights: gate and up [L, E, D, F] and down [L, E, F, D].
       layer: int32 [].
       num_experts: of all devices; tokens are expected to be spread over them.
@@ -240,14 +254,15 @@ def evaluate_together(
 def _evaluate_common(
     x: jax.Array, gates: jax.Array, experts: jax.Array, weights: tuple[Weight, Weight, Weight], *, layer: jax.Array
 ) -> jax.Array:
+    """All tokens by every expert that one of them chose: rows that nobody asked for are weighted with 0."""
     held = weights[0].shape[1]
     candidates = experts[0] if len(x) == 1 else jnp.arange(held)  # [N]
     is_ours = (candidates >= 0) & (candidates < held)
     choices = (experts[None] == candidates[:, None, None]) & is_ours[:, None, None]  # [N, M, X]
     chosen = choices.any(axis=-1)
     shares = jnp.where(choices, gates[None], 0).sum(axis=-1)
-    wanted: dict[str, Any] = {"is_wanted": chosen.any(axis=-1), "num_wanted": min(held, experts.size)}
-    out = _gated_units(x[None], weights, layer=layer, experts=candidates, **wanted)
+    wanted, most = chosen.any(axis=-1), min(held, experts.size)
+    out = _gated_units(x[None], weights, layer=layer, experts=candidates, is_wanted=wanted, num_wanted=most)
     return jnp.where(chosen[..., None], out * shares[..., None], 0).sum(axis=0)  # what is not wanted is no number
 
 
@@ -260,14 +275,18 @@ def _evaluate_sorted(
     layer: jax.Array,
     num_experts: int,
 ) -> jax.Array:
+    """The (token, expert) pairs in blocks of one expert each.
+
+    They are few, and comparing each with each is one kernel where a sort is several.
+    """
     (num_tokens, per_token), held = experts.shape, weights[0].shape[1]
     pairs = experts.size
     # Room for twice a fair share: that an expert has a second block costs more than rows of nobody.
     tile = gpu_matmul.tile_rows(max(1, 2 * pairs // num_experts))
     most = min(held * -(-num_tokens // tile), pairs // tile + min(held, pairs))
-    flat, number = experts.reshape(-1), jnp.arange(pairs)
+    flat, number = experts.reshape(-1), jnp.arange(pairs)  # [M * X]
     is_ours = (flat >= 0) & (flat < held)
-    counts = (flat[None] == jnp.arange(held)[:, None]).sum(axis=1)
+    counts = (flat[None] == jnp.arange(held)[:, None]).sum(axis=1)  # [E]
     ends = jnp.cumsum(-(-counts // tile))  # blocks
     first = ends - -(-counts // tile)
     before = ((flat[None] == flat[:, None]) & (number[None] < number[:, None])).sum(axis=1)  # pairs of the same expert
@@ -276,8 +295,8 @@ def _evaluate_sorted(
     block = jnp.arange(most)
     chosen = jnp.minimum((ends[None] <= block[:, None]).sum(axis=1), held - 1)
     rows = x[tokens].reshape(most, tile, -1)
-    wanted: dict[str, Any] = {"is_wanted": block < ends[-1], "num_wanted": pairs // tile + held // 2}
-    out = _gated_units(rows, weights, layer=layer, experts=chosen, **wanted)
+    expected = max(1, pairs * held // (num_experts * tile) + held // 2)
+    out = _gated_units(rows, weights, layer=layer, experts=chosen, is_wanted=block < ends[-1], num_wanted=expected)
     found = out.reshape(most * tile, -1)[places] * gates.reshape(-1, 1)
     return jnp.where(is_ours[:, None], found, 0).reshape(num_tokens, per_token, -1).sum(axis=1)
 
@@ -293,16 +312,18 @@ def _gated_units(
 ) -> jax.Array:
     """`gated_unit` of rows [N or 1, M, D] with N experts, int32 [N]: float32 [N, M, D]."""
     at = jnp.stack([jnp.broadcast_to(layer, experts.shape), experts], axis=1).astype(jnp.int32)
-    wanted: dict[str, Any] = {"is_wanted": is_wanted, "num_wanted": num_wanted}
-    gate, up, down = (parts(w) for w in weights)
-    inputs, factors = gpu_matmul.stack_matmul(x, [gate, up], at, **wanted)
+    multiply = functools.partial(gpu_matmul.stack_matmul, at=at, is_wanted=is_wanted, num_wanted=num_wanted)
+    gate, up, down = map(numbers_and_scales, weights)
+    inputs, factors = multiply(x, [gate, up])
     hidden = jax.nn.gelu(inputs, approximate=True) * factors
-    return gpu_matmul.stack_matmul(hidden.astype(x.dtype), [down], at, **wanted)[0]
+    return multiply(hidden.astype(x.dtype), [down])[0]
 
 
-def gated_unit(x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...]) -> jax.Array:
+def gated_unit(
+    x: jax.Array, weights: tuple[Weight, Weight, Weight], *, at: tuple[jax.Array, ...], platform: str | None = None
+) -> jax.Array:
     """`(gelu(x @ gate) * (x @ up)) @ down` with the tanh form of GELU, float32 [M, D], for x [M, D]."""
     gate, up, down = weights
-    inputs, factors = matmuls(x, (gate, up), at=at)
+    inputs, factors = matmuls(x, (gate, up), at=at, platform=platform)
     hidden = jax.nn.gelu(inputs, approximate=True) * factors
-    return matmul(hidden.astype(x.dtype), down, at=at)
+    return matmul(hidden.astype(x.dtype), down, at=at, platform=platform)

@@ -134,7 +134,7 @@ def einsum(subscripts: str, x: jax.Array, w: Weight) -> jax.Array:
     return jnp.einsum(subscripts, x.astype(jnp.float32), dequantize(w), precision=lax.Precision.HIGHEST)
 
 
-def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Array:
+def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = (), platform: str | None = None) -> jax.Array:
     """`x @ w[at]`, reading only that part of a stack of weights and never holding a converted copy of it.
 
     The weight is cast to the dtype of the activations (int8 exactly), products are summed in float32, and the scales
@@ -144,6 +144,7 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
       x: float32 or bfloat16 [..., C].
       w: plain or quantised [*stack, C, O].
       at: one index, int32 [], for each stack axis.
+      platform: "gpu" where the kernels for GPUs may be used; else the form is chosen when it is compiled.
 
     Returns:
       float32 [..., O].
@@ -151,11 +152,26 @@ def matmul(x: jax.Array, w: Weight, *, at: tuple[jax.Array, ...] = ()) -> jax.Ar
     Raises:
       ValueError: C differs, or there is not one index for each stack axis.
     """
-    return matmuls(x, (w,), at=at)[0]
+    return matmuls(x, (w,), at=at, platform=platform)[0]
 
 
-def matmuls(x: jax.Array, weights: Sequence[Weight], *, at: tuple[jax.Array, ...] = ()) -> list[jax.Array]:
-    """`matmul` of the same activations with several weights of the same stack axes; on GPUs one kernel does all."""
+def matmuls(
+    x: jax.Array, weights: Sequence[Weight], *, at: tuple[jax.Array, ...] = (), platform: str | None = None
+) -> list[jax.Array]:
+    """`matmul` of the same activations with several weights; on GPUs one kernel does all.
+
+    Args:
+      x: float32 or bfloat16 [..., C].
+      weights: each plain or quantised [*stack, C, O], the stack axes and C the same in all.
+      at: as for `matmul`.
+      platform: as for `matmul`.
+
+    Returns:
+      float32 [..., O] for each weight.
+
+    Raises:
+      ValueError: as `matmul`, for any of the weights.
+    """
     for w in weights:
         if x.shape[-1] != w.shape[-2] or len(at) != w.ndim - 2:
             raise ValueError(
@@ -163,13 +179,17 @@ def matmuls(x: jax.Array, weights: Sequence[Weight], *, at: tuple[jax.Array, ...
             )
     rows = x.reshape(-1, x.shape[-1])
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)
-    forms = {"cpu": _each(_cpu_matmul), "cuda": _gpu_matmuls, "default": _each(_direct_matmul)}
-    outs = lax.platform_dependent(rows, [parts(w) for w in weights], at, **forms)
-    return [out.reshape(*x.shape[:-1], -1) for out in outs]
+    arrays = [numbers_and_scales(w) for w in weights]
+    # Only where it is asked for: to trace the kernels takes a second that other devices need not spend.
+    if platform == "gpu":
+        outs = _gpu_matmuls(rows, arrays, at)
+    else:
+        outs = lax.platform_dependent(rows, arrays, at, cpu=_each(_cpu_matmul), default=_each(_direct_matmul))
+    return [out.reshape(*x.shape[:-1], w.shape[-1]) for out, w in zip(outs, weights, strict=True)]
 
 
-def parts(w: Weight) -> tuple[jax.Array, jax.Array | None]:
-    """Numbers and scales of a weight."""
+def numbers_and_scales(w: Weight) -> tuple[jax.Array, jax.Array | None]:
+    """What a weight is stored as: int8 and its scales, or plain numbers and None."""
     return (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
 
 

@@ -71,8 +71,21 @@ def test_write_against_a_loop(num_new: int, layer: int, start: list[int], count:
                 expected[layer, row, :, start[row] + i] = new[row, :, i]
     place = {"layer": jnp.int32(layer), "start": jnp.array(start, jnp.int32), "count": jnp.array(count, jnp.int32)}
     np.testing.assert_array_equal(compiled_write()(jnp.asarray(stack), jnp.asarray(new), **place), expected)
-    for_gpus = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new), rows=jnp.arange(ROWS), **place)
+    order = rng.permutation(ROWS)
+    moved = {"rows": jnp.asarray(order), "layer": place["layer"]}
+    moved |= {name: place[name][order] for name in ("start", "count")}
+    for_gpus = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new[order]), **moved)
     np.testing.assert_array_equal(for_gpus, expected)
+    scales = compiled_scatter()(jnp.asarray(stack[..., 0]), jnp.asarray(new[order, ..., 0]), **moved)
+    np.testing.assert_array_equal(scales, expected[..., 0])
+
+
+def test_rows_held_elsewhere_are_not_written() -> None:
+    """For GPUs: of rows that stand twice, those without new entries change nothing."""
+    stack, new = np.zeros((1, 2, 1, 3, 1), np.float32), np.ones((3, 1, 1, 1), np.float32)
+    place = {"layer": jnp.int32(0), "rows": jnp.array([0, 0, 1]), "start": jnp.array([0, 1, 0])}
+    found = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new), **place, count=jnp.array([0, 1, 0]))
+    np.testing.assert_array_equal(found[0, :, 0, :, 0], [[0, 1, 0], [0, 0, 0]])
 
 
 def filled(batch_size: int, max_len: int, mesh: tuple[int, int], value: float) -> KVCache:

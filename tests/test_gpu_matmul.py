@@ -1,12 +1,23 @@
 """The products of stacks for GPUs, run as plain JAX; and that a program for GPUs holds them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grokjax import gpu_matmul
-from grokjax.quantization import KERNEL_ROWS, QuantizedArray, dequantize, matmul, matmuls, parts
+from grokjax.quantization import (
+    KERNEL_ROWS,
+    QuantizedArray,
+    _direct_matmul,
+    _gpu_matmuls,
+    dequantize,
+    matmul,
+    matmuls,
+    numbers_and_scales,
+)
 
 
 def make_weight(contracted: int, outputs: int, blocks: int, seed: int = 0) -> QuantizedArray:
@@ -35,23 +46,38 @@ def assert_close(found: jax.Array, exact: np.ndarray) -> None:
 def test_product(num_rows: int, contracted: int, outputs: int, blocks: int) -> None:
     x, w = make_rows(1, num_rows, contracted), make_weight(contracted, outputs, blocks)
     at = jnp.array([[2, 1]], jnp.int32)
-    assert gpu_matmul.fits(x[0], [parts(w)])
-    (found,) = gpu_matmul.stack_matmul(x, [parts(w)], at, interpret=True)
+    assert gpu_matmul.fits(x[0], [numbers_and_scales(w)])
+    (found,) = gpu_matmul.stack_matmul(x, [numbers_and_scales(w)], at, interpret=True)
     assert_close(found, expected(x, w, at))
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_groups_with_weights_of_their_own(is_shared: bool) -> None:
-    """Several weights and groups in one kernel, some of the groups not wanted, one weight plain."""
+    """Several weights and groups in one kernel, a plain weight beside one in int8, one group not wanted."""
     x, at = make_rows(1 if is_shared else 4, 20, 128), jnp.array([[0, 1], [2, 0], [2, 0], [1, 1]], jnp.int32)
-    weights = [make_weight(128, outputs, 2, seed=outputs) for outputs in (256, 128)]
+    weights = [make_weight(128, outputs, 1, seed=outputs) for outputs in (256, 128)]
+    weights[1] = dequantize(weights[1], jnp.bfloat16)
     wanted = jnp.array([True, False, True, True])
-    found = gpu_matmul.stack_matmul(x, [parts(w) for w in weights], at, is_wanted=wanted, num_wanted=3, interpret=True)
+    arrays = [numbers_and_scales(w) for w in weights]
+    assert gpu_matmul.fits(x[0], arrays)
+    found = gpu_matmul.stack_matmul(x, arrays, at, is_wanted=wanted, num_wanted=3, interpret=True)
     for out, w in zip(found, weights, strict=True):
         assert out.shape == (4, 20, w.shape[-1])
         assert_close(out[wanted], expected(x, w, at)[wanted])
-    plain = dequantize(weights[0], jnp.bfloat16)
-    assert_close(gpu_matmul.stack_matmul(x, [(plain, None)], at, interpret=True)[0], expected(x, plain, at))
+
+
+@pytest.mark.parametrize("num_rows", [1, KERNEL_ROWS + 1])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_products_of_either_size(num_rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one kernel, and those after a cast, are what a product on the slice is, in the order of the weights."""
+    for name in ("stack_matmul", "cast"):
+        monkeypatch.setattr(gpu_matmul, name, functools.partial(getattr(gpu_matmul, name), interpret=True))
+    x, at = make_rows(num_rows, 128), (jnp.int32(2), jnp.int32(1))
+    weights = [make_weight(128, outputs, blocks, seed=outputs) for outputs in (128, 256)]
+    weights += [dequantize(weights[0], jnp.bfloat16)] if blocks == 1 else []
+    arrays = [numbers_and_scales(w) for w in weights]
+    for found, array in zip(_gpu_matmuls(x, arrays, at), arrays, strict=True):
+        assert_close(found, np.asarray(_direct_matmul(x, *array, at), np.float64))
 
 
 def test_cast() -> None:
@@ -72,9 +98,9 @@ def test_cast() -> None:
 def test_sizes_that_fit(change: dict[str, int], fits: bool) -> None:
     w = make_weight(**({"contracted": 128, "outputs": 128, "blocks": 2} | change))
     x = make_rows(16, w.shape[-2])
-    assert gpu_matmul.fits(x, [parts(w)]) == fits
-    assert not gpu_matmul.fits(x.astype(jnp.float32), [parts(w)])
-    assert not gpu_matmul.fits(x, [parts(w), parts(w.refine(w.shape[-2]))])
+    assert gpu_matmul.fits(x, [numbers_and_scales(w)]) == fits
+    assert not gpu_matmul.fits(x.astype(jnp.float32), [numbers_and_scales(w)])
+    assert not gpu_matmul.fits(x, [numbers_and_scales(w), numbers_and_scales(w.refine(w.shape[-2]))])
 
 
 @pytest.mark.parametrize(
@@ -85,6 +111,8 @@ def test_offsets(layers: int, dtype: type, is_safe: bool) -> None:
     """Between 2 and 4 GiB of int8 an offset has the sign of a negative number, and a kernel would read elsewhere."""
     stack = jax.ShapeDtypeStruct((layers, 2**14, 2**14), dtype)
     assert gpu_matmul.has_safe_offsets(stack) == is_safe
+    scales = jax.ShapeDtypeStruct((layers, 1, 2**14), jnp.bfloat16) if dtype == jnp.int8 else None
+    assert gpu_matmul.fits(jax.ShapeDtypeStruct((1, 2**14), jnp.bfloat16), [(stack, scales)]) == is_safe
 
 
 @pytest.mark.parametrize(("contracted", "blocks"), [(6144, 1), (6144, 8), (4096, 1), (768, 1), (64, 1), (448, 7)])
@@ -92,7 +120,7 @@ def test_offsets(layers: int, dtype: type, is_safe: bool) -> None:
 @pytest.mark.parametrize("programs", [1, 32, 1000])
 def test_parts(contracted: int, blocks: int, num_rows: int, programs: int) -> None:
     """Each is whole steps of one scale block, or whole scale blocks, and their sums are not many."""
-    tile = gpu_matmul._choose_tile(num_rows, [128])
+    tile = gpu_matmul._choose_tile(num_rows, [(jax.ShapeDtypeStruct((contracted, 128), jnp.int8), None)])
     number = gpu_matmul._num_parts(contracted, blocks, tile=tile, num_rows=num_rows, programs=programs)
     part, scale_rows = contracted // number, contracted // blocks
     assert number * part == contracted
@@ -110,7 +138,8 @@ def test_programs_for_gpus(num_rows: int, names: list[str]) -> None:
     """One kernel, which is given the whole stacks; for many rows one that casts before each of XLA's products."""
     w = make_weight(128, 128, 1)
     with jax.sharding.use_abstract_mesh(an_h100()):
-        traced = jax.jit(lambda x, w, i: matmuls(x, (w, w), at=(i, i))).trace(make_rows(num_rows, 128), w, jnp.int32(0))
+        step = jax.jit(lambda x, w, i: matmuls(x, (w, w), at=(i, i), platform="gpu"))
+        traced = step.trace(make_rows(num_rows, 128), w, jnp.int32(0))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == len(names)
     assert all(f'name = "{name}"' in text for name in names)
@@ -118,7 +147,7 @@ def test_programs_for_gpus(num_rows: int, names: list[str]) -> None:
 
 def test_a_weight_that_is_no_stack_needs_no_kernel() -> None:
     w, x = jax.tree.map(lambda leaf: leaf[0, 0], make_weight(128, 128, 1)), make_rows(3, 128)
-    assert_close(matmul(x, w), np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64))
+    assert_close(matmul(x, w, platform="gpu"), np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64))
 
 
 def an_h100() -> jax.sharding.AbstractMesh:

@@ -64,7 +64,7 @@ def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: in
     [
         ("cpu", 1, (1,)),
         ("cpu", 2, (1, 2)),
-        ("cpu", 9, (1, 2, 8, 9)),
+        ("cpu", 9, (1, 2, 4, 8, 9)),
         ("cpu", 128, (8, 16, 32, 48, 64, 96, 128)),
         ("cpu", 8192, (384,)),
         ("gpu", 1, (1,)),
@@ -74,6 +74,7 @@ def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: in
         ("gpu", 128, (32,)),
         ("gpu", 2048, (128,)),
         ("gpu", 8192, (512, 1024, 1536, 2048, 2560, 3072, 4096)),
+        ("gpu", 2049, (128, 256, 384, 512, 640, 768, 1024)),
         ("gpu", 2052, (129, 258, 387, 516, 645, 774, 1032)),
     ],
 )
@@ -88,6 +89,7 @@ def test_sizes_of_blocks(platform: str, num_tokens: int, sizes: tuple[int, ...])
         ("cpu", 800, 2),
         ("gpu", 30, 2),
         ("gpu", 383, 2),
+        ("gpu", 2052, 2),
     ],
 )
 def test_against_the_definition(platform: str, num_tokens: int, per_token: int) -> None:
@@ -96,8 +98,7 @@ def test_against_the_definition(platform: str, num_tokens: int, per_token: int) 
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 40, 200])
-@pytest.mark.parametrize("held", [8, 4])
+@pytest.mark.parametrize(("num_tokens", "held"), [(1, 8), (16, 8), (17, 8), (200, 8), (2, 4), (40, 4)])
 def test_all_experts_in_one_kernel(num_tokens: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For GPUs, run as plain JAX: the same as block by block, with experts that nobody chose and that others hold."""
     kernel = functools.partial(gpu_matmul.stack_matmul, interpret=True)
@@ -107,11 +108,22 @@ def test_all_experts_in_one_kernel(num_tokens: int, held: int, monkeypatch: pyte
     stacks = tuple(quantize(jnp.asarray(rng.standard_normal((2, held, *shape)), jnp.float32)) for shape in shapes)
     x = jnp.asarray(rng.standard_normal((num_tokens, 128)), jnp.bfloat16)
     _, gates, experts = routed(num_tokens, 2, seed=num_tokens)
-    experts = jnp.where(jnp.arange(num_tokens)[:, None] % 5 == 4, -1, experts % 7)  # some of nobody, and no expert 7
+    experts = np.where(experts == 7, -1, experts)  # an expert that nobody chose, and pairs of nobody
+    experts[4::5] = -1
     assert fits_kernel(x, stacks, per_token=2, num_experts=8)
     together = evaluate_together(x, gates, experts, stacks, layer=jnp.int32(1), num_experts=8)
     blocks = evaluate_experts(x, gates, experts, stacks, layer=jnp.int32(1), sizes=(8, 16))
     np.testing.assert_allclose(together, blocks, atol=1e-5 * np.abs(blocks).max())
+    nothing = evaluate_together(x, gates, experts * 0 - 3, stacks, layer=jnp.int32(0), num_experts=8)
+    np.testing.assert_array_equal(nothing, np.zeros_like(blocks))
+
+
+def test_more_tokens_than_the_room() -> None:
+    """On GPUs, many tokens: those of one expert beyond two fair shares come in a second block."""
+    x, gates, experts = routed(2052, 2)
+    experts[:] = [3, 5]
+    out = run(x, gates, experts, tuple(map(jnp.asarray, weights())), platform="gpu")
+    np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
 def test_where_one_kernel_is_slower() -> None:
@@ -145,7 +157,7 @@ def recorded(function: Callable[..., jax.Array], *args, **kwargs) -> Recorded:
     """Compiles for arguments like these."""
     evaluated = []
 
-    def noted(x: jax.Array, weights, *, at: tuple[jax.Array, ...]) -> jax.Array:
+    def noted(x: jax.Array, weights, *, at: tuple[jax.Array, ...], platform: str | None) -> jax.Array:
         jax.debug.callback(lambda layer, expert: evaluated.append((int(layer), int(expert))), *at)
         return gated_unit(x, weights, at=at)
 
