@@ -235,7 +235,6 @@ def write(
       The stack [L, B, K, S, H].
     """
     parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
-    rows = jnp.arange(new.shape[0]) if rows is None else rows
 
     def put(stack: jax.Array, new: jax.Array) -> jax.Array:
         return lax.platform_dependent(stack, new, layer, rows, start, count, cuda=_scatter, default=_write_rows)
@@ -336,7 +335,7 @@ def own_rows(rows: jax.Array, num_held: int, partitioner: Partitioner) -> tuple[
 
 
 def _scatter(
-    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, start: jax.Array, count: jax.Array
+    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
 ) -> jax.Array:
     """`write` of one array, [L, B, K, S, ...] and [P, K, T, ...]."""
     num_rows, _, num_new, *_ = new.shape
@@ -345,11 +344,12 @@ def _scatter(
     behind = stack.shape[3] + jnp.arange(num_rows * num_new).reshape(num_rows, num_new)
     position = jnp.where(number < count[:, None], start[:, None] + number, behind)  # [P, T]
     moved = new.swapaxes(1, 2).astype(stack.dtype)
+    rows = jnp.arange(num_rows) if rows is None else rows
     return stack.at[layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
 
 
 def _write_rows(
-    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array, start: jax.Array, count: jax.Array
+    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
 ) -> jax.Array:
     """The same, row by row."""
     num_rows, heads, num_new, *rest = new.shape
@@ -359,7 +359,7 @@ def _write_rows(
         # Near the end of the cache the window slides left, and the new entries slide right inside it.
         first = jnp.minimum(start[i], stack.shape[3] - num_new)
         shift = start[i] - first
-        index = (layer, rows[i], zero, first) + (zero,) * len(rest)
+        index = (layer, i if rows is None else rows[i], zero, first) + (zero,) * len(rest)
         old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
         number = jnp.arange(num_new) - shift
         fresh = (number >= 0) & (number < count[i])

@@ -15,7 +15,7 @@ from jax import lax
 Weights = Sequence[tuple[jax.Array, jax.Array | None]]
 
 # So many programs keep the multiprocessors of the largest GPUs busy to the end, four each.
-PROGRAMS = 512
+_PROGRAMS = 512
 # Rows that one program multiplies: matrix units take no fewer than 16, and 32 took longer than 64 on an H100.
 _ROWS = (16, 64, 128)
 
@@ -137,7 +137,7 @@ def _num_parts(contracted: int, num_blocks: int, *, tile: _Tile, num_rows: int, 
     allowed = [n for n in range(1, num_blocks + 1) if num_blocks % n == 0]
     allowed += [num_blocks * n for n in range(2, scale_rows // tile.step + 1) if scale_rows % (n * tile.step) == 0]
     small = [n for n in allowed if n == 1 or n * min(num_rows, tile.rows) * 12 <= contracted]
-    return next((n for n in small if n * programs >= PROGRAMS), small[-1])
+    return next((n for n in small if n * programs >= _PROGRAMS), small[-1])
 
 
 def _multiply_tile(

@@ -126,7 +126,7 @@ def test_parts(contracted: int, blocks: int, num_rows: int, programs: int) -> No
     assert number * part == contracted
     assert part % scale_rows == 0 or (scale_rows % part == 0 and part % 64 == 0)
     assert number == 1 or 4 * number * num_rows <= contracted / 3
-    if programs >= gpu_matmul.PROGRAMS:
+    if programs >= gpu_matmul._PROGRAMS:
         assert number == 1
 
 
