@@ -213,3 +213,16 @@ def _gelu(x: np.ndarray) -> np.ndarray:
 def _softmax(x: np.ndarray) -> np.ndarray:
     weights = np.exp(x - x.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def attend_row(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, *, start: int, multiplier: float, softcap: float
+) -> np.ndarray:
+    """Causal attention of queries [T, N, H] from position `start` on over entries [K, S, H]: [T, N * H]."""
+    group = query.shape[1] // len(keys)
+    k, v = (np.repeat(np.asarray(entries, np.float64), group, axis=0) for entries in (keys, values))
+    scores = softcap * np.tanh(np.einsum("tnh,nsh->nts", np.asarray(query, np.float64), k) * multiplier / softcap)
+    entry, position = np.arange(k.shape[1])[None], start + np.arange(len(query))[:, None]
+    weights = np.where(entry <= position, np.exp(scores), 0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("nts,nsh->tnh", weights, v).reshape(len(query), -1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import attend_row
 
 from grokjax import GrokConfig, decode, gpu_attention, gpu_matmul, init, prefill
 from grokjax.attention import attend
@@ -28,16 +29,9 @@ def make(num_new: int, max_len: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def expected(query: jax.Array, keys: jax.Array, values: jax.Array, softcap: float) -> np.ndarray:
     """Attention over layer 1, [2, T, 384]."""
-    out = []
-    for i in range(2):
-        q = np.asarray(query[i], np.float64)  # [T, N, H]
-        k, v = (np.repeat(np.asarray(stack[1, ROWS[i]], np.float64), 3, axis=0) for stack in (keys, values))
-        scores = softcap * np.tanh(np.einsum("tnh,nsh->nts", q, k) * MULTIPLIER / softcap)
-        entry, position = np.arange(k.shape[1])[None], START[i] + np.arange(len(q))[:, None]
-        weights = np.where(entry <= position, np.exp(scores), 0)
-        weights /= weights.sum(axis=-1, keepdims=True)
-        out.append(np.einsum("nts,nsh->tnh", weights, v).reshape(len(q), -1))
-    return np.stack(out)
+    scoring = {"multiplier": MULTIPLIER, "softcap": softcap}
+    rows = zip(query, keys[1, ROWS], values[1, ROWS], START, strict=True)
+    return np.stack([attend_row(q, k, v, start=start, **scoring) for q, k, v, start in rows])
 
 
 def place(num_new: int, softcap: float = 5.0) -> dict[str, Any]:
