@@ -1,10 +1,17 @@
-"""Builds what several test modules need: small checkpoints on disk, with what the float64 reference makes of them."""
+"""Builds what several test modules need.
 
+Small checkpoints on disk, with what the float64 reference makes of them; programs for devices that are not here.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import reference
@@ -92,3 +99,13 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
         for file in sorted(weights.rglob("*"))
         if file.is_file() and "c" in file.relative_to(weights).parts
     }
+
+
+def program_for(platform: str, function: Callable[..., Any], *arrays: Any) -> str:
+    """The lowered program of a function for "cpu", "tpu" or "gpu" (an H100), none of which need be here."""
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=h100)
+    is_gpu = platform == "gpu"
+    with jax.sharding.use_abstract_mesh(mesh) if is_gpu else contextlib.nullcontext():
+        lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda" if is_gpu else platform,))
+    return lowered.as_text()

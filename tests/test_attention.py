@@ -1,11 +1,13 @@
 """Attention in blocks of every size, and as the kernel for TPUs run as plain JAX, against NumPy in float64."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import program_for
 from reference import attend_row
 
 from grokjax.attention import attend, block_sizes, fits_kernel, fused_attend
@@ -85,9 +87,8 @@ def test_programs_for_tpus(num_new: int, max_len: int, dtype: Any, fits: bool) -
     """A prefill that the kernel takes holds it; other programs, and those for other devices, do not."""
     arrays = make(num_new, max_len=max_len, dtype=dtype)
     assert fits_kernel(arrays[0], arrays[1]) == fits
-    for platform, lowered_for in (("tpu", "tpu"), ("gpu", "cuda"), ("cpu", "cpu")):
-        step = jax.jit(lambda *arrays, platform=platform: attend(*arrays, **place(num_new), platform=platform))
-        text = step.trace(*arrays).lower(lowering_platforms=(lowered_for,)).as_text()
+    for platform in ("tpu", "gpu", "cpu"):
+        text = program_for(platform, functools.partial(attend, **place(num_new), platform=platform), *arrays)
         assert text.count("tpu_custom_call") == (fits and platform == "tpu")
 
 

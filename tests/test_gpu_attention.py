@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import program_for
 from reference import attend_row
 
 from grokjax import GrokConfig, decode, gpu_attention, gpu_matmul, init, prefill
@@ -110,10 +111,7 @@ def test_scores_at_the_cap(is_quantized: bool) -> None:
 def test_programs_for_gpus(num_new: int, is_quantized: bool) -> None:
     query, keys, values = make(num_new, 320)
     stacks = [QuantizedEntries.of(stack) if is_quantized else stack for stack in (keys, values)]
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        step = jax.jit(lambda *arrays: attend(*arrays, **place(num_new), platform="gpu"))
-        text = step.trace(query, *stacks).lower(lowering_platforms=("cuda",)).as_text()
+    text = program_for("gpu", functools.partial(attend, **place(num_new), platform="gpu"), query, *stacks)
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 

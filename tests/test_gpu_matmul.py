@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import program_for
 
 from grokjax import gpu_matmul
 from grokjax.quantization import (
@@ -137,10 +138,9 @@ def test_parts(contracted: int, blocks: int, num_rows: int, programs: int) -> No
 def test_programs_for_gpus(num_rows: int, names: list[str]) -> None:
     """One kernel, which is given the whole stacks; for many rows one that casts before each of XLA's products."""
     w = make_weight(128, 128, 1)
-    with jax.sharding.use_abstract_mesh(an_h100()):
-        step = jax.jit(lambda x, w, i: matmuls(x, (w, w), at=(i, i), platform="gpu"))
-        traced = step.trace(make_rows(num_rows, 128), w, jnp.int32(0))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = program_for(
+        "gpu", lambda x, w, i: matmuls(x, (w, w), at=(i, i), platform="gpu"), make_rows(num_rows, 128), w, jnp.int32(0)
+    )
     assert text.count("__gpu$xla.gpu.triton") == len(names)
     assert all(f'name = "{name}"' in text for name in names)
 
@@ -148,8 +148,3 @@ def test_programs_for_gpus(num_rows: int, names: list[str]) -> None:
 def test_a_weight_that_is_no_stack_needs_no_kernel() -> None:
     w, x = jax.tree.map(lambda leaf: leaf[0, 0], make_weight(128, 128, 1)), make_rows(3, 128)
     assert_close(matmul(x, w, platform="gpu"), np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64))
-
-
-def an_h100() -> jax.sharding.AbstractMesh:
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    return jax.sharding.AbstractMesh((), (), abstract_device=device)
