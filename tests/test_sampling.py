@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grokjax import sampling
 from grokjax.sampling import (
     SampleOutput,
     SampleSettings,
@@ -335,19 +336,47 @@ def test_output_dtypes_and_shapes() -> None:
 
 
 def unconditional_primitives(jaxpr: Any) -> set[str]:
-    """Names of the operations that run whatever the values are: those not inside a `cond`."""
-    outside = [eqn for eqn in jaxpr.eqns if eqn.primitive.name != "cond"]
+    """Names of the operations that run whatever the values are: those not inside a `cond` or a `while`."""
+    outside = [eqn for eqn in jaxpr.eqns if eqn.primitive.name not in ("cond", "while")]
     inner = [getattr(value, "jaxpr", value) for eqn in outside for value in eqn.params.values()]
     nested = (unconditional_primitives(value) for value in inner if hasattr(value, "eqns"))
     return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*nested)
 
 
-def test_ranks_are_looked_for_only_inside_a_condition_and_nothing_is_sorted() -> None:
+def test_random_numbers_only_inside_a_condition_and_nothing_is_sorted() -> None:
     traced = jax.make_jaxpr(sample_token)(keys_of(2), normal(2, 32), SampleSettings.create(2))
     assert "argmax" in unconditional_primitives(traced.jaxpr)
-    assert not {"scan", "while"} & unconditional_primitives(traced.jaxpr)
+    assert not {"scan", "random_bits"} & unconditional_primitives(traced.jaxpr)
+    assert " = random_bits[" in str(traced)
     assert " = scan[" in str(traced)
     assert " = sort[" not in str(traced)
+
+
+@pytest.mark.parametrize(
+    ("settings", "searches"),
+    [
+        ({}, 0),
+        ({"min_p": 0.1}, 0),
+        ({"top_k": [0, 5]}, 1),
+        ({"nucleus_p": [1.0, 0.5]}, 1),
+        ({"top_k": 5, "nucleus_p": 0.5}, 2),
+        ({"top_k": 5, "nucleus_p": 0.5, "active": [False, False]}, 0),
+    ],
+)
+def test_ranks_are_looked_for_only_if_an_active_row_asks(
+    settings: dict[str, Any], searches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest_kept, calls = sampling._largest_kept, []
+
+    def count(*arrays: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: calls.append(None))
+        return largest_kept(*arrays)
+
+    monkeypatch.setattr(sampling, "_largest_kept", count)
+    run = jax.jit(lambda *arrays: sampling._sample_token.__wrapped__(*arrays, 0, None))
+    run(keys_of(2), normal(2, 32), SampleSettings.create(2, **settings))
+    jax.effects_barrier()
+    assert len(calls) == searches
 
 
 @pytest.mark.parametrize("spec", [("rows", None), (None, "vocab"), ("rows", "vocab")])
