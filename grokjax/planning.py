@@ -141,7 +141,7 @@ class Plan:
         usable, data = self.target.accelerator.usable_bytes, self.mesh[0]
         if usable is None:
             return None
-        total = functools.partial(self._total_bytes, max_len=self.max_len)
+        total = functools.partial(self._least_bytes, max_len=self.max_len)
         start, guess = -(-self.batch_size // data), self._likely_rows(usable) if self.fits else 0
         return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, guess)
 
@@ -151,7 +151,7 @@ class Plan:
         usable = self.target.accelerator.usable_bytes
         if usable is None:
             return None
-        total = functools.partial(self._total_bytes, self.batch_size)
+        total = functools.partial(self._least_bytes, self.batch_size)
         guess = self.max_len + (usable - self.total_bytes) // self.steps.cache_bytes(self.batch_size, 1)
         return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
 
@@ -167,6 +167,12 @@ class Plan:
         temporary = max(decode.temporary_bytes, prefill.temporary_bytes)
         other = decode.other_bytes // -(-self.batch_size // data)
         return (usable - self.weights_bytes - temporary) // (self.steps.cache_bytes(data, self.max_len) + other)
+
+    def _least_bytes(self, batch_size: int, max_len: int) -> int:
+        """The total, or if weights and cache alone are too many bytes, these: no program need be compiled then."""
+        usable = self.target.accelerator.usable_bytes
+        held = self.weights_bytes + self.steps.cache_bytes(batch_size, max_len)
+        return held if usable is not None and held > usable else self._total_bytes(batch_size, max_len)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
         steps = self.steps

@@ -25,8 +25,14 @@ Route = tuple[str, int, bool]
 
 # Most probable tokens that the steps find; an engine's default.
 _NUM_TOP = 8
-# On CPUs memory and transfers are settled before the machine code, which is not going to run.
-_QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+# Memory and transfers are settled before the machine code, which is not going to run. The compiler for TPUs is told to
+# weigh no sizes of blocks and to leave instructions in their order.
+_UNOPTIMISED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+_QUICKLY: dict[str, dict[str, str | bool]] = {
+    "cpu": _UNOPTIMISED,
+    "gpu": _UNOPTIMISED,
+    "tpu": {"xla_jf_fusion_max_instruction_count_for_window_config": "1", "xla_jf_vliw_scheduler": "false"},
+}
 # Layers of the two small programs from which one that its compiler refuses, for want of memory, is extrapolated.
 _FEW_LAYERS = (2, 4)
 
@@ -165,10 +171,19 @@ class StepCompiler:
         cache = self._cache(batch_size, max_len, cache_dtype, config)
         with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):  # tells kernels the device
             lowered = lower_decode(model, cache, _NUM_TOP) if prompts is None else lower_prefill(model, cache, prompts)
-        program = read_program(lowered.compile(_QUICKLY if self.target.compiler == "cpu" else None))
+        program = read_program(_compile_quickly(lowered, self.target.compiler))
         counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
         traffic = _traffic(program, num_layers, self.target.accelerator.group_size)
         return Measured(program.temporary_bytes, program.peak_bytes - counted, traffic)
+
+
+def _compile_quickly(lowered: jax.stages.Lowered, compiler: str) -> jax.stages.Compiled:
+    try:
+        return lowered.compile(_QUICKLY[compiler])
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return lowered.compile()  # options come and go with versions of a compiler
 
 
 def _default_mesh(config: GrokConfig, num_devices: int) -> tuple[int, int]:

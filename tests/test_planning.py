@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokjax import slot_steps, suggestions
+from grokjax import slot_steps, step_compiler, suggestions
 from grokjax.accelerators import ACCELERATORS, GIB, find_accelerator
 from grokjax.config import GrokConfig
 from grokjax.costs import device_bytes, step_cost
@@ -152,6 +152,14 @@ class TestTraffic:
         monkeypatch.setattr(StepCompiler, "_compile", lambda *sizes: refuse("INTERNAL: broken", *sizes))
         with pytest.raises(ValueError, match="the compiler failed: INTERNAL: broken"):
             plan(config, target="cpu:8", max_len=33, prompt_len=8)
+
+    @pytest.mark.parametrize("options", [{}, {"xla_option_of_another_version": "1"}])
+    def test_quick_machine_code_changes_nothing(self, options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor do options that the compiler does not know."""
+        steps, sizes = compiler_of(TINY), (2, 64, (2, 16), TINY.num_layers)
+        quick = steps._compile(*sizes)
+        monkeypatch.setitem(step_compiler._QUICKLY, "cpu", options)
+        assert steps._compile(*sizes) == quick
 
 
 class TestRoofline:
