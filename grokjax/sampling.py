@@ -235,16 +235,20 @@ def _filter(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sha
     needs_rank = jnp.any(settings.active & (settings.top_k > 0))
     needs_nucleus = jnp.any(settings.active & (settings.nucleus_p < 1.0))
 
-    def search(kind: jax.Array, threshold: jax.Array) -> jax.Array:
-        kept = _keep_from(scaled, threshold)
-        kept = kept if whole is None else lax.with_sharding_constraint(kept, whole)
-        limits = _rank_limit(kept, settings.top_k), _nucleus_limit(kept, settings.nucleus_p)
-        weights, limit = (jnp.where(kind == 0, rank, nucleus) for rank, nucleus in zip(*limits, strict=True))
-        return jnp.maximum(threshold, _largest_kept(kept, weights, limit))
+    def raised(least: jax.Array) -> jax.Array:
+        gathered = scaled if whole is None else lax.with_sharding_constraint(scaled, whole)
 
-    # One search after the other in a loop: compilers take half as long as for two searches, each on a condition.
-    first, end = jnp.where(needs_rank, 0, 1), jnp.where(needs_nucleus, 2, 1)
-    return _keep_from(scaled, lax.fori_loop(first, end, search, _min_p_threshold(scaled, settings.min_p)))
+        def search(kind: jax.Array, threshold: jax.Array) -> jax.Array:
+            kept = _keep_from(gathered, threshold)
+            limits = _rank_limit(kept, settings.top_k), _nucleus_limit(kept, settings.nucleus_p)
+            weights, limit = (jnp.where(kind == 0, rank, nucleus) for rank, nucleus in zip(*limits, strict=True))
+            return jnp.maximum(threshold, _largest_kept(kept, weights, limit))
+
+        # One search after the other in a loop, so that there is but one to compile.
+        return lax.fori_loop(jnp.where(needs_rank, 0, 1), jnp.where(needs_nucleus, 2, 1), search, least)
+
+    least = _min_p_threshold(scaled, settings.min_p)
+    return _keep_from(scaled, lax.cond(needs_rank | needs_nucleus, raised, lambda threshold: threshold, least))
 
 
 def _draw(keys: jax.Array, filtered: jax.Array, greedy: jax.Array, needs_draw: jax.Array) -> jax.Array:
