@@ -156,15 +156,14 @@ class Plan:
         return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
 
     def _likely_rows(self, usable: int) -> int:
-        """Rows of each replica that fit beside the temporaries of the largest prefill.
+        """Rows of each replica that fit if a prefill's temporaries grow with its prompts, and a decode step's less.
 
-        Where those of a decode step do not grow beyond them it is the answer, and spares compiling another decode step.
+        Often it is the answer, and then no other programs are compiled than those that confirm it, side by side.
         """
         data = self.mesh[0]
-        prompts = _prompts(_MOST_ROWS, self.prompt_len, self.prefill_rows)
+        now, most = (_prompts(rows, self.prompt_len, self.prefill_rows)[0] for rows in (self.batch_size, _MOST_ROWS))
+        temporary = max(self.decode.temporary_bytes, self.prefill.temporary_bytes * most // now)
         decode = self.steps.measure(self.batch_size, self.max_len, None)
-        prefill = self.steps.measure_prefill(_MOST_ROWS, self.max_len, prompts)
-        temporary = max(decode.temporary_bytes, prefill.temporary_bytes)
         other = decode.other_bytes // -(-self.batch_size // data)
         return (usable - self.weights_bytes - temporary) // (self.steps.cache_bytes(data, self.max_len) + other)
 

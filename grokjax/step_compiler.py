@@ -143,10 +143,10 @@ class StepCompiler:
         """A decode step of all rows and a prefill of (P, T) tokens, compiled side by side."""
         with ThreadPoolExecutor(2) as threads:
             decode = threads.submit(self.measure, batch_size, max_len, None)
-            prefill = threads.submit(self.measure_prefill, batch_size, max_len, prompts)
+            prefill = threads.submit(self._measure_prefill, batch_size, max_len, prompts)
             return decode.result(), prefill.result()
 
-    def measure_prefill(self, batch_size: int, max_len: int, prompts: tuple[int, int]) -> Measured:
+    def _measure_prefill(self, batch_size: int, max_len: int, prompts: tuple[int, int]) -> Measured:
         """A prefill of (P, T) tokens; the same for any number of rows, as those that it leaves alone add bytes only."""
         data = self.partitioner.mesh.devices.shape[0]
         return self.measure(min(batch_size, -(-prompts[0] // data) * data), max_len, prompts)
