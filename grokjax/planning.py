@@ -141,7 +141,7 @@ class Plan:
         usable, data = self.target.accelerator.usable_bytes, self.mesh[0]
         if usable is None:
             return None
-        total = functools.partial(self._least_bytes, max_len=self.max_len)
+        total = functools.partial(self._least_bytes, usable, max_len=self.max_len)
         start, guess = -(-self.batch_size // data), self._likely_rows(usable) if self.fits else 0
         return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, guess)
 
@@ -151,27 +151,28 @@ class Plan:
         usable = self.target.accelerator.usable_bytes
         if usable is None:
             return None
-        total = functools.partial(self._least_bytes, self.batch_size)
+        total = functools.partial(self._least_bytes, usable, self.batch_size)
         guess = self.max_len + (usable - self.total_bytes) // self.steps.cache_bytes(self.batch_size, 1)
         return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
 
     def _likely_rows(self, usable: int) -> int:
         """Rows of each replica that fit if a prefill's temporaries grow with its prompts, and a decode step's less.
 
-        Often it is the answer, and then no other programs are compiled than those that confirm it, side by side.
+        For the real model it often is the answer, and then no other programs are compiled than those that confirm it,
+        side by side. Where temporaries hardly grow it is too low, even below 0.
         """
         data = self.mesh[0]
-        now, most = (_prompts(rows, self.prompt_len, self.prefill_rows)[0] for rows in (self.batch_size, _MOST_ROWS))
+        prompts = (_prompts(rows, self.prompt_len, self.prefill_rows)[0] for rows in (self.batch_size, _MOST_ROWS))
+        now, most = (-(-number // data) for number in prompts)
         temporary = max(self.decode.temporary_bytes, self.prefill.temporary_bytes * most // now)
         decode = self.steps.measure(self.batch_size, self.max_len, None)
         other = decode.other_bytes // -(-self.batch_size // data)
         return (usable - self.weights_bytes - temporary) // (self.steps.cache_bytes(data, self.max_len) + other)
 
-    def _least_bytes(self, batch_size: int, max_len: int) -> int:
+    def _least_bytes(self, usable: int, batch_size: int, max_len: int) -> int:
         """The total, or if weights and cache alone are too many bytes, these: no program need be compiled then."""
-        usable = self.target.accelerator.usable_bytes
         held = self.weights_bytes + self.steps.cache_bytes(batch_size, max_len)
-        return held if usable is not None and held > usable else self._total_bytes(batch_size, max_len)
+        return held if held > usable else self._total_bytes(batch_size, max_len)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
         steps = self.steps
@@ -274,8 +275,9 @@ def _ring_seconds(traffic: Traffic, accelerator: Accelerator, latency: float) ->
 def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int, guess: int) -> int:
     """The largest n up to `most` whose total is usable, which grows about linearly; 0 if there is none.
 
-    It is confirmed by its total. At most `_MAX_TRIES` totals beside those of `start` and maybe 1 are asked for, the
-    first that of `guess` if that of `start` is usable.
+    It is confirmed by its total; of what is too much a lower bound does. At most `_MAX_TRIES` totals beside those of
+    `start` and maybe 1 are asked for, the first, if that of `start` is usable, that of `guess`, or of twice `start`
+    where `guess` is not above it.
     """
     known = {start: total_bytes(start)}
     if known[start] > usable:
@@ -289,6 +291,8 @@ def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: i
             high = others[0] if others else fitting[-2]
             slope = max((known[high] - known[low]) / (high - low), 1)
             guess = low + int((usable - known[low]) / slope)
+        elif guess <= low:
+            guess = 2 * low
         guess = min(most, max(guess, low))
         if guess in known:
             break

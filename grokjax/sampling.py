@@ -264,7 +264,7 @@ def _keep_from(logits: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _nucleus_limit(logits: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What `_largest_kept` needs besides the logits for a nucleus, [...] float32."""
+    """Weights [..., V] and limit [..., 1] for which `_largest_kept` of [..., V] leaves the nucleus of [...] float32."""
     weights = jnp.exp(logits.astype(jnp.float32) - logits.max(axis=-1, keepdims=True).astype(jnp.float32))
     limit = (1.0 - top_p[..., None]) * weights.sum(axis=-1, keepdims=True)
     # At top_p = 0 the tokens below the best may round to the whole mass.
@@ -272,16 +272,16 @@ def _nucleus_limit(logits: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.
 
 
 def _rank_limit(logits: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What `_largest_kept` needs besides the logits for the best [...] int32 of them; 0 is all."""
+    """The same for the best [...] int32 of them; 0, V and more are all."""
     vocab_size = logits.shape[-1]
     others = vocab_size - jnp.where(top_k == 0, vocab_size, jnp.clip(top_k, 1, vocab_size))
-    return jnp.ones(logits.shape, jnp.float32), others[..., None].astype(jnp.float32) + 0.5  # V < 2^24
+    return jnp.ones(logits.shape, jnp.float32), others[..., None].astype(jnp.float32) + 1  # exact: V < 2^24
 
 
 def _largest_kept(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """The largest logit [..., 1] float32 below which all together weigh less than a limit, found bit by bit.
+    """The largest logit [..., 1] float32 below which all together weigh less than a limit; the smallest if none is.
 
-    To sort a vocabulary would take longer, and the compiler for TPUs 17 s for a program that might.
+    It is found bit by bit: to sort a vocabulary takes longer, and the compiler for TPUs 17 s for a program that might.
 
     Args:
       logits: [..., V].

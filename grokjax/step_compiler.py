@@ -25,8 +25,8 @@ Route = tuple[str, int, bool]
 
 # Most probable tokens that the steps find; an engine's default.
 _NUM_TOP = 8
-# Memory and transfers are settled before the machine code, which is not going to run. The compiler for TPUs is told to
-# weigh no sizes of blocks and to leave instructions in their order.
+# The machine code is not going to run, and memory and transfers are settled before it: docs/hardware.md says for what
+# they were compared. The compiler for TPUs is told to weigh no sizes of blocks and to leave instructions in order.
 _UNOPTIMISED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 _QUICKLY: dict[str, dict[str, str | bool]] = {
     "cpu": _UNOPTIMISED,

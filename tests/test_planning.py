@@ -21,7 +21,7 @@ from grokjax.accelerators import ACCELERATORS, GIB, find_accelerator
 from grokjax.config import GrokConfig
 from grokjax.costs import device_bytes, step_cost
 from grokjax.model import abstract_model, init
-from grokjax.planning import Plan, plan
+from grokjax.planning import Plan, _largest, plan
 from grokjax.program import read_program
 from grokjax.sharding import RULES, Partitioner, make_mesh
 from grokjax.slot_steps import ModelSteps
@@ -326,6 +326,38 @@ class TestFits:
         assert not longer.fits
         assert 100 < longer.largest_max_len < 128
         assert sizes(batch_size=longer.batch_size, max_len=longer.largest_max_len).fits
+
+    @pytest.mark.parametrize(
+        ("start", "guess", "usable", "best", "most_asked"),
+        [
+            (4, 90, 1000, 90, 2),
+            (4, 70, 1000, 90, 3),
+            (4, 4, 1000, 90, 3),
+            (1, -80, 1000, 90, 3),
+            (1, -80, 1 << 40, 4096, 3),
+            (90, 90, 1000, 90, 2),
+            (91, 0, 1000, 90, 3),
+            (91, 0, 109, 0, 2),
+        ],
+    )
+    def test_the_search_for_the_largest(self, start: int, guess: int, usable: int, best: int, most_asked: int) -> None:
+        """Among numbers up to 4096 whose total is 100 and 10 for each, however wrong the first guess is."""
+        asked: list[int] = []
+
+        def total(n: int) -> int:
+            asked.append(n)
+            return 100 + 10 * n
+
+        assert _largest(total, usable, start, 4096, guess) == best
+        assert len(asked) <= most_asked
+
+    def test_more_rows_than_are_asked_about(self) -> None:
+        """Also where a prefill of 16 prompts takes far less than 16 of one prompt, and the first guess is below 0."""
+        accelerator = find_accelerator("h100")
+        sizes = functools.partial(plan, TINY, mesh=(1, 1), max_len=64, prompt_len=32, prefill_rows=16)
+        needed = sizes(target=Target(accelerator, 1)).total_bytes
+        roomy = dataclasses.replace(accelerator, memory_bytes=3 * needed)
+        assert sizes(target=Target(roomy, 1)).largest_batch_size >= 4
 
 
 class TestSuggestions:
