@@ -165,8 +165,7 @@ class Plan:
         prompts = (_prompts(rows, self.prompt_len, self.prefill_rows)[0] for rows in (self.batch_size, _MOST_ROWS))
         now, most = (-(-number // data) for number in prompts)
         temporary = max(self.decode.temporary_bytes, self.prefill.temporary_bytes * most // now)
-        decode = self.steps.measure(self.batch_size, self.max_len, None)
-        other = decode.other_bytes // -(-self.batch_size // data)
+        other = self.other_bytes // -(-self.batch_size // data)
         return (usable - self.weights_bytes - temporary) // (self.steps.cache_bytes(data, self.max_len) + other)
 
     def _least_bytes(self, usable: int, batch_size: int, max_len: int) -> int:
@@ -293,7 +292,7 @@ def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: i
             guess = low + int((usable - known[low]) / slope)
         elif guess <= low:
             guess = 2 * low
-        guess = min(most, max(guess, low))
+        guess = min(most, guess)
         if guess in known:
             break
         known[guess] = total_bytes(guess)
