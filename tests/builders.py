@@ -18,14 +18,21 @@ import reference
 
 from grokjax.config import GrokConfig
 from grokjax.release import parameter_names
+from grokjax.sharding import ShardingRules
 from grokjax.stored import parameter_shapes
 from grokjax.testing import WrittenTensor, tensor_pickle, write_release_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # 8 devices divide its heads, expert hidden and vocabulary; they outnumber its kv heads.
 SMALL = GrokConfig.tiny().replace(
     model_dim=32, num_heads=8, num_kv_heads=4, head_dim=8, ffn_dim=48, vocab_size=64, max_seq_len=32, num_layers=1
 )
 DENSE = SMALL.replace(num_experts=1, experts_per_token=1)
+
+TENSOR = ShardingRules.tensor_parallel()
+EXPERT = ShardingRules.expert_parallel()
+FULLY = TENSOR.replace(embed="data")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

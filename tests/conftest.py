@@ -1,36 +1,53 @@
-"""The floor of every test: 8 simulated CPU devices, strict dtypes and ranks; and the tokenizers that tests share."""
+"""The floor of every test: 8 simulated CPU devices, strict dtypes and ranks, one cache of compiled programs.
+
+And the fixtures that tests of several folders share: tokenizers, a release at full size.
+"""
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
-# Both must be set before jax starts its backends, and any test module may be the first to import jax.
+# All of these must be set before jax is imported, which any test module may be the first to do. The workers of a run
+# and the programs that tests start inherit them.
+ROOT = Path(__file__).resolve().parents[1]
 _DEVICES = "--xla_force_host_platform_device_count"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
-
-from pathlib import Path
+# The checkout's own package and the modules beside this file, also where another grokjax is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+# What one process has compiled, no other compiles again. A folder that is named outlives the run, and the next one is
+# faster.
+_own_cache = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _own_cache = tempfile.TemporaryDirectory(prefix="grokjax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _own_cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
 import pytest
 import sentencepiece
 from builders import write_full_release
+from jax.experimental.compilation_cache import compilation_cache
 
 from grokjax.tokenizer import SentencePieceTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# No persistent compilation cache: tests read what the compiler makes of a program (its memory, its collectives), and
-# a program that comes back from disk answers such questions differently.
 
 # The same examples at each run where a failure must be repeatable; elsewhere new ones, which find new bugs.
 hypothesis.settings.register_profile(
     "grokjax", deadline=None, max_examples=50, database=None, derandomize="CI" in os.environ, print_blob=True
 )
 hypothesis.settings.load_profile("grokjax")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _own_cache is not None:
+        config.add_cleanup(_own_cache.cleanup)
 
 
 def pytest_sessionstart() -> None:
@@ -46,6 +63,16 @@ def _forget_compiled_programs() -> Iterator[None]:
     """Each compiled program keeps memory maps, of which a process may have 65530: a whole run has more programs."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_afresh() -> Iterator[None]:
+    """For a module that reads what the compiler made: a program from the cache on disk may have less to tell."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def release_tokenizer() -> Path | None:

@@ -1,4 +1,7 @@
-"""Loads the golden data in `tests/golden`: what the released code answered on small models (see the README there)."""
+"""The golden data in `tests/golden`, what the released code answered on small models (see the README there).
+
+And the comparison of a model with them.
+"""
 
 import dataclasses
 import functools
@@ -9,9 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
+from grokjax.model import Grok
+from grokjax.steps import decode, prefill
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
+ATOL_LOGITS = 5e-5  # of a deviation of 2; a float64 model differs by up to 6e-5, ours from the release by less
+ATOL_CACHE = 1e-4
 MODEL_CASES = ("tiny-moe", "tiny-moe-s8", "tiny-mesh-1x4", "tiny-dense-2x4")
 
 
@@ -99,6 +107,38 @@ def load_e2e() -> EndToEnd:
         requests=_read_json(folder / "e2e.json")["requests"],
         steps=_read_arrays(folder / "e2e_top.npz"),
     )
+
+
+def real_logits(case: GoldenCase, logits: np.ndarray) -> np.ndarray:
+    """The logits [sum of lengths, V] at real positions of [B, T, V]."""
+    return np.concatenate([row[:length] for row, length in zip(logits, case.lengths, strict=True)])
+
+
+def check_generation(golden: GoldenCase, model: Grok, rows) -> None:
+    """Prefill and greedy decoding of some rows together: logits, tokens, lengths and the whole cache."""
+    arrays, rows = golden.arrays["float32"], list(rows)
+    expected_tokens = arrays["decode_tokens"][rows]  # [B, n + 1], the first from the prefill
+    logits, cache = prefill(model, golden.tokens[rows], golden.lengths[rows], model.new_cache(len(rows), 64))
+    np.testing.assert_allclose(logits, arrays["prefill_logits"][rows, 0], atol=ATOL_LOGITS, rtol=0)
+    for step in range(expected_tokens.shape[1] - 1):
+        tokens = np.asarray(logits).argmax(-1)
+        np.testing.assert_array_equal(tokens, expected_tokens[:, step])
+        logits, cache = decode(model, tokens, cache)
+        np.testing.assert_allclose(logits, arrays["decode_logits"][rows, step], atol=ATOL_LOGITS, rtol=0)
+    np.testing.assert_array_equal(np.asarray(logits).argmax(-1), expected_tokens[:, -1])
+    check_cache(cache, arrays["final_k"][:, rows], arrays["final_v"][:, rows], golden.lengths[rows] + step + 1)
+
+
+def check_cache(cache: KVCache, keys: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> None:
+    """Compares with the release's [L, B, S, K, H]; ours is head-major and may hold a head once for each device."""
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    copies = cache.keys.shape[2] // keys.shape[3]
+    for ours, theirs in ((cache.keys, keys), (cache.values, values)):
+        theirs = theirs.swapaxes(2, 3).repeat(copies, axis=2)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(
+                np.asarray(ours)[:, row, :, :length], theirs[:, row, :, :length], atol=ATOL_CACHE, rtol=0
+            )
 
 
 def _read_json(path: Path) -> Any:

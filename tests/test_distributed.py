@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from builders import ROOT
 from flax import nnx
-from goldens import load_case
+from goldens import ATOL_LOGITS, load_case
 from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, answer, show
 
 from grokjax import cli, console, distributed, shared_steps
@@ -31,8 +32,6 @@ from grokjax.model import init
 from grokjax.sharding import make_mesh
 from grokjax.shared_steps import SharedSteps, follow
 
-ROOT = Path(__file__).resolve().parents[1]
-ATOL_LOGITS = 5e-5  # as in test_model_goldens
 # Of a process that has died, the other hears after 10 s at the latest, the heartbeat's time in member.py.
 BOUND_SECONDS = 40
 
@@ -47,12 +46,11 @@ def free_port() -> int:
 def two_processes(job: str, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     port = str(free_port())
     command = [sys.executable, str(ROOT / "tests" / "member.py"), job]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     with contextlib.ExitStack() as stack:
         processes = []
         for number in range(2):
             log = stack.enter_context((folder / f"{job}-{number}.log").open("wb"))
-            process = subprocess.Popen([*command, str(number), port, str(folder)], env=environment, stderr=log)
+            process = subprocess.Popen([*command, str(number), port, str(folder)], stderr=log)
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
         yield processes
@@ -179,7 +177,7 @@ def test_the_example_of_the_docs(tmp_path: Path) -> None:
     script = block.replace("localhost:9876", f"localhost:{free_port()}").replace(
         "grokjax ", f"{sys.executable} -m grokjax "
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ.copy()
     del environment["XLA_FLAGS"]
     done = subprocess.run(
         ["bash", "-euc", script],

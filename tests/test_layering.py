@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from builders import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "grokjax"
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 

@@ -1,7 +1,6 @@
 """The release's surface: its goldens through its names, its `run.py` with other imports, its generator at any batch."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -180,9 +179,8 @@ def test_run_py_with_other_imports(release_tokenizer_path: Path, tmp_path: Path)
     (tmp_path / "checkpoints").symlink_to(GOLDEN_DIR / "e2e")
     (tmp_path / "tokenizer.model").symlink_to(release_tokenizer_path)
     (tmp_path / "run.py").write_text(RUN_PY)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "run.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     golden = next(r for r in golden_requests() if r["prompt"] == "E = mc^2")
     assert done.stdout == f"Output for prompt: E = mc^2 {golden['text']}\n"
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, SMALL, write_checkpoint
+from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, write_checkpoint
 
 from grokjax import CheckpointError, QuantizedArray, ShardingRules, dequantize, load, make_mesh
 from grokjax.testing import write_release_checkpoint
@@ -25,7 +25,7 @@ def stack_of(model, name: str) -> jax.Array | QuantizedArray:
 
 @pytest.mark.parametrize(
     "rules",
-    [ShardingRules.tensor_parallel(), ShardingRules.expert_parallel(), ShardingRules().replace(embed="data")],
+    [TENSOR, EXPERT, FULLY],
     ids=["tensor", "expert", "fully"],
 )
 def test_every_shard_is_its_slice_of_the_files(tmp_path: Path, rules: ShardingRules) -> None:

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import ROOT
 
 from grokjax import GrokConfig, forward, init
 from grokjax.quantization import dequantize
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 import peer
 import tables
 

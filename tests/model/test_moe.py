@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import EXPERT, TENSOR
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -236,9 +237,9 @@ def second_layer(module: FeedForward, x: jax.Array, valid: jax.Array) -> jax.Arr
 @pytest.mark.parametrize(
     ("mesh", "rules", "devices_of_an_expert"),
     [
-        pytest.param((1, 1), ShardingRules.tensor_parallel(), 1, id="one device"),
-        pytest.param((1, 8), ShardingRules.tensor_parallel(), 8, id="tensor parallel"),
-        pytest.param((1, 8), ShardingRules.expert_parallel(), 1, id="expert parallel"),
+        pytest.param((1, 1), TENSOR, 1, id="one device"),
+        pytest.param((1, 8), TENSOR, 8, id="tensor parallel"),
+        pytest.param((1, 8), EXPERT, 1, id="expert parallel"),
     ],
 )
 def test_invalid_tokens_evaluate_nothing(

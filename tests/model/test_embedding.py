@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import FULLY, TENSOR
 from goldens import load_case
 
 from grokjax import GrokConfig, init, load, make_mesh, save
@@ -11,8 +12,6 @@ from grokjax.embedding import _direct_unembed, _integer_unembed, _padded_unembed
 from grokjax.quantization import QuantizedTable, quantize_table
 from grokjax.sharding import ShardingRules
 from grokjax.steps import forward
-
-FULLY = ShardingRules.tensor_parallel().replace(embed="data")
 
 
 def random(*shape: int) -> np.ndarray:
@@ -47,7 +46,7 @@ def test_every_form_of_the_product(num_rows: int, dtype: str) -> None:
         np.testing.assert_allclose(out, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
 
 
-@pytest.mark.parametrize("rules", [ShardingRules.tensor_parallel(), FULLY], ids=["tp", "fsdp"])
+@pytest.mark.parametrize("rules", [TENSOR, FULLY], ids=["tp", "fsdp"])
 def test_a_quantised_table_on_a_mesh(rules: ShardingRules) -> None:
     """The same tokens and logits as with the table that the int8 one stands for."""
     config = GrokConfig.tiny()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, SMALL, write_checkpoint
+from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, write_checkpoint
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -36,9 +36,6 @@ from grokjax.model import parameter_name
 from grokjax.stored import ArraySpec, TensorSpec, parameter_shapes
 
 CONFIG = SMALL.replace(num_experts=4)
-TENSOR = ShardingRules.tensor_parallel()
-EXPERT = ShardingRules.expert_parallel()
-FULLY = TENSOR.replace(embed="data")
 PLACES = [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT), ((2, 4), FULLY), ((8, 1), TENSOR)]
 
 

@@ -4,11 +4,9 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +32,6 @@ from grokjax.targets import Target
 TINY = GrokConfig.tiny()
 REAL = GrokConfig.grok_1()
 MIB = 1 << 20
-PATH = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 
 
 @functools.cache
@@ -304,7 +301,7 @@ class TestFits:
             print(json.dumps(sizes))
         """
         command = [sys.executable, "-c", textwrap.dedent(code)]
-        sizes = json.loads(subprocess.run(command, env=os.environ | PATH, stdout=subprocess.PIPE, check=True).stdout)
+        sizes = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
         usable = find_accelerator("v5e").usable_bytes
         assert sizes["tensor"][0] > usable
         assert sizes["fsdp"][1] + 0.4 * GIB < usable < sizes["fsdp"][2]

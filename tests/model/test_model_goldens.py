@@ -7,17 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import MODEL_CASES, GoldenCase, load_case
+from builders import EXPERT, FULLY, TENSOR
+from goldens import ATOL_LOGITS, MODEL_CASES, check_generation, load_case, real_logits
 
-from grokjax.cache import KVCache
 from grokjax.checkpoint import load
 from grokjax.model import Grok
 from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.steps import decode, forward, prefill
 
-TENSOR = ShardingRules.tensor_parallel()
-EXPERT = ShardingRules.expert_parallel()
-FULLY = TENSOR.replace(embed="data")
 # tiny-moe has 4 query heads, which 8 devices cannot split.
 WHOLE_HEADS = EXPERT.replace(heads=None, kv_heads=None)
 
@@ -33,19 +30,12 @@ PLACES = [
     ("tiny-moe-s8", (2, 4), FULLY),
     ("tiny-dense-2x4", (2, 4), FULLY),
 ]
-ATOL_LOGITS = 5e-5  # of a deviation of 2; a float64 model differs by up to 6e-5, ours from the release by less
-ATOL_CACHE = 1e-4
 
 
 @functools.cache
 def load_model(case: str, mesh: tuple[int, int], rules: ShardingRules, dtype: str = "float32") -> Grok:
     golden = load_case(case)
     return load(golden.checkpoint, golden.config, make_mesh(mesh), jnp.dtype(dtype), rules=rules)
-
-
-def real_logits(case: GoldenCase, logits: np.ndarray) -> np.ndarray:
-    """The logits [sum of lengths, V] at real positions of [B, T, V]."""
-    return np.concatenate([row[:length] for row, length in zip(logits, case.lengths, strict=True)])
 
 
 @pytest.mark.parametrize(("case", "mesh", "rules"), PLACES, ids=str)
@@ -73,33 +63,6 @@ def test_row_by_row(case: str, mesh: tuple[int, int], rules: ShardingRules) -> N
     golden = load_case(case)
     for row in range(len(golden.lengths)):
         check_generation(golden, load_model(case, mesh, rules), rows=[row])
-
-
-def check_generation(golden: GoldenCase, model: Grok, rows) -> None:
-    """Prefill and greedy decoding of some rows together: logits, tokens, lengths and the whole cache."""
-    arrays, rows = golden.arrays["float32"], list(rows)
-    expected_tokens = arrays["decode_tokens"][rows]  # [B, n + 1], the first from the prefill
-    logits, cache = prefill(model, golden.tokens[rows], golden.lengths[rows], model.new_cache(len(rows), 64))
-    np.testing.assert_allclose(logits, arrays["prefill_logits"][rows, 0], atol=ATOL_LOGITS, rtol=0)
-    for step in range(expected_tokens.shape[1] - 1):
-        tokens = np.asarray(logits).argmax(-1)
-        np.testing.assert_array_equal(tokens, expected_tokens[:, step])
-        logits, cache = decode(model, tokens, cache)
-        np.testing.assert_allclose(logits, arrays["decode_logits"][rows, step], atol=ATOL_LOGITS, rtol=0)
-    np.testing.assert_array_equal(np.asarray(logits).argmax(-1), expected_tokens[:, -1])
-    check_cache(cache, arrays["final_k"][:, rows], arrays["final_v"][:, rows], golden.lengths[rows] + step + 1)
-
-
-def check_cache(cache: KVCache, keys: np.ndarray, values: np.ndarray, lengths: np.ndarray) -> None:
-    """Compares with the release's [L, B, S, K, H]; ours is head-major and may hold a head once for each device."""
-    np.testing.assert_array_equal(cache.lengths, lengths)
-    copies = cache.keys.shape[2] // keys.shape[3]
-    for ours, theirs in ((cache.keys, keys), (cache.values, values)):
-        theirs = theirs.swapaxes(2, 3).repeat(copies, axis=2)
-        for row, length in enumerate(lengths):
-            np.testing.assert_allclose(
-                np.asarray(ours)[:, row, :, :length], theirs[:, row, :, :length], atol=ATOL_CACHE, rtol=0
-            )
 
 
 @jax.jit

@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from builders import EXPERT, TENSOR
 
 from grokjax import slot_steps
 from grokjax.cache import KVCache
@@ -57,7 +58,7 @@ def large_matrices(program: Program, *, cache: tuple[int, ...]) -> list[Value]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize("rules", [ShardingRules.tensor_parallel(), ShardingRules.expert_parallel()], ids=["tp", "ep"])
+@pytest.mark.parametrize("rules", [TENSOR, EXPERT], ids=["tp", "ep"])
 def test_decode_step_of_the_real_model(batch_size: int, rules: ShardingRules) -> None:
     start = time.perf_counter()
     program = compile_step((1, 8), rules, batch_size=batch_size)

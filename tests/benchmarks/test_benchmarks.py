@@ -1,15 +1,14 @@
 """The benchmarks, each in a process of its own: first the card, then medians, last one JSON line."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from builders import ROOT
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 ENVIRONMENT = {"benchmark", "device", "devices", "jax", "python", "xla_flags"}
 
 
@@ -21,9 +20,7 @@ def output() -> list[str]:
 
 def run(script: str, *options: str) -> list[str]:
     command = [sys.executable, str(BENCHMARKS / script), "--config", "tiny", *options]
-    # The checkout's own package, also where another one is installed.
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
@@ -79,9 +76,7 @@ def test_the_benchmark_of_attention() -> None:
 
 def test_more_filled_than_allocated_is_refused() -> None:
     command = [sys.executable, str(BENCHMARKS / "attention.py"), "--config", "tiny", "--sizes", "9/8"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "--sizes 9/8 is not FILLED/ALLOCATED with 1 to ALLOCATED entries filled." in done.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import ROOT
 
 from grokjax import cli_plan, targets
 from grokjax.cli import main
@@ -18,7 +19,7 @@ from grokjax.suggestions import Suggestion, suggest
 
 SMALL = ["--config", "tiny", "--max-len", "32", "--prompt", "8"]
 DEFAULT = inspect.signature(suggest).parameters["batch_size"].default
-DOCUMENTED = (Path(__file__).resolve().parents[1] / "docs" / "hardware.md").read_text().split("\n## As JSON\n")[1]
+DOCUMENTED = (ROOT / "docs" / "hardware.md").read_text().split("\n## As JSON\n")[1]
 KEYS = {"weights", "cache", "temporary", "other", "total"}
 
 

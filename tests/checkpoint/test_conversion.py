@@ -9,9 +9,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, SMALL, TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
-from goldens import GoldenCase, load_case
-from test_model_goldens import ATOL_LOGITS, EXPERT, FULLY, TENSOR, check_generation, real_logits
+from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
+from goldens import ATOL_LOGITS, GoldenCase, check_generation, load_case, real_logits
 
 from grokjax import (
     CheckpointError,

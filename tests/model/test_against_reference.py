@@ -5,12 +5,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, SMALL, WrittenCheckpoint, write_checkpoint
+from builders import DENSE, EXPERT, SMALL, WrittenCheckpoint, write_checkpoint
 
 from grokjax import Grok, GrokConfig, KVCache, ShardingRules, decode, forward, load, make_mesh, prefill
 
 TOKENS = np.random.default_rng(0).integers(3, SMALL.vocab_size, (2, 9))
-EXPERT_PARALLEL = ShardingRules.expert_parallel()
 FULLY_SHARDED = ShardingRules().replace(embed="data")
 
 
@@ -44,7 +43,7 @@ def test_logits(tmp_path: Path, config: GrokConfig, options: dict, mesh: tuple[i
     [
         pytest.param((1, 8), None, 4, id="a block on two devices"),
         pytest.param((1, 8), None, 8, id="a block on each device"),
-        pytest.param((2, 4), EXPERT_PARALLEL, 8, id="expert parallel"),
+        pytest.param((2, 4), EXPERT, 8, id="expert parallel"),
         pytest.param((2, 4), FULLY_SHARDED, 4, id="fully sharded"),
     ],
 )

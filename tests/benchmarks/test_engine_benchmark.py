@@ -1,21 +1,19 @@
 """The engine's benchmark in a process of its own: a card, medians, and a record of the documented keys."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "engine.py"
+from builders import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "engine.py"
 
 
 def test_a_small_model() -> None:
     command = [sys.executable, str(SCRIPT), "--config", "tiny", "--layers", "1", "--prompt", "8", "--mesh", "1,2"]
     command += ["--new", "12", "--slots", "2", "--chunk", "8", "--requests", "4", "--repeats", "1"]
-    # The checkout's own package, also where another one is installed.
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0] == "tiny, int8 weights, bfloat16, 2 slots, mesh 1,2"
     assert "medians" in lines
