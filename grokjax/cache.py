@@ -165,7 +165,7 @@ class KVCache:
                 f"of {row_cache.max_len}."
             )
         # A smaller update would be written into a corner of the row without an error.
-        ours, theirs = self._entry_shape(), row_cache._entry_shape()
+        ours, theirs = _entry_shape(self), _entry_shape(row_cache)
         if ours != theirs:
             raise ValueError(
                 f"the row holds entries of (layers, kv heads, head size) {theirs} and this cache {ours}: create both "
@@ -187,14 +187,15 @@ class KVCache:
         """This cache with row `row` empty."""
         return dataclasses.replace(self, lengths=self.lengths.at[self._check_row(row)].set(0))
 
-    def _entry_shape(self) -> tuple[int, ...]:
-        layers, _, heads, _, head_dim = self.keys.shape
-        return layers, heads, head_dim
-
     def _check_row(self, row: jax.Array | int) -> jax.Array:
         if not isinstance(row, jax.core.Tracer) and row not in range(self.batch_size):
             raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows: give one of 0, 1, ...")
         return jnp.asarray(row, jnp.int32)
+
+
+def _entry_shape(cache: KVCache) -> tuple[int, ...]:
+    layers, _, heads, _, head_dim = cache.keys.shape
+    return layers, heads, head_dim
 
 
 def check_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -237,7 +238,7 @@ def write(
     parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
 
     def put(stack: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.platform_dependent(stack, new, layer, rows, start, count, cuda=_scatter, default=_write_rows)
+        return lax.platform_dependent(stack, new, layer, rows, start, count, cuda=scatter_entries, default=_write_rows)
 
     return jax.tree.map(put, stack, parts)
 
@@ -334,10 +335,22 @@ def own_rows(rows: jax.Array, num_held: int, partitioner: Partitioner) -> tuple[
     return jnp.where(is_held, own, 0), is_held
 
 
-def _scatter(
+def scatter_entries(
     stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """`write` of one array, [L, B, K, S, ...] and [P, K, T, ...]."""
+    """Writes new entries of one layer into one array by a scatter, which on GPUs is one kernel for all rows.
+
+    Args:
+      stack: [L, B, K, S, ...], keys, values or their scales.
+      new: [P, K, T, ...] with T at most S.
+      layer: int32 [].
+      rows: int32 [P], as in `write`; all B in order if None.
+      start: int32 [P].
+      count: int32 [P].
+
+    Returns:
+      The stack [L, B, K, S, ...].
+    """
     num_rows, _, num_new, *_ = new.shape
     number = jnp.arange(num_new)[None]
     # What is not to be written goes behind the end, each to a place of its own.
@@ -351,7 +364,7 @@ def _scatter(
 def _write_rows(
     stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
 ) -> jax.Array:
-    """The same, row by row."""
+    """What `scatter_entries` does, row by row."""
     num_rows, heads, num_new, *rest = new.shape
     zero = jnp.zeros((), jnp.int32)
 

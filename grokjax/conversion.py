@@ -46,7 +46,7 @@ from grokjax.stored import (
 EARLIER = "an earlier run"
 # Python, NumPy, JAX and Orbax themselves, and the slices that are converted.
 _BASE_BYTES = 768 << 20
-_SLICE_BYTES = 128 << 20
+SLICE_BYTES = 128 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def plan_conversion(
         num_done=len(units) - len(missing),
         write_bytes=sum(missing),
         free_bytes=free_bytes(folder),
-        peak_host_bytes=_peak_bytes(checkpoint, found, specs),
+        peak_host_bytes=peak_bytes(checkpoint, found, specs),
     )
 
 
@@ -327,7 +327,7 @@ def _convert_piece(checkpoint: Checkpoint, piece: Piece, recipe: Recipe, spec: T
         return recipe.apply(_read_piece(checkpoint, piece), spec)
     # A cast takes some rows at a time, so that the table is not there twice.
     result = np.empty(spec.weight.shape, spec.weight.dtype)
-    step = max(1, _SLICE_BYTES * len(result) // result.nbytes)
+    step = max(1, SLICE_BYTES * len(result) // result.nbytes)
     for start in range(0, len(result), step):
         result[start : start + step] = tensor.weight.read((*piece.index, slice(start, start + step)))
     return {"weight": result}
@@ -350,8 +350,16 @@ def _num_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
     return sum(specs[piece.parameter].piece(piece).num_bytes for piece in unit.pieces)
 
 
-def _peak_bytes(checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> int:
-    """Most memory of a conversion: a unit being written, its copy in chunks, and the next being read and converted."""
+def peak_bytes(checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> int:
+    """Most memory, in bytes, that the process of a conversion takes.
+
+    It holds a unit that is being written, its copy in chunks, and the next one, which is being read and converted.
+
+    Args:
+      checkpoint: the source.
+      found: its parameters -> shapes and dtypes.
+      specs: the new checkpoint's parameters -> shapes and dtypes.
+    """
     peak = 0
     units = units_of(checkpoint.config)
     for unit, following in itertools.pairwise((None, *units, None)):

@@ -95,6 +95,14 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def coordination_client() -> Any:
+    """The client of the service that JAX starts for its own coordination; None where no processes were joined.
+
+    Everything here that one process tells another goes through it. It has no public name in JAX; Orbax takes it too.
+    """
+    return coordination.global_state.client
+
+
 def on_first(what: str, function: Callable[[], T], *, together: bool = True) -> T | None:
     """Waits for all processes, and runs a function on process 0; if it raises, the others raise `ValueError`.
 
@@ -111,7 +119,7 @@ def on_first(what: str, function: Callable[[], T], *, together: bool = True) -> 
     """
     if not together or not jax.distributed.is_initialized() or jax.process_count() == 1:
         return function()
-    client = _client()
+    client = coordination_client()
     outcome = f"{_meet(client, what)}/outcome"
     if jax.process_index():
         problem = _wait(client, outcome, what).decode()
@@ -157,7 +165,7 @@ class Channel:
     @classmethod
     def open(cls) -> Self:
         """This process's end of the next channel."""
-        client = _client()
+        client = coordination_client()
         with _gone_before(_STEP):
             number = client.key_value_increment(f"grokjax/channels/{jax.process_index()}", 1)
         return cls(client, f"grokjax/channel/{number}")
@@ -225,8 +233,3 @@ def _gone_before(what: str) -> Iterator[None]:
         raise DistributedError(
             f"another process has gone before {what} ({first_line(error)}): see its messages, then start all again."
         ) from error
-
-
-def _client() -> Any:
-    """The client of the service that JAX starts for its own coordination; it has no public name, Orbax takes it too."""
-    return coordination.global_state.client

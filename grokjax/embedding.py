@@ -82,33 +82,45 @@ def _unembed(x: jax.Array, table: Table) -> jax.Array:
     """`x [..., D] @ table [V, D].T` in float32."""
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(table, QuantizedTable):
-        integers = functools.partial(lax.platform_dependent, cpu=_integer_unembed, default=_direct_unembed)
+        integers = functools.partial(lax.platform_dependent, cpu=integer_unembed, default=direct_unembed)
         out = integers(rows, table.weight) * table.scales[None]
     else:
-        out = lax.platform_dependent(rows, table, cpu=_padded_unembed, default=_direct_unembed)
+        out = lax.platform_dependent(rows, table, cpu=padded_unembed, default=direct_unembed)
     return out.reshape(*x.shape[:-1], table.shape[0])
 
 
-def _direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+def direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x @ table.T` as one product: compilers for accelerators fuse the cast into it.
+
+    Args:
+      x: float32 or bfloat16 [M, D].
+      table: plain or int8 [V, D], without its scales.
+
+    Returns:
+      float32 [M, V].
+    """
     product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(x.dtype))
     return product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """With rows enough for XLA's CPU backend to multiply the table as it is, not a float32 copy of it."""
-    return _direct_unembed(pad_rows(x), table)[: x.shape[0]]
+def padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x @ table.T` with rows enough for XLA's CPU backend to multiply the table as it is, not a float32 copy of it.
+
+    Arguments and result are those of `direct_unembed`.
+    """
+    return direct_unembed(pad_rows(x), table)[: x.shape[0]]
 
 
 # Most rows that are written as int8 ones, and the rows of an int8 table that are cast together for more.
 _INTEGER_ROWS, _CAST_ROWS = 16, 1024
 
 
-def _integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """With an int8 table, of which XLA's CPU backend would make a whole copy in the dtype of x.
+def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x @ table.T` with an int8 table, of which XLA's CPU backend would make a whole copy in the dtype of x.
 
     A few rows are written as sums of int8 rows, each 254 times finer than the one before, and multiplied as integers:
     two for bfloat16, with an error of 2e-5 of a row's largest element, and three for float32. For more rows the table
-    is cast block by block.
+    is cast block by block. Arguments and result are those of `direct_unembed`.
     """
     if x.shape[0] > _INTEGER_ROWS:
         return _blocked_unembed(x.astype(product_dtype(x.dtype)), table)
@@ -132,7 +144,7 @@ def _blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
 
     def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
         start = jnp.minimum(i * block, num_rows - block)  # the last block slides left and repeats what was done
-        part = _direct_unembed(x, lax.dynamic_slice_in_dim(table, start, block))
+        part = direct_unembed(x, lax.dynamic_slice_in_dim(table, start, block))
         return lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
 
     return lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros((x.shape[0], num_rows), jnp.float32))

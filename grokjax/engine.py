@@ -383,6 +383,7 @@ class Engine:
             return
         self._scheduler.release(sample)
         self._live.pop(sample, None)
+        self._last_settings = None  # names the sample: an idle engine would hold on to its request
         completion = sample.finish(reason, self._clock(), error)
         self._meter.finished[completion.finish_reason] += 1
         if sample.handle.is_done:

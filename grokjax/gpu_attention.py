@@ -72,7 +72,7 @@ def attend(
     packed = packed.reshape(batch * kv_heads, num_new * group, head_dim)
     packed = jnp.pad(packed, ((0, 0), (0, -num_new * group % tile), (0, 0)))
     tiles = packed.shape[1] // tile
-    splits = _num_splits(max_len, programs=batch * kv_heads * tiles)
+    splits = choose_num_splits(max_len, programs=batch * kv_heads * tiles)
     whole = [jnp.arange(batch) if rows is None else rows, start, count, layer.reshape(1)]
     entries = [*jax.tree.leaves(keys), *jax.tree.leaves(values)]
     kernel = functools.partial(
@@ -106,8 +106,13 @@ def attend(
     return out.swapaxes(1, 2).reshape(batch, num_new, num_heads * head_dim)
 
 
-def _num_splits(max_len: int, *, programs: int) -> int:
-    """Programs that share the keys of a tile of queries: a power of two, each with 128 keys or more of a full row."""
+def choose_num_splits(max_len: int, *, programs: int) -> int:
+    """Programs that share the keys of a tile of queries: a power of two, each with 128 keys or more of a full row.
+
+    Args:
+      max_len: S, keys of a full row.
+      programs: that there are for all keys, one for each tile and kv head.
+    """
     most = max(1, min(_PROGRAMS // programs, max_len // (2 * _KEYS)))
     return 1 << most.bit_length() - 1
 

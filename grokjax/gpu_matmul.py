@@ -15,13 +15,13 @@ from jax import lax
 Weights = Sequence[tuple[jax.Array, jax.Array | None]]
 
 # So many programs keep the multiprocessors of the largest GPUs busy to the end, four each.
-_PROGRAMS = 512
+ENOUGH_PROGRAMS = 512
 # Rows that one program multiplies: matrix units take no fewer than 16, and 32 took longer than 64 on an H100.
 _ROWS = (16, 64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
+class Tile:
     """What one program of the kernel computes, and how.
 
     Attributes:
@@ -39,12 +39,19 @@ class _Tile:
     stages: int = 3
 
 
-def _choose_tile(num_rows: int, weights: Weights) -> _Tile:
-    """The fastest of those tried on an H100, with int8 weights; see docs/performance.md."""
+def choose_tile(num_rows: int, weights: Weights) -> Tile:
+    """The tile with which `stack_matmul` multiplies groups of `num_rows` rows with these weights.
+
+    It is the fastest of those tried on an H100, with int8 weights; see docs/performance.md.
+
+    Args:
+      num_rows: M, of each group.
+      weights: numbers and scales of each; only shapes and dtypes are looked at.
+    """
     rows = tile_rows(num_rows)
     are_wide = all(weight.shape[-1] % 256 == 0 and weight.dtype == jnp.int8 for weight, _ in weights)
     is_wide = rows < _ROWS[-1] and are_wide
-    return _Tile(rows, outputs=256 if is_wide else 128, stages=4 if is_wide or rows == _ROWS[-1] else 3)
+    return Tile(rows, outputs=256 if is_wide else 128, stages=4 if is_wide or rows == _ROWS[-1] else 3)
 
 
 def tile_rows(num_rows: int) -> int:
@@ -106,10 +113,10 @@ def stack_matmul(
     num_rows, contracted = x.shape[1:]
     num_groups, outputs = len(at), [weight.shape[-1] for weight, _ in weights]
     num_blocks = _num_blocks(weights[0][1])
-    tile = _choose_tile(num_rows, weights)
+    tile = choose_tile(num_rows, weights)
     tiles, columns = -(-num_rows // tile.rows), sum(outputs) // tile.outputs
     programs = (num_groups if num_wanted is None else num_wanted) * tiles * columns
-    parts = _num_parts(contracted, num_blocks, tile=tile, num_rows=num_rows, programs=programs)
+    parts = choose_num_parts(contracted, num_blocks, tile=tile, num_rows=num_rows, programs=programs)
     wanted = jnp.ones(num_groups, jnp.int32) if is_wanted is None else is_wanted.astype(jnp.int32)
     operands = [x, wanted, at, *jax.tree.leaves(weights)]
     out_shape = (parts, num_groups, num_rows, sum(outputs))
@@ -128,16 +135,24 @@ def stack_matmul(
     return jnp.split(partial.sum(axis=0), list(itertools.accumulate(outputs))[:-1], axis=-1)
 
 
-def _num_parts(contracted: int, num_blocks: int, *, tile: _Tile, num_rows: int, programs: int) -> int:
-    """Parts of the contraction for different programs: each whole scale blocks or a whole fraction of one.
+def choose_num_parts(contracted: int, num_blocks: int, *, tile: Tile, num_rows: int, programs: int) -> int:
+    """Parts into which `stack_matmul` cuts the contraction, each for programs of its own.
 
-    As many as keep the device busy, if their sums, float32, are at most a third of the weight's bytes.
+    A part is some whole scale blocks or a whole fraction of one. There are as many as keep the device busy, if their
+    sums, float32, are at most a third of the weight's bytes.
+
+    Args:
+      contracted: C.
+      num_blocks: Q, scale blocks along it.
+      tile: what one program computes.
+      num_rows: M, of each group.
+      programs: that there are for each part.
     """
     scale_rows = contracted // num_blocks
     allowed = [n for n in range(1, num_blocks + 1) if num_blocks % n == 0]
     allowed += [num_blocks * n for n in range(2, scale_rows // tile.step + 1) if scale_rows % (n * tile.step) == 0]
     small = [n for n in allowed if n == 1 or n * min(num_rows, tile.rows) * 12 <= contracted]
-    return next((n for n in small if n * programs >= _PROGRAMS), small[-1])
+    return next((n for n in small if n * programs >= ENOUGH_PROGRAMS), small[-1])
 
 
 def _multiply_tile(
@@ -145,7 +160,7 @@ def _multiply_tile(
     wanted_ref: Any,
     at_ref: Any,
     *weights_and_out: Any,
-    tile: _Tile,
+    tile: Tile,
     tiles: int,
     part: int,
     scale_rows: int,

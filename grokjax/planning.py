@@ -143,7 +143,7 @@ class Plan:
             return None
         total = functools.partial(self._least_bytes, usable, max_len=self.max_len)
         start, guess = -(-self.batch_size // data), self._likely_rows(usable) if self.fits else 0
-        return data * _largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, guess)
+        return data * find_largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, guess)
 
     @functools.cached_property
     def largest_max_len(self) -> int | None:
@@ -153,7 +153,7 @@ class Plan:
             return None
         total = functools.partial(self._least_bytes, usable, self.batch_size)
         guess = self.max_len + (usable - self.total_bytes) // self.steps.cache_bytes(self.batch_size, 1)
-        return _largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
+        return find_largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
 
     def _likely_rows(self, usable: int) -> int:
         """Rows of each replica that fit if a prefill's temporaries grow with its prompts, and a decode step's less.
@@ -271,7 +271,7 @@ def _ring_seconds(traffic: Traffic, accelerator: Accelerator, latency: float) ->
     return link and traffic.count * latency + rounds.get(traffic.kind, parts) * traffic.num_bytes / link
 
 
-def _largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int, guess: int) -> int:
+def find_largest(total_bytes: Callable[[int], int], usable: int, start: int, most: int, guess: int) -> int:
     """The largest n up to `most` whose total is usable, which grows about linearly; 0 if there is none.
 
     It is confirmed by its total; of what is too much a lower bound does. At most `_MAX_TRIES` totals beside those of

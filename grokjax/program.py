@@ -107,7 +107,7 @@ def read_program(compiled: jax.stages.Compiled) -> Program:
     values = [value for line in _unfused_lines(text) for value in _values(line)]
     partitions = _NUM_DEVICES.search(text)
     num_devices = 1 if partitions is None else int(partitions[1])
-    transfers = tuple(transfer for line in text.splitlines() for transfer in _transfers(line, num_devices))
+    transfers = tuple(transfer for line in text.splitlines() for transfer in read_transfers(line, num_devices))
     counts = collections.Counter(transfer.kind for transfer in transfers)
     return Program(
         argument_bytes=memory.argument_size_in_bytes,
@@ -141,7 +141,16 @@ def _values(line: str) -> list[Value]:
     return [Value(dtype, _dimensions(shape), operation) for dtype, shape in _VALUE.findall(made)]
 
 
-def _transfers(line: str, num_devices: int) -> list[Collective]:
+def read_transfers(line: str, num_devices: int) -> list[Collective]:
+    """The transfer that a line of a compiled program's text stands for, in any form in which compilers write it.
+
+    Args:
+      line: one instruction of the program's text.
+      num_devices: on which the program runs.
+
+    Returns:
+      One transfer, or none where the instruction moves nothing between devices.
+    """
     found = _TRANSFER.match(line)
     if not found:
         return []

@@ -182,9 +182,9 @@ def matmuls(
     arrays = [numbers_and_scales(w) for w in weights]
     # Only where it is asked for: to trace the kernels takes a second that other devices need not spend.
     if platform == "gpu":
-        outs = _gpu_matmuls(rows, arrays, at)
+        outs = gpu_matmuls(rows, arrays, at)
     else:
-        outs = lax.platform_dependent(rows, arrays, at, cpu=_each(_cpu_matmul), default=_each(_direct_matmul))
+        outs = lax.platform_dependent(rows, arrays, at, cpu=_each(_cpu_matmul), default=_each(direct_matmul))
     return [out.reshape(*x.shape[:-1], w.shape[-1]) for out, w in zip(outs, weights, strict=True)]
 
 
@@ -246,8 +246,18 @@ def _select(
     return lax.dynamic_slice(stack, index, sizes, allow_negative_indices=False).reshape(size, width)
 
 
-def _direct_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
-    """One product on the slice: compilers for accelerators fuse the slice and the cast into it."""
+def direct_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """`x @ weight[at]` as one product on the slice: compilers for accelerators fuse the slice and the cast into it.
+
+    Args:
+      x: float32 or bfloat16 [M, C].
+      weight: plain or int8 [*stack, C, O].
+      scales: [*stack, Q, O] of an int8 weight, None of a plain one.
+      at: one index, int32 [], for each stack axis.
+
+    Returns:
+      float32 [M, O].
+    """
     w = _select(weight, at, 0, weight.shape[-2]).astype(x.dtype)
     return _scaled_product(x, w, None if scales is None else _select(scales, at, 0, scales.shape[-2]))
 
@@ -269,17 +279,29 @@ def _scaled_product(x: jax.Array, w: jax.Array, scales: jax.Array | None) -> jax
 KERNEL_ROWS = 512
 
 
-def _gpu_matmuls(x: jax.Array, weights: gpu_matmul.Weights, at: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """A kernel for few rows, XLA's products after one that casts for many: XLA:GPU would copy the slices first."""
+def gpu_matmuls(x: jax.Array, weights: gpu_matmul.Weights, at: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """`x @ weight[at]` for several weights on GPUs, where XLA alone would copy the slices first.
+
+    Few rows are multiplied by one kernel, many by XLA's products after a kernel that casts. Where no kernel fits, the
+    form is `direct_matmul`.
+
+    Args:
+      x: float32 or bfloat16 [M, C].
+      weights: numbers and scales of each, as `direct_matmul` takes them.
+      at: one index, int32 [], for each stack axis.
+
+    Returns:
+      float32 [M, O] for each weight.
+    """
     if not at or not gpu_matmul.fits(x, weights):
-        return _each(_direct_matmul)(x, weights, at)
+        return _each(direct_matmul)(x, weights, at)
     index = jnp.stack(at)
     if len(x) <= KERNEL_ROWS:
         return [out[0] for out in gpu_matmul.stack_matmul(x[None], weights, index[None])]
     return [
         _scaled_product(x, gpu_matmul.cast(weight, index), _select(scales, at, 0, scales.shape[-2]))
         if scales is not None
-        else _direct_matmul(x, weight, None, at)
+        else direct_matmul(x, weight, None, at)
         for weight, scales in weights
     ]
 
@@ -289,32 +311,33 @@ _SUMMED_ROWS = 2
 # Fewest rows for which a wide result costs less in blocks of columns, which need no sum, than in blocks of weight rows.
 _COLUMN_ROWS = 32
 # Slices of a weight in one step of those sums, and about how many numbers each has.
-_STEP_SLICES, _SLICE_NUMBERS = 8, 1 << 15
+_STEP_SLICES, SLICE_NUMBERS = 8, 1 << 15
 
 
 def _cpu_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
     """The product in the form that suits the number of rows; each reads a weight once and copies none of it whole."""
     x = x.astype(product_dtype(x.dtype))
     if x.shape[0] <= _SUMMED_ROWS:
-        return _summed_matmul(x, weight, scales, at)
+        return summed_matmul(x, weight, scales, at)
     is_wide = x.shape[0] >= _COLUMN_ROWS and weight.shape[-1] > weight.shape[-2]
-    form = _column_matmul if is_wide else _blocked_matmul
+    form = column_matmul if is_wide else blocked_matmul
     return form(x, weight, scales, at)
 
 
-def _summed_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
-    """One or two rows as sums of products, weight row by weight row.
+def summed_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """`x @ weight[at]` as sums of products, weight row by weight row: for one or two rows of activations on CPUs.
 
     XLA's CPU backend makes one vectorised loop of each step, spread over the cores, in which the weight is read where
     it lies, cast in registers and multiplied; before a matmul it would be copied and packed. A step takes some slices
-    of several weight rows, one slice after the other, so that it is long enough to be shared by the cores.
+    of several weight rows, one slice after the other, so that it is long enough to be shared by the cores. Arguments
+    and result are those of `direct_matmul`.
     """
     rows, outputs = weight.shape[-2:]
     num_blocks = 1 if scales is None else scales.shape[-2]
     scale_rows = rows // num_blocks
     slices = min(_STEP_SLICES, scale_rows)
     # At least two steps: of a loop that runs once, XLA would make copies of the slices.
-    size = max(1, min(_SLICE_NUMBERS // outputs, scale_rows // (2 * slices)))
+    size = max(1, min(SLICE_NUMBERS // outputs, scale_rows // (2 * slices)))
     step = slices * size
     wide = x.astype(jnp.float32)
 
@@ -337,15 +360,18 @@ def _summed_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at
 
 
 # Bytes of weight that one step of the blocked product converts: small enough for a core's own cache.
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 
-def _blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
-    """The product as a loop over blocks of rows: XLA's CPU backend would copy, then convert, the whole slice first."""
+def blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """`x @ weight[at]` as a loop over blocks of weight rows, for CPUs: XLA would copy, then convert, the whole slice.
+
+    Arguments and result are those of `direct_matmul`.
+    """
     rows, outputs = weight.shape[-2:]
     num_blocks = 1 if scales is None else scales.shape[-2]
     scale_rows = rows // num_blocks
-    block = min(scale_rows, max(32, _BLOCK_BYTES // (outputs * weight.dtype.itemsize)))
+    block = min(scale_rows, max(32, BLOCK_BYTES // (outputs * weight.dtype.itemsize)))
     whole, rest = divmod(scale_rows, block)
     padded = pad_rows(x)
 
@@ -366,12 +392,15 @@ def _blocked_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, a
     return lax.fori_loop(0, num_blocks, add_scale_block, out)[: x.shape[0]]
 
 
-def _column_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
-    """Many rows as a loop over blocks of columns: each is cast once and multiplied at once."""
+def column_matmul(x: jax.Array, weight: jax.Array, scales: jax.Array | None, at: tuple[jax.Array, ...]) -> jax.Array:
+    """`x @ weight[at]` as a loop over blocks of columns, for many rows on CPUs: each is cast and multiplied at once.
+
+    Arguments and result are those of `direct_matmul`.
+    """
     rows, outputs = weight.shape[-2:]
     num_blocks = 1 if scales is None else scales.shape[-2]
     scale_rows = rows // num_blocks
-    most = max(64, _BLOCK_BYTES // (rows * x.dtype.itemsize))
+    most = max(64, BLOCK_BYTES // (rows * x.dtype.itemsize))
     num_columns = -(-outputs // most)
     width = min(outputs, -(-outputs // num_columns // 64) * 64)
 

@@ -17,7 +17,7 @@ Leaves = dict[str, Array]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Columns are converted so many bytes of float32 at a time: quantising takes a few times that.
-_SLICE_BYTES = 32 << 20
+SLICE_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _by_columns(leaves: Leaves, spec: TensorSpec, change: Any) -> Leaves:
     """Applies `change` to slices of columns, which are independent of each other, on the CPU."""
     results = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in spec.leaves().items()}
     rows, columns = spec.weight.shape
-    step = max(1, _SLICE_BYTES // (4 * rows))
+    step = max(1, SLICE_BYTES // (4 * rows))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for start in range(0, columns, step):
             part = {name: np.ascontiguousarray(leaf[:, start : start + step]) for name, leaf in leaves.items()}

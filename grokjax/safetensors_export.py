@@ -25,7 +25,7 @@ Shard = dict[str, Array]
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _PART = ".part"
 # Transposed at once: both sides of the copy stay inside the processor's cache.
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 
 def write_safetensors(
@@ -164,7 +164,7 @@ def _transpose(array: Array, dtype: np.dtype[Any]) -> Array:
     # As plain integers: NumPy copies those faster than bfloat16.
     bits = np.dtype(f"u{dtype.itemsize}")
     target = result.view(bits)
-    step = max(1, _BLOCK_BYTES // (array.shape[1] * dtype.itemsize))
+    step = max(1, BLOCK_BYTES // (array.shape[1] * dtype.itemsize))
     for start in range(0, array.shape[0], step):
         target[:, start : start + step] = array[start : start + step].astype(dtype, order="C").view(bits).T
     return result

@@ -44,7 +44,7 @@ from grokjax.stored import (
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Read at once into the result: little memory, and a transposition that stays inside the processor's cache.
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bo
     # As plain integers: NumPy copies those faster than bfloat16.
     bits = np.dtype(f"u{target.itemsize}")
     rows, *columns = bounds[::-1] if transposed else bounds
-    step = max(1, _BLOCK_BYTES * len(rows) // target.nbytes)
+    step = max(1, BLOCK_BYTES * len(rows) // target.nbytes)
     target = target.view(bits).T if transposed else target.view(bits)
     with _opened(source.file) as file:
         stored = file.get_slice(source.name)

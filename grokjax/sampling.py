@@ -197,7 +197,7 @@ def top_p_filter(logits: jax.Array, top_p: ArrayLike) -> jax.Array:
 
     Source: the release's `runners.py`, `top_p_filter`.
     """
-    return _keep_from(logits, _largest_kept(logits, *_nucleus_limit(logits, _per_row(top_p, logits, jnp.float32))))
+    return _keep_from(logits, find_threshold(logits, *_nucleus_limit(logits, _per_row(top_p, logits, jnp.float32))))
 
 
 def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
@@ -207,7 +207,7 @@ def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
       logits: [..., V].
       top_k: integers, scalar or [...]; 0, V and more keep all.
     """
-    return _keep_from(logits, _largest_kept(logits, *_rank_limit(logits, _per_row(top_k, logits, jnp.int32))))
+    return _keep_from(logits, find_threshold(logits, *_rank_limit(logits, _per_row(top_k, logits, jnp.int32))))
 
 
 def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
@@ -242,7 +242,7 @@ def _filter(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sha
             kept = _keep_from(gathered, threshold)
             limits = _rank_limit(kept, settings.top_k), _nucleus_limit(kept, settings.nucleus_p)
             weights, limit = (jnp.where(kind == 0, rank, nucleus) for rank, nucleus in zip(*limits, strict=True))
-            return jnp.maximum(threshold, _largest_kept(kept, weights, limit))
+            return jnp.maximum(threshold, find_threshold(kept, weights, limit))
 
         # One search after the other in a loop, so that there is but one to compile.
         return lax.fori_loop(jnp.where(needs_rank, 0, 1), jnp.where(needs_nucleus, 2, 1), search, least)
@@ -264,7 +264,7 @@ def _keep_from(logits: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _nucleus_limit(logits: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights [..., V] and limit [..., 1] for which `_largest_kept` of [..., V] leaves the nucleus of [...] float32."""
+    """Weights [..., V] and limit [..., 1] for `find_threshold` of [..., V] to leave the nucleus of [...] float32."""
     weights = jnp.exp(logits.astype(jnp.float32) - logits.max(axis=-1, keepdims=True).astype(jnp.float32))
     limit = (1.0 - top_p[..., None]) * weights.sum(axis=-1, keepdims=True)
     # At top_p = 0 the tokens below the best may round to the whole mass.
@@ -278,8 +278,8 @@ def _rank_limit(logits: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Arr
     return jnp.ones(logits.shape, jnp.float32), others[..., None].astype(jnp.float32) + 1  # exact: V < 2^24
 
 
-def _largest_kept(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """The largest logit [..., 1] float32 below which all together weigh less than a limit; the smallest if none is.
+def find_threshold(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """The largest logit below which all together weigh less than a limit; the smallest logit if there is none.
 
     It is found bit by bit: to sort a vocabulary takes longer, and the compiler for TPUs 17 s for a program that might.
 
@@ -287,11 +287,14 @@ def _largest_kept(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> ja
       logits: [..., V].
       weights: float32 [..., V], not negative.
       limit: float32 [..., 1].
+
+    Returns:
+      float32 [..., 1]; the logits that reach it are those that top-k or top-p keeps.
     """
     order = _ordered(lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32))
 
     def try_bit(i: jax.Array, best: jax.Array) -> jax.Array:
-        higher = best | jnp.uint32(1 << 31) >> i.astype(jnp.uint32)
+        higher = best | jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32)
         weight = jnp.where(order < higher, weights, 0).sum(axis=-1, keepdims=True)
         return jnp.where(weight < limit, higher, best)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,25 @@ _SCORE_BLOCK = 64
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
-    """On the device: cache of B rows, last drawn tokens int32 [B], logits after prefill and biases, float32 [B, V]."""
+class SlotState:
+    """What the steps keep on the devices from one call to the next.
+
+    Attributes:
+      cache: of B rows.
+      tokens: int32 [B], the last that was drawn in each row.
+      logits: float32 [B, V], those after each row's prefill, from which its first token is drawn.
+      bias: float32 [B, V], what each row's request adds to its logits.
+    """
 
     cache: KVCache
     tokens: jax.Array
     logits: jax.Array
     bias: jax.Array
+
+    @classmethod
+    def abstract(cls, model: Grok, cache: KVCache) -> Self:
+        """The state around a cache as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
+        return cls(cache, **_state_shapes(model, cache.batch_size))
 
 
 class ModelSteps:
@@ -47,7 +59,12 @@ class ModelSteps:
         self._model = model
         state = _state_shapes(model, slots)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
-        self._state = _State(model.new_cache(slots, max_len, dtype=cache_dtype), **zeros)
+        self._state = SlotState(model.new_cache(slots, max_len, dtype=cache_dtype), **zeros)
+
+    @property
+    def state(self) -> SlotState:
+        """What the devices hold after the steps so far; the next step DONATES it."""
+        return self._state
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`; compiled for each shape of `tokens`."""
@@ -112,33 +129,40 @@ class DeviceScores:
         return np.asarray(self._scores)
 
 
-def lower_prefill(model: Grok, cache: KVCache, prompts: tuple[int, int]) -> jax.stages.Lowered:
-    """The step that prefills (P, T) tokens, from an abstract model and cache."""
+def lower_prefill(model: Grok, state: SlotState, prompts: tuple[int, int]) -> jax.stages.Lowered:
+    """The step that prefills (P, T) tokens; model and state may be abstract, here and in the functions below."""
     tokens = jax.ShapeDtypeStruct(prompts, jnp.int32)
     numbers = jax.ShapeDtypeStruct(prompts[:1], jnp.int32)
-    return _prefill_rows.lower(model, _abstract_state(model, cache), tokens, numbers, numbers, numbers)
+    return _prefill_rows.lower(model, state, tokens, numbers, numbers, numbers)
 
 
-def lower_decode(model: Grok, cache: KVCache, num_top: int) -> jax.stages.Lowered:
-    """The step that decodes all rows and draws from them, from an abstract model and cache."""
-    settings = SlotSettings.of((), cache.batch_size).packed
+def lower_score(model: Grok, state: SlotState, length: int) -> jax.stages.Lowered:
+    """The step that prefills `length` tokens of one row and gives the log-probabilities of the next ones."""
+    tokens, place = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    return _score_row.lower(model, state, tokens, tokens, place)
+
+
+def lower_share(model: Grok, state: SlotState) -> jax.stages.Lowered:
+    """The step that copies the beginning of one row to another."""
+    return _share_row.lower(model, state, jax.ShapeDtypeStruct((3,), jnp.int32))
+
+
+def lower_decode(model: Grok, state: SlotState, num_top: int) -> jax.stages.Lowered:
+    """The step that decodes all rows, draws from them and finds the `num_top` most probable tokens."""
+    settings = SlotSettings.of((), state.cache.batch_size).packed
     packed = jax.ShapeDtypeStruct(settings.shape, settings.dtype)
-    return _decode.lower(model, _abstract_state(model, cache), packed, num_top=num_top)
-
-
-def _abstract_state(model: Grok, cache: KVCache) -> _State:
-    return _State(cache, **_state_shapes(model, cache.batch_size))
+    return _decode.lower(model, state, packed, num_top=num_top)
 
 
 def _state_shapes(model: Grok, slots: int) -> dict[str, Any]:
-    """What a state holds beside its cache, by the names of `_State`."""
+    """What a state holds beside its cache, by the names of `SlotState`."""
     shape = (slots, model.config.vocab_size)
     wide = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=model.partitioner.sharding(("batch", "vocab"), shape))
     whole = model.partitioner.sharding((None,), (slots,))
     return {"tokens": jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), "logits": wide, "bias": wide}
 
 
-def _placed(model: Grok, state: _State) -> _State:
+def _placed(model: Grok, state: SlotState) -> SlotState:
     """The state where it began, so that no step is compiled a second time for another placement."""
     wide, constrain = ("batch", "vocab"), model.partitioner.constrain
 
@@ -146,21 +170,23 @@ def _placed(model: Grok, state: _State) -> _State:
         return jax.tree.map(lambda leaf: constrain(leaf, CACHE_AXES[: leaf.ndim]), entries)
 
     cache = KVCache(placed(state.cache.keys), placed(state.cache.values), constrain(state.cache.lengths, (None,)))
-    return _State(cache, constrain(state.tokens, (None,)), constrain(state.logits, wide), constrain(state.bias, wide))
+    return SlotState(
+        cache, constrain(state.tokens, (None,)), constrain(state.logits, wide), constrain(state.bias, wide)
+    )
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _prefill_rows(
-    model: Grok, state: _State, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
-) -> _State:
+    model: Grok, state: SlotState, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
+) -> SlotState:
     logits, cache = prefill(model, tokens, counts, _holding(state.cache, starts, rows), rows=rows)
     return _placed(model, dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _score_row(
-    model: Grok, state: _State, tokens: jax.Array, targets: jax.Array, place: jax.Array
-) -> tuple[jax.Array, _State]:
+    model: Grok, state: SlotState, tokens: jax.Array, targets: jax.Array, place: jax.Array
+) -> tuple[jax.Array, SlotState]:
     count, start, row = place[:1], place[1:2], place[2:]
     hidden, cache = model(tokens, count, _holding(state.cache, start, row), rows=row)
     length = tokens.shape[1]
@@ -174,7 +200,7 @@ def _score_row(
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _share_row(model: Grok, state: _State, place: jax.Array) -> _State:
+def _share_row(model: Grok, state: SlotState, place: jax.Array) -> SlotState:
     source, target, length = place
     copy = functools.partial(copy_row, partitioner=model.partitioner, source=source, target=target)
     held = _holding(state.cache, length[None], target[None])
@@ -185,22 +211,24 @@ def _share_row(model: Grok, state: _State, place: jax.Array) -> _State:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _set_bias(model: Grok, state: _State, row: jax.Array, bias: jax.Array) -> _State:
+def _set_bias(model: Grok, state: SlotState, row: jax.Array, bias: jax.Array) -> SlotState:
     return _placed(model, dataclasses.replace(state, bias=state.bias.at[row].set(bias)))
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
-def _begin(model: Grok, state: _State, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, _State]:
+def _begin(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, SlotState]:
     return _draw(model, state, state.logits, packed, num_top)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
-def _decode(model: Grok, state: _State, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, _State]:
+def _decode(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, SlotState]:
     logits, cache = decode(model, state.tokens, state.cache, active=packed[:, 5] != 0)
     return _draw(model, dataclasses.replace(state, cache=cache), logits, packed, num_top)
 
 
-def _draw(model: Grok, state: _State, logits: jax.Array, packed: jax.Array, num_top: int) -> tuple[jax.Array, _State]:
+def _draw(
+    model: Grok, state: SlotState, logits: jax.Array, packed: jax.Array, num_top: int
+) -> tuple[jax.Array, SlotState]:
     """Draws for the active rows; gives int32 [B, 2 + 2 K], which `DeviceTokens` takes apart, and the state."""
     numbers = lax.bitcast_convert_type(packed[:, :3], jnp.float32)
     active, biased, wants_top = (packed[:, column] != 0 for column in (5, 6, 7))

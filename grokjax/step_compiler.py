@@ -17,7 +17,7 @@ from grokjax.errors import first_line
 from grokjax.model import Grok, abstract_model, check_dtype
 from grokjax.program import Program, read_program
 from grokjax.sharding import Partitioner, ShardingRules, divides
-from grokjax.slot_steps import lower_decode, lower_prefill
+from grokjax.slot_steps import SlotState, lower_decode, lower_prefill
 from grokjax.targets import Target
 
 # Kind, devices, whether between hosts.
@@ -160,7 +160,7 @@ class StepCompiler:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise ValueError(f"the compiler failed: {first_line(error)}") from error
-            return _extrapolate(*[compile_layers(few) for few in _FEW_LAYERS], num_layers=self.config.num_layers)
+            return extrapolate(*[compile_layers(few) for few in _FEW_LAYERS], num_layers=self.config.num_layers)
 
     def _compile(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None, num_layers: int) -> Measured:
         config = self.config.replace(num_layers=num_layers)
@@ -169,8 +169,9 @@ class StepCompiler:
         model = self._model(config, jnp.float32 if as_float32 else self.dtype)
         cache_dtype = jnp.float32 if self.stands_in and self.cache_dtype == jnp.bfloat16 else self.cache_dtype
         cache = self._cache(batch_size, max_len, cache_dtype, config)
+        state = SlotState.abstract(model, cache)
         with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):  # tells kernels the device
-            lowered = lower_decode(model, cache, _NUM_TOP) if prompts is None else lower_prefill(model, cache, prompts)
+            lowered = lower_decode(model, state, _NUM_TOP) if prompts is None else lower_prefill(model, state, prompts)
         program = read_program(_compile_quickly(lowered, self.target.compiler))
         counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
         traffic = _traffic(program, num_layers, self.target.accelerator.group_size)
@@ -212,8 +213,17 @@ def _nothing(route: Route) -> Traffic:
     return Traffic(kind, 0, 0, num_devices, is_between_hosts)
 
 
-def _extrapolate(fewer: Measured, more: Measured, *, num_layers: int) -> Measured:
-    """A program of `num_layers` layers from those of `_FEW_LAYERS`."""
+def extrapolate(fewer: Measured, more: Measured, *, num_layers: int) -> Measured:
+    """What a compiler would say of a step of `num_layers` layers, from what it said of two with fewer.
+
+    Args:
+      fewer: of a step with 2 layers.
+      more: of the same step with 4 layers.
+      num_layers: of the step that is too large to compile.
+
+    Returns:
+      Bytes and transfers that grow by the same amount with each layer.
+    """
 
     def extend(low: int, high: int) -> int:
         return high + (high - low) * (num_layers - _FEW_LAYERS[1]) // (_FEW_LAYERS[1] - _FEW_LAYERS[0])

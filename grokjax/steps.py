@@ -126,8 +126,8 @@ class Generated:
     Attributes:
       tokens: int32 [B, max_new_tokens], the pad id after each row's end.
       lengths: int32 [B], tokens of each continuation, the end-of-sequence token included.
-      logprobs: float32 [B, max_new_tokens], log-probability of each token in the distribution it was drawn from, 0
-        after the end.
+      logprobs: float32 [B, max_new_tokens], natural log-probability of each token under the model itself, at
+        temperature 1 without mask or filter; 0 after the end.
     """
 
     tokens: jax.Array

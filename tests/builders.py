@@ -1,19 +1,23 @@
-"""Builds what several test modules need.
+"""What several test modules need.
 
-Small checkpoints on disk, with what the float64 reference makes of them; programs for devices that are not here.
+Small checkpoints on disk, with what the float64 reference makes of them; programs for devices that are not here; the
+rules and the choice of cases for parametrised tests.
 """
 
 import contextlib
 import dataclasses
 import functools
+import gc
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 import reference
 
 from grokjax.config import GrokConfig
@@ -33,6 +37,12 @@ DENSE = SMALL.replace(num_experts=1, experts_per_token=1)
 TENSOR = ShardingRules.tensor_parallel()
 EXPERT = ShardingRules.expert_parallel()
 FULLY = TENSOR.replace(embed="data")
+RULES = {"tensor": TENSOR, "expert": EXPERT, "fully": FULLY}
+
+
+def label(value: object) -> str:
+    """How a parameter is called in a test's name: rules by their own name, all else as it prints."""
+    return next((name for name, rules in RULES.items() if rules == value), str(value))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +74,18 @@ class WrittenCheckpoint:
     @functools.cached_property
     def _weights(self) -> dict[str, np.ndarray]:
         return {name: tensor.dequantised().astype(np.float64) for name, tensor in self.tensors.items()}
+
+
+def still_held(references: Iterable[weakref.ref]) -> int:
+    """How many of the objects are in memory."""
+    gc.collect()
+    return sum(reference() is not None for reference in references)
+
+
+def or_thorough(cases: Sequence[tuple[Any, ...]], chosen: Collection[tuple[Any, ...]]) -> list[Any]:
+    """All cases as parameters of a test; those that are not chosen run only with `-m thorough`."""
+    assert set(chosen) <= set(cases)
+    return [pytest.param(*case, marks=() if case in chosen else pytest.mark.thorough) for case in cases]
 
 
 def write_checkpoint(path: Path, config: GrokConfig = SMALL, **options) -> WrittenCheckpoint:

@@ -3,6 +3,7 @@
 And the fixtures that tests of several folders share: tokenizers, a release at full size.
 """
 
+import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
@@ -84,12 +85,32 @@ def release_tokenizer() -> Path | None:
     return path if path.is_file() else None
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
+    packages = ("jax", "jaxlib", "flax", "orbax-checkpoint", "sentencepiece", "numpy")
     found = release_tokenizer()
-    return f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}"
+    return [
+        ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
+        f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}",
+    ]
+
+
+# Workers take whole files in this order: one that takes long and is begun last would be waited for.
+SLOWEST_FIRST = (
+    "test_distributed",
+    "test_model_goldens",
+    "test_conversion",
+    "test_planning",
+    "test_docs",
+    "test_saving",
+    "test_engine_model",
+    "test_cli",
+    "test_benchmarks",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     if release_tokenizer() is not None:
         return
     absent = [item for item in items if item.get_closest_marker("release_tokenizer")]

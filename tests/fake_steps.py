@@ -16,13 +16,14 @@ VOCAB = 32
 EOS = 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class FakeModel:
-    """Stands where a `Grok` stands."""
+    """Stands where a `Grok` stands; `steps` are those that an engine made of it, the last one if there are several."""
 
     config: GrokConfig = dataclasses.field(
         default_factory=lambda: GrokConfig.tiny().replace(vocab_size=VOCAB, eos_id=EOS, max_seq_len=256)
     )
+    steps: "FakeSteps" = dataclasses.field(init=False, repr=False)
 
 
 def entry_after(entry: int, token: int) -> int:
@@ -58,15 +59,20 @@ class FakePending:
     number: int
 
     def read(self) -> DrawnTokens:
-        self.steps.log.append(("read", self.number))
+        self.steps.note_read(self.number)
         return self.drawn
 
 
+@dataclasses.dataclass
 class FakeScores:
-    def __init__(self, scores: np.ndarray):
-        self.scores = scores
+    """The scores of a piece of a prompt; `read` notes the same."""
+
+    steps: "FakeSteps"
+    scores: np.ndarray
+    number: int
 
     def read(self) -> np.ndarray:
+        self.steps.note_read(self.number)
         return self.scores
 
 
@@ -74,11 +80,14 @@ class FakeSteps:
     """`Steps` in plain Python.
 
     Attributes:
+      rows: what each slot's row holds, as `entry_after` gives it.
       log: what was dispatched and read, in order; kept short.
+      unread: numbers of the steps whose tokens or scores the engine has not read.
       error: raised by the next step, if set.
     """
 
     def __init__(self, model: FakeModel, *, slots: int, max_len: int, num_top: int, cache_dtype: None = None):
+        model.steps = self
         self.slots, self.max_len, self.num_top = slots, max_len, num_top
         self.vocab_size = model.config.vocab_size
         self.rows: list[list[int]] = [[] for _ in range(slots)]
@@ -86,6 +95,7 @@ class FakeSteps:
         self.tokens = [0] * slots
         self.bias = np.zeros((slots, self.vocab_size), np.float32)
         self.log: list[tuple] = []
+        self.unread: set[int] = set()
         self.error: Exception | None = None
         self.programs = 0
         self.is_closed = False
@@ -97,9 +107,10 @@ class FakeSteps:
             self._fill(piece, int(count), int(start), int(row))
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> FakeScores:
-        self._dispatch("score", tokens.shape)
+        number = self._dispatch("score", tokens.shape)
         self._fill(tokens, count, start, row)
-        return FakeScores(-(targets + start + np.arange(len(targets))).astype(np.float32))
+        self.unread.add(number)
+        return FakeScores(self, -(targets + start + np.arange(len(targets))).astype(np.float32), number)
 
     def share(self, source: int, target: int, length: int) -> None:
         self._dispatch("share", (source, target, length))
@@ -112,7 +123,7 @@ class FakeSteps:
 
     def begin(self, settings: SlotSettings) -> FakePending:
         number = self._dispatch("begin", settings)
-        return self._draw(settings, self.prompt_ends, number)
+        return self.draw_rows(settings, self.prompt_ends, number)
 
     def decode(self, settings: SlotSettings) -> FakePending:
         number = self._dispatch("decode", settings)
@@ -121,13 +132,29 @@ class FakeSteps:
             assert 0 < len(self.rows[row]) < self.max_len
             self.rows[row].append(entry_after(self.rows[row][-1], self.tokens[row]))
             ends[row] = self.rows[row][-1]
-        return self._draw(settings, ends, number)
+        return self.draw_rows(settings, ends, number)
+
+    def draw_rows(self, settings: SlotSettings, ends: list[int], number: int) -> FakePending:
+        """The next token of each active row, which ends with the entry of `ends`; what a test lets a model draw."""
+        self.unread.add(number)
+        ids = np.zeros(self.slots, np.int32)
+        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
+            seed, is_biased = int(settings.packed[row, 4]), settings.packed[row, 6]
+            bias = self.bias[row] if is_biased else None
+            ids[row] = self.tokens[row] = draw(ends[row], seed, len(self.rows[row]), bias)
+        top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
+        logprobs = -(ids / 8).astype(np.float32)
+        return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)
 
     def wait(self) -> None:
         self.log.append(("wait", self.programs))
 
     def close(self) -> None:
         self.is_closed = True
+
+    def note_read(self, number: int) -> None:
+        self.unread.discard(number)
+        self.log.append(("read", number))
 
     def _dispatch(self, name: str, what: object) -> int:
         if self.error is not None:
@@ -145,16 +172,6 @@ class FakeSteps:
         for token in piece[:count].tolist():
             self.rows[row].append(entry_after(self.rows[row][-1] if self.rows[row] else 1, token))
         self.prompt_ends[row] = self.rows[row][-1]
-
-    def _draw(self, settings: SlotSettings, ends: list[int], number: int) -> FakePending:
-        ids = np.zeros(self.slots, np.int32)
-        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
-            seed, is_biased = int(settings.packed[row, 4]), settings.packed[row, 6]
-            bias = self.bias[row] if is_biased else None
-            ids[row] = self.tokens[row] = draw(ends[row], seed, len(self.rows[row]), bias)
-        top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
-        logprobs = -(ids / 8).astype(np.float32)
-        return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)
 
 
 class Letters:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from grokjax.cache import KVCache, QuantizedEntries, _scatter, copy_row, entry_bytes, write
+from grokjax.cache import KVCache, QuantizedEntries, copy_row, entry_bytes, scatter_entries, write
 from grokjax.config import GrokConfig
 from grokjax.sharding import Partitioner, make_mesh
 
@@ -18,7 +18,7 @@ TINY = GrokConfig.tiny()
 LAYERS, ROWS, HEADS, LENGTH, NEW, DIM = 2, 3, 2, 10, 4, 2
 
 
-def test_shape_sharding_and_dtype() -> None:
+def test_shape_sharding_and_dtype_are_as_documented() -> None:
     cache = KVCache.create(TINY, 4, 16, mesh=make_mesh((2, 4)))
     assert cache.keys.shape == cache.values.shape == (2, 4, 4, 16, 16)
     assert cache.keys.sharding.spec == P(None, "data", "model", None, None)
@@ -37,7 +37,7 @@ def test_shape_sharding_and_dtype() -> None:
         (1, 257, "max_len=257 must be between 1 and max_seq_len=256"),
     ],
 )
-def test_impossible_caches(batch_size: int, max_len: int, message: str) -> None:
+def test_impossible_caches_are_refused(batch_size: int, max_len: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KVCache.create(TINY, batch_size, max_len)
 
@@ -49,7 +49,7 @@ def compiled_write():
 
 @functools.cache
 def compiled_scatter():
-    return jax.jit(_scatter)
+    return jax.jit(scatter_entries)
 
 
 @pytest.mark.parametrize("num_new", [NEW, LENGTH])
@@ -59,7 +59,7 @@ def compiled_scatter():
     count=st.lists(st.integers(0, LENGTH), min_size=ROWS, max_size=ROWS),
     seed=st.integers(0, 100),
 )
-def test_write_against_a_loop(num_new: int, layer: int, start: list[int], count: list[int], seed: int) -> None:
+def test_write_does_what_a_loop_would(num_new: int, layer: int, start: list[int], count: list[int], seed: int) -> None:
     """Every entry lands where it belongs, what lies beyond the end is dropped, all else stays as it was."""
     rng, count = np.random.default_rng(seed), [min(n, num_new) for n in count]
     stack = rng.standard_normal((LAYERS, ROWS, HEADS, LENGTH, DIM)).astype(np.float32)
@@ -130,13 +130,13 @@ def test_reset_empties_one_row() -> None:
     np.testing.assert_array_equal(filled(3, 4, (1, 1), 2).reset(1).lengths, [2, 0, 2])
 
 
-def test_rows_under_jit() -> None:
+def test_rows_come_and_go_under_jit() -> None:
     cache, one = filled(3, 4, (1, 1), 1), filled(1, 4, (1, 1), 2)
     inserted = jax.jit(lambda cache, one, row: cache.insert(one, row).reset(row - 1))(cache, one, jnp.int32(2))
     np.testing.assert_array_equal(inserted.lengths, [1, 0, 2])
 
 
-def test_refused_rows() -> None:
+def test_rows_that_do_not_fit_are_refused() -> None:
     cache = filled(3, 4, (1, 1), 1)
     with pytest.raises(ValueError, match="row 3 is outside the cache's 3 rows"):
         cache.reset(3)
@@ -166,7 +166,7 @@ def test_rows_of_another_model_are_refused(config: GrokConfig, theirs: str) -> N
 
 
 class TestInt8:
-    def test_half_a_scale_off_at_most(self) -> None:
+    def test_entries_are_half_a_scale_off_at_most(self) -> None:
         new = np.random.default_rng(0).standard_normal((ROWS, HEADS, NEW, DIM)).astype(np.float32)
         new[0, 0, 0] = 0
         entries = QuantizedEntries.of(jnp.asarray(new))
@@ -175,7 +175,7 @@ class TestInt8:
         assert (np.abs(restored - new) <= np.asarray(entries.scales)[..., None] * 0.50001).all()
         assert np.abs(entries.numbers).max() == 127
 
-    def test_shape_sharding_and_bytes(self) -> None:
+    def test_shape_sharding_and_bytes_are_as_documented(self) -> None:
         cache = KVCache.create(TINY, 4, 16, dtype="int8", mesh=make_mesh((2, 4)))
         assert (cache.keys.shape, cache.keys.scales.shape) == ((2, 4, 4, 16, 16), (2, 4, 4, 16))
         assert (cache.keys.dtype, cache.keys.scales.dtype) == (jnp.int8, jnp.float32)
@@ -209,7 +209,7 @@ class TestInt8:
                 assert not np.asarray(leaf)[:, [0, 2]].any()
         np.testing.assert_array_equal(after.lengths, [0, 2, 0])
 
-    def test_refused(self) -> None:
+    def test_other_dtypes_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"entries of float32 and this cache those of int8: create both"):
             KVCache.create(TINY, 2, 4, dtype="int8").insert(KVCache.create(TINY, 1, 4), 0)
         with pytest.raises(ValueError, match="the cache's dtype float16 must be float32, bfloat16 or int8"):

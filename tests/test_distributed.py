@@ -17,20 +17,22 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from builders import ROOT
+from builders import ROOT, or_thorough
 from flax import nnx
 from goldens import ATOL_LOGITS, load_case
 from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, answer, show
 
-from grokjax import cli, console, distributed, shared_steps
+from grokjax import cli, console, distributed
 from grokjax.checkpoint import describe, load, save
 from grokjax.config import GrokConfig
 from grokjax.conversion import verify
 from grokjax.distributed import Channel, DistributedError, initialize, on_first
 from grokjax.engine import Engine
-from grokjax.model import init
+from grokjax.model import Grok, init
 from grokjax.sharding import make_mesh
 from grokjax.shared_steps import SharedSteps, follow
+from grokjax.slot_steps import ModelSteps
+from grokjax.slots import SlotSettings
 
 # Of a process that has died, the other hears after 10 s at the latest, the heartbeat's time in member.py.
 BOUND_SECONDS = 40
@@ -84,7 +86,7 @@ def assert_same_parameters(left: Any, right: Any) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_goldens(folder: Path, mesh: str) -> None:
+def test_two_processes_give_the_golden_logits(folder: Path, mesh: str) -> None:
     golden = load_case(CASE)
     expected = golden.arrays["float32"]["full_logits"]
     for number in range(2):
@@ -93,7 +95,7 @@ def test_goldens(folder: Path, mesh: str) -> None:
             np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=ATOL_LOGITS, rtol=0)
 
 
-def test_each_reads_its_own_part(found: list[dict[str, Any]]) -> None:
+def test_each_process_reads_its_own_part(found: list[dict[str, Any]]) -> None:
     """Of a load: half of the files, and norms, router and scales."""
     total = sum(file.stat().st_size for file in load_case(CASE).checkpoint.iterdir())
     for result in found:
@@ -101,13 +103,13 @@ def test_each_reads_its_own_part(found: list[dict[str, Any]]) -> None:
         assert 0.45 * total < result["loaded_bytes"] < 0.6 * total
 
 
-def test_conversion(folder: Path, found: list[dict[str, Any]]) -> None:
+def test_what_two_processes_convert_is_complete(folder: Path, found: list[dict[str, Any]]) -> None:
     golden = load_case(CASE)
     verify(folder / "converted", golden.checkpoint, golden.config)
     assert [result["converted"] for result in found] == [describe(folder / "converted").num_bytes] * 2
 
 
-def test_saved_by_two_restored_by_one(folder: Path) -> None:
+def test_what_two_save_one_restores(folder: Path) -> None:
     assert_same_parameters(load(folder / "saved", mesh=make_mesh((4, 2)), dtype=np.float32), golden_model((4, 2)))
 
 
@@ -116,7 +118,7 @@ def test_what_the_first_refuses_all_refuse(found: list[dict[str, Any]]) -> None:
     assert found[1]["refused"] == f"process 0: {found[0]['refused']}"
 
 
-def test_processes_that_come_to_different_things(found: list[dict[str, Any]]) -> None:
+def test_processes_that_come_to_different_things_say_so(found: list[dict[str, Any]]) -> None:
     message = (
         "process 0 has come to the end of /0, and process 1 to the end of /1: make the same calls in the same order on "
         "every process."
@@ -124,12 +126,10 @@ def test_processes_that_come_to_different_things(found: list[dict[str, Any]]) ->
     assert [result["elsewhere"] for result in found] == [message] * 2
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_engine(found: list[dict[str, Any]], mesh: str) -> None:
-    """The engine of the first process gives what an engine of one process gives."""
+def test_an_engine_over_two_processes_answers_as_one(found: list[dict[str, Any]]) -> None:
     expected = answer(Engine(golden_model(), **ENGINE))
-    assert found[1]["answers"][mesh] is None
-    for ours, theirs in zip(found[0]["answers"][mesh], expected, strict=True):
+    assert found[1]["answers"] is None
+    for ours, theirs in zip(found[0]["answers"], expected, strict=True):
         assert ours["ids"] == theirs["ids"]
         np.testing.assert_allclose(ours["scores"] or [], theirs["scores"] or [], atol=1e-4)
 
@@ -158,7 +158,7 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize(("job", "mortal"), TOLD)
+@pytest.mark.parametrize(("job", "mortal"), or_thorough(list(TOLD), [("batch", 0), ("prompt", 1)]))
 def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
     (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=128).to_json())
     (tmp_path / "prompts.txt").write_text("abc\ndef\n")
@@ -170,7 +170,7 @@ def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
     assert f'File "{ROOT}' not in told  # as in a traceback
 
 
-def test_the_example_of_the_docs(tmp_path: Path) -> None:
+def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     """Two processes on one machine, as docs/distributed.md shows them."""
     text = (ROOT / "docs" / "distributed.md").read_text()
     (block,) = [block for block in re.findall(r"```bash no-run\n(.*?)```", text, re.DOTALL) if "localhost" in block]
@@ -225,16 +225,21 @@ class FakeClient:
         self.values = {name: value for name, value in self.values.items() if not name.startswith(f"{key}/")}
 
 
-def test_messages_arrive_in_order_and_are_deleted() -> None:
-    client = FakeClient()
-    sender = Channel(client, "a")
+def test_messages_arrive_in_order_and_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, received = FakeClient(), []
+    sender, receiver = Channel(client, "a"), Channel(client, "a")
+
+    def let_the_other_come(*_: Any) -> None:
+        """At a barrier the sender waits until the other process has read so much that it comes to the barrier, too."""
+        monkeypatch.setattr(client, "wait_at_barrier", lambda *_: None)
+        received.extend(receiver.receive() for _ in range(64))
+
+    monkeypatch.setattr(client, "wait_at_barrier", let_the_other_come)
     for number in range(100):
         sender.send("step", np.arange(number), number)
     assert len(client.values) == 100 - 64
-    receiver = Channel(client, "a")
-    receiver._numbers = iter(range(64, 100))
-    for number in range(64, 100):
-        name, (array, count) = receiver.receive()
+    received.extend(receiver.receive() for _ in range(64, 100))
+    for number, (name, (array, count)) in enumerate(received):
         assert (name, array.tolist(), count.item()) == ("step", list(range(number)), number)
 
 
@@ -248,7 +253,7 @@ def test_waiting_goes_on_until_the_first_has_gone() -> None:
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     """That of process 0 of two; what the other does is up to the test."""
     client = FakeClient()
-    monkeypatch.setattr(distributed, "_client", lambda: client)
+    monkeypatch.setattr(distributed, "coordination_client", lambda: client)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     return client
@@ -294,46 +299,57 @@ def test_a_death_before_a_meeting_or_in_it(
 
 
 @pytest.mark.parametrize(
-    ("number", "call"), [(0, "key_value_increment"), (0, "key_value_set_bytes"), (63, "wait_at_barrier")]
+    ("call", "sent"), [("key_value_increment", 0), ("key_value_set_bytes", 0), ("wait_at_barrier", 64)]
 )
-def test_a_death_before_a_message(number: int, call: str, client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_before_a_message(call: str, sent: int, client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first of all, or before the 64th is deleted."""
     monkeypatch.setattr(client, call, fail_as_after_a_death)
     with pytest.raises(DistributedError, match=r"gone before the engine's next step \(UNAVAILABLE: .* timeout\)"):
-        send_message(number)
+        send_messages(100)
+    assert len(client.values) == sent
 
 
-def send_message(number: int) -> None:
+def send_messages(count: int) -> None:
     sender = Channel.open()
-    sender._numbers = itertools.count(number)
-    sender.send("decode")
+    for _ in range(count):
+        sender.send("decode")
 
 
+SIZES: dict[str, Any] = {"slots": 1, "max_len": 8, "num_top": 0}
+
+
+def small_model(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Grok:
+    """One whose mesh passes for one over several processes."""
+    model = init(GrokConfig.tiny().replace(num_layers=1), **options)
+    monkeypatch.setitem(vars(model.partitioner.mesh), "is_multi_process", True)  # A cached property.
+    return model
+
+
+@pytest.mark.usefixtures("client")
 def test_a_failed_step_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """What JAX raises where another process has died."""
 
     def fail(*_: Any) -> None:
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer.\nat frame 1")
 
-    model = init(GrokConfig.tiny().replace(num_layers=1), dtype=np.float32)
-    channel = Channel(FakeClient(), "a")
-    channel.send("start", shared_steps._fingerprint(model), "", 1, 8, 0)
-    channel.send("decode", np.zeros((1, 8), np.int32))
-    channel._numbers = iter([0, 1])
-    monkeypatch.setattr(distributed.Channel, "open", lambda: channel)
+    monkeypatch.setattr(ModelSteps, "decode", fail)
+    model = small_model(monkeypatch, dtype=np.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        SharedSteps(model, **SIZES).decode(SlotSettings.of((), 1))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setitem(vars(model.partitioner.mesh), "is_multi_process", True)  # A cached property.
-    monkeypatch.setattr(shared_steps, "_take_step", fail)
     with pytest.raises(DistributedError, match=r"a step of all processes failed: .* reset by peer\. Another process"):
         follow(model)
 
 
-def test_models_of_other_dtypes_differ() -> None:
-    config = GrokConfig.tiny().replace(num_layers=1)
-    prints = {
-        shared_steps._fingerprint(init(config, **options))
-        for options in ({}, {"quantized": False}, {"quantized_table": True}, {"dtype": np.float32})
-    }
-    assert len(prints) == 4
+def test_a_model_of_another_dtype_is_not_followed(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = ({}, {"quantized": False}, {"quantized_table": True}, {"dtype": np.float32})
+    for leader, follower in itertools.permutations([small_model(monkeypatch, **options) for options in stored], 2):
+        client.values.clear()
+        monkeypatch.setattr(jax, "process_index", lambda: 0)
+        SharedSteps(leader, **SIZES)
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        with pytest.raises(ValueError, match=r"process 0 has another model: .*; process 1 has .*: load the same with"):
+            follow(follower)
 
 
 def test_alone_everything_is_done_here() -> None:
@@ -350,18 +366,18 @@ def test_alone_everything_is_done_here() -> None:
         (("localhost:1", 2, 0), r"the processes cannot be joined .*: call initialize once, first of all"),
     ],
 )
-def test_refused_arguments(arguments: tuple[Any, ...], message: str) -> None:
+def test_arguments_that_cannot_join_are_refused(arguments: tuple[Any, ...], message: str) -> None:
     jax.devices()
     with pytest.raises((ValueError, DistributedError), match=message):
         initialize(*arguments)
 
 
-def test_a_heartbeat_that_none_could_keep() -> None:
+def test_a_heartbeat_that_none_could_keep_is_refused() -> None:
     with pytest.raises(ValueError, match=r"heartbeat_timeout_seconds=0 must be 1 or more"):
         initialize("localhost:1", 2, 0, heartbeat_timeout_seconds=0)
 
 
-def test_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_launcher_tells_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: Any) -> None:
         raise ValueError("coordinator_address should be defined.")
 
@@ -370,7 +386,7 @@ def test_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         initialize(None, 2, 0)
 
 
-def test_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_joins_the_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(console, "initialize", lambda *arguments, **options: calls.append((*arguments, options)))
     command = ["generate", "a", "--checkpoint", "nowhere", "--coordinator", "host:1"]
@@ -384,24 +400,22 @@ def test_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert calls == [("host:1", 2, 0, {}), (None, None, None, {"heartbeat_timeout_seconds": 20})]
 
 
-def test_who_leads_and_who_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_leads_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     model = init(GrokConfig.tiny().replace(num_layers=1), dtype=np.float32)
     with pytest.raises(ValueError, match=r"follow is for the processes after the first.*: make an engine"):
         follow(model)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(ValueError, match=r"the engine runs on process 0: call follow\(model\) on process 1"):
-        SharedSteps(model, slots=1, max_len=8, num_top=0)
+        SharedSteps(model, **SIZES)
 
 
-def test_following_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("client")
+def test_another_model_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = types.SimpleNamespace(is_multi_process=True, shape={"data": 1, "model": 8})
     model: Any = types.SimpleNamespace(
         partitioner=types.SimpleNamespace(mesh=mesh, rules=None), config="a model of one layer", dtype=np.float32
     )
-    channel = Channel(FakeClient(), "a")
-    channel.send("start", "a model of two layers", 1, 8, 0)
-    channel._numbers = iter([0])
-    monkeypatch.setattr(distributed.Channel, "open", lambda: channel)
+    Channel.open().send("start", "a model of two layers", "", 1, 8, 0)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(
         ValueError, match="process 0 has another model: a model of two layers; process 1 has a model of"

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from builders import ROOT
 
+from grokjax import cli
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -43,15 +45,15 @@ def read_blocks(text: str) -> list[Block]:
 
 
 def read_commands(text: str) -> list[list[str]]:
-    """The commands of the shell blocks that begin with `python` or `grokjax`, as arguments for this Python."""
+    """The commands of the shell blocks that begin with `python` or `grokjax`."""
     commands = []
     for block in read_blocks(text):
         if block.language not in ("bash", "console") or not block.runs:
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
-            program, *arguments = shlex.split(line.removeprefix("$ "), comments=True) or [""]
-            if program in ("python", "grokjax"):
-                commands.append([sys.executable, *(["-m", "grokjax"] if program == "grokjax" else []), *arguments])
+            command = shlex.split(line.removeprefix("$ "), comments=True)
+            if command and command[0] in ("python", "grokjax"):
+                commands.append(command)
     return commands
 
 
@@ -72,12 +74,16 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_commands_run(document: Path, tmp_path: Path) -> None:
-    for command in read_commands(document.read_text()):
-        done = subprocess.run(
-            command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+def test_commands_run(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for program, *arguments in read_commands(document.read_text()):
+        if program == "grokjax":
+            status = cli.main(arguments)
+        else:
+            status = subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, check=False).returncode
+        assert status == 0, f"{shlex.join([program, *arguments])}\n{capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -114,7 +120,7 @@ def test_blocks_know_their_line_and_whether_they_run() -> None:
 def test_commands_are_found_in_shell_blocks() -> None:
     text = '```bash\npip install x\npython -m a \\\n  "b c"  # why\n```\n```console\n$ grokjax d\nout\n```\n'
     assert read_commands(text) == [
-        [sys.executable, "-m", "a", "b c"],
-        [sys.executable, "-m", "grokjax", "d"],
+        ["python", "-m", "a", "b c"],
+        ["grokjax", "d"],
     ]
     assert read_commands("```bash no-run\npython -m a\n```\n```text\npython -m a\n```\n") == []

@@ -15,5 +15,5 @@ from grokjax.errors import first_line
         (RuntimeError(" \n"), "RuntimeError"),
     ],
 )
-def test_first_line(error: Exception, expected: str) -> None:
+def test_first_line_is_what_a_sentence_can_hold(error: Exception, expected: str) -> None:
     assert first_line(error) == expected

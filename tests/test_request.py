@@ -45,7 +45,7 @@ from grokjax.request import Request, bias_row, check_prompt, check_stop_ids
     ],
     ids=str,
 )
-def test_refused(options: dict, message: str) -> None:
+def test_numbers_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Request("a", **options)
 
@@ -55,7 +55,7 @@ def test_limits_are_allowed() -> None:
     Request([1], max_new_tokens=np.int64(3), temperature=np.float32(0.5), logprobs=0)
 
 
-def test_numpys_booleans() -> None:
+def test_numpys_booleans_are_taken() -> None:
     request = Request("a", ignore_eos=np.True_, prompt_logprobs=np.False_)
     assert (request.ignore_eos, request.prompt_logprobs) == (True, False)
     assert type(request.ignore_eos) is type(request.prompt_logprobs) is bool
@@ -67,21 +67,21 @@ def test_one_stop_string_is_a_list_of_one() -> None:
 
 
 class TestBias:
-    def test_none_asked_for(self) -> None:
+    def test_none_is_made_where_none_is_asked_for(self) -> None:
         assert bias_row(Request("a"), 4) is None
         assert bias_row(Request("a", logit_bias={}), 4) is None
 
-    def test_mask_and_bias_together(self) -> None:
+    def test_mask_and_bias_work_together(self) -> None:
         row = bias_row(Request("a", allowed_tokens=[1, 0, 1, 1], logit_bias={1: 5.0, 2: -2, 3: -math.inf}), 4)
         assert row.tolist() == pytest.approx([0, -1e10, -2, -1e10])
         assert row.dtype == np.float32
 
     @pytest.mark.parametrize("kind", [bool, np.int8, np.float32, object])
-    def test_masks_of_every_kind(self, kind: type) -> None:
+    def test_masks_of_every_kind_are_taken(self, kind: type) -> None:
         mask = np.array([True, False, True, True]).astype(kind)
         assert bias_row(Request("a", allowed_tokens=mask), 4).tolist() == [0, -1e10, 0, 0]
 
-    def test_numpys_numbers(self) -> None:
+    def test_numpys_numbers_are_taken(self) -> None:
         row = bias_row(Request("a", logit_bias={np.int64(1): np.float32(0.5), 2: np.int32(3)}), 4)
         assert row.tolist() == [0, 0.5, 3, 0]
 
@@ -111,7 +111,7 @@ class TestBias:
         ],
         ids=str,
     )
-    def test_refused(self, options: dict, message: str) -> None:
+    def test_impossible_masks_and_biases_are_refused(self, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             bias_row(Request("a", **options), 4)
 
@@ -139,12 +139,12 @@ class TestBias:
     ],
     ids=str,
 )
-def test_refused_prompts(ids: object, message: str) -> None:
+def test_impossible_prompts_are_refused(ids: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_prompt(ids, vocab_size=4, max_len=8)
 
 
-def test_prompts_and_stop_ids() -> None:
+def test_prompts_and_stop_ids_of_every_kind_are_taken() -> None:
     prompt = check_prompt(np.array([1, 3], np.int64), vocab_size=4, max_len=3)
     assert (prompt.tolist(), prompt.dtype) == ([1, 3], np.int32)
     assert check_prompt(range(3), vocab_size=4, max_len=5).tolist() == [0, 1, 2]

@@ -323,7 +323,7 @@ def test_log_probs_of_scores_a_text() -> None:
     np.testing.assert_allclose(log_probs_of(jnp.asarray(logits), jnp.asarray(token_ids)), expected, rtol=1e-5)
 
 
-def test_output_dtypes_and_shapes() -> None:
+def test_output_has_the_documented_dtypes_and_shapes() -> None:
     output = sample(keys_of(2), jnp.zeros((2, 9), jnp.bfloat16), SampleSettings.create(2), num_top=3)
     described = jax.tree.map(lambda leaf: (leaf.dtype.name, leaf.shape), vars(output))
     assert described == {
@@ -366,16 +366,15 @@ def test_ranks_and_random_numbers_only_inside_a_condition_and_nothing_is_sorted(
 def test_ranks_are_looked_for_only_if_an_active_row_asks(
     settings: dict[str, Any], searches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    largest_kept, calls = sampling._largest_kept, []
+    find_threshold, calls = sampling.find_threshold, []
 
     def count(*arrays: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda: calls.append(None))
-        return largest_kept(*arrays)
+        calls.append(None)
+        return find_threshold(*arrays)
 
-    monkeypatch.setattr(sampling, "_largest_kept", count)
-    run = jax.jit(lambda *arrays: sampling._sample_token.__wrapped__(*arrays, 0, None))
-    run(keys_of(2), normal(2, 32), SampleSettings.create(2, **settings))
-    jax.effects_barrier()
+    monkeypatch.setattr(sampling, "find_threshold", count)
+    with jax.disable_jit():  # so that each search is a call
+        sample_token(keys_of(2), normal(2, 32), SampleSettings.create(2, **settings))
     assert len(calls) == searches
 
 

@@ -27,7 +27,7 @@ def partitioner(mesh: tuple[int, int], config: GrokConfig = TINY, **changes: str
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4), (8, 1), (1, 2)])
-def test_mesh(shape: tuple[int, int]) -> None:
+def test_mesh_has_the_named_axes(shape: tuple[int, int]) -> None:
     mesh = make_mesh(shape)
     assert mesh.axis_names == ("data", "model")
     assert mesh.devices.shape == shape
@@ -43,12 +43,12 @@ def test_mesh(shape: tuple[int, int]) -> None:
         ((1, 4), (1, 2), r"between_hosts=\(1, 2\) needs 2 hosts and the devices belong to 1"),
     ],
 )
-def test_impossible_meshes(local: tuple[int, int], between_hosts: tuple[int, int], message: str) -> None:
+def test_impossible_meshes_are_refused(local: tuple[int, int], between_hosts: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_mesh(local, between_hosts)
 
 
-def test_a_mesh_that_leaves_out_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mesh_that_leaves_out_a_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait for the others without end; devices that are named may be those of one process."""
     devices = [types.SimpleNamespace(process_index=i // 4) for i in range(8)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
@@ -60,7 +60,7 @@ def test_a_mesh_that_leaves_out_a_process(monkeypatch: pytest.MonkeyPatch) -> No
     assert make_mesh((1, 4), devices=jax.devices()[4:]).devices.tolist() == [jax.devices()[4:]]
 
 
-def test_specs_of_logical_axes() -> None:
+def test_specs_follow_the_rules() -> None:
     place = partitioner((2, 4))
     assert place.spec(("layers", "embed", "heads"), (2, 64, 128)) == P(None, None, "model")
     assert place.spec(("batch", None), (4, 9)) == P("data", None)
@@ -77,7 +77,7 @@ def test_specs_of_logical_axes() -> None:
         (("heads",), (8, 8), "has 2 dimensions and its logical axes"),
     ],
 )
-def test_refused_specs(axes: tuple[str, ...], shape: tuple[int, ...], message: str) -> None:
+def test_axes_that_cannot_be_are_refused(axes: tuple[str, ...], shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         partitioner((2, 4)).spec(axes, shape)
 
@@ -114,7 +114,9 @@ def test_colliding_rules_of_the_cache_are_refused() -> None:
         (TINY, {"ffn": "experts"}, "the rule ffn='experts' names no axis of the mesh"),
     ],
 )
-def test_configurations_that_do_not_fit(config: GrokConfig, changes: dict[str, str | None], message: str) -> None:
+def test_configurations_that_do_not_fit_are_refused(
+    config: GrokConfig, changes: dict[str, str | None], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         partitioner((1, 8), config, **changes)
 
@@ -127,7 +129,7 @@ def test_the_data_axis_must_divide_what_it_shards() -> None:
 @pytest.mark.parametrize(
     ("mesh", "kv_heads", "copies"), [((1, 8), 8, 1), ((1, 8), 4, 2), ((2, 4), 2, 2), ((2, 4), 1, 4), ((8, 1), 4, 1)]
 )
-def test_groups_of_devices_for_each_kv_head(mesh: tuple[int, int], kv_heads: int, copies: int) -> None:
+def test_groups_of_devices_share_each_kv_head(mesh: tuple[int, int], kv_heads: int, copies: int) -> None:
     config = TINY.replace(num_kv_heads=kv_heads)
     assert partitioner(mesh, config).kv_copies(config) == copies
     cache = KVCache.create(config, 1, 8, mesh=make_mesh(mesh))

@@ -42,7 +42,7 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     return [*(decoder.push(token) for token in ids), decoder.flush()]
 
 
-def test_special_ids(tokenizer: Tokenizer) -> None:
+def test_special_ids_are_the_release_s(tokenizer: Tokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.decode([0, 1, 2]) == ""
 

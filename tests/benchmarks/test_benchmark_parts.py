@@ -52,7 +52,7 @@ def test_an_int8_table_is_given_to_the_peer() -> None:
 
 
 @pytest.mark.parametrize(("factor", "difference"), [(1.0, 0.0), (1.1, 0.1)])
-def test_a_peer_that_computes_the_same(factor: float, difference: float) -> None:
+def test_a_peer_that_computes_the_same_is_accepted(factor: float, difference: float) -> None:
     model = init(CONFIG, dtype=jnp.float32)
     assert peer.difference(model, Fake(model, factor)) == pytest.approx(difference, abs=1e-6)
 
@@ -63,7 +63,7 @@ def test_a_peer_that_computes_something_else_is_refused() -> None:
         peer.difference(model, Fake(model, 1.3))
 
 
-def test_a_peer_that_is_not_installed(monkeypatch) -> None:
+def test_a_peer_that_is_not_installed_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
         SystemExit, match=r"needs a package that is not installed \(gguf\): pip install 'grokjax\[peer-"
@@ -71,7 +71,7 @@ def test_a_peer_that_is_not_installed(monkeypatch) -> None:
         peer.LlamaCpp(init(CONFIG), rows=1, max_len=32)
 
 
-def test_a_model_that_the_peer_cannot_run(monkeypatch) -> None:
+def test_a_model_that_the_peer_cannot_run_is_refused(monkeypatch) -> None:
     for name in ("gguf", "llama_cpp"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     with pytest.raises(SystemExit, match=r"8 x 16 is not 64\. Choose another --config, such as bench_1b\."):
@@ -99,7 +99,7 @@ def test_a_changed_table_is_made_anew(monkeypatch, tmp_path: Path) -> None:
     ("name", "message"),
     [("other", "no table 'other': choose one of decode, prefill"), ("decode", "results of 'decode', and there is no")],
 )
-def test_a_table_that_cannot_be_made(monkeypatch, tmp_path: Path, name: str, message: str) -> None:
+def test_a_table_that_cannot_be_made_is_named(monkeypatch, tmp_path: Path, name: str, message: str) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "other.jsonl").write_text("")
     with pytest.raises(SystemExit, match=message):

@@ -49,7 +49,7 @@ def test_the_documented_keys_are_there(output: list[str]) -> None:
     assert set(json.loads(output[-1])) == documented | ENVIRONMENT
 
 
-def test_the_benchmark_of_prefill() -> None:
+def test_prefill_is_measured_at_every_length() -> None:
     lines = run("prefill.py", "--lengths", "8,300", "--repeats", "1", "--layers", "1")
     record = json.loads(lines[-1])
     assert set(record) == documented_keys("prefill.py") | ENVIRONMENT
@@ -58,7 +58,7 @@ def test_the_benchmark_of_prefill() -> None:
     assert lines.index("medians") > 2
 
 
-def test_the_benchmark_of_the_experts() -> None:
+def test_experts_are_measured_at_every_number_of_rows() -> None:
     record = json.loads(run("moe.py", "--rows", "1,16", "--repeats", "1", "--layers", "1", "--mesh", "1,2")[-1])
     assert set(record) == documented_keys("moe.py") | ENVIRONMENT
     assert record["operations"] == [6 * rows * 2 * 64 * 128 for rows in (1, 16)]
@@ -66,7 +66,7 @@ def test_the_benchmark_of_the_experts() -> None:
     assert 3.5 < many / few < 4.1  # two experts of eight, and nearly all
 
 
-def test_the_benchmark_of_attention() -> None:
+def test_attention_is_measured_by_what_is_filled() -> None:
     record = json.loads(run("attention.py", "--sizes", "8/16,8/512,64/512", "--repeats", "1", "--layers", "1")[-1])
     assert set(record) == documented_keys("attention.py") | ENVIRONMENT
     few, same, many = record["layer_bytes"]
@@ -80,13 +80,13 @@ def test_more_filled_than_allocated_is_refused() -> None:
     assert "--sizes 9/8 is not FILLED/ALLOCATED with 1 to ALLOCATED entries filled." in done.stderr
 
 
-def test_the_benchmark_of_starting_up() -> None:
+def test_a_warm_start_takes_less_than_a_cold_one() -> None:
     record = json.loads(run("startup.py", "--repeats", "1")[-1])
     assert set(record) == documented_keys("startup.py") | ENVIRONMENT
     assert record["warm_seconds"] < record["cold_seconds"]
 
 
-def test_comparing_two_sets_of_options() -> None:
+def test_two_sets_of_options_are_compared_in_turn() -> None:
     """What is compared stands in one table, run by run in turn; the layers that are asked for decide the bytes."""
     command = [sys.executable, str(BENCHMARKS / "compare.py"), "--turns", "1", "--head-options=--layers 3"]
     small = ["decode.py", "--config", "tiny", "--layers", "1", "--prompt", "8", "--new", "4", "--repeats", "1"]
@@ -97,7 +97,7 @@ def test_comparing_two_sets_of_options() -> None:
     assert record["ratios"]["decode_step_seconds"][1] <= record["ratios"]["decode_step_seconds"][2]
 
 
-def test_the_benchmark_of_conversions() -> None:
+def test_killed_conversions_are_compared_with_one_left_alone() -> None:
     record = json.loads(run("convert.py", "--layers", "1", "--repeats", "1", "--kills", "1")[-1])
     assert set(record) == documented_keys("convert.py") | ENVIRONMENT
     assert record["identical"]

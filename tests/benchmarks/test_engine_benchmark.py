@@ -10,7 +10,7 @@ from builders import ROOT
 SCRIPT = ROOT / "benchmarks" / "engine.py"
 
 
-def test_a_small_model() -> None:
+def test_the_record_of_a_small_model_has_the_documented_keys() -> None:
     command = [sys.executable, str(SCRIPT), "--config", "tiny", "--layers", "1", "--prompt", "8", "--mesh", "1,2"]
     command += ["--new", "12", "--slots", "2", "--chunk", "8", "--requests", "4", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -66,7 +66,7 @@ def test_scale_blocks_are_refined_to_the_mesh(
             np.testing.assert_array_equal(own, expected[weight.index])
 
 
-def test_layers_of_different_scale_blocks(tmp_path: Path) -> None:
+def test_layers_of_different_scale_blocks_are_made_alike(tmp_path: Path) -> None:
     """Brought to their least common multiple, and worth the same."""
     config = SMALL.replace(num_layers=2)
     coarse = write_release_checkpoint(tmp_path / "coarse", config, scale_blocks=4)
@@ -84,14 +84,14 @@ def test_dense_files_gain_an_expert_axis(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dequantize(value)[:, 0], checkpoint.dequantised_stack("feed_forward.down"))
 
 
-def test_the_directory_or_its_parent(tmp_path: Path) -> None:
+def test_the_directory_or_its_parent_may_be_named(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path)
     for path in (tmp_path, str(tmp_path / "ckpt-0")):
         query = stack_of(load(path, checkpoint.config), "attention.query")
         np.testing.assert_array_equal(query.weight, checkpoint.stack("attention.query"))
 
 
-def test_views_of_one_layer(tmp_path: Path) -> None:
+def test_one_layer_can_be_looked_at_alone(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, SMALL.replace(num_layers=3))
     layers = load(checkpoint.path, checkpoint.config).layers
     query = layers[2].attention.query.get_value()
@@ -101,7 +101,7 @@ def test_views_of_one_layer(tmp_path: Path) -> None:
         layers[3]
 
 
-def test_dtypes(tmp_path: Path) -> None:
+def test_norms_and_routers_stay_float32(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, quantized=False)
     model = load(checkpoint.path, checkpoint.config)
     assert model.dtype == jnp.bfloat16

@@ -41,21 +41,21 @@ class TestRules:
         assert sources["layers.0.attention.query"] == "layers.5.attention.query"
         assert sources["layers.1.attention.key"] is None
 
-    def test_an_expression_that_is_none(self) -> None:
+    def test_an_expression_that_is_none_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
             map_parameters(CONFIG, range(2), [], ["("])
 
-    def test_a_replacement_that_is_none(self) -> None:
+    def test_a_replacement_that_is_none_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"'\\\\9' cannot replace 'gate' .*name groups that the pattern has"):
             map_parameters(CONFIG, range(2), [("gate", r"\9")], [])
 
-    def test_parameters_by_an_expression_that_is_none(self, checkpoint: WrittenCheckpoint) -> None:
+    def test_parameters_by_an_expression_that_is_none_are_refused(self, checkpoint: WrittenCheckpoint) -> None:
         with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
             load_parameters(checkpoint.path, ["("], CONFIG)
 
 
 class TestLoad:
-    def test_renamed(self, checkpoint: WrittenCheckpoint) -> None:
+    def test_renamed_parameters_are_read_from_their_source(self, checkpoint: WrittenCheckpoint) -> None:
         rename = [(r"feed_forward\.gate", "feed_forward.up"), (r"feed_forward\.up", "feed_forward.gate")]
         calls = []
         model = load(checkpoint.path, CONFIG, rename=rename, progress=calls.append)

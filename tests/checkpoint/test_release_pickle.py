@@ -112,7 +112,7 @@ class TestMalformedFile:
             ),
         ],
     )
-    def test_refused(self, tmp_path: Path, data: bytes, message: str) -> None:
+    def test_refused_with_what_was_found_and_where(self, tmp_path: Path, data: bytes, message: str) -> None:
         path = write_file(tmp_path, data)
         with pytest.raises(CheckpointError, match=message) as error:
             read_tensor(path)
@@ -137,12 +137,12 @@ class TestMalformedFile:
             ([np.ones(3, np.float32)], "found the opcode EMPTY_LIST"),
         ],
     )
-    def test_foreign_array(self, tmp_path: Path, array: Any, message: str) -> None:
+    def test_foreign_array_is_refused(self, tmp_path: Path, array: Any, message: str) -> None:
         with pytest.raises(CheckpointError, match=message):
             read_tensor(write_file(tmp_path, pickle.dumps(array, protocol=4)))
 
     @pytest.mark.parametrize("protocol", [3, 4])
-    def test_arrays_pickled_by_this_numpy(self, tmp_path: Path, protocol: int) -> None:
+    def test_arrays_pickled_by_this_numpy_are_read(self, tmp_path: Path, protocol: int) -> None:
         array = np.arange(24, dtype=np.int8).reshape(2, 3, 4)
         tensor = read_tensor(write_file(tmp_path, pickle.dumps(array, protocol=protocol)))
         assert tensor.weight.dtype == np.int8
@@ -152,20 +152,20 @@ class TestMalformedFile:
         with pytest.raises(CheckpointError, match=r"found the global 'numpy\._core\.numeric\._frombuffer'"):
             read_tensor(write_file(tmp_path, pickle.dumps(np.ones(3, np.float32), protocol=5)))
 
-    def test_fields_of_a_quantised_weight(self, tmp_path: Path) -> None:
+    def test_other_fields_of_a_quantised_weight_are_refused(self, tmp_path: Path) -> None:
         path = write_file(tmp_path, QUANTIZED.replace(b"\x06scales", b"\x06scaled"))
         with pytest.raises(
             CheckpointError, match=r"QuantizedWeight8bit with the state dict of 2 \('weight', 'scaled'\)"
         ):
             read_tensor(path)
 
-    def test_not_a_file(self, tmp_path: Path) -> None:
+    def test_what_is_not_a_file_is_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         for name in ("pipe", "absent", "."):
             with pytest.raises(CheckpointError, match="not a file; a file of the release is needed: check the path"):
                 read_tensor(tmp_path / name)
 
-    def test_unreadable_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unreadable_file_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_file(tmp_path, PLAIN)
 
         def deny(*_: Any, **__: Any) -> Any:
@@ -201,7 +201,7 @@ class TestHostileFile:
             pickle.load(stream)
         assert trap.exists(), "the file must be one that does harm"
 
-    def test_foreign_global_behind_an_array(self, tmp_path: Path) -> None:
+    def test_foreign_global_behind_an_array_is_not_called(self, tmp_path: Path) -> None:
         trap = tmp_path / "trap"
         data = PLAIN[:-1] + pickle.dumps(Evil(trap), protocol=4)[11:]
         with pytest.raises(CheckpointError, match=r"found the global 'posix.mkdir'"):
@@ -211,7 +211,7 @@ class TestHostileFile:
     @pytest.mark.parametrize(
         "name", ["numpy.load", "numpy.core.multiarray.fromfile", "__main__.QuantizedWeight8bit.x", "ml_dtypes.int4"]
     )
-    def test_neighbours_of_allowed_globals(self, tmp_path: Path, name: str) -> None:
+    def test_neighbours_of_allowed_globals_are_refused(self, tmp_path: Path, name: str) -> None:
         module, _, attribute = name.rpartition(".")
         path = write_file(tmp_path, b"\x80\x04c" + f"{module}\n{attribute}\n".encode() + b".")
         with pytest.raises(CheckpointError, match=re.escape(f"found the global '{name}'")):
@@ -237,20 +237,20 @@ class TestHostileFile:
         with pytest.raises(CheckpointError, match=r"found a pickle of tuple of 2 \(tuple, tuple\)"):
             read_tensor(write_file(tmp_path, b"\x80\x04N" + doubling + b"."))
 
-    def test_array_within_itself(self, tmp_path: Path) -> None:
+    def test_array_within_itself_is_refused(self, tmp_path: Path) -> None:
         # The array's own memo entry stands where its shape should.
         path = write_file(tmp_path, PLAIN.replace(b"K\x02K\x03\x86\x94", b"h\x09"))
         with pytest.raises(CheckpointError, match="found the array shape array at byte"):
             read_tensor(path)
 
     @pytest.mark.parametrize("data", [PLAIN, QUANTIZED], ids=["plain", "quantised"])
-    def test_every_truncation(self, tmp_path: Path, data: bytes) -> None:
+    def test_every_truncation_is_refused(self, tmp_path: Path, data: bytes) -> None:
         for length in range(len(data)):
             with pytest.raises(CheckpointError, match=r"truncated|empty|name without"):
                 read_tensor(write_file(tmp_path, data[:length]))
 
     @pytest.mark.parametrize("data", [PLAIN, QUANTIZED], ids=["plain", "quantised"])
-    def test_every_flipped_bit(self, tmp_path: Path, data: bytes) -> None:
+    def test_every_flipped_bit_is_refused_or_changes_values_only(self, tmp_path: Path, data: bytes) -> None:
         expected = layout_of(read_tensor(write_file(tmp_path, data)))
         for position in range(8 * len(data)):
             mutated = bytearray(data)
@@ -258,7 +258,7 @@ class TestHostileFile:
             self.check(write_file(tmp_path, bytes(mutated)), expected)
 
     @pytest.mark.parametrize("seed", range(4))
-    def test_seeded_mutations(self, tmp_path: Path, seed: int) -> None:
+    def test_seeded_mutations_never_lead_out_of_the_file(self, tmp_path: Path, seed: int) -> None:
         draw = random.Random(seed)
         expected = layout_of(read_tensor(write_file(tmp_path, QUANTIZED)))
         for _ in range(150):

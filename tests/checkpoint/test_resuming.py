@@ -61,7 +61,7 @@ class TestInterrupted:
         assert contents(target) == contents(converted)
         verify(target, source.path, source.config)
 
-    def test_killed(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+    def test_goes_on_after_being_killed(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
         """kill -9 as soon as the first units are there, each time a little later."""
         target, config = tmp_path / "model", tmp_path / "config.json"
         config.write_text(source.config.to_json())
@@ -127,7 +127,7 @@ class TestInterrupted:
         convert(source.path, target, source.config)
         assert contents(target) == contents(converted)
 
-    def test_a_source_that_changed_meanwhile(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+    def test_a_source_that_changed_meanwhile_is_refused(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
         target, changed = tmp_path / "model", tmp_path / "release"
         shutil.copytree(source.path, changed)
         with pytest.raises(KeyboardInterrupt):
@@ -138,7 +138,7 @@ class TestInterrupted:
         with pytest.raises(CheckpointError, match="unfinished conversion, of another source"):
             convert(changed, target, source.config)
 
-    def test_killed_before_it_said_what_it_was(
+    def test_goes_on_if_killed_before_it_said_what_it_was(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
     ) -> None:
         for name in ("lock", "unfinished.json.tmp"):
@@ -181,7 +181,7 @@ class TestInterrupted:
         convert(source.path, tmp_path / "model", source.config)
         assert contents(tmp_path / "model") == contents(converted)
 
-    def test_two_processes(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+    def test_a_second_process_is_refused(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
         def second(_) -> None:
             convert(source.path, tmp_path / "model", source.config)
 
@@ -192,7 +192,7 @@ class TestInterrupted:
 class TestUnwritable:
     """Disks that are full and folders that may not be written: what is there stays, and is gone on from."""
 
-    def test_the_manifest(
+    def test_goes_on_after_a_manifest_that_could_not_be_written(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         target = tmp_path / "model"
@@ -215,7 +215,9 @@ class TestUnwritable:
         convert(source.path, target, source.config)
         assert contents(target) == contents(converted)
 
-    def test_the_folder_of_units(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
+    def test_goes_on_after_a_folder_of_units_that_could_not_be_written(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
         target = tmp_path / "model"
         with pytest.raises(KeyboardInterrupt):
             convert(source.path, target, source.config, progress=raise_interrupt)
@@ -229,7 +231,7 @@ class TestUnwritable:
         (tmp_path / "away").rename(target / "weights")
         assert plan_conversion(source.path, target, source.config).num_done == 1
 
-    def test_the_end(
+    def test_an_end_that_could_not_be_written_can_be_made_up_for(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The message's advice is good, and so is the same conversion once more."""
@@ -246,7 +248,9 @@ class TestUnwritable:
         assert [progress.parameter for progress in told] == [conversion.EARLIER]
         assert contents(target) == contents(converted)
 
-    def test_the_end_of_saving(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_end_of_saving_that_could_not_be_written_can_be_made_up_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", refuse_the_end)
             with pytest.raises(CheckpointError, match=NO_END):

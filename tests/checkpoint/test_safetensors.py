@@ -37,7 +37,9 @@ class TestValues:
     @pytest.mark.parametrize("names", SCHEMES)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("num_files", [1, 3])
-    def test_every_parameter(self, tmp_path: Path, names: Names, dtype: str, num_files: int) -> None:
+    def test_every_parameter_is_what_was_written(
+        self, tmp_path: Path, names: Names, dtype: str, num_files: int
+    ) -> None:
         weights = draw(SMALL, dtype)
         write(tmp_path, as_stored(SMALL, weights, names), num_files)
         checkpoint = open_safetensors(tmp_path, SMALL)
@@ -46,7 +48,7 @@ class TestValues:
         assert_holds(checkpoint, weights)
 
     @pytest.mark.parametrize("names", SCHEMES)
-    def test_dense_model(self, tmp_path: Path, names: Names) -> None:
+    def test_dense_model_is_what_was_written(self, tmp_path: Path, names: Names) -> None:
         weights = draw(DENSE, "bfloat16")
         assert weights["layers.0.feed_forward.gate"].shape == (24, 40)
         write(tmp_path, as_stored(DENSE, weights, names))
@@ -64,7 +66,7 @@ class TestValues:
         write(tmp_path, as_stored(config, weights, keyfan_name))
         assert_holds(open_safetensors(tmp_path, config), weights)
 
-    def test_several_files_without_an_index(self, tmp_path: Path) -> None:
+    def test_several_files_need_no_index(self, tmp_path: Path) -> None:
         weights = draw(SMALL, "float32")
         write(tmp_path, as_stored(SMALL, weights, keyfan_name), num_files=3)
         (tmp_path / "model.safetensors.index.json").unlink()
@@ -118,10 +120,10 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 class TestSlices:
     @pytest.mark.parametrize(("parameter", "index"), [(name, index) for name in INDICES for index in INDICES[name]])
     @pytest.mark.parametrize("block_bytes", [1 << 20, 100, 1])
-    def test_equal_to_numpys(
+    def test_slices_are_numpys(
         self, written: tuple[Path, Any], parameter: str, index: Any, block_bytes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("grokjax.safetensors_layout._BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("grokjax.safetensors_layout.BLOCK_BYTES", block_bytes)
         folder, weights = written
         found = open_safetensors(folder, SMALL).tensors[parameter].weight.read(index)
         expected = weights[parameter][index]
@@ -130,7 +132,7 @@ class TestSlices:
         assert found.flags.c_contiguous
 
     @pytest.mark.parametrize("index", [(3,), (slice(None), 24), (0, 0, -41)])
-    def test_outside(self, written: tuple[Path, Any], index: Any) -> None:
+    def test_indices_outside_are_errors(self, written: tuple[Path, Any], index: Any) -> None:
         array = open_safetensors(written[0], SMALL).tensors["layers.0.feed_forward.gate"].weight
         with pytest.raises(IndexError):
             array.read(index)
@@ -158,12 +160,12 @@ class TestSlices:
 class TestNames:
     @pytest.mark.parametrize(("scheme", "names"), [(KEYFAN, keyfan_name), (HPCAI, hpcai_name)])
     @pytest.mark.parametrize("config", [TWELVE, DENSE], ids=["experts", "dense"])
-    def test_of_every_piece(self, scheme: Any, names: Names, config: GrokConfig) -> None:
+    def test_every_piece_has_its_name(self, scheme: Any, names: Names, config: GrokConfig) -> None:
         pieces = [piece for parameter in parameter_shapes(config) for piece in pieces_of(parameter, config)]
         assert [scheme.name(piece) for piece in pieces] == [names(piece.name) for piece in pieces]
         assert len({scheme.name(piece) for piece in pieces}) == len(pieces)
 
-    def test_of_the_published_files(self) -> None:
+    def test_names_are_those_of_the_published_files(self) -> None:
         assert (
             KEYFAN.name(Piece("layers.63.feed_forward.down", 7)) == "transformer.decoder_layer.63.moe.7.linear_1.weight"
         )
@@ -187,12 +189,12 @@ class TestNames:
 
 class TestFind:
     @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "any.safetensors"])
-    def test_found(self, tmp_path: Path, name: str) -> None:
+    def test_found_by_any_of_its_files(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).touch()
         assert find_safetensors(tmp_path) == tmp_path
         assert find_safetensors(str(tmp_path)) == tmp_path
 
-    def test_not_found(self, tmp_path: Path) -> None:
+    def test_not_found_where_there_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "shard-00001.part").touch()
         (tmp_path / "folder.safetensors").mkdir()
         os.mkfifo(tmp_path / "pipe.safetensors")

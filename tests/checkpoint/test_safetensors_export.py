@@ -39,33 +39,35 @@ class TestRoundTrip:
     @pytest.mark.parametrize("config", [SMALL, DENSE, TWELVE], ids=["small", "dense", "twelve"])
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 30_000])
-    def test_bit_for_bit(self, tmp_path: Path, config: GrokConfig, dtype: str, max_shard_bytes: int) -> None:
+    def test_comes_back_bit_for_bit(self, tmp_path: Path, config: GrokConfig, dtype: str, max_shard_bytes: int) -> None:
         weights = draw(config, dtype)
         write_safetensors(tmp_path, config, pieces(config, weights), dtype=dtype, max_shard_bytes=max_shard_bytes)
         checkpoint = open_safetensors(tmp_path)
         assert checkpoint.config == config
         assert_holds(checkpoint, weights)
 
-    def test_a_file_for_each_piece(self, tmp_path: Path) -> None:
+    def test_comes_back_from_a_file_for_each_piece(self, tmp_path: Path) -> None:
         weights = draw(DENSE, "float32")
         write_safetensors(tmp_path, DENSE, pieces(DENSE, weights), dtype="float32", max_shard_bytes=1)
         assert len(list(tmp_path.glob("model-*-of-00024.safetensors"))) == 24
         assert_holds(open_safetensors(tmp_path), weights)
 
     @pytest.mark.parametrize("block_bytes", [1, 100])
-    def test_block_by_block(self, tmp_path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("grokjax.safetensors_export._BLOCK_BYTES", block_bytes)
+    def test_blocks_of_any_size_give_the_same(
+        self, tmp_path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("grokjax.safetensors_export.BLOCK_BYTES", block_bytes)
         weights = draw(SMALL, "bfloat16")
         write_safetensors(tmp_path, SMALL, pieces(SMALL, weights), dtype="bfloat16")
         assert_holds(open_safetensors(tmp_path), weights)
 
-    def test_any_order(self, tmp_path: Path) -> None:
+    def test_pieces_may_come_in_any_order(self, tmp_path: Path) -> None:
         weights = draw(SMALL, "float32")
         mixed = list(pieces(SMALL, weights))[::-1]
         write_safetensors(tmp_path, SMALL, mixed, dtype=np.float32, max_shard_bytes=5000)
         assert_holds(open_safetensors(tmp_path), weights)
 
-    def test_cast(self, tmp_path: Path) -> None:
+    def test_pieces_are_cast_to_the_dtype(self, tmp_path: Path) -> None:
         weights = draw(SMALL, "float32")
         write_safetensors(tmp_path / "narrow", SMALL, pieces(SMALL, weights), dtype=BFLOAT16)
         narrow = {name: array.astype(BFLOAT16) for name, array in weights.items()}
@@ -106,7 +108,7 @@ class TestFiles:
         assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
         assert index["metadata"] == {"total_size": num_bytes(SMALL, "bfloat16")}
 
-    def test_configuration(self, tmp_path: Path) -> None:
+    def test_configuration_has_the_published_fields(self, tmp_path: Path) -> None:
         config = GrokConfig.grok_1().replace(**{name: getattr(SMALL, name) for name in ("vocab_size", "model_dim")})
         config = config.replace(num_layers=1, ffn_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
         write_safetensors(tmp_path, config, pieces(config, draw(config, "float32")), dtype="float32")
@@ -139,7 +141,7 @@ class TestFiles:
         mode = stat.S_IMODE((tmp_path / "new").stat().st_mode)
         assert {stat.S_IMODE(entry.stat().st_mode) for entry in (tmp_path / "out").iterdir()} == {mode}
 
-    def test_progress(self, tmp_path: Path) -> None:
+    def test_progress_counts_every_byte(self, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
         write_safetensors(
             tmp_path,
@@ -196,7 +198,9 @@ class TestInterruption:
         assert not any(tmp_path.iterdir())
 
     @pytest.mark.parametrize("name", ["config.json", "model-00002-of-", "model.safetensors.index.json"])
-    def test_failure_while_names_are_given(self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_failure_while_names_are_given_leaves_nothing(
+        self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         replace, fsync = Path.replace, os.fsync
 
         def fail(path: Path, target: Path) -> Path:
@@ -231,33 +235,33 @@ class TestFolder:
     def export(self, folder: Path) -> None:
         write_safetensors(folder, SMALL, pieces(SMALL, draw(SMALL, "float32")), dtype="float32")
 
-    def test_is_not_empty(self, tmp_path: Path) -> None:
+    def test_one_that_is_not_empty_stays_as_it_is(self, tmp_path: Path) -> None:
         self.export(tmp_path)
         before = {entry: entry.read_bytes() for entry in tmp_path.iterdir()}
         with pytest.raises(CheckpointError, match="exists and is not empty: choose another folder, or remove it first"):
             self.export(tmp_path)
         assert {entry: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
-    def test_holds_an_interrupted_export(self, tmp_path: Path) -> None:
+    def test_one_that_holds_an_interrupted_export_stays_as_it_is(self, tmp_path: Path) -> None:
         (tmp_path / "shard-00001.part").touch()
         with pytest.raises(CheckpointError, match="holds what an interrupted export left: choose another folder"):
             self.export(tmp_path)
         assert (tmp_path / "shard-00001.part").exists()
 
-    def test_cannot_be_made(self, tmp_path: Path) -> None:
+    def test_one_that_cannot_be_made_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(CheckpointError, match=r"cannot be made \(File exists\): choose another folder"):
             self.export(tmp_path / "file")
         with pytest.raises(CheckpointError, match=r"cannot be made \(Not a directory\): choose another folder"):
             self.export(tmp_path / "file" / "folder")
 
-    def test_too_little_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_too_little_room_is_refused_beforehand(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(CheckpointError, match=r"0\.0 GB are to be written and 0\.0 GB are free: make room"):
             self.export(tmp_path)
 
-    def test_disk_refuses_to_take_more(self, tmp_path: Path) -> None:
+    def test_nothing_is_left_where_the_disk_takes_no_more(self, tmp_path: Path) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
@@ -268,7 +272,9 @@ class TestFolder:
         assert not any(tmp_path.iterdir())
 
     @pytest.mark.parametrize("module", ["safetensors", "safetensors.numpy"])
-    def test_package_is_absent(self, tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_made_where_the_package_is_absent(
+        self, tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(
             CheckpointError, match=r"safetensors is not installed: pip install 'grokjax\[safetensors\]'"
@@ -284,7 +290,7 @@ class TestFolder:
         ({"dtype": "float32", "max_shard_bytes": 0}, "max_shard_bytes=0 must be a number of bytes, 1 or more"),
     ],
 )
-def test_impossible_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_safetensors(tmp_path / "new", SMALL, [], **options)
     assert not (tmp_path / "new").exists()
@@ -311,7 +317,7 @@ GATE = "layers.1.feed_forward.gate"
         (None, rf"1 of the 38 pieces were not given, such as {GATE}.2\."),
     ],
 )
-def test_pieces_that_are_not_the_models(tmp_path: Path, piece: Any, message: str) -> None:
+def test_pieces_that_are_not_the_models_are_refused(tmp_path: Path, piece: Any, message: str) -> None:
     given = [entry for entry in pieces(SMALL, draw(SMALL, "float32")) if entry[:2] != (GATE, 2)]
     with pytest.raises(ValueError, match=message):
         write_safetensors(tmp_path, SMALL, given + ([piece] if piece else []), dtype="float32")

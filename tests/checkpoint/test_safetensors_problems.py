@@ -27,10 +27,10 @@ class TestConfig:
         "config",
         [SMALL, GrokConfig.grok_1(), DENSE.replace(rope_base=5e5, norm_eps=1e-6, eos_id=9, attention_softcap=50)],
     )
-    def test_round_trip(self, tmp_path: Path, config: GrokConfig) -> None:
+    def test_comes_back_as_it_was_written(self, tmp_path: Path, config: GrokConfig) -> None:
         assert read_config(self.write_config(tmp_path, **config_fields(config))) == config
 
-    def test_published_fields_of_grok_1(self, tmp_path: Path) -> None:
+    def test_published_fields_of_grok_1_are_understood(self, tmp_path: Path) -> None:
         fields = {
             "architectures": ["Grok1ModelForCausalLM"],
             "vocab_size": 131072,
@@ -74,7 +74,7 @@ class TestConfig:
             ({"eos_token_id": [2, 3]}, r"eos_id=\[2, 3\] must be a token id"),
         ],
     )
-    def test_impossible_fields(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    def test_impossible_fields_are_refused(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(CheckpointError, match=message):
             read_config(self.write_config(tmp_path, **changes))
 
@@ -86,16 +86,16 @@ class TestConfig:
             ("[]", "config.json: holds no JSON object but a list: download it again"),
         ],
     )
-    def test_no_object(self, tmp_path: Path, text: str, message: str) -> None:
+    def test_text_that_is_no_object_is_refused(self, tmp_path: Path, text: str, message: str) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             read_config(tmp_path / "config.json")
 
-    def test_unreadable(self, tmp_path: Path) -> None:
+    def test_one_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\): check its permissions"):
             read_config(tmp_path)
 
-    def test_more_layers_than_tensors(self, tmp_path: Path) -> None:
+    def test_more_layers_than_tensors_are_refused(self, tmp_path: Path) -> None:
         """A number that would take hours to go through is refused at once."""
         write(tmp_path, as_stored(TWELVE, draw(TWELVE, "float32"), hpcai_name))
         with pytest.raises(CheckpointError, match=r"has 1000000000 layers and the files \d+ tensors: give the conf"):
@@ -113,7 +113,7 @@ class TestConfig:
             "config=GrokConfig(...) or --config FILE."
         )
 
-    def test_sizes_that_cannot_be_told(self, tmp_path: Path) -> None:
+    def test_sizes_that_cannot_be_told_are_an_error(self, tmp_path: Path) -> None:
         stored = as_stored(SMALL, draw(SMALL, "float32"), hpcai_name)
         del stored["model.layers.0.attn.k_proj.weight"]
         write(tmp_path, stored)
@@ -149,21 +149,21 @@ class TestFiles:
         assert advice == "Download these files again."
         return [line.strip() for line in lines]
 
-    def test_missing_and_surplus(self, folder: Path) -> None:
+    def test_missing_and_surplus_ones_are_listed(self, folder: Path) -> None:
         (folder / self.FIRST).rename(folder / "model-00004-of-00003.safetensors")
         assert self.problems(folder) == [
             f"{self.FIRST}: missing, model.safetensors.index.json names it",
             "model-00004-of-00003.safetensors: surplus, model.safetensors.index.json does not name it",
         ]
 
-    def test_other_tensors_than_the_index_says(self, folder: Path) -> None:
+    def test_other_tensors_than_the_index_says_are_listed(self, folder: Path) -> None:
         resave(folder / self.FIRST, lambda tensors: tensors.update(strange=tensors.pop(self.HELD)))
         assert self.problems(folder) == [
             f"{self.FIRST}: lacks {self.HELD}, which model.safetensors.index.json says it holds",
             f"{self.FIRST}: holds strange, which model.safetensors.index.json does not say",
         ]
 
-    def test_held_twice(self, folder: Path) -> None:
+    def test_a_tensor_in_two_files_is_named(self, folder: Path) -> None:
         (folder / "model.safetensors.index.json").unlink()
         resave(folder / "model-00003-of-00003.safetensors", lambda tensors: tensors.update({self.HELD: np.ones(1)}))
         assert self.problems(folder) == [f"model-00003-of-00003.safetensors: holds {self.HELD}, as does {self.FIRST}"]
@@ -179,13 +179,13 @@ class TestFiles:
             (lambda data: data[:8] + b"x" * (len(data) - 8), "invalid (UTF-8|JSON) in header"),
         ],
     )
-    def test_damaged(self, folder: Path, change: Callable[[bytes], bytes], message: str) -> None:
+    def test_damaged_ones_are_named(self, folder: Path, change: Callable[[bytes], bytes], message: str) -> None:
         file = folder / self.FIRST
         file.write_bytes(change(file.read_bytes()))
         (problem,) = self.problems(folder)
         assert re.match(rf"{file}: cannot be read \(.*{message}.*\): download it again\.", problem)
 
-    def test_replaced_after_opening(self, folder: Path) -> None:
+    def test_one_that_was_replaced_after_opening_is_named(self, folder: Path) -> None:
         gate = open_safetensors(folder, SMALL).tensors["layers.0.feed_forward.gate"].weight
         resave(folder / self.FIRST, lambda tensors: tensors.update({self.HELD: np.ones((40, 23), np.float32)}))
         with pytest.raises(CheckpointError, match=f"{self.FIRST}: the file was replaced after .*: open it again"):
@@ -210,7 +210,7 @@ class TestFiles:
             ('{"weight_map": {"a": "x.bin"}}', r"places a in 'x\.bin'; a "),
         ],
     )
-    def test_bad_index(self, folder: Path, index: str, message: str) -> None:
+    def test_bad_index_is_refused(self, folder: Path, index: str, message: str) -> None:
         (folder / "model.safetensors.index.json").write_text(index)
         with pytest.raises(CheckpointError, match=message):
             open_safetensors(folder, SMALL)
@@ -235,19 +235,19 @@ class TestTensors:
     def stored(self) -> dict[str, np.ndarray]:
         return as_stored(SMALL, draw(SMALL, "float32"), keyfan_name)
 
-    def test_missing_and_surplus(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
+    def test_missing_and_surplus_ones_are_listed(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
         stored["transformer.extra"] = stored.pop(self.GATE)
         assert self.problems(tmp_path, stored) == [f"{self.GATE}: missing", "transformer.extra: surplus"]
 
-    def test_norm_under_both_endings(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
+    def test_norm_under_both_endings_is_surplus(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
         other = self.NORM.replace(".weight", ".scale")
         assert self.problems(tmp_path, stored | {other: stored[self.NORM].copy()}) == [f"{other}: surplus"]
 
-    def test_missing_norm(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
+    def test_missing_norm_is_named(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
         del stored[self.NORM]
         assert self.problems(tmp_path, stored) == [f"{self.NORM}: missing"]
 
-    def test_shapes(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
+    def test_other_shapes_are_listed(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
         stored[self.GATE] = stored[self.GATE].T.copy()
         stored[self.NORM] = stored[self.NORM][:, None].copy()
         assert self.problems(tmp_path, stored) == [
@@ -256,33 +256,35 @@ class TestTensors:
         ]
 
     @pytest.mark.parametrize(("dtype", "name"), [("float16", "F16"), ("int8", "I8"), ("float64", "F64")])
-    def test_dtypes(self, tmp_path: Path, stored: dict[str, np.ndarray], dtype: str, name: str) -> None:
+    def test_other_dtypes_are_listed(
+        self, tmp_path: Path, stored: dict[str, np.ndarray], dtype: str, name: str
+    ) -> None:
         stored[self.GATE] = stored[self.GATE].astype(dtype)
         problem, mixed = self.problems(tmp_path, stored)
         assert problem == f"{self.GATE}: the dtype is {name}; F32 and BF16 are allowed: convert it first"
         assert mixed.startswith("layers.1.feed_forward.gate: its experts are stored as F")
 
-    def test_experts_of_two_dtypes(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
+    def test_experts_of_two_dtypes_are_refused(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
         stored[self.GATE] = stored[self.GATE].astype(BFLOAT16)
         assert self.problems(tmp_path, stored) == [
             "layers.1.feed_forward.gate: its experts are stored as BF16 and F32; one dtype for all is allowed"
         ]
 
     @pytest.mark.parametrize("shape", [(56, 23), (24, 56), (56,)])
-    def test_head_that_cannot_be_tied(
+    def test_head_that_cannot_be_tied_is_refused(
         self, tmp_path: Path, stored: dict[str, np.ndarray], shape: tuple[int, ...]
     ) -> None:
         assert self.problems(tmp_path, stored | {"lm_head.weight": np.ones(shape, np.float32)}) == [
             f"lm_head.weight: the weight has the shape {list(shape)}, the embedding [56, 24]; Grok ties them"
         ]
 
-    def test_other_number_of_layers(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
+    def test_layers_beyond_the_configuration_s_are_surplus(self, tmp_path: Path, stored: dict[str, np.ndarray]) -> None:
         problems = self.problems(tmp_path, stored, SMALL.replace(num_layers=1))
         assert len(problems) == 18
         assert all(re.fullmatch(r"transformer\.decoder_layer\.1\..*: surplus", problem) for problem in problems)
 
     @pytest.mark.parametrize("names", [["language_model.embed"], []])
-    def test_unknown_names(self, tmp_path: Path, names: list[str]) -> None:
+    def test_unknown_names_are_refused(self, tmp_path: Path, names: list[str]) -> None:
         write(tmp_path, {name: np.ones(1, np.float32) for name in names})
         held = re.escape(", ".join(names) or "no tensors")
         with pytest.raises(CheckpointError, match=f"holds {held}; names that begin with transformer.* are known"):

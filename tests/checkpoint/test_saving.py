@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, write_checkpoint
+from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, label, or_thorough, write_checkpoint
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -28,7 +28,6 @@ from grokjax import (
     load,
     load_parameters,
     make_mesh,
-    orbax_layout,
     save,
 )
 from grokjax.layouts import open_checkpoint
@@ -37,6 +36,8 @@ from grokjax.stored import ArraySpec, TensorSpec, parameter_shapes
 
 CONFIG = SMALL.replace(num_experts=4)
 PLACES = [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT), ((2, 4), FULLY), ((8, 1), TENSOR)]
+RESTORED = or_thorough(PLACES, [((2, 4), FULLY)])
+WRITTEN = or_thorough(PLACES[1:], [((2, 4), EXPERT)])
 
 
 def parameters(model: Grok) -> dict[str, jax.Array | QuantizedArray]:
@@ -73,7 +74,7 @@ def copied(tmp_path: Path, saved: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize(("mesh", "rules"), PLACES, ids=str)
+@pytest.mark.parametrize(("mesh", "rules"), RESTORED, ids=label)
 def test_restored_onto_every_mesh(saved: Path, model: Grok, mesh: tuple[int, int], rules: ShardingRules) -> None:
     restored = load(saved, mesh=make_mesh(mesh), rules=rules)
     assert_same_model(restored, model)
@@ -87,7 +88,7 @@ def test_restored_onto_every_mesh(saved: Path, model: Grok, mesh: tuple[int, int
     assert describe(saved).bytes_per_device(mesh, rules=rules) == held
 
 
-def test_bytes_per_device_where_some_weights_are_plain(tmp_path: Path) -> None:
+def test_bytes_per_device_count_plain_weights_as_such(tmp_path: Path) -> None:
     """And others have their own number of scale blocks."""
     written = write_checkpoint(tmp_path, SMALL.replace(num_layers=2), scale_blocks=4)
     checkpoint = open_checkpoint(written.path, written.config)
@@ -106,14 +107,14 @@ def query(model: Grok) -> jax.Array | QuantizedArray:
     return model.layers.attention.query.get_value()
 
 
-@pytest.mark.parametrize(("mesh", "rules"), PLACES[1:], ids=str)
+@pytest.mark.parametrize(("mesh", "rules"), WRITTEN, ids=label)
 def test_written_from_every_mesh(tmp_path: Path, mesh: tuple[int, int], rules: ShardingRules) -> None:
     model = init(CONFIG, mesh=make_mesh(mesh), rules=rules)
     save(model, tmp_path / "model")
     assert_same_model(load(tmp_path / "model"), model)
 
 
-def test_dense_models(tmp_path: Path) -> None:
+def test_dense_models_come_back(tmp_path: Path) -> None:
     model = init(DENSE, quantized=False, dtype=jnp.float32)
     save(model, tmp_path / "model")
     assert_same_model(load(tmp_path / "model", dtype=jnp.float32), model)
@@ -129,15 +130,15 @@ def test_devices_are_given_no_more_than_their_part(saved: Path) -> None:
 @pytest.mark.parametrize(("limit", "expected"), [(1, 64 * 32 * 2 + 1), (1 << 20, 1 << 20)])
 def test_reading_is_bounded(saved: Path, monkeypatch: pytest.MonkeyPatch, limit: int, expected: int) -> None:
     """By the caller's limit, or the largest array of a unit if that is more: here the table."""
-    limits, make_context = [], orbax_layout._context
+    contexts, make_context = [], ocp.Context
 
-    def record(arrays: Any, read_bytes: int | None = None) -> ocp.Context:
-        limits.append(read_bytes)
-        return make_context(arrays, read_bytes)
+    def record(*options: Any, **named: Any) -> ocp.Context:
+        contexts.append(make_context(*options, **named))
+        return contexts[-1]
 
-    monkeypatch.setattr(orbax_layout, "_context", record)
+    monkeypatch.setattr(ocp, "Context", record)
     load(saved, max_host_bytes=limit)
-    assert max(limits) == expected
+    assert max(context.memory.read_concurrent_bytes for context in contexts) == expected
 
 
 def test_units_are_checkpoints_of_orbax(saved: Path, model: Grok) -> None:
@@ -152,7 +153,7 @@ def test_units_are_checkpoints_of_orbax(saved: Path, model: Grok) -> None:
     np.testing.assert_array_equal(found["layers.0.attention.query"]["weight"], np.asarray(expected[0]))
 
 
-def test_progress(tmp_path: Path, model: Grok) -> None:
+def test_progress_counts_every_byte(tmp_path: Path, model: Grok) -> None:
     calls = []
     save(model, tmp_path / "model", progress=calls.append)
     done = [call.done_bytes for call in calls]
@@ -161,7 +162,7 @@ def test_progress(tmp_path: Path, model: Grok) -> None:
 
 
 class TestPartialLoads:
-    def test_some_layers(self, tmp_path: Path) -> None:
+    def test_some_layers_are_a_model_of_their_own(self, tmp_path: Path) -> None:
         model = init(CONFIG.replace(num_layers=3))
         save(model, tmp_path / "model")
         part = load(tmp_path / "model", layers=[2, 0])
@@ -171,7 +172,7 @@ class TestPartialLoads:
         with pytest.raises(ValueError, match=r"layers=\[3\]: name one or more of the checkpoint's 0 to 2"):
             load(tmp_path / "model", layers=[3])
 
-    def test_some_parameters(self, saved: Path, model: Grok) -> None:
+    def test_some_parameters_can_be_read_alone(self, saved: Path, model: Grok) -> None:
         found = load_parameters(
             saved, [r"layers\.0\.feed_forward\.(gate|router)", "final_norm.*"], mesh=make_mesh((2, 4))
         )
@@ -182,20 +183,20 @@ class TestPartialLoads:
         )
         assert found["layers.0.feed_forward.router"].dtype == jnp.float32
 
-    def test_no_such_parameter(self, saved: Path) -> None:
+    def test_no_such_parameter_is_an_error(self, saved: Path) -> None:
         with pytest.raises(ValueError, match=r"'layers.9.*' matches no parameter"):
             load_parameters(saved, ["layers.9.*"])
 
 
 class TestDescribe:
-    def test_sizes(self, saved: Path, model: Grok) -> None:
+    def test_sizes_are_those_of_the_saved_model(self, saved: Path, model: Grok) -> None:
         info = describe(saved)
         assert (info.layout, info.config) == ("orbax", CONFIG)
         stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         assert info.bytes_per_device((1, 1)) == pytest.approx(stored, rel=0.01)  # scale blocks are those of the mesh
         assert info.specs["layers.0.feed_forward.gate"].weight.shape == (4, 32, 48)
 
-    @pytest.mark.parametrize(("mesh", "rules"), PLACES, ids=str)
+    @pytest.mark.parametrize(("mesh", "rules"), PLACES, ids=label)
     def test_bytes_per_device_are_what_a_device_then_holds(
         self, saved: Path, mesh: tuple[int, int], rules: ShardingRules
     ) -> None:
@@ -204,14 +205,14 @@ class TestDescribe:
         shards = [s for leaf in jax.tree.leaves(restored) for s in leaf.addressable_shards if s.device == device]
         assert describe(saved).bytes_per_device(mesh, rules=rules) == sum(shard.data.nbytes for shard in shards)
 
-    def test_grok_1_on_eight_devices(self, full_release: Path) -> None:
+    def test_grok_1_takes_40_gb_on_each_of_eight_devices(self, full_release: Path) -> None:
         info = describe(full_release)
         assert info.num_parameters == sum(math.prod(shape) for shape in parameter_shapes(GrokConfig.grok_1()).values())
         assert 37e9 < info.bytes_per_device((1, 8)) < 41e9
 
 
 class TestDamage:
-    def test_unfinished(self, copied: Path) -> None:
+    def test_unfinished_checkpoint_is_refused(self, copied: Path) -> None:
         (copied / "grokjax.json").rename(copied / "unfinished.json")
         with pytest.raises(CheckpointError, match="was interrupted: remove the folder and save the model again"):
             load(copied)
@@ -249,13 +250,13 @@ class TestDamage:
             "other-sizes",
         ],
     )
-    def test_manifest(self, copied: Path, change: Callable[[str], str], message: str) -> None:
+    def test_damaged_manifest_is_refused(self, copied: Path, change: Callable[[str], str], message: str) -> None:
         manifest = copied / "grokjax.json"
         manifest.write_text(change(manifest.read_text()))
         with pytest.raises(CheckpointError, match=message):
             load(copied)
 
-    def test_missing_and_surplus_units_in_one_list(self, copied: Path) -> None:
+    def test_missing_and_surplus_units_stand_in_one_list(self, copied: Path) -> None:
         weights = copied / "weights"
         (weights / "layers.0.feed_forward.up.2").rename(weights / "layers.7.feed_forward.up.2")
         with pytest.raises(CheckpointError) as caught:
@@ -263,24 +264,24 @@ class TestDamage:
         assert "weights/layers.0.feed_forward.up.2: missing" in str(caught.value)
         assert "weights/layers.7.feed_forward.up.2: surplus" in str(caught.value)
 
-    def test_truncated_file(self, copied: Path) -> None:
+    def test_empty_file_is_noticed(self, copied: Path) -> None:
         largest(copied / "weights" / "embedding.table").write_bytes(b"")
         with pytest.raises(CheckpointError, match=r"weights/embedding.table: \d+ bytes of its arrays are missing"):
             load(copied)
 
-    def test_file_shorter_by_a_little(self, copied: Path) -> None:
+    def test_file_shorter_by_a_little_is_noticed(self, copied: Path) -> None:
         file = largest(copied / "weights" / "embedding.table")
         file.write_bytes(file.read_bytes()[:-3])
         with pytest.raises(CheckpointError, match=r"embedding.table: 3 bytes of its arrays are missing"):
             load(copied)
 
     @pytest.mark.parametrize("name", ["_METADATA", "embedding.table.weight/zarr.json"])
-    def test_files_that_describe_arrays_lost(self, copied: Path, name: str) -> None:
+    def test_loss_of_files_that_describe_arrays_is_noticed(self, copied: Path, name: str) -> None:
         (copied / "weights" / "embedding.table" / "state" / name).write_text("")
         with pytest.raises(CheckpointError, match=r"embedding.table: \d+ bytes of its arrays are missing"):
             load(copied)
 
-    def test_array_that_cannot_be_read(self, copied: Path) -> None:
+    def test_array_that_cannot_be_read_is_named(self, copied: Path) -> None:
         """The library's specification of the array stays out of the sentence."""
         file = copied / "weights" / "embedding.table" / "state" / "embedding.table.weight" / "zarr.json"
         file.write_text(file.read_text()[:-9])
@@ -289,13 +290,13 @@ class TestDamage:
         assert "tensorstore_spec" not in str(caught.value)
         assert len(str(caught.value)) < 1200
 
-    def test_heads_cut_otherwise(self, saved: Path) -> None:
+    def test_heads_cut_otherwise_are_refused(self, saved: Path) -> None:
         with pytest.raises(
             CheckpointError, match=r"the configuration says num_heads=16, not 8; head_dim=4, not 8: pass"
         ):
             load(saved, CONFIG.replace(num_heads=2 * CONFIG.num_heads, head_dim=CONFIG.head_dim // 2))
 
-    def test_swapped_units(self, copied: Path) -> None:
+    def test_swapped_units_are_noticed(self, copied: Path) -> None:
         one, other = (copied / "weights" / f"layers.0.feed_forward.gate.{i}" for i in (0, 1))
         one.rename(copied / "x")
         other.rename(one)
@@ -303,7 +304,7 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"layers.0.feed_forward.gate.0: \d+ bytes of its arrays are missing"):
             load(copied)
 
-    def test_configuration_that_does_not_fit(self, saved: Path) -> None:
+    def test_configuration_that_does_not_fit_is_refused(self, saved: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             load(saved, CONFIG.replace(num_layers=2, vocab_size=128))
         assert "embedding.table: the weight has the shape [64, 32], the configuration asks for [128, 32]" in str(
@@ -311,23 +312,23 @@ class TestDamage:
         )
         assert "layers.1.attention.query: the checkpoint has no layers.1.attention.query" in str(caught.value)
 
-    def test_layers_left_over(self, tmp_path: Path) -> None:
+    def test_layers_left_over_are_refused(self, tmp_path: Path) -> None:
         save(init(CONFIG.replace(num_layers=2)), tmp_path / "model")
         with pytest.raises(CheckpointError, match=r"layers.1.attention.query: not used by the model"):
             load(tmp_path / "model", CONFIG)
 
-    def test_existing_target(self, saved: Path, model: Grok) -> None:
+    def test_existing_target_is_refused(self, saved: Path, model: Grok) -> None:
         with pytest.raises(CheckpointError, match="exists already: choose another path, or remove it first"):
             save(model, saved)
 
-    def test_target_that_cannot_be_made(self, tmp_path: Path, model: Grok) -> None:
+    def test_target_that_cannot_be_made_is_refused(self, tmp_path: Path, model: Grok) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(
             CheckpointError, match=r"cannot be made \(Not a directory\): choose a path that you may write"
         ):
             save(model, tmp_path / "file" / "model")
 
-    def test_nothing_there(self, tmp_path: Path) -> None:
+    def test_folder_without_a_checkpoint_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="a folder without a checkpoint: a folder with tensorNNNNN_000 files"):
             load(tmp_path)
         with pytest.raises(CheckpointError, match="no such folder"):

@@ -26,7 +26,7 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.release_tokenizer
-def test_the_main_job(release_tokenizer_path: Path) -> None:
+def test_the_release_s_files_give_the_release_s_text(release_tokenizer_path: Path) -> None:
     """The release's files and tokenizer in, the release's text out, in a process of its own."""
     request = load_e2e().requests[0]
     command = [
@@ -48,8 +48,9 @@ def test_the_main_job(release_tokenizer_path: Path) -> None:
 
 
 @pytest.mark.release_tokenizer
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_greedy_text_of_the_release(
+def test_every_greedy_text_is_the_release_s(
     dtype: str, release_tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = load_tokenizer(release_tokenizer_path)
@@ -65,7 +66,9 @@ def test_every_greedy_text_of_the_release(
         assert capsys.readouterr().out == expected + "\n"
 
 
-def test_random_model(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_random_model_says_so_and_is_the_same_on_every_mesh(
+    small_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["generate", "--random", str(small_config), "--max-new-tokens", "3", "--temperature", "0", "--ignore-eos"]
     assert main([*command, "--mesh", "2,4", "hello"]) == 0
     first = capsys.readouterr()
@@ -76,7 +79,7 @@ def test_random_model(small_config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == first.out
 
 
-def test_stop_strings(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stop_strings_end_the_text(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--random", str(small_config), "--max-new-tokens", "9", "--ignore-eos", "--mesh", "1,1"]
     assert main([*command, "hello"]) == 0
     text = capsys.readouterr().out.removesuffix("\n")
@@ -87,7 +90,7 @@ def test_stop_strings(small_config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "9 tokens" not in stopped.err
 
 
-def test_tokenizer_beside_the_checkpoint(
+def test_a_tokenizer_beside_the_checkpoint_is_found(
     trained_tokenizer_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
@@ -172,7 +175,9 @@ def test_a_binary_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureF
     assert f"--random {path} is not a text file" in capsys.readouterr().err
 
 
-def test_interrupt(small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_with_130(
+    small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -192,7 +197,7 @@ def test_interrupt(small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         ),
     ],
 )
-def test_a_model_that_fails(
+def test_a_model_that_fails_is_a_sentence(
     failing: str,
     error: Exception,
     message: str,
@@ -208,7 +213,7 @@ def test_a_model_that_fails(
     assert capsys.readouterr().err.splitlines()[-1] == f"grokjax: error: {message}"
 
 
-def test_usage_errors_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_end_with_2_and_the_version_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "hello"])
     assert "--checkpoint --random is required" in capsys.readouterr().err
@@ -217,7 +222,7 @@ def test_usage_errors_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("grokjax ")
 
 
-def test_reader_that_leaves(small_config: Path) -> None:
+def test_a_reader_may_leave(small_config: Path) -> None:
     """`grokjax ... | head -c 1` ends quietly."""
     command = f"{sys.executable} -m grokjax generate --random {small_config} --max-new-tokens 20 hello | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
@@ -225,7 +230,7 @@ def test_reader_that_leaves(small_config: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_terminal_without_the_characters(small_config: Path) -> None:
+def test_a_terminal_may_lack_the_characters(small_config: Path) -> None:
     command = [sys.executable, "-m", "grokjax", "generate", "--random", str(small_config), "--max-new-tokens", "20"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*command, "hello"], capture_output=True, env=environment, check=True)
@@ -234,7 +239,9 @@ def test_terminal_without_the_characters(small_config: Path) -> None:
 
 
 @pytest.mark.parametrize("is_batch", [False, True])
-def test_int8_for_the_cache_and_the_table(is_batch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_passed_on_for_the_cache_and_the_table(
+    is_batch: bool, small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
     create = Grok.new_cache
 
@@ -257,5 +264,5 @@ def test_int8_for_the_cache_and_the_table(is_batch: bool, tmp_path: Path, monkey
         "int8",
         "--quantized-table",
     ]
-    assert main(["generate", "--random", "tiny", *options, *what]) == 0
+    assert main(["generate", "--random", str(small_config), *options, *what]) == 0
     assert [cache.keys.dtype.name for cache in made] == ["int8"]

@@ -65,13 +65,13 @@ def records(path: Path) -> dict[Any, dict]:
 
 
 class TestPrompts:
-    def test_text(self, tmp_path: Path) -> None:
+    def test_each_line_of_text_is_a_prompt(self, tmp_path: Path) -> None:
         first, second = read(tmp_path, "\ufeff4 5\r\n\n  \n 6\u2028 7")
         assert (first.id, first.line) == (1, 1)
         assert dataclasses.asdict(first.request) == dataclasses.asdict(Request("4 5", **SETTINGS))
         assert (second.id, second.request.prompt) == (4, " 6\u2028 7")
 
-    def test_json(self, tmp_path: Path) -> None:
+    def test_each_line_of_json_is_a_request(self, tmp_path: Path) -> None:
         lines = (
             {"prompt": "4", "id": "a", "seed": 9, "stop": ["x"], "logit_bias": {"5": -1.0}, "n": 2},
             {"prompt": [4, 5]},
@@ -108,11 +108,11 @@ class TestPrompts:
             ("\n \n", "has no prompts: give it at least one line"),
         ],
     )
-    def test_bad_lines(self, line: str, message: str, tmp_path: Path) -> None:
+    def test_bad_lines_are_named(self, line: str, message: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
             read(tmp_path, line, "prompts.jsonl")
 
-    def test_a_file_that_cannot_be_read(self, tmp_path: Path) -> None:
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--prompts .*missing cannot be read: No such file"):
             read_prompts(tmp_path / "missing", SETTINGS)
 
@@ -142,7 +142,7 @@ class TestResults:
         assert found[4]["finish_reason"] == "error"
         assert found[5]["token_ids"] == continuation([5], 5, seed=3)
 
-    def test_prompts_of_another_kind(self, tmp_path: Path) -> None:
+    def test_prompts_of_another_kind_are_errors_of_their_own(self, tmp_path: Path) -> None:
         run(read_json(tmp_path, {"prompt": 7}, {"prompt": "4"}, {"prompt": None}, {"prompt": {}}), tmp_path / "out")
         found = records(tmp_path / "out")
         assert "error" not in found.pop(2)
@@ -163,7 +163,7 @@ class TestResults:
         assert (tmp_path / "out").read_bytes() == found
         assert all("error" in record for record in records(tmp_path / "out").values())
 
-    def test_more_prompts_than_the_queue_takes(self, tmp_path: Path) -> None:
+    def test_more_prompts_than_the_queue_takes_are_all_answered(self, tmp_path: Path) -> None:
         prompts = read(tmp_path, "\n".join(str(3 + number % 20) for number in range(30)))
         run(prompts, tmp_path / "out", engine=make_engine(max_queue=2))
         assert len(records(tmp_path / "out")) == 30
@@ -248,7 +248,7 @@ class TestResumed:
         assert (tmp_path / "out").read_bytes().startswith(kept)
         assert len(records(tmp_path / "out")) == 10
 
-    def test_a_full_disk(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
+    def test_a_full_disk_is_gone_on_from(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
         with (
             FullDisk(tmp_path / "out", "a") as file,
             pytest.raises(ValueError, match="cannot be written: No space left"),
@@ -277,14 +277,14 @@ class TestResumed:
             run(prompts, tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == content
 
-    def test_two_jobs_on_one_file(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
+    def test_a_second_job_on_one_file_is_refused(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
         with (tmp_path / "out").open("ab") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
             with pytest.raises(ValueError, match="another process writes"):
                 run(prompts, tmp_path / "out")
         run(prompts, tmp_path / "out")
 
-    def test_a_place_without_locks(
+    def test_a_place_without_locks_is_refused(
         self, prompts: tuple[Prompt, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def flock(*_: object) -> None:
@@ -294,7 +294,7 @@ class TestResumed:
         with pytest.raises(ValueError, match="cannot be locked against other processes: No locks"):
             run(prompts, tmp_path / "out")
 
-    def test_places_that_are_no_files(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
+    def test_places_that_are_no_files_are_refused(self, prompts: tuple[Prompt, ...], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is not a file: results are appended"):
             run(prompts, tmp_path)
         with pytest.raises(ValueError, match="cannot be written: No such file"):

@@ -36,7 +36,7 @@ class Terminal(io.StringIO):
 
 
 class TestProgress:
-    def test_lines(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_line_every_ten_seconds_says_how_long_it_takes(self, capsys: pytest.CaptureFixture[str]) -> None:
         now = [0.0]
         with BatchProgress(40, clock=lambda: now[0]) as progress:
             for now[0], done, tokens in ((1.0, 10, 0), (2.0, 10, 5), (11.0, 20, 95), (12.0, 21, 105), (22.0, 30, 205)):
@@ -47,7 +47,7 @@ class TestProgress:
             "grokjax: 30 of 40 done, 10.0 tokens/s, 10 s left",
         ]
 
-    def test_a_bar_in_a_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_terminal_is_shown_a_bar(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now, terminal = [0.0], Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
         with BatchProgress(4, clock=lambda: now[0]) as progress:
@@ -96,7 +96,7 @@ def interrupted_at_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 class TestCommand:
-    def test_interrupted_and_resumed(
+    def test_an_interrupted_job_is_resumed(
         self, command: list[str], interrupted_at_two: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """With a real model: the results are those of a run that was left alone."""
@@ -115,7 +115,7 @@ class TestCommand:
         assert tokens(output) == tokens(whole)
 
     @pytest.mark.usefixtures("fake_model")
-    def test_errors_among_the_results(
+    def test_errors_among_the_results_are_counted(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "prompts.txt").write_bytes(b"a" * 50 + b"\nb\n\xff")
@@ -147,7 +147,7 @@ class TestCommand:
         assert (first["text"], first["finish_reason"]) == (text[: text.find(stop)], "stop")
 
     @pytest.mark.usefixtures("fake_model")
-    def test_a_model_that_fails(
+    def test_a_model_that_fails_is_a_sentence(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         def fail(*_: object) -> None:
@@ -161,7 +161,7 @@ class TestCommand:
         assert (tmp_path / "out").read_text() == ""
 
     @pytest.mark.usefixtures("fake_model")
-    def test_a_model_that_fails_to_follow(
+    def test_a_model_that_fails_to_follow_is_a_sentence(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """On a process after the first, which has no prompts."""
@@ -193,11 +193,11 @@ class TestCommand:
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
-    def test_output_without_prompts(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_output_without_prompts_is_refused(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*command[:-2], "hello", "--output", "out"]) == 2
         assert "--output goes with --prompts" in capsys.readouterr().err
 
-    def test_a_prompt_and_a_file(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_prompt_and_a_file_are_refused(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             main([*command, "hello"])
         assert "not allowed with argument" in capsys.readouterr().err

@@ -29,13 +29,13 @@ def config_of(download: Path) -> list[str]:
     return ["--config", str(download / "config.json")]
 
 
-def test_fixture(download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fixture_is_made_once(download: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(list((download / "ckpt-0").iterdir())) == 14
     assert main(["make-release-fixture", str(download)]) == 2
     assert "exists already: choose another path" in capsys.readouterr().err
 
 
-def test_fixture_that_cannot_be_written(
+def test_a_fixture_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(folder: Path, *_: object, **__: object) -> None:
@@ -71,13 +71,15 @@ def test_convert_needs_the_configuration(download: Path, tmp_path: Path, capsys:
     assert "pass the whole configuration, config=GrokConfig(...) or --config FILE" in capsys.readouterr().err
 
 
-def test_verify(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_that_all_is_well(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(converted)]) == 0
     assert main(["verify", str(converted), "--source", str(download), *config_of(download)]) == 0
     assert "every array is as it should be" in capsys.readouterr().err
 
 
-def test_info(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_says_the_same_of_every_layout(
+    converted: Path, download: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["info", str(converted), "--mesh", "1,8", "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)
     assert main(["info", str(download), *config_of(download), "--mesh", "1,8", "--json"]) == 0
@@ -96,14 +98,16 @@ def test_info(converted: Path, download: Path, capsys: pytest.CaptureFixture[str
     assert "layers.0.feed_forward.gate" in text
 
 
-def test_export(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_makes_safetensors(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(converted), str(tmp_path / "exported")]) == 0
     assert (tmp_path / "exported" / "model.safetensors.index.json").is_file()
     assert main(["info", str(tmp_path / "exported"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"] == "safetensors"
 
 
-def test_generate_from_every_layout(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_layout_generates_the_same_text(
+    converted: Path, download: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--tokenizer", "bytes", "--max-new-tokens", "4", "--temperature", "0", "hello"]
     assert main(["generate", "--checkpoint", str(converted), *options]) == 0
     ours = capsys.readouterr().out

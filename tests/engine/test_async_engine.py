@@ -5,8 +5,10 @@ import contextlib
 import random
 import threading
 import time
+import weakref
 
 import pytest
+from builders import still_held
 from fake_steps import FakeModel, FakeSteps, continuation
 
 from grokjax.async_engine import AsyncEngine
@@ -24,9 +26,9 @@ class SlowSteps(FakeSteps):
         return super().decode(settings)
 
 
-def make_engine(**options) -> Engine:
+def make_engine(model: FakeModel | None = None, **options) -> Engine:
     defaults = {"slots": 3, "max_len": 200, "prefill_buckets": (4, 8), "make_steps": SlowSteps}
-    return Engine(FakeModel(), **{**defaults, **options})
+    return Engine(model or FakeModel(), **{**defaults, **options})
 
 
 def request(first: int, count: int = 10, **options) -> Request:
@@ -109,7 +111,8 @@ def test_the_end_of_the_block_ends_the_requests() -> None:
             await asyncio.sleep(0.02)
         for task in tasks:
             assert [sample.finish_reason for sample in await task] == ["cancelled"]
-        assert not engine._live
+        metrics = engine.metrics()
+        assert (metrics.active_slots, metrics.queue_length, metrics.finished) == (0, 0, {"cancelled": 3})
         with pytest.raises(ValueError, match="this AsyncEngine does not run: use it inside `async with`"):
             await served.complete(request(3))
         with pytest.raises(ValueError, match="was entered before: make another one"):
@@ -137,11 +140,11 @@ def test_errors_reach_their_task() -> None:
 
 def test_a_failing_step_reaches_everyone_and_hangs_nobody() -> None:
     async def main() -> None:
-        engine = make_engine(slots=1)
-        async with AsyncEngine(engine) as served:
+        model = FakeModel()
+        async with AsyncEngine(make_engine(model, slots=1)) as served:
             tasks = [asyncio.create_task(served.complete(request(3 + i, 150))) for i in range(3)]
             await asyncio.sleep(0.02)
-            engine._steps.error = RuntimeError("out of memory")
+            model.steps.error = RuntimeError("out of memory")
             for task in tasks:
                 assert [str(sample.error) for sample in await task] == ["out of memory"]
             with pytest.raises(ValueError, match="a step of this engine failed"):
@@ -154,7 +157,8 @@ def test_a_task_cancelled_before_it_wakes_cancels_its_request() -> None:
     async def main() -> None:
         engine = make_engine()
         async with AsyncEngine(engine) as served:
-            task = asyncio.create_task(served.complete(request(3, 150)))
+            made = request(3, 150)
+            reference, task = weakref.ref(made), asyncio.create_task(served.complete(made))
             while not engine.has_work:
                 await asyncio.sleep(0)
             task.cancel()
@@ -163,7 +167,8 @@ def test_a_task_cancelled_before_it_wakes_cancels_its_request() -> None:
             while engine.has_work:
                 await asyncio.sleep(0)
             assert (await served.metrics()).finished["cancelled"] == 1
-            assert not served._handles
+            del made, task
+            assert still_held([reference]) == 0
 
     run(main())
 
@@ -219,19 +224,19 @@ def test_a_task_cancelled_at_once_submits_nothing() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_tasks(seed: int) -> None:
-    """Tasks that complete, stream, leave early or are cancelled, at random moments: nothing is lost or stays behind."""
+def test_random_tasks_lose_nothing_and_leave_nothing_behind(seed: int) -> None:
+    """Tasks that complete, stream, leave early or are cancelled, at random moments."""
     draw = random.Random(seed)
-    submitted = 0
+    references: list[weakref.ref[Request]] = []
 
     async def task(served: AsyncEngine, first: int) -> None:
-        nonlocal submitted
         for _ in range(draw.randrange(12)):
             await asyncio.sleep(0)
-        submitted += 1
+        made = request(first)
+        references.append(weakref.ref(made))
         expected, most = continuation([first, 5], 10), draw.choice((3, 100))
         tokens = []
-        async with contextlib.aclosing(served.stream(request(first))) as stream:
+        async with contextlib.aclosing(served.stream(made)) as stream:
             async for piece in stream:
                 tokens.append(piece.token_id)
                 if len(tokens) == most:
@@ -248,24 +253,30 @@ def test_random_tasks(seed: int) -> None:
                 victim.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
             assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ends), ends
-            while (metrics := await served.metrics()).active_slots:
+            while (metrics := await served.metrics()).active_slots or engine.has_work:
                 await asyncio.sleep(0)
             assert metrics.queue_length == 0
-            assert not engine._live
-            assert not served._handles
-            assert sum(end is None for end in ends) <= sum(metrics.finished.values()) <= submitted
+            assert sum(end is None for end in ends) <= sum(metrics.finished.values()) <= len(references)
+            del ends, tasks, victim  # whose errors lead to requests
+            assert still_held(references) == 0
 
     run(main())
 
 
 def test_errors_of_an_idle_engine_do_not_pile_up() -> None:
     async def main() -> None:
-        engine = make_engine()
-        async with AsyncEngine(engine) as served:
+        references = []
+
+        async def fail(served: AsyncEngine) -> None:
+            made = Request([])
+            references.append(weakref.ref(made))
+            [done] = await served.complete(made)
+            assert done.finish_reason == "error"
+
+        async with AsyncEngine(make_engine()) as served:
             for _ in range(5):
-                [done] = await served.complete(Request([]))
-                assert done.finish_reason == "error"
+                await fail(served)
             await served.metrics()
-            assert len(engine._ended) < 2
+            assert still_held(references) < 2
 
     run(main())

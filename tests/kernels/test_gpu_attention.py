@@ -44,7 +44,7 @@ def place(num_new: int, softcap: float = 5.0) -> dict[str, Any]:
 @pytest.mark.parametrize(("num_new", "max_len"), [(1, 192), (1, 1000), (5, 200), (50, 320)])
 @pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("softcap", [5.0, 30.0])
-def test_against_the_definition(num_new: int, max_len: int, is_quantized: bool, softcap: float) -> None:
+def test_attention_is_its_definition(num_new: int, max_len: int, is_quantized: bool, softcap: float) -> None:
     """As exact as bfloat16 queries, weights and results are; with one program for the keys of a row, and with more."""
     query, keys, values = make(num_new, max_len)
     exact, stacks = expected(query, keys, values, softcap), [keys, values]
@@ -57,7 +57,7 @@ def test_against_the_definition(num_new: int, max_len: int, is_quantized: bool, 
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02, rtol=0)
 
 
-def test_all_rows_in_order_and_rows_of_nothing() -> None:
+def test_takes_all_rows_in_order_and_rows_of_nothing() -> None:
     query, keys, values = make(3, 160)
     where = place(3) | {"rows": None, "count": jnp.array([0, 3])}
     found = gpu_attention.attend(query, keys[:, ROWS], values[:, ROWS], **where, interpret=True)
@@ -76,7 +76,7 @@ def test_all_rows_in_order_and_rows_of_nothing() -> None:
         ({"cache_dtype": jnp.int8}, True),
     ],
 )
-def test_what_fits(change: dict[str, Any], fits: bool) -> None:
+def test_fits_says_what_the_kernel_takes(change: dict[str, Any], fits: bool) -> None:
     values = {"softcap": 30, "max_len": 160, "dtype": jnp.bfloat16, "cache_dtype": jnp.bfloat16} | change
     query, keys, _ = make(1, values["max_len"])
     arrays = query.astype(values["dtype"]), keys.astype(values["cache_dtype"])
@@ -84,7 +84,7 @@ def test_what_fits(change: dict[str, Any], fits: bool) -> None:
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(32, True), (33, False), (64, False), (65, True)])
-def test_caches_whose_offsets_are_not_safe(rows: int, fits: bool) -> None:
+def test_caches_whose_offsets_are_not_safe_do_not_fit(rows: int, fits: bool) -> None:
     """Grok-1 in int8 on each of 8 devices, rows of 8192 tokens."""
     shape = (64, rows, 1, 8192, 128)
     cache = QuantizedEntries(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
@@ -93,7 +93,7 @@ def test_caches_whose_offsets_are_not_safe(rows: int, fits: bool) -> None:
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_scores_at_the_cap(is_quantized: bool) -> None:
+def test_scores_at_the_cap_lose_nothing(is_quantized: bool) -> None:
     """Where every score is the least there can be, and values are small, the weights are far from nothing."""
     query, keys, values = make(1, 192)
     where = place(1, softcap=30.0) | {"start": jnp.zeros(2, jnp.int32), "multiplier": 50.0}
@@ -108,7 +108,7 @@ def test_scores_at_the_cap(is_quantized: bool) -> None:
 
 @pytest.mark.parametrize("num_new", [1, 30])
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_programs_for_gpus(num_new: int, is_quantized: bool) -> None:
+def test_programs_for_gpus_hold_the_kernel(num_new: int, is_quantized: bool) -> None:
     query, keys, values = make(num_new, 320)
     stacks = [QuantizedEntries.of(stack) if is_quantized else stack for stack in (keys, values)]
     text = program_for("gpu", functools.partial(attend, **place(num_new), platform="gpu"), query, *stacks)
@@ -116,11 +116,11 @@ def test_programs_for_gpus(num_new: int, is_quantized: bool) -> None:
 
 
 @pytest.mark.parametrize(("max_len", "programs", "splits"), [(8192, 8, 32), (8192, 64, 4), (512, 8, 4), (128, 1, 1)])
-def test_splits(max_len: int, programs: int, splits: int) -> None:
-    assert gpu_attention._num_splits(max_len, programs=programs) == splits
+def test_few_programs_share_out_the_keys(max_len: int, programs: int, splits: int) -> None:
+    assert gpu_attention.choose_num_splits(max_len, programs=programs) == splits
 
 
-def test_a_model_with_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_all_kernels_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a program for GPUs computes is what one for CPUs does: prefill and two steps."""
     sizes = {"model_dim": 128, "ffn_dim": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "num_layers": 2}
     config = GrokConfig.tiny().replace(**sizes)

@@ -12,9 +12,9 @@ from grokjax import gpu_matmul
 from grokjax.quantization import (
     KERNEL_ROWS,
     QuantizedArray,
-    _direct_matmul,
-    _gpu_matmuls,
     dequantize,
+    direct_matmul,
+    gpu_matmuls,
     matmul,
     matmuls,
     numbers_and_scales,
@@ -44,7 +44,7 @@ def assert_close(found: jax.Array, exact: np.ndarray) -> None:
     ("num_rows", "contracted", "outputs", "blocks"),
     [(1, 64, 128, 1), (9, 128, 256, 1), (40, 384, 128, 2), (130, 1024, 128, 4), (16, 1024, 256, 1)],
 )
-def test_product(num_rows: int, contracted: int, outputs: int, blocks: int) -> None:
+def test_product_is_its_definition(num_rows: int, contracted: int, outputs: int, blocks: int) -> None:
     x, w = make_rows(1, num_rows, contracted), make_weight(contracted, outputs, blocks)
     at = jnp.array([[2, 1]], jnp.int32)
     assert gpu_matmul.fits(x[0], [numbers_and_scales(w)])
@@ -53,7 +53,7 @@ def test_product(num_rows: int, contracted: int, outputs: int, blocks: int) -> N
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_groups_with_weights_of_their_own(is_shared: bool) -> None:
+def test_groups_are_multiplied_with_weights_of_their_own(is_shared: bool) -> None:
     """Several weights and groups in one kernel, a plain weight beside one in int8, one group not wanted."""
     x, at = make_rows(1 if is_shared else 4, 20, 128), jnp.array([[0, 1], [2, 0], [2, 0], [1, 1]], jnp.int32)
     weights = [make_weight(128, outputs, 1, seed=outputs) for outputs in (256, 128)]
@@ -69,7 +69,7 @@ def test_groups_with_weights_of_their_own(is_shared: bool) -> None:
 
 @pytest.mark.parametrize("num_rows", [1, KERNEL_ROWS + 1])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_products_of_either_size(num_rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_and_many_rows_give_the_same_product(num_rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of one kernel, and those after a cast, are what a product on the slice is, in the order of the weights."""
     for name in ("stack_matmul", "cast"):
         monkeypatch.setattr(gpu_matmul, name, functools.partial(getattr(gpu_matmul, name), interpret=True))
@@ -77,11 +77,11 @@ def test_products_of_either_size(num_rows: int, blocks: int, monkeypatch: pytest
     weights = [make_weight(128, outputs, blocks, seed=outputs) for outputs in (128, 256)]
     weights += [dequantize(weights[0], jnp.bfloat16)] if blocks == 1 else []
     arrays = [numbers_and_scales(w) for w in weights]
-    for found, array in zip(_gpu_matmuls(x, arrays, at), arrays, strict=True):
-        assert_close(found, np.asarray(_direct_matmul(x, *array, at), np.float64))
+    for found, array in zip(gpu_matmuls(x, arrays, at), arrays, strict=True):
+        assert_close(found, np.asarray(direct_matmul(x, *array, at), np.float64))
 
 
-def test_cast() -> None:
+def test_cast_is_exact() -> None:
     w, at = make_weight(128, 384, 1).weight, jnp.array([2, 1], jnp.int32)
     found = gpu_matmul.cast(w, at, interpret=True)
     np.testing.assert_array_equal(found, w[2, 1].astype(jnp.bfloat16))
@@ -96,7 +96,7 @@ def test_cast() -> None:
         ({"outputs": 64}, False),
     ],
 )
-def test_sizes_that_fit(change: dict[str, int], fits: bool) -> None:
+def test_fits_says_which_sizes_the_kernel_takes(change: dict[str, int], fits: bool) -> None:
     w = make_weight(**({"contracted": 128, "outputs": 128, "blocks": 2} | change))
     x = make_rows(16, w.shape[-2])
     assert gpu_matmul.fits(x, [numbers_and_scales(w)]) == fits
@@ -108,7 +108,7 @@ def test_sizes_that_fit(change: dict[str, int], fits: bool) -> None:
     ("layers", "dtype", "is_safe"),
     [(8, jnp.int8, True), (9, jnp.int8, False), (16, jnp.int8, False), (17, jnp.int8, True), (9, jnp.bfloat16, True)],
 )
-def test_offsets(layers: int, dtype: type, is_safe: bool) -> None:
+def test_stacks_whose_offsets_are_not_safe_do_not_fit(layers: int, dtype: type, is_safe: bool) -> None:
     """Between 2 and 4 GiB of int8 an offset has the sign of a negative number, and a kernel would read elsewhere."""
     stack = jax.ShapeDtypeStruct((layers, 2**14, 2**14), dtype)
     assert gpu_matmul.has_safe_offsets(stack) == is_safe
@@ -119,15 +119,15 @@ def test_offsets(layers: int, dtype: type, is_safe: bool) -> None:
 @pytest.mark.parametrize(("contracted", "blocks"), [(6144, 1), (6144, 8), (4096, 1), (768, 1), (64, 1), (448, 7)])
 @pytest.mark.parametrize("num_rows", [1, 40, 128])
 @pytest.mark.parametrize("programs", [1, 32, 1000])
-def test_parts(contracted: int, blocks: int, num_rows: int, programs: int) -> None:
+def test_parts_are_whole_and_few(contracted: int, blocks: int, num_rows: int, programs: int) -> None:
     """Each is whole steps of one scale block, or whole scale blocks, and their sums are not many."""
-    tile = gpu_matmul._choose_tile(num_rows, [(jax.ShapeDtypeStruct((contracted, 128), jnp.int8), None)])
-    number = gpu_matmul._num_parts(contracted, blocks, tile=tile, num_rows=num_rows, programs=programs)
+    tile = gpu_matmul.choose_tile(num_rows, [(jax.ShapeDtypeStruct((contracted, 128), jnp.int8), None)])
+    number = gpu_matmul.choose_num_parts(contracted, blocks, tile=tile, num_rows=num_rows, programs=programs)
     part, scale_rows = contracted // number, contracted // blocks
     assert number * part == contracted
     assert part % scale_rows == 0 or (scale_rows % part == 0 and part % 64 == 0)
     assert number == 1 or 4 * number * num_rows <= contracted / 3
-    if programs >= gpu_matmul._PROGRAMS:
+    if programs >= gpu_matmul.ENOUGH_PROGRAMS:
         assert number == 1
 
 
@@ -135,7 +135,7 @@ def test_parts(contracted: int, blocks: int, num_rows: int, programs: int) -> No
     ("num_rows", "names"),
     [(1, ["stack_matmul"]), (KERNEL_ROWS, ["stack_matmul"]), (KERNEL_ROWS + 1, ["cast", "cast"])],
 )
-def test_programs_for_gpus(num_rows: int, names: list[str]) -> None:
+def test_programs_for_gpus_hold_the_kernels(num_rows: int, names: list[str]) -> None:
     """One kernel, which is given the whole stacks; for many rows one that casts before each of XLA's products."""
     w = make_weight(128, 128, 1)
     text = program_for(

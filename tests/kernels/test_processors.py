@@ -23,19 +23,21 @@ from grokjax.quantization import matmul, quantize
         ("model name\t: bf16", False),
     ],
 )
-def test_what_a_description_says(tmp_path: Path, line: str, expected: bool) -> None:
+def test_a_description_says_whether_there_is_bfloat16(tmp_path: Path, line: str, expected: bool) -> None:
     description = tmp_path / "cpuinfo"
     description.write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
     assert has_bfloat16(description) is expected
 
 
-def test_without_a_description(tmp_path: Path) -> None:
+def test_without_a_description_there_is_none(tmp_path: Path) -> None:
     assert not has_bfloat16(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 64])
 @pytest.mark.parametrize("found", [True, False])
-def test_products_of_bfloat16(num_rows: int, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_multiplied_where_processors_can(
+    num_rows: int, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """bfloat16 is multiplied as such only where processors can; float32 always; the sums agree."""
     monkeypatch.setattr(processors, "has_bfloat16", lambda: found)
     jax.clear_caches()  # what was traced under another answer

@@ -12,16 +12,16 @@ from orbax.checkpoint import v1 as ocp
 from grokjax.quantization import (
     QuantizedArray,
     Weight,
-    _blocked_matmul,
-    _column_matmul,
-    _direct_matmul,
-    _summed_matmul,
+    blocked_matmul,
+    column_matmul,
     dequantize,
+    direct_matmul,
     einsum,
     matmul,
     quantize,
     shardable_blocks,
     specs,
+    summed_matmul,
 )
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules, make_mesh
 
@@ -83,14 +83,14 @@ def test_indivisible_blocks_are_refused() -> None:
     ("rows", "num_blocks"),
     [*((rows, 4) for rows in (1, 2, 8, 9, 16, 17, 200)), *((rows, blocks) for rows in (1, 17) for blocks in (0, 1, 8))],
 )
-def test_every_form_of_the_product(rows: int, num_blocks: int, dtype: str) -> None:
+def test_every_form_of_the_product_is_its_definition(rows: int, num_blocks: int, dtype: str) -> None:
     """The forms for accelerators run on CPUs too, so that each is held to the definition here."""
     stack = jnp.asarray(random(2, 3, 96, 40))
     w = quantize(stack, num_blocks=num_blocks, scale_dtype=dtype) if num_blocks else stack.astype(dtype)
     x = jnp.asarray(random(rows, 96)).astype(dtype)
     weight, scales = (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
     at = (jnp.int32(1), jnp.int32(2))
-    forms = (_direct_matmul, _blocked_matmul, _summed_matmul, _column_matmul)
+    forms = (direct_matmul, blocked_matmul, summed_matmul, column_matmul)
     every_form = jax.jit(lambda x, weight, scales, at: [form(x, weight, scales, at) for form in forms])
     expected = product_in_float64(x, jax.tree.map(lambda leaf: leaf[1, 2], w))
     for out in every_form(x, weight, scales, at):
@@ -98,7 +98,7 @@ def test_every_form_of_the_product(rows: int, num_blocks: int, dtype: str) -> No
 
 
 @pytest.mark.parametrize("stack", [(), (3,), (2, 3)], ids=str)
-def test_every_index_of_a_stack(stack: tuple[int, ...]) -> None:
+def test_every_index_of_a_stack_is_multiplied_by_its_own(stack: tuple[int, ...]) -> None:
     w, x = quantize(jnp.asarray(random(*stack, 16, 8)), num_blocks=2), jnp.asarray(random(4, 16))
     product = jax.jit(matmul)
     for index in np.ndindex(stack):
@@ -106,34 +106,34 @@ def test_every_index_of_a_stack(stack: tuple[int, ...]) -> None:
         assert_close(product(x, w, at=tuple(map(jnp.int32, index))), expected)
 
 
-def test_blocks_that_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_may_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """103 rows of a scale block by blocks of 32, and by steps of 8 or of 24; 100 columns by blocks of 64."""
-    monkeypatch.setattr("grokjax.quantization._BLOCK_BYTES", 40 * 32)
+    monkeypatch.setattr("grokjax.quantization.BLOCK_BYTES", 40 * 32)
     w = quantize(jnp.asarray(random(2 * 103, 40)), num_blocks=2)
     x = jnp.asarray(random(3, 206))
-    assert_close(_blocked_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
+    assert_close(blocked_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
     for numbers in (40, 3 * 40):
-        monkeypatch.setattr("grokjax.quantization._SLICE_NUMBERS", numbers)
-        assert_close(_summed_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
+        monkeypatch.setattr("grokjax.quantization.SLICE_NUMBERS", numbers)
+        assert_close(summed_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
     wide = quantize(jnp.asarray(random(206, 100)), num_blocks=2)
-    assert_close(_column_matmul(x, wide.weight, wide.scales, ()), product_in_float64(x, wide))
+    assert_close(column_matmul(x, wide.weight, wide.scales, ()), product_in_float64(x, wide))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
-def test_leading_axes(shape: tuple[int, ...]) -> None:
+def test_leading_axes_are_kept(shape: tuple[int, ...]) -> None:
     w, x = quantize(jnp.asarray(random(16, 8))), jnp.asarray(random(*shape, 16))
     assert_close(matmul(x, w), product_in_float64(x, w))
 
 
 @pytest.mark.parametrize("num_blocks", [0, 4])
-def test_einsum(num_blocks: int) -> None:
+def test_einsum_is_its_definition(num_blocks: int) -> None:
     plain, x = jnp.asarray(random(3, 16, 8)), jnp.asarray(random(5, 16))
     w = quantize(plain, num_blocks=num_blocks) if num_blocks else plain
     expected = np.stack([product_in_float64(x, one) for one in dequantize(w)], axis=1)
     assert_close(einsum("mc,eco->meo", x, w), expected)
 
 
-def test_inside_vmap() -> None:
+def test_works_inside_vmap() -> None:
     w, x = quantize(jnp.asarray(random(3, 16, 8)), num_blocks=2), jnp.asarray(random(3, 5, 16))
     expected = np.stack([product_in_float64(rows, one) for rows, one in zip(x, dequantize(w), strict=True)])
     assert_close(jax.vmap(matmul)(x, w), expected)
@@ -142,7 +142,7 @@ def test_inside_vmap() -> None:
 @pytest.mark.parametrize(
     ("axes", "num_blocks"), [(("heads", "embed"), 1), (("heads", "embed"), 8), (("embed", "ffn"), 8)]
 )
-def test_on_a_mesh(axes: tuple[str, str], num_blocks: int) -> None:
+def test_works_on_a_mesh(axes: tuple[str, str], num_blocks: int) -> None:
     """Each device multiplies its own rows or columns, with its own scales, as inside the model."""
     partitioner = Partitioner(make_mesh((1, 8)), ShardingRules())
     w, x = quantize(jnp.asarray(random(64, 16)), num_blocks=num_blocks), jnp.asarray(random(5, 64))
@@ -155,7 +155,7 @@ def test_on_a_mesh(axes: tuple[str, str], num_blocks: int) -> None:
     assert_close(jax.jit(product)(x, w), product_in_float64(x, w))
 
 
-def test_inside_a_scan() -> None:
+def test_works_inside_a_scan() -> None:
     w, x = quantize(jnp.asarray(random(4, 16, 16)) / 4), jnp.asarray(random(2, 16))
     out, _ = jax.jit(lambda x, w: jax.lax.scan(lambda x, layer: (matmul(x, layer), None), x, w))(x, w)
     expected = np.asarray(x)
@@ -179,7 +179,7 @@ def test_shards_hold_whole_scale_blocks(blocks: int, devices: int, refined: int)
         np.testing.assert_array_equal(own, np.asarray(dequantize(w))[weight.index])
 
 
-def test_orbax_round_trip(tmp_path: Path) -> None:
+def test_orbax_gives_back_what_it_saved(tmp_path: Path) -> None:
     mesh = make_mesh((1, 8))
     w = quantize(jnp.asarray(random(16, 8)), num_blocks=8, scale_dtype="bfloat16")
     ocp.save(tmp_path / "weights", {"query": w})

@@ -41,7 +41,7 @@ def place(num_new: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("num_new", [1, 200, 300])
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_blocks(num_new: int, platform: str) -> None:
+def test_blocks_of_any_size_give_the_definition(num_new: int, platform: str) -> None:
     """Any size of blocks gives the same; 1280 entries are no multiple of the large ones."""
     arrays = make(num_new, dtype=jnp.float32)
     found = attend(*arrays, **place(num_new), platform=platform)
@@ -50,7 +50,7 @@ def test_blocks(num_new: int, platform: str) -> None:
 
 @pytest.mark.parametrize(("num_new", "max_len"), [(128, 1024), (200, 1280), (300, 2048), (600, 1536)])
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_kernel(num_new: int, max_len: int, is_quantized: bool) -> None:
+def test_kernel_gives_the_definition(num_new: int, max_len: int, is_quantized: bool) -> None:
     """As exact as bfloat16 queries and results are."""
     query, keys, values = make(num_new, max_len=max_len)
     exact = expected(query, keys, values)
@@ -83,7 +83,7 @@ def test_kernel_reads_all_rows_in_order() -> None:
         (128, 1024, jnp.float32, False),
     ],
 )
-def test_programs_for_tpus(num_new: int, max_len: int, dtype: Any, fits: bool) -> None:
+def test_programs_for_tpus_hold_the_kernel_where_it_fits(num_new: int, max_len: int, dtype: Any, fits: bool) -> None:
     """A prefill that the kernel takes holds it; other programs, and those for other devices, do not."""
     arrays = make(num_new, max_len=max_len, dtype=dtype)
     assert fits_kernel(arrays[0], arrays[1]) == fits
@@ -106,5 +106,5 @@ def test_programs_for_tpus(num_new: int, max_len: int, dtype: Any, fits: bool) -
         ("gpu", 10000, 8192, (64, 1024)),
     ],
 )
-def test_block_sizes(platform: str, num_heads: int, num_new: int, blocks: tuple[int, int]) -> None:
+def test_block_sizes_suit_the_platform(platform: str, num_heads: int, num_new: int, blocks: tuple[int, int]) -> None:
     assert block_sizes(platform, num_heads, num_new) == blocks

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import pytest
 from builders import EXPERT, TENSOR
 
-from grokjax import slot_steps
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.model import abstract_model, parameter_maker
 from grokjax.processors import product_dtype
 from grokjax.program import Program, Value, read_program
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
+from grokjax.slot_steps import SlotState, lower_decode, lower_prefill, lower_score, lower_share
 from grokjax.steps import decode, prefill
 from grokjax.stored import parameter_shapes
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
 MIB = 1 << 20
 REAL = GrokConfig.grok_1()
 
@@ -59,7 +60,7 @@ def large_matrices(program: Program, *, cache: tuple[int, ...]) -> list[Value]:
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("rules", [TENSOR, EXPERT], ids=["tp", "ep"])
-def test_decode_step_of_the_real_model(batch_size: int, rules: ShardingRules) -> None:
+def test_decode_step_of_the_real_model_moves_and_copies_nothing_large(batch_size: int, rules: ShardingRules) -> None:
     start = time.perf_counter()
     program = compile_step((1, 8), rules, batch_size=batch_size)
     assert time.perf_counter() - start < 30  # all 64 layers; 2 s on two slow cores
@@ -71,7 +72,7 @@ def test_decode_step_of_the_real_model(batch_size: int, rules: ShardingRules) ->
     assert_no_second_cache(program, batch_size)
 
 
-def test_decode_step_with_plain_weights() -> None:
+def test_decode_step_with_plain_weights_copies_nothing_large() -> None:
     config = REAL.replace(num_layers=8)
     program = compile_step((1, 8), ShardingRules(), config=config, quantized=False, dtype="float32")
     assert program.collectives == collectives(all_reduce=3)
@@ -123,13 +124,12 @@ def test_an_engine_moves_no_rows_between_replicas(step: str) -> None:
     partitioner = Partitioner.create(config, make_mesh((2, 4)))
     model = abstract_model(config, partitioner, dtype=jnp.bfloat16, quantized=True)
     cache = KVCache.abstract(config, 8, 8192, dtype="float32", mesh=partitioner.mesh)
-    place, tokens = jax.ShapeDtypeStruct((3,), jnp.int32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    state = slot_steps._abstract_state(model, cache)
+    state = SlotState.abstract(model, cache)
     lowered = {
-        "prefill": lambda: slot_steps.lower_prefill(model, cache, (2, 16)),
-        "decode": lambda: slot_steps.lower_decode(model, cache, num_top=8),
-        "score": lambda: slot_steps._score_row.lower(model, state, tokens, tokens, place),
-        "share": lambda: slot_steps._share_row.lower(model, state, place),
+        "prefill": lambda: lower_prefill(model, state, (2, 16)),
+        "decode": lambda: lower_decode(model, state, num_top=8),
+        "score": lambda: lower_score(model, state, 16),
+        "share": lambda: lower_share(model, state),
     }
     program = read_program(lowered[step]().compile())
     a_row_of_a_layer = 4 * 2 * 8192 * 128

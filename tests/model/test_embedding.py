@@ -8,7 +8,7 @@ from builders import FULLY, TENSOR
 from goldens import load_case
 
 from grokjax import GrokConfig, init, load, make_mesh, save
-from grokjax.embedding import _direct_unembed, _integer_unembed, _padded_unembed
+from grokjax.embedding import direct_unembed, integer_unembed, padded_unembed
 from grokjax.quantization import QuantizedTable, quantize_table
 from grokjax.sharding import ShardingRules
 from grokjax.steps import forward
@@ -35,19 +35,19 @@ def test_rounding_holds_no_float32_copy_of_the_table() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17])
-def test_every_form_of_the_product(num_rows: int, dtype: str) -> None:
+def test_every_form_of_the_product_is_its_definition(num_rows: int, dtype: str) -> None:
     """With 1030 tokens, which blocks of 1024 do not divide; a row of zeros among the others."""
     table = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (1030, 24)), jnp.int8)
     x = jnp.asarray(random(num_rows, 24)).astype(dtype).at[num_rows // 2 - 1].multiply(0)
     expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
-    for form in (_integer_unembed, _direct_unembed, _padded_unembed):
+    for form in (integer_unembed, direct_unembed, padded_unembed):
         out = np.asarray(jax.jit(form)(x, table))
         tolerance = {"float32": 1e-6, "bfloat16": 5e-5}[dtype]
         np.testing.assert_allclose(out, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
 
 
 @pytest.mark.parametrize("rules", [TENSOR, FULLY], ids=["tp", "fsdp"])
-def test_a_quantised_table_on_a_mesh(rules: ShardingRules) -> None:
+def test_a_quantised_table_gives_its_logits_on_a_mesh(rules: ShardingRules) -> None:
     """The same tokens and logits as with the table that the int8 one stands for."""
     config = GrokConfig.tiny()
     place = {"mesh": make_mesh((2, 4)), "rules": rules}
@@ -62,7 +62,7 @@ def test_a_quantised_table_on_a_mesh(rules: ShardingRules) -> None:
     np.testing.assert_allclose(forward(model, tokens), forward(plain, tokens), atol=2e-5)
 
 
-def test_error_of_a_quantised_table() -> None:
+def test_error_of_a_quantised_table_is_as_documented() -> None:
     """Against the release in float32: the bounds that docs/model.md names, of logits with a deviation of 2."""
     golden = load_case("tiny-moe-s8")
     model = load(golden.checkpoint, golden.config, dtype=jnp.float32, quantized_table=True)

@@ -2,12 +2,13 @@
 
 import collections
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import EXPERT, FULLY, TENSOR
+from builders import EXPERT, FULLY, TENSOR, label, or_thorough
 from goldens import ATOL_LOGITS, MODEL_CASES, check_generation, load_case, real_logits
 
 from grokjax.checkpoint import load
@@ -19,7 +20,7 @@ from grokjax.steps import decode, forward, prefill
 WHOLE_HEADS = EXPERT.replace(heads=None, kv_heads=None)
 
 # Every case on every mesh; the rules vary so that each is met with plain, quantised and blocked weights.
-PLACES = [
+EVERY_PLACE = [
     *((case, (1, 1), TENSOR) for case in MODEL_CASES),
     *((case, (8, 1), TENSOR) for case in MODEL_CASES),
     *((case, (2, 4), TENSOR) for case in MODEL_CASES),
@@ -30,6 +31,18 @@ PLACES = [
     ("tiny-moe-s8", (2, 4), FULLY),
     ("tiny-dense-2x4", (2, 4), FULLY),
 ]
+# Every case, every mesh and every set of rules at least once.
+PLACES = or_thorough(
+    EVERY_PLACE,
+    [
+        ("tiny-moe", (1, 1), TENSOR),
+        ("tiny-mesh-1x4", (1, 8), TENSOR),
+        ("tiny-moe-s8", (1, 8), EXPERT),
+        ("tiny-moe-s8", (2, 4), TENSOR),
+        ("tiny-moe-s8", (8, 1), TENSOR),
+        ("tiny-dense-2x4", (2, 4), FULLY),
+    ],
+)
 
 
 @functools.cache
@@ -38,28 +51,33 @@ def load_model(case: str, mesh: tuple[int, int], rules: ShardingRules, dtype: st
     return load(golden.checkpoint, golden.config, make_mesh(mesh), jnp.dtype(dtype), rules=rules)
 
 
-@pytest.mark.parametrize(("case", "mesh", "rules"), PLACES, ids=str)
+@pytest.mark.parametrize(("case", "mesh", "rules"), PLACES, ids=label)
 class TestFloat32:
-    def test_forward(self, case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
+    def test_forward_gives_the_logits(self, case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
         golden = load_case(case)
         logits = np.asarray(forward(load_model(case, mesh, rules), golden.tokens))
         expected = golden.arrays["float32"]["full_logits"]
         np.testing.assert_allclose(real_logits(golden, logits), real_logits(golden, expected), atol=ATOL_LOGITS, rtol=0)
 
-    def test_prefill_and_greedy_decode_in_a_batch(self, case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
+    def test_decoding_a_batch_gives_the_tokens_the_logits_and_the_cache(
+        self, case: str, mesh: tuple[int, int], rules: ShardingRules
+    ) -> None:
         golden = load_case(case)
         check_generation(golden, load_model(case, mesh, rules), rows=range(len(golden.lengths)))
 
 
 @pytest.mark.parametrize(
     ("case", "mesh", "rules"),
-    [
-        *(("tiny-moe-s8", mesh, TENSOR) for mesh in ((1, 1), (1, 8), (2, 4), (8, 1))),
-        *(("tiny-dense-2x4", mesh, TENSOR) for mesh in ((1, 1), (2, 4))),
-    ],
-    ids=str,
+    or_thorough(
+        [
+            *(("tiny-moe-s8", mesh, TENSOR) for mesh in ((1, 1), (1, 8), (2, 4), (8, 1))),
+            *(("tiny-dense-2x4", mesh, TENSOR) for mesh in ((1, 1), (2, 4))),
+        ],
+        [("tiny-moe-s8", (1, 1), TENSOR)],
+    ),
+    ids=label,
 )
-def test_row_by_row(case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
+def test_decoding_rows_alone_gives_the_same(case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
     golden = load_case(case)
     for row in range(len(golden.lengths)):
         check_generation(golden, load_model(case, mesh, rules), rows=[row])
@@ -98,8 +116,10 @@ def inner_values(model: Grok, tokens: jax.Array, lengths: jax.Array) -> dict[str
     return dict(values)
 
 
-@pytest.mark.parametrize("case", MODEL_CASES)
-def test_inner_values(case: str) -> None:
+@pytest.mark.parametrize(
+    "case", or_thorough([(case,) for case in MODEL_CASES], [("tiny-moe-s8",), ("tiny-dense-2x4",)])
+)
+def test_every_module_gives_the_release_s_values(case: str) -> None:
     """Layer by layer through the modules themselves: norms, attention, router, experts."""
     golden, model = load_case(case), load_model(case, (1, 1), TENSOR)
     is_dense = golden.config.num_experts == 1
@@ -117,9 +137,15 @@ def test_inner_values(case: str) -> None:
             np.testing.assert_allclose(ours, expected, atol=tolerance * scale, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("case", ["tiny-moe", "tiny-moe-s8"])
-def test_bfloat16(case: str, mesh: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("case", "mesh"),
+    or_thorough(
+        list(itertools.product(["tiny-moe", "tiny-moe-s8"], [(1, 1), (2, 4)])),
+        [("tiny-moe", (1, 1)), ("tiny-moe-s8", (2, 4))],
+    ),
+    ids=label,
+)
+def test_bfloat16_is_nearer_to_the_release_s_float32_than_its_own_is(case: str, mesh: tuple[int, int]) -> None:
     """Near the release in bfloat16, which disagrees with itself by more; nearer still to its float32."""
     golden, model = load_case(case), load_model(case, mesh, TENSOR, "bfloat16")
     logits = real_logits(golden, np.asarray(forward(model, golden.tokens)))
@@ -131,7 +157,7 @@ def test_bfloat16(case: str, mesh: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("case", ["tiny-moe", "tiny-moe-s8"])
-def test_bfloat16_decoding_along_forced_tokens(case: str) -> None:
+def test_bfloat16_follows_the_release_along_forced_tokens(case: str) -> None:
     golden, model = load_case(case), load_model(case, (1, 1), TENSOR, "bfloat16")
     arrays = golden.arrays["bfloat16"]
     forced, expected = arrays["forced_tokens"].astype(np.int32), arrays["forced_logits"]
@@ -148,9 +174,14 @@ def test_bfloat16_decoding_along_forced_tokens(case: str) -> None:
         np.testing.assert_array_equal(np.asarray(logits).argmax(-1)[sure], expected[:, step].argmax(-1)[sure])
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("case", MODEL_CASES)
-def test_int8_cache(case: str, mesh: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("case", "mesh"),
+    or_thorough(
+        list(itertools.product(MODEL_CASES, [(1, 1), (2, 4)])), [("tiny-dense-2x4", (1, 1)), ("tiny-moe-s8", (2, 4))]
+    ),
+    ids=label,
+)
+def test_an_int8_cache_costs_no_more_than_bfloat16_does(case: str, mesh: tuple[int, int]) -> None:
     """Rounding keys and values costs about as much as computing in bfloat16 does."""
     golden, model = load_case(case), load_model(case, mesh, TENSOR)
     arrays = golden.arrays["float32"]

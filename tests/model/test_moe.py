@@ -79,28 +79,32 @@ def run(x: np.ndarray, gates: np.ndarray, experts: np.ndarray, stacks, layer: in
         ("gpu", 2052, (129, 258, 387, 516, 645, 774, 1032)),
     ],
 )
-def test_sizes_of_blocks(platform: str, num_tokens: int, sizes: tuple[int, ...]) -> None:
+def test_sizes_of_blocks_suit_the_platform(platform: str, num_tokens: int, sizes: tuple[int, ...]) -> None:
     assert block_sizes(num_tokens, per_token=2, num_experts=8, platform=platform) == sizes
 
 
 @pytest.mark.parametrize(
     ("platform", "num_tokens", "per_token"),
     [
-        *(("cpu", num_tokens, per_token) for num_tokens in (1, 2, 9, 129) for per_token in (1, 2, 8)),
+        ("cpu", 1, 1),
+        ("cpu", 1, 8),
+        ("cpu", 2, 2),
+        ("cpu", 9, 8),
+        ("cpu", 129, 1),
         ("cpu", 800, 2),
         ("gpu", 30, 2),
         ("gpu", 383, 2),
         ("gpu", 2052, 2),
     ],
 )
-def test_against_the_definition(platform: str, num_tokens: int, per_token: int) -> None:
+def test_experts_give_the_definition(platform: str, num_tokens: int, per_token: int) -> None:
     x, gates, experts = routed(num_tokens, per_token, seed=num_tokens)
     out = run(x, gates, experts, tuple(map(jnp.asarray, weights())), platform=platform)
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
-@pytest.mark.parametrize(("num_tokens", "held"), [(1, 8), (16, 8), (17, 8), (200, 8), (2, 4), (40, 4)])
-def test_all_experts_in_one_kernel(num_tokens: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_tokens", "held"), [(1, 8), (17, 8), (200, 8), (40, 4)])
+def test_one_kernel_gives_the_same_as_blocks(num_tokens: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For GPUs, run as plain JAX: the same as block by block, with experts that nobody chose and that others hold."""
     kernel = functools.partial(gpu_matmul.stack_matmul, interpret=True)
     monkeypatch.setattr(gpu_matmul, "stack_matmul", kernel)
@@ -119,7 +123,7 @@ def test_all_experts_in_one_kernel(num_tokens: int, held: int, monkeypatch: pyte
     np.testing.assert_array_equal(nothing, np.zeros_like(blocks))
 
 
-def test_more_tokens_than_the_room() -> None:
+def test_more_tokens_than_the_room_are_not_lost() -> None:
     """On GPUs, many tokens: those of one expert beyond two fair shares come in a second block."""
     x, gates, experts = routed(2052, 2)
     experts[:] = [3, 5]
@@ -127,7 +131,7 @@ def test_more_tokens_than_the_room() -> None:
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
-def test_where_one_kernel_is_slower() -> None:
+def test_one_kernel_is_not_used_where_it_is_slower() -> None:
     """An expert with more tokens than KERNEL_ROWS has its weights cast first; other dtypes have no kernel."""
     stacks = tuple(quantize(jnp.zeros((1, 8, *shape))) for shape in ((64, 128), (64, 128), (128, 128)))
     fits = functools.partial(fits_kernel, weights=stacks, per_token=2, num_experts=8)
@@ -176,7 +180,9 @@ def recorded_blocks(sizes: tuple[int, ...]) -> Recorded:
 @settings(max_examples=30)
 @pytest.mark.parametrize("sizes", [(4,), (1, 2, 5, 16)], ids=str)
 @given(seed=st.integers(0, 10**6), chosen=st.sets(st.integers(-1, EXPERTS), min_size=2), layer=st.integers(0, 1))
-def test_any_routes(sizes: tuple[int, ...], seed: int, chosen: set[int], layer: int) -> None:
+def test_any_routes_give_the_definition_and_evaluate_no_other_expert(
+    sizes: tuple[int, ...], seed: int, chosen: set[int], layer: int
+) -> None:
     """Some experts crowded, some empty, some numbers outside, as of padding and of other devices' experts.
 
     Each expert is evaluated as often as its tokens fill blocks, one that nobody chose never.
@@ -199,14 +205,14 @@ def poisoned(stack: np.ndarray, layer: int, experts: np.ndarray) -> np.ndarray:
     return out
 
 
-def test_all_tokens_on_one_expert() -> None:
+def test_all_tokens_may_choose_one_expert() -> None:
     x, gates, _ = routed(261, 1)
     experts = np.full((len(x), 1), 6, np.int32)
     out = run(x, gates, experts, tuple(map(jnp.asarray, weights())))
     np.testing.assert_allclose(out, definition(x, gates, experts, 1), atol=2e-5)
 
 
-def test_nobody_chose_anything() -> None:
+def test_nothing_is_evaluated_where_nobody_chose_anything() -> None:
     x, gates, experts = routed(30, 2)
     stacks = tuple(map(jnp.asarray, weights()))
     out, evaluated = recorded_blocks((4,))(x, gates, np.full_like(experts, EXPERTS), stacks, layer=jnp.int32(0))
@@ -214,7 +220,7 @@ def test_nobody_chose_anything() -> None:
     np.testing.assert_array_equal(out, np.zeros_like(x))
 
 
-def test_quantised_experts() -> None:
+def test_quantised_experts_are_close() -> None:
     x, gates, experts = routed(20, 2)
     stacks = tuple(quantize(jnp.asarray(stack), num_blocks=4) for stack in weights())
     out = run(x, gates, experts, stacks)
@@ -256,7 +262,7 @@ def test_invalid_tokens_evaluate_nothing(
     assert (out[valid] != 0).any(axis=-1).all()
 
 
-def test_dense_block() -> None:
+def test_dense_block_is_one_expert() -> None:
     """One expert: no router, no gate."""
     module = block_on((1, 1), ShardingRules(), SMALL.replace(num_experts=1, experts_per_token=1))
     assert not hasattr(module, "router")

@@ -19,9 +19,8 @@ from grokjax import (
     init,
     make_mesh,
     prefill,
-    steps,
 )
-from grokjax.model import abstract_model
+from grokjax.model import Grok, abstract_model
 from grokjax.sampling import row_keys, sample_token
 from grokjax.sharding import Partitioner
 
@@ -62,7 +61,7 @@ class TestRefusals:
             ([[3] * 33], "33 tokens exceed max_seq_len=32"),
         ],
     )
-    def test_forward(self, tokens, message: str) -> None:
+    def test_forward_refuses_what_are_no_tokens(self, tokens, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             forward(model(), tokens)
 
@@ -78,13 +77,13 @@ class TestRefusals:
             (np.full((3, 17), 3), LENGTHS, "17 tokens a row exceed the cache's max_len=16"),
         ],
     )
-    def test_prefill(self, tokens, lengths, message: str) -> None:
+    def test_prefill_refuses_what_does_not_fit(self, tokens, lengths, message: str) -> None:
         cache = empty()
         with pytest.raises(ValueError, match=message):
             prefill(model(), tokens, lengths, cache)
         assert not cache.keys.is_deleted()  # a refused call donates nothing
 
-    def test_prefill_without_room(self) -> None:
+    def test_prefill_refuses_rows_without_room(self) -> None:
         cache = full_rows()
         with pytest.raises(ValueError, match="row 0 holds 16 tokens of at most 16 and has no room for 2 more"):
             prefill(model(), TOKENS, [2, 0, 0], cache)
@@ -100,17 +99,17 @@ class TestRefusals:
             ([1.0, 2.0, 3.0], "must be integers, not float64"),
         ],
     )
-    def test_prefill_into_rows(self, rows, message: str) -> None:
+    def test_prefill_refuses_rows_that_are_not_there(self, rows, message: str) -> None:
         cache = empty(4)
         with pytest.raises(ValueError, match=message):
             prefill(model(), TOKENS, LENGTHS, cache, rows=rows)
         assert not cache.keys.is_deleted()
 
-    def test_prefill_into_a_row_without_room(self) -> None:
+    def test_prefill_refuses_a_named_row_without_room(self) -> None:
         with pytest.raises(ValueError, match="row 0 holds 16 tokens of at most 16 and has no room for 5 more"):
             prefill(model(), TOKENS[:2], LENGTHS[:2], full_rows(), rows=[2, 0])
 
-    def test_decode(self) -> None:
+    def test_decode_refuses_what_does_not_fit(self) -> None:
         cache = full_rows()
         with pytest.raises(ValueError, match="row 0 holds 16 tokens of at most 16 and has no room for 1 more"):
             decode(model(), [3, 4, 5], cache)
@@ -137,7 +136,7 @@ class TestRefusals:
             (TOKENS + 600, LENGTHS, 4, "tokens must be between 0 and 511"),
         ],
     )
-    def test_generate(self, tokens, lengths, max_new_tokens: int, message: str) -> None:
+    def test_generate_refuses_what_does_not_fit(self, tokens, lengths, max_new_tokens: int, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             generate(model(), tokens, lengths, max_new_tokens=max_new_tokens)
 
@@ -152,15 +151,15 @@ class TestRefusals:
         ],
         ids=["half_a_token", "eos_512", "eos_-1", "one_key", "two_keys"],
     )
-    def test_generate_options(self, options: dict, message: str) -> None:
+    def test_generate_refuses_impossible_options(self, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             generate(model(), TOKENS, LENGTHS, **{"max_new_tokens": NEW, **options})
 
-    def test_generate_with_settings_of_another_batch(self) -> None:
+    def test_generate_refuses_settings_of_another_batch(self) -> None:
         with pytest.raises(ValueError, match="one key and one setting per row"):
             generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, settings=SampleSettings.create(2))
 
-    def test_cache_of_another_mesh(self) -> None:
+    def test_decode_refuses_a_cache_of_another_mesh(self) -> None:
         place = Partitioner.create(CONFIG, make_mesh((1, 8)))  # 4 kv heads on 8 devices
         wide = abstract_model(CONFIG, place, dtype=jnp.float32, quantized=True)
         with pytest.raises(ValueError, match="create it with the model's configuration, mesh and rules"):
@@ -188,8 +187,8 @@ def test_prefill_leaves_rows_of_nothing_as_they_are() -> None:
         np.testing.assert_array_equal(np.asarray(getattr(after, half))[:, [0, 2]], getattr(before, half)[:, [0, 2]])
 
 
-@pytest.mark.parametrize(("mesh", "cache_dtype"), [((1, 1), "int8"), ((2, 4), "float32"), ((8, 1), "int8")], ids=str)
-def test_prefill_into_some_rows(mesh: tuple[int, int], cache_dtype: str) -> None:
+@pytest.mark.parametrize(("mesh", "cache_dtype"), [((1, 1), "int8"), ((2, 4), "float32")], ids=str)
+def test_prefill_into_some_rows_leaves_the_others(mesh: tuple[int, int], cache_dtype: str) -> None:
     """In two pieces, wherever the rows lie; what the others hold stays."""
     grok = init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
     small, cache = (grok.new_cache(batch_size, 16, dtype=cache_dtype) for batch_size in (2, 8))
@@ -209,7 +208,7 @@ def test_prefill_into_some_rows(mesh: tuple[int, int], cache_dtype: str) -> None
         np.testing.assert_allclose(new[:, [6, 1]], alone, atol=1.0 if cache_dtype == "int8" and new.ndim == 5 else 1e-5)
 
 
-def test_full_row_under_a_callers_jit() -> None:
+def test_full_row_stays_as_it_is_under_a_callers_jit() -> None:
     """There is nobody to raise an error to: the row stays, its logits are NaN, the others go on."""
     cache = full_rows()
     before = jax.device_get(cache)
@@ -219,7 +218,7 @@ def test_full_row_under_a_callers_jit() -> None:
     np.testing.assert_array_equal(np.asarray(after.keys)[:, 0], before.keys[:, 0])
 
 
-def test_every_step_under_a_callers_jit() -> None:
+def test_every_step_works_under_a_callers_jit() -> None:
     @jax.jit
     def all_steps(model, tokens, lengths, cache):
         logits, cache = prefill(model, tokens, lengths, cache)
@@ -236,7 +235,7 @@ def test_every_step_under_a_callers_jit() -> None:
     np.testing.assert_array_equal(result.tokens, generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW).tokens)
 
 
-def test_prefill_beyond_the_end_under_a_callers_jit() -> None:
+def test_prefill_drops_what_is_beyond_the_end_under_a_callers_jit() -> None:
     """What does not fit is dropped, and what the row held before is not."""
     cache = full_rows()
     before = jax.device_get(cache)
@@ -305,10 +304,10 @@ class TestGenerate:
 
         def counted(*args):
             jax.debug.callback(lambda: calls.append(1))
-            return decode_step(*args)
+            return logits(*args)
 
-        decode_step = steps._decode_step
-        monkeypatch.setattr(steps, "_decode_step", counted)  # read while this end of sequence is compiled
+        logits = Grok.logits
+        monkeypatch.setattr(Grok, "logits", counted)  # read while this end of sequence is compiled
         result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, eos_id=eos)
         for row in range(3):
             at = np.flatnonzero(free[row] == eos)
@@ -319,14 +318,14 @@ class TestGenerate:
             np.testing.assert_array_equal(result.logprobs[row, length:], 0)
         assert result.lengths[0] <= 3
         jax.effects_barrier()
-        assert len(calls) == result.lengths.max() - 1
+        assert len(calls) == result.lengths.max()  # once after the prefill, then in each step
 
         # Alone, the row that ends early ends the loop; the others are not even begun.
         calls.clear()
         only_first = SampleSettings.create(3, temperature=0.0, active=[True, False, False])
         result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, eos_id=eos, settings=only_first)
         jax.effects_barrier()
-        assert len(calls) == result.lengths[0] - 1 < NEW - 1
+        assert len(calls) == result.lengths[0] < NEW
         np.testing.assert_array_equal(result.lengths[1:], [0, 0])
 
     def test_inactive_rows_make_nothing(self) -> None:

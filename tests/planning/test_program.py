@@ -1,13 +1,19 @@
 """What the reader of compiled programs says of transfers between devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grokjax.program import _transfers, read_program
-from grokjax.sharding import make_mesh
+from grokjax.cache import KVCache
+from grokjax.config import GrokConfig
+from grokjax.model import abstract_model
+from grokjax.program import Program, read_program, read_transfers
+from grokjax.sharding import Partitioner, ShardingRules, make_mesh
+from grokjax.steps import decode
 
 
 @pytest.mark.parametrize(
@@ -22,17 +28,17 @@ from grokjax.sharding import make_mesh
         ("replica_groups={}", ((0, 1, 2, 3),)),
     ],
 )
-def test_groups_of_a_transfer(text: str, groups: tuple[tuple[int, ...], ...]) -> None:
+def test_groups_are_read_in_every_form(text: str, groups: tuple[tuple[int, ...], ...]) -> None:
     """All forms in which compilers write them."""
     line = f"  %sum = f32[4]{{0}} all-reduce(%x), channel_id=1, {text}, use_global_device_ids=true"
-    [transfer] = _transfers(line, 4)
+    [transfer] = read_transfers(line, 4)
     assert transfer.groups == groups
     assert transfer.num_devices == len(groups[0])
     assert transfer.is_between(2) is (groups != ((0, 1), (2, 3)))
 
 
 @pytest.mark.parametrize("axes", [("data",), ("model",), ("data", "model")], ids=str)
-def test_groups_as_the_installed_compiler_writes_them(axes: tuple[str, ...]) -> None:
+def test_groups_are_read_as_the_installed_compiler_writes_them(axes: tuple[str, ...]) -> None:
     def exchange(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.psum(x, axes), jax.lax.ppermute(x, axes[0], [(0, 1), (1, 0)])
 
@@ -44,3 +50,23 @@ def test_groups_as_the_installed_compiler_writes_them(axes: tuple[str, ...]) -> 
     assert transfers["all-reduce"].groups == tuple(map(tuple, expected.tolist()))
     step = 1 if axes == ("model",) else 4
     assert set(transfers["collective-permute"].groups) >= {(0, step), (step, 0)}
+
+
+def test_a_program_from_the_cache_on_disk_says_what_it_said_when_it_was_compiled() -> None:
+    """So that plans, and tests of them, may take from the cache of a whole run what they read."""
+    events: list[str] = []
+    jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+    config = GrokConfig.tiny().replace(num_layers=1, vocab_size=520)  # sizes that no other test has compiled
+    partitioner = Partitioner.create(config, make_mesh((2, 4)), ShardingRules().replace(embed="data"))
+    model = abstract_model(config, partitioner, dtype=jnp.float32, quantized=True)
+    cache = KVCache.abstract(config, 2, 24, mesh=partitioner.mesh)
+
+    def compile_step() -> Program:
+        jax.clear_caches()
+        return read_program(jax.jit(decode, donate_argnums=2).lower(model, np.ones(2, np.int32), cache).compile())
+
+    first, second = compile_step(), compile_step()
+    assert "/jax/compilation_cache/cache_hits" in events
+    assert dataclasses.replace(second, values=()) == dataclasses.replace(first, values=())
+    assert sorted(map(str, second.values)) == sorted(map(str, first.values))
+    assert first.collectives["all-gather"] > 0

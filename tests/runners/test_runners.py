@@ -68,7 +68,7 @@ def golden_requests() -> list[dict]:
 
 
 @pytest.mark.release_tokenizer
-def test_the_golden_texts_one_by_one(release_tokenizer_path: Path) -> None:
+def test_one_by_one_the_texts_are_the_release_s(release_tokenizer_path: Path) -> None:
     runner = InferenceRunner(
         pad_sizes=(8, 16),
         runner=ModelRunner(model=golden_model(), bs_per_device=0.5, checkpoint_path=str(GOLDEN_DIR / "e2e")),
@@ -89,7 +89,7 @@ def test_the_golden_texts_one_by_one(release_tokenizer_path: Path) -> None:
 
 
 @pytest.mark.release_tokenizer
-def test_the_golden_texts_side_by_side(release_tokenizer_path: Path) -> None:
+def test_side_by_side_the_texts_are_the_release_s(release_tokenizer_path: Path) -> None:
     """Three rows and seven requests: what the release could not do without mixing them."""
     runner = InferenceRunner(
         pad_sizes=(16,),
@@ -174,7 +174,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.release_tokenizer
-def test_run_py_with_other_imports(release_tokenizer_path: Path, tmp_path: Path) -> None:
+def test_run_py_needs_other_imports_only(release_tokenizer_path: Path, tmp_path: Path) -> None:
     """The release's script, its numbers those of the golden model, in a process of its own."""
     (tmp_path / "checkpoints").symlink_to(GOLDEN_DIR / "e2e")
     (tmp_path / "tokenizer.model").symlink_to(release_tokenizer_path)
@@ -187,7 +187,7 @@ def test_run_py_with_other_imports(release_tokenizer_path: Path, tmp_path: Path)
 
 class TestPureGoldens:
     @pytest.mark.parametrize("case", [c for c in load_pure().tables["sample"] if c["dtype"] == "float32"], ids=str)
-    def test_sample_token(self, case: dict) -> None:
+    def test_sample_token_draws_as_the_release(self, case: dict) -> None:
         arrays, name = load_pure().arrays, case["i"]
         recorded = {f: arrays[f"{name}_{f}"] for f in ("keys", "logits", "temperature", "nucleus_p", "mask")}
         settings = SampleSettings(
@@ -200,7 +200,7 @@ class TestPureGoldens:
         np.testing.assert_allclose(drawn.top_k_probs, arrays[f"{name}_jit_top_k_probs"], rtol=1e-5, atol=1e-12)
         assert drawn.top_k_token_ids.shape == (case["B"], 8)
 
-    def test_outputs_with_logits(self) -> None:
+    def test_sample_token_takes_outputs_with_logits(self) -> None:
         @dataclasses.dataclass
         class Outputs:
             logits: jax.Array
@@ -211,25 +211,25 @@ class TestPureGoldens:
         assert drawn.token_id.tolist() == [[1]]
         assert drawn.top_k_token_ids.tolist() == [[1, 2]]
 
-    def test_top_p_filter(self) -> None:
+    def test_top_p_filter_keeps_what_the_release_keeps(self) -> None:
         arrays = load_pure().arrays
         logits, p, expected = (arrays[f"topp0_{name}"] for name in ("logits", "p", "jit"))
         # At p = 0 and below, the release may keep everything; sampling's own tests hold the definition.
         rows = [row for row in range(len(p)) if p[row].item() > 0]
         np.testing.assert_array_equal(top_p_filter(jnp.asarray(logits), jnp.asarray(p))[rows,], expected[rows,])
 
-    def test_pad_to_size(self) -> None:
+    def test_pad_to_size_pads_as_the_release(self) -> None:
         for case in load_pure().tables["pad_to_size"]:
             padded = pad_to_size(np.array(case["x"], case["dtype"]), case["size"])
             assert padded.tokens.tolist() == case["out"]
             assert padded.length == min(len(case["x"]), case["size"])
 
-    def test_get_pad_bucket(self) -> None:
+    def test_get_pad_bucket_chooses_as_the_release(self) -> None:
         for case in load_pure().tables["get_pad_bucket"]:
             assert get_pad_bucket(case["size"], case["pad_sizes"]) == case["out"]
 
     @pytest.mark.parametrize("row", range(3))
-    def test_insert_slice(self, row: int) -> None:
+    def test_insert_slice_inserts_as_the_release(self, row: int) -> None:
         arrays = load_pure().arrays
 
         def ours(entries: np.ndarray) -> jax.Array:
@@ -266,7 +266,7 @@ def inference_runner(checkpoint: Path, *, rows: float = 2, **changes) -> Inferen
 
 
 class TestGenerator:
-    def test_the_protocol(self, checkpoint: Path) -> None:
+    def test_texts_come_by_the_release_s_protocol(self, checkpoint: Path) -> None:
         """None while rows are free, then texts; `next` runs what there is; a bad request hurts nobody."""
         runner = inference_runner(checkpoint)
         server = runner.run()
@@ -286,7 +286,7 @@ class TestGenerator:
         [alone] = runner.engine.generate(["the License"], temperature=0.0, max_new_tokens=9, ignore_eos=True)
         assert alone.text in texts
 
-    def test_exactly_what_was_asked_for(self, checkpoint: Path) -> None:
+    def test_gives_exactly_as_many_tokens_as_were_asked_for(self, checkpoint: Path) -> None:
         server = inference_runner(checkpoint, rows=1).run()
         for count in (0, 1, 2):
             assert len(sample_from_model(server, "the", count, 1.0).completion.token_ids) == count
@@ -303,7 +303,7 @@ class TestGenerator:
         again = runner.run()
         assert sample_from_model(again, "the", 2, 1.0).completion.finish_reason == "length"
 
-    def test_what_a_request_may_also_ask(self, checkpoint: Path) -> None:
+    def test_a_request_may_ask_for_more_than_the_release_s(self, checkpoint: Path) -> None:
         server = inference_runner(checkpoint, rows=1).run()
         next(server)
         mask = np.arange(SMALL.vocab_size) == 70
@@ -316,7 +316,7 @@ class TestGenerator:
 
 
 class TestModelRunner:
-    def test_a_batch_of_nothing(self) -> None:
+    def test_a_batch_of_nothing_is_refused(self) -> None:
         runner = ModelRunner(model=language_model(SMALL), bs_per_device=0.125)
         with pytest.raises(
             ValueError, match=r"bs_per_device=0\.125 on 4 devices is a batch of no rows: set it to at l"
@@ -325,15 +325,15 @@ class TestModelRunner:
         runner.initialize((2, 4))
         assert runner.batch_size == 1
 
-    def test_devices_that_are_not_there(self) -> None:
+    def test_devices_that_are_not_there_are_refused(self) -> None:
         with pytest.raises(ValueError, match="needs 16 devices and there are 8"):
             ModelRunner(model=language_model(SMALL)).initialize((2, 8))
 
-    def test_a_pad_size_beyond_the_sequence(self, checkpoint: Path) -> None:
+    def test_a_pad_size_beyond_the_sequence_is_refused(self, checkpoint: Path) -> None:
         with pytest.raises(ValueError, match="the prefill bucket 64 must be an integer between 1 and the 48 entries"):
             dataclasses.replace(inference_runner(checkpoint), pad_sizes=(64,)).initialize()
 
-    def test_where_the_model_comes_from(self, checkpoint: Path) -> None:
+    def test_the_model_is_loaded_made_or_given(self, checkpoint: Path) -> None:
         runner = ModelRunner(model=language_model(SMALL), checkpoint_path=str(checkpoint))
         runner.initialize()
 
@@ -345,7 +345,7 @@ class TestModelRunner:
         assert (table(loaded) != table(fresh)).any()
         assert runner.load_or_init(init_fn=lambda: fresh) is fresh
 
-    def test_rename_and_exclude(self, checkpoint: Path) -> None:
+    def test_parameters_are_renamed_and_excluded(self, checkpoint: Path) -> None:
         rules = {"load_exclude_rules": ["^embedding"], "load_rename_rules": [(r"attention\.key$", "attention.value")]}
         runner = ModelRunner(model=language_model(SMALL), checkpoint_path=str(checkpoint), **rules)
         runner.initialize()
