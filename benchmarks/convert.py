@@ -66,8 +66,9 @@ def run(command: list[str]) -> tuple[float, int]:
     start = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with status {process.returncode}")
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 

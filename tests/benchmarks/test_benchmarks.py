@@ -1,9 +1,13 @@
-"""The benchmarks, each in a process of its own: first the card, then medians, last one JSON line."""
+"""The benchmarks: first the card, then medians, last one JSON line."""
 
+import contextlib
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from builders import ROOT
@@ -19,9 +23,16 @@ def output() -> list[str]:
 
 
 def run(script: str, *options: str) -> list[str]:
-    command = [sys.executable, str(BENCHMARKS / script), "--config", "tiny", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+    """The lines that a benchmark of the tiny configuration prints, run in this process."""
+    command, printed = [str(BENCHMARKS / script), "--config", "tiny", *options], io.StringIO()
+    path = [str(BENCHMARKS), *sys.path]
+    with (
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(sys, "path", path),
+        contextlib.redirect_stdout(printed),
+    ):
+        runpy.run_path(command[0], run_name="__main__")
+    return printed.getvalue().splitlines()
 
 
 def documented_keys(script: str) -> set[str]:
