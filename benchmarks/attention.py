@@ -18,7 +18,7 @@ import numpy as np
 from decode import CACHE_DTYPES, read_config
 
 from grokjax import Grok, init, make_mesh
-from grokjax.costs import step_cost
+from grokjax.planning import step_cost
 
 
 def parse_arguments() -> argparse.Namespace:

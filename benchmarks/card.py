@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grokjax.processors import product_dtype
+from grokjax.kernels import product_dtype
 
 
 def read_bandwidth(mesh: Mesh, num_bytes: int | None = None) -> float:

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 
 from grokjax import GrokConfig, KVCache, decode, prefill
 from grokjax.model import abstract_model
-from grokjax.program import Program, Value, read_program
+from grokjax.planning import Program, Target, Value, read_program
 from grokjax.sharding import RULES, Partitioner
-from grokjax.targets import Target
 
 # Options of a step, and MiB of temporaries that it may take on a device: a copied cache has 256 and more, a weight 24.
 # On 2 x 4 devices of a GPU's kind 8 layers of experts would be a stack that no kernel takes (`has_safe_offsets`).

@@ -29,8 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from grokjax import GrokConfig, plan_conversion
-from grokjax.release import parameter_names
-from grokjax.stored import is_quantizable, parameter_shapes
+from grokjax.checkpoint import is_quantizable, parameter_names, parameter_shapes
 from grokjax.testing import write_tensor
 
 CONFIGS = {"tiny": GrokConfig.tiny(), "grok_1": GrokConfig.grok_1().replace(num_layers=1, vocab_size=16384)}

@@ -24,7 +24,7 @@ import peer
 from flax import nnx
 
 from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
-from grokjax.costs import StepCost, step_cost
+from grokjax.planning import StepCost, step_cost
 
 # Steps that a device is given before the host waits for the last.
 _QUEUED = 8

@@ -30,10 +30,10 @@ import numpy as np
 from decode import read_config
 
 from grokjax import Grok, KVCache, SampleSettings, decode_and_sample, init, make_mesh, prefill
-from grokjax.costs import step_cost
 from grokjax.engine import Engine
+from grokjax.model import ModelSteps
+from grokjax.planning import step_cost
 from grokjax.request import Request
-from grokjax.slot_steps import ModelSteps
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,8 +14,8 @@ import card
 import jax
 
 from grokjax import Plan, plan
+from grokjax.planning import Target
 from grokjax.sharding import RULES
-from grokjax.targets import Target
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "hardware.md"
 BEGIN, END = "<!-- begin: benchmarks/hardware.py -->", "<!-- end -->"

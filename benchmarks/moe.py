@@ -16,7 +16,7 @@ import numpy as np
 from decode import read_config
 
 from grokjax import Grok, init, make_mesh
-from grokjax.costs import step_cost
+from grokjax.planning import step_cost
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -19,7 +19,7 @@ import peer
 from decode import read_config
 
 from grokjax import Grok, KVCache, init, make_mesh, prefill
-from grokjax.costs import step_cost
+from grokjax.planning import step_cost
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 import numpy as np
 import grokjax
-from grokjax.console import named_config
+from grokjax.cli import named_config
 config = named_config("--config", sys.argv[1])
 length = min(128, config.max_seq_len // 2)
 model = grokjax.init(config)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from grokjax.checkpoint import parameter_names, parameter_shapes
 from grokjax.config import GrokConfig
-from grokjax.release import parameter_names
-from grokjax.stored import parameter_shapes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -70,7 +69,9 @@ def write_release_checkpoint(
     names, shapes = parameter_names(config), parameter_shapes(config)
     unknown = sorted(set(given) - set(shapes))
     if unknown:
-        raise ValueError(f"weights has the unknown parameters {unknown}: use the paths of grokjax.release.")
+        raise ValueError(
+            f"weights has the unknown parameters {unknown}: use the paths of grokjax.checkpoint.formats.release."
+        )
     layout = _check_layout(config, _Layout(quantized, scale_blocks, scale_dtype))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

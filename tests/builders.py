@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 import reference
 
+from grokjax.checkpoint import parameter_names, parameter_shapes
 from grokjax.config import GrokConfig
-from grokjax.release import parameter_names
 from grokjax.sharding import ShardingRules
-from grokjax.stored import parameter_shapes
 from grokjax.testing import WrittenTensor, tensor_pickle, write_release_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grokjax.config import GrokConfig
-from grokjax.slots import DrawnTokens, SlotSettings
+from grokjax.model import DrawnTokens, SlotSettings
 
 VOCAB = 32
 EOS = 2

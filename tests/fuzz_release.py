@@ -36,7 +36,7 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from grokjax import release
+from grokjax.checkpoint.formats import release
 from grokjax.testing import tensor_pickle
 
 # The valid files, each cut into pieces: an opcode with its argument, or what mutations left of it.

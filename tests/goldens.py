@@ -14,8 +14,7 @@ import numpy as np
 
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
-from grokjax.model import Grok
-from grokjax.steps import decode, prefill
+from grokjax.model import Grok, decode, prefill
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 ATOL_LOGITS = 5e-5  # of a deviation of 2; a float64 model differs by up to 6e-5, ours from the release by less

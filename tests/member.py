@@ -20,16 +20,14 @@ import numpy as np
 from goldens import load_case
 from jax.experimental import multihost_utils
 
-from grokjax import cli, cli_generate, distributed, release
-from grokjax.checkpoint import describe, load, save
-from grokjax.conversion import convert
-from grokjax.engine import Engine
-from grokjax.model import Grok
+from grokjax import cli, distributed
+from grokjax.checkpoint import convert, describe, load, save
+from grokjax.checkpoint.formats import release
+from grokjax.cli import generate
+from grokjax.engine import Engine, follow
+from grokjax.model import Grok, ModelSteps, forward
 from grokjax.request import Request
 from grokjax.sharding import ShardingRules, make_mesh
-from grokjax.shared_steps import follow
-from grokjax.slot_steps import ModelSteps
-from grokjax.steps import forward
 
 CASE = "tiny-moe-s8"
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
@@ -129,9 +127,9 @@ def counted_bytes() -> Iterator[list[int]]:
 # Job -> whose function it is and at which of its calls a process dies: before all meet, between steps, between pieces
 # (before each of them is shown, `is_first` is asked).
 DEATHS: dict[str, tuple[Any, str, int]] = {
-    "meeting": (cli_generate, "on_first", 1),
+    "meeting": (generate, "on_first", 1),
     "batch": (ModelSteps, "decode", 10),
-    "prompt": (cli_generate, "is_first", 10),
+    "prompt": (generate, "is_first", 10),
 }
 
 

@@ -8,9 +8,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from grokjax.checkpoint import SafetensorsCheckpoint, parameter_shapes, pieces_of
 from grokjax.config import GrokConfig
-from grokjax.safetensors_layout import SafetensorsCheckpoint
-from grokjax.stored import parameter_shapes, pieces_of
 
 # No two of its sizes are the same, so that a matrix the wrong way round has the wrong shape.
 SMALL = GrokConfig.tiny().replace(

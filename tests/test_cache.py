@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from grokjax.cache import KVCache, QuantizedEntries, copy_row, entry_bytes, scatter_entries, write
+from grokjax.cache import KVCache, QuantizedEntries, entry_bytes
 from grokjax.config import GrokConfig
+from grokjax.kernels import copy_row, scatter_entries, write
 from grokjax.sharding import Partitioner, make_mesh
 
 TINY = GrokConfig.tiny()

@@ -22,17 +22,14 @@ from flax import nnx
 from goldens import ATOL_LOGITS, load_case
 from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, answer, show
 
-from grokjax import cli, console, distributed
-from grokjax.checkpoint import describe, load, save
+from grokjax import cli, distributed
+from grokjax.checkpoint import describe, load, save, verify
+from grokjax.cli import console
 from grokjax.config import GrokConfig
-from grokjax.conversion import verify
 from grokjax.distributed import Channel, DistributedError, initialize, on_first
-from grokjax.engine import Engine
-from grokjax.model import Grok, init
+from grokjax.engine import Engine, SharedSteps, follow
+from grokjax.model import Grok, ModelSteps, SlotSettings, init
 from grokjax.sharding import make_mesh
-from grokjax.shared_steps import SharedSteps, follow
-from grokjax.slot_steps import ModelSteps
-from grokjax.slots import SlotSettings
 
 # Of a process that has died, the other hears after 10 s at the latest, the heartbeat's time in member.py.
 BOUND_SECONDS = 40

@@ -1,6 +1,7 @@
-"""The table in docs/architecture.md is the law: a module imports only from layers below its own."""
+"""docs/architecture.md is the law: the order of packages, their front doors, and the order of the files inside them."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -8,15 +9,32 @@ import pytest
 from builders import ROOT
 
 PACKAGE = ROOT / "grokjax"
+NOUNS = 1  # the order whose modules may import from those above them in the table
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+# Who imports an inner module of a department from outside, and why: they replace something where it is looked up, or
+# count its calls, and serve tests of several departments.
+INSIDE = {
+    "tests/fuzz_release.py": {"checkpoint.formats.release"},  # its tests replace the reader by mistaken ones
+    "tests/member.py": {"checkpoint.formats.release", "cli.generate"},  # counts bytes read; dies at a certain call
+    "tests/test_distributed.py": {"cli.console"},  # replaces what the processes call as they join and step
+}
 
 
 def read_table(text: str) -> dict[str, int]:
-    """Module -> layer, of the rows `| layer | module | holds |`."""
-    rows = re.findall(r"^\| (\d+) \| `([\w.]+)` \| .+ \|$", text, re.MULTILINE)
-    modules = [module for _, module in rows]
-    assert len(modules) == len(set(modules)), "a module stands twice in the table"
-    return {module: int(layer) for layer, module in rows}
+    """Package or module -> order, of the rows `| order | package or module | holds |`, as they follow each other."""
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| .+ \|$", text, re.MULTILINE)
+    names = [name for _, name in rows]
+    assert len(names) == len(set(names)), "a name stands twice in the table"
+    return {name: int(order) for order, name in rows}
+
+
+def read_lists(text: str) -> dict[str, list[str]]:
+    """Package -> its files in the order of its list, of the lines "* `file`: what it holds" under "### `package`"."""
+    parts = re.split(r"^### `(\w+)`$", text, flags=re.MULTILINE)[1:]
+    return {
+        package: re.findall(r"^\* `([\w.]+)`: ", re.split(r"^#", part, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE)
+        for package, part in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 def module_name(path: Path) -> str:
@@ -25,8 +43,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def read_imports(source: str, modules: set[str]) -> set[str]:
-    """The modules of the package that a source imports, anywhere in it: inside functions and TYPE_CHECKING too."""
+def read_names(source: str) -> set[str]:
+    """What a source imports of the package, without its name; anywhere: inside functions and TYPE_CHECKING too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -34,8 +52,7 @@ def read_imports(source: str, modules: set[str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import; write grokjax in full"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    inside = {name.removeprefix("grokjax").lstrip(".") for name in names if name.split(".")[0] == "grokjax"}
-    return {find_module(name, modules) for name in inside}
+    return {name.removeprefix("grokjax").lstrip(".") for name in names if name.split(".")[0] == "grokjax"}
 
 
 def find_module(name: str, modules: set[str]) -> str:
@@ -45,20 +62,113 @@ def find_module(name: str, modules: set[str]) -> str:
     return name or "__init__"
 
 
-LAYERS = read_table((ROOT / "docs" / "architecture.md").read_text())
+def read_imports(source: str, modules: set[str]) -> set[str]:
+    """The modules of the package that a source imports."""
+    return {find_module(name, modules) for name in read_names(source)}
+
+
+def find_trespasses(source: str, own: str | None, doors: dict[str, set[str]]) -> set[str]:
+    """What a source imports of departments that are not its own, other than the names of their front doors."""
+    found = set()
+    for name in read_names(source):
+        department, _, rest = name.partition(".")
+        if department in doors and department != own and rest and rest not in doors[department]:
+            found.add(name)
+    return found
+
+
+def find_cycle(imports: dict[str, set[str]]) -> list[str]:
+    """Some modules of which each imports the next and the last the first; none if there is no cycle."""
+    done: set[str] = set()
+
+    def follow(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return way[way.index(module) :]
+        if module in done:
+            return []
+        cycle = next((found for other in sorted(imports[module]) if (found := follow(other, [*way, module]))), [])
+        done.add(module)
+        return cycle
+
+    return next((cycle for module in sorted(imports) if (cycle := follow(module, []))), [])
+
+
+def department_of(path: Path) -> str | None:
+    """The department whose inner modules a file may import: its own, or that of the folder of tests."""
+    folder = path.relative_to(ROOT).parts[1]
+    return folder if folder in DOORS else None
+
+
+TEXT = (ROOT / "docs" / "architecture.md").read_text()
+ORDERS, LISTS = read_table(TEXT), read_lists(TEXT)
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+IMPORTS = {module: read_imports(path.read_text(), set(SOURCES)) for module, path in SOURCES.items()}
+DEPARTMENTS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+DOORS = {name: set(importlib.import_module(f"grokjax.{name}").__all__) for name in DEPARTMENTS}
+FILES = [path for folder in ("grokjax", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+INNER = [module for module in SOURCES if "." in module]
 
 
-def test_table_lists_exactly_the_modules() -> None:
-    assert sorted(LAYERS) == sorted(SOURCES), "docs/architecture.md and grokjax/ disagree on which modules there are"
+def test_table_lists_exactly_the_packages_and_modules() -> None:
+    there = {module.split(".")[0] for module in SOURCES}
+    assert sorted(ORDERS) == sorted(there), "docs/architecture.md and grokjax/ disagree on what there is"
+
+
+def test_lists_name_exactly_the_files() -> None:
+    there = {name: [] for name in DEPARTMENTS}
+    for module in INNER:
+        department, _, file = module.partition(".")
+        if SOURCES[module].name != "__init__.py":
+            there[department].append(file)
+    assert {name: sorted(files) for name, files in LISTS.items()} == {n: sorted(files) for n, files in there.items()}
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_module_imports_only_from_lower_layers(module: str) -> None:
-    own = LAYERS[module]
-    imports = read_imports(SOURCES[module].read_text(), set(SOURCES))
-    upward = {name: LAYERS[name] for name in imports if LAYERS[name] >= own}
-    assert not upward, f"{module} is layer {own} and imports from the same or a higher layer: {upward}"
+def test_imports_come_from_lower_orders(module: str) -> None:
+    own, places = module.split(".")[0], list(ORDERS)
+    upward = {
+        name
+        for name in {imported.split(".")[0] for imported in IMPORTS[module]} - {own}
+        if ORDERS[name] > ORDERS[own]
+        or (ORDERS[name] == ORDERS[own] and (ORDERS[own] != NOUNS or places.index(name) > places.index(own)))
+    }
+    assert not upward, (
+        f"{module}, of order {ORDERS[own]}, imports from the same order or a higher one: {sorted(upward)}"
+    )
+
+
+@pytest.mark.parametrize("module", INNER)
+def test_a_file_imports_from_files_above_it(module: str) -> None:
+    """So that the front door, which imports them, is the last; a folder inside a department imports nothing itself."""
+    department, _, file = module.partition(".")
+    files = LISTS[department]
+    inside = {name for name in IMPORTS[module] if name.split(".")[0] == department}
+    above = {f"{department}.{name}" for name in files[: files.index(file)]} if file in files else set()
+    assert inside <= above, f"{module} imports {sorted(inside - above)}, which its list does not have above it"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert find_cycle(IMPORTS) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_from_outside_only_front_doors_are_imported(path: Path) -> None:
+    names = find_trespasses(path.read_text(), department_of(path), DOORS)
+    found = {find_module(name, set(SOURCES)) for name in names}
+    assert found == INSIDE.get(path.relative_to(ROOT).as_posix(), set())
+
+
+@pytest.mark.parametrize("department", DEPARTMENTS)
+def test_a_front_door_says_what_is_behind_it(department: str) -> None:
+    """A docstring, imports, and the sorted names of all that is imported: nothing is defined there."""
+    docstring, *imports, names = ast.parse(SOURCES[department].read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    assert len(ast.literal_eval(docstring.value).splitlines()) > 2
+    assert all(isinstance(statement, ast.ImportFrom) for statement in imports)
+    assert isinstance(names, ast.Assign)
+    exported = ast.literal_eval(names.value)
+    assert len(exported) == len(set(exported)) == len(DOORS[department])
+    assert DOORS[department] == {alias.asname or alias.name for found in imports for alias in found.names}
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -82,10 +192,36 @@ def f():
         read_imports("from .config import GrokConfig", modules)
 
 
-def test_table_is_read_row_by_row() -> None:
-    assert read_table("| layer | module | holds |\n|---|---|---|\n| 0 | `a` | x |\n| 12 | `b.c` | y \\| z |\n") == {
-        "a": 0,
-        "b.c": 12,
-    }
+def test_every_trespass_is_seen() -> None:
+    doors = {"kernels": {"matmul", "matmul_gpu"}, "engine": {"Engine"}}
+    allowed = """
+import grokjax.engine
+from grokjax import config, engine, load
+from grokjax.config import GrokConfig
+from grokjax.engine import Engine
+from grokjax.kernels import matmul, matmul_gpu
+"""
+    assert find_trespasses(allowed, None, doors) == set()
+    for source, name in (
+        ("from grokjax.engine.scheduler import Scheduler", "engine.scheduler.Scheduler"),
+        ("from grokjax.engine import scheduler", "engine.scheduler"),
+        ("def f():\n    import grokjax.engine.scheduler as s", "engine.scheduler"),
+        ("from grokjax.kernels.matmul_gpu import fits", "kernels.matmul_gpu.fits"),
+    ):
+        assert find_trespasses(source, None, doors) == {name}
+        assert find_trespasses(source, name.split(".")[0], doors) == set()
+
+
+def test_cycles_are_found() -> None:
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert find_cycle({"a": {"a"}}) == ["a"]
+
+
+def test_documents_are_read_row_by_row() -> None:
+    table = "| order | package or module | holds |\n|---|---|---|\n| 1 | `a` | x |\n| 12 | `b` | y \\| z |\n"
+    assert read_table(table) == {"a": 1, "b": 12}
     with pytest.raises(AssertionError, match="twice"):
-        read_table("| 0 | `a` | x |\n| 1 | `a` | y |\n")
+        read_table("| 1 | `a` | x |\n| 2 | `a` | y |\n")
+    lists = "### `b`\n\n* `c`: x\n  and `d`: y\n* `e.f`: z\n\n### `g`\n\n* `h`: x\n\n## Letters\n\n* `i`: x\n"
+    assert read_lists(lists) == {"b": ["c", "e.f"], "g": ["h"]}

@@ -27,8 +27,6 @@ from goldens import ATOL_LOGITS, GoldenCase, check_generation, load_case, real_l
 from grokjax import (
     CheckpointError,
     ShardingRules,
-    checkpoint,
-    conversion,
     convert,
     dequantize,
     describe,
@@ -41,9 +39,10 @@ from grokjax import (
     quantize,
     verify,
 )
-from grokjax.manifest import Manifest
-from grokjax.orbax_layout import OrbaxCheckpoint
-from grokjax.recipe import Recipe
+from grokjax.checkpoint import conversion, loading
+from grokjax.checkpoint.formats.manifest import Manifest
+from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
+from grokjax.checkpoint.recipe import Recipe
 from grokjax.testing import write_release_checkpoint
 
 
@@ -148,7 +147,7 @@ class TestWeights:
     def test_columns_are_converted_in_slices(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plain = write_checkpoint(tmp_path, quantized=False)
         convert(plain.path, tmp_path / "whole", plain.config, weights="int8")
-        monkeypatch.setattr("grokjax.recipe.SLICE_BYTES", 7 * 4 * 32)  # 7 columns of 32 rows
+        monkeypatch.setattr("grokjax.checkpoint.recipe.SLICE_BYTES", 7 * 4 * 32)  # 7 columns of 32 rows
         convert(plain.path, tmp_path / "sliced", plain.config, weights="int8")
         assert contents(tmp_path / "sliced") == contents(tmp_path / "whole")
 
@@ -231,7 +230,7 @@ class TestRefused:
     def test_too_little_space_is_found_before_anything_is_written(
         self, source: WrittenCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+        monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
         with pytest.raises(CheckpointError, match=r"are to be written and 0.0 GB are free: make room"):
             convert(source.path, tmp_path / "model", source.config)
         assert not (tmp_path / "model").exists()

@@ -16,8 +16,9 @@ import fuzz_release
 import pytest
 from fuzz_release import FILE_NAME, IMPORTS, ORIGINALS, TRAPS, VALID_FILES, ViolationError, check, cut, fuzz, main
 
-from grokjax import release
-from grokjax.release import CheckpointError, ReleaseTensor, read_tensor
+from grokjax.checkpoint import CheckpointError
+from grokjax.checkpoint.formats import release
+from grokjax.checkpoint.formats.release import ReleaseTensor, read_tensor
 
 PLAIN = VALID_FILES[0]
 

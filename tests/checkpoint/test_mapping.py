@@ -5,7 +5,7 @@ import pytest
 from builders import SMALL, WrittenCheckpoint, write_checkpoint
 
 from grokjax import CheckpointError, Grok, dequantize, init, load, load_parameters
-from grokjax.mapping import map_parameters
+from grokjax.checkpoint.mapping import map_parameters
 
 CONFIG = SMALL.replace(num_layers=2)
 

@@ -13,18 +13,10 @@ import numpy as np
 import pytest
 from goldens import MODEL_CASES, GoldenCase, load_case
 
-from grokjax import release
+from grokjax.checkpoint import CheckpointError, open_release, parameter_names, parameter_shapes
+from grokjax.checkpoint.formats import release
+from grokjax.checkpoint.formats.release import find_release, infer_sizes, read_tensor, release_name
 from grokjax.config import GrokConfig
-from grokjax.release import (
-    CheckpointError,
-    find_release,
-    infer_sizes,
-    open_release,
-    parameter_names,
-    read_tensor,
-    release_name,
-)
-from grokjax.stored import parameter_shapes
 from grokjax.testing import tensor_pickle, write_release_checkpoint, write_tensor
 
 TINY = GrokConfig.tiny()
@@ -131,7 +123,7 @@ class TestFullRelease:
         # A process of its own: other tests' threads would count too.
         program = """
 import sys, tracemalloc
-from grokjax.release import open_release
+from grokjax.checkpoint import open_release
 tracemalloc.start()
 checkpoint = open_release(sys.argv[1])
 print(tracemalloc.get_traced_memory()[1])

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from grokjax.release import CheckpointError, ReleaseTensor, read_tensor
+from grokjax.checkpoint import CheckpointError
+from grokjax.checkpoint.formats.release import ReleaseTensor, read_tensor
 from grokjax.testing import tensor_pickle
 
 # Small enough that every one of their bytes can be damaged in turn.

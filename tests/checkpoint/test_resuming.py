@@ -12,18 +12,9 @@ from pathlib import Path
 import pytest
 from builders import SMALL, TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
 
-from grokjax import (
-    CheckpointError,
-    Progress,
-    conversion,
-    convert,
-    init,
-    load,
-    orbax_layout,
-    plan_conversion,
-    save,
-    verify,
-)
+from grokjax import CheckpointError, Progress, convert, init, load, plan_conversion, save, verify
+from grokjax.checkpoint import conversion
+from grokjax.checkpoint.formats import orbax
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +151,7 @@ class TestInterrupted:
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Orbax's threads would wait for minutes for an interrupted call."""
-        save, calls = orbax_layout.ocp.save, []
+        save, calls = orbax.ocp.save, []
 
         def interrupted(*arguments: object) -> None:
             if not calls:
@@ -168,7 +159,7 @@ class TestInterrupted:
             save(*arguments)
             calls.append(arguments)
 
-        monkeypatch.setattr(orbax_layout.ocp, "save", interrupted)
+        monkeypatch.setattr(orbax.ocp, "save", interrupted)
         # A shell starts its jobs in the background with the signal ignored, and with them these tests.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

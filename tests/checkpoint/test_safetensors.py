@@ -26,11 +26,12 @@ from safetensors_files import (
     write,
 )
 
-from grokjax import safetensors_names
+from grokjax.checkpoint import CheckpointError, parameter_shapes, pieces_of
+from grokjax.checkpoint.formats import safetensors_names
+from grokjax.checkpoint.formats.safetensors import find_safetensors, open_safetensors
+from grokjax.checkpoint.formats.safetensors_names import HPCAI, KEYFAN
+from grokjax.checkpoint.stored import Piece
 from grokjax.config import GrokConfig
-from grokjax.safetensors_layout import find_safetensors, open_safetensors
-from grokjax.safetensors_names import HPCAI, KEYFAN
-from grokjax.stored import CheckpointError, Piece, parameter_shapes, pieces_of
 
 
 class TestValues:
@@ -123,7 +124,7 @@ class TestSlices:
     def test_slices_are_numpys(
         self, written: tuple[Path, Any], parameter: str, index: Any, block_bytes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("grokjax.safetensors_layout.BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("grokjax.checkpoint.formats.safetensors.BLOCK_BYTES", block_bytes)
         folder, weights = written
         found = open_safetensors(folder, SMALL).tensors[parameter].weight.read(index)
         expected = weights[parameter][index]

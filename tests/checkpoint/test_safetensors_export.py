@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors_files import BFLOAT16, DENSE, DTYPES, SMALL, TWELVE, as_stored, assert_holds, draw, keyfan_name
 
+from grokjax.checkpoint import CheckpointError, parameter_shapes, pieces_of
+from grokjax.checkpoint.formats.safetensors import find_safetensors, open_safetensors
+from grokjax.checkpoint.formats.safetensors_export import write_safetensors
 from grokjax.config import GrokConfig
-from grokjax.safetensors_export import write_safetensors
-from grokjax.safetensors_layout import find_safetensors, open_safetensors
-from grokjax.stored import CheckpointError, parameter_shapes, pieces_of
 
 Pieces = Iterator[tuple[str, int | None, np.ndarray]]
 
@@ -56,7 +56,7 @@ class TestRoundTrip:
     def test_blocks_of_any_size_give_the_same(
         self, tmp_path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("grokjax.safetensors_export.BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("grokjax.checkpoint.formats.safetensors_export.BLOCK_BYTES", block_bytes)
         weights = draw(SMALL, "bfloat16")
         write_safetensors(tmp_path, SMALL, pieces(SMALL, weights), dtype="bfloat16")
         assert_holds(open_safetensors(tmp_path), weights)

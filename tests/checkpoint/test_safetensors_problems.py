@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from safetensors_files import BFLOAT16, DENSE, SMALL, TWELVE, as_stored, draw, hpcai_name, keyfan_name, write
 
+from grokjax.checkpoint import CheckpointError
+from grokjax.checkpoint.formats.safetensors import open_safetensors
+from grokjax.checkpoint.formats.safetensors_names import config_fields, read_config
 from grokjax.config import GrokConfig
-from grokjax.safetensors_layout import open_safetensors
-from grokjax.safetensors_names import config_fields, read_config
-from grokjax.stored import CheckpointError
 
 
 class TestConfig:

@@ -30,9 +30,9 @@ from grokjax import (
     make_mesh,
     save,
 )
-from grokjax.layouts import open_checkpoint
+from grokjax.checkpoint import open_checkpoint, parameter_shapes
+from grokjax.checkpoint.stored import ArraySpec, TensorSpec
 from grokjax.model import parameter_name
-from grokjax.stored import ArraySpec, TensorSpec, parameter_shapes
 
 CONFIG = SMALL.replace(num_experts=4)
 PLACES = [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT), ((2, 4), FULLY), ((8, 1), TENSOR)]

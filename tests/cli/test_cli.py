@@ -151,7 +151,7 @@ def test_requests_are_refused_before_the_model_is_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("grokjax.cli_generate.init", lambda *_, **__: pytest.fail("the model was made"))
+    monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: pytest.fail("the model was made"))
     assert main(["generate", "--random", str(small_config), *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -162,7 +162,7 @@ def test_a_damaged_tokenizer_is_refused_before_loading(
     write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
     (tmp_path / "config.json").write_text(SMALL.to_json())
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
-    monkeypatch.setattr("grokjax.cli_generate.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("grokjax.cli.generate.load", lambda *_, **__: pytest.fail("the model was loaded"))
     command = ["generate", "--checkpoint", str(tmp_path), "--config", str(tmp_path / "config.json"), "hi"]
     assert main(command) == 2
     assert "is not a SentencePiece model" in capsys.readouterr().err
@@ -181,7 +181,7 @@ def test_ctrl_c_ends_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grokjax.cli_generate.init", interrupt)
+    monkeypatch.setattr("grokjax.cli.generate.init", interrupt)
     assert main(["generate", "--random", str(small_config), "hello"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -208,7 +208,7 @@ def test_a_model_that_fails_is_a_sentence(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(f"grokjax.cli_generate.{failing}", fail)
+    monkeypatch.setattr(f"grokjax.cli.generate.{failing}", fail)
     assert main(["generate", "--random", str(small_config), "hello"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"grokjax: error: {message}"
 

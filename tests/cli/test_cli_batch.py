@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, continuation
 
-from grokjax.cli_batch import Prompt, Results, open_results, read_prompts, run_batch
+from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_batch
 from grokjax.engine import Engine
 from grokjax.request import Request
 

@@ -14,7 +14,7 @@ from fake_steps import FakeModel, FakeSteps, continuation
 
 from grokjax import ByteTokenizer, GrokConfig
 from grokjax.cli import main
-from grokjax.console import BatchProgress
+from grokjax.cli.console import BatchProgress
 from grokjax.engine import Engine
 
 
@@ -74,8 +74,8 @@ def command(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grokjax.cli_generate.init", lambda config, **_: FakeModel(config))
-    monkeypatch.setattr("grokjax.cli_generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
+    monkeypatch.setattr("grokjax.cli.generate.init", lambda config, **_: FakeModel(config))
+    monkeypatch.setattr("grokjax.cli.generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ class TestCommand:
         assert "the prompt has 50 tokens and at most 31" in long["error"]
         assert broken["error"] == "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
         assert len(tokens(tmp_path / "out")[2]) == 6
-        monkeypatch.setattr("grokjax.cli_generate.init", lambda *_, **__: pytest.fail("the model was made"))
+        monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: pytest.fail("the model was made"))
         assert main(command) == 1
 
     @pytest.mark.usefixtures("fake_model")
@@ -169,8 +169,8 @@ class TestCommand:
         def fail(*_: object) -> None:
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: closed.\nDetails")
 
-        monkeypatch.setattr("grokjax.cli_generate.on_first", lambda *_: None)
-        monkeypatch.setattr("grokjax.cli_generate.follow", fail)
+        monkeypatch.setattr("grokjax.cli.generate.on_first", lambda *_: None)
+        monkeypatch.setattr("grokjax.cli.generate.follow", fail)
         assert main([*command, "--output", str(tmp_path / "out")]) == 2
         assert "the model failed: UNAVAILABLE: closed. The results so far are kept" in capsys.readouterr().err
 

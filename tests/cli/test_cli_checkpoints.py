@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from grokjax.checkpoint import Progress
+from grokjax.checkpoint import EARLIER, Progress
 from grokjax.cli import main
-from grokjax.console import ProgressLine, duration, size
-from grokjax.conversion import EARLIER
+from grokjax.cli.console import ProgressLine, duration, size
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def test_a_fixture_that_cannot_be_written_leaves_nothing(
         folder.mkdir(parents=True)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grokjax.cli_checkpoints.write_release_checkpoint", refuse)
+    monkeypatch.setattr("grokjax.cli.checkpoints.write_release_checkpoint", refuse)
     assert main(["make-release-fixture", str(tmp_path / "new")]) == 2
     assert "new cannot be written (No space left on device): choose a path" in capsys.readouterr().err
     assert main(["make-release-fixture", str(tmp_path / "new"), "--seed", "-1"]) == 2

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from builders import ROOT
 
-from grokjax import cli_plan
-from grokjax.cli import main
+from grokjax.cli import main, plan
 from grokjax.config import GrokConfig
-from grokjax.suggestions import Suggestion, suggest
+from grokjax.planning import Suggestion, suggest
 
 SMALL = ["--config", "tiny", "--max-len", "32", "--prompt", "8"]
 DEFAULT = inspect.signature(suggest).parameters["batch_size"].default
@@ -105,7 +104,7 @@ def test_the_batch_of_suggestions_is_that_of_the_library(
         asked.append(inspect.signature(suggest).bind(**options).arguments.get("batch_size", DEFAULT))
         return ()
 
-    monkeypatch.setattr(cli_plan, "suggest", note)
+    monkeypatch.setattr(plan, "suggest", note)
     for batch in ((), ("--batch", "1")):
         run_plan(capsys, "--target", "h100:8", "--suggest", *batch)
     assert asked == [DEFAULT, 1]

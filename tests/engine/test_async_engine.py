@@ -11,11 +11,8 @@ import pytest
 from builders import still_held
 from fake_steps import FakeModel, FakeSteps, continuation
 
-from grokjax.async_engine import AsyncEngine
-from grokjax.engine import Engine
+from grokjax.engine import AsyncEngine, Engine, Handle, QueueFullError
 from grokjax.request import Request
-from grokjax.scheduler import QueueFullError
-from grokjax.sequence import Handle
 
 
 class SlowSteps(FakeSteps):

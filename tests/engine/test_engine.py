@@ -11,10 +11,9 @@ import pytest
 from builders import still_held
 from fake_steps import EOS, VOCAB, FakeModel, FakePending, FakeSteps, Letters, continuation, entry_after
 
-from grokjax.engine import Engine
-from grokjax.metrics import Meter
+from grokjax.engine import Engine, QueueFullError
+from grokjax.engine.metrics import Meter
 from grokjax.request import Request
-from grokjax.scheduler import QueueFullError
 
 
 def make_engine(tokenizer=None, *, model: FakeModel | None = None, **options) -> Engine:

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grokjax import ByteTokenizer, GrokConfig, SampleSettings, TextGenerator, forward, generate, init, make_mesh
-from grokjax.engine import Engine
+from grokjax.engine import Engine, Handle
 from grokjax.request import Request
-from grokjax.sequence import Handle
 
 CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
 LONGEST, NEW = 30, 6

@@ -10,10 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from grokjax.engine import Engine
+from grokjax.engine import Engine, Handle, QueueFullError
 from grokjax.request import Completion, Request, TokenLogprob
-from grokjax.scheduler import QueueFullError
-from grokjax.sequence import Handle
 from grokjax.tokenizer import StreamDecoder
 
 # Prompts that share beginnings of every length, so that rows are reused.

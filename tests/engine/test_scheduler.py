@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from grokjax.scheduler import (
+from grokjax.engine import QueueFullError
+from grokjax.engine.scheduler import (
     Chunk,
     HeldRows,
     Job,
     PrefixMatch,
-    QueueFullError,
     Scheduler,
     WaitingQueue,
     check_buckets,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from grokjax.stopping import StopFilter
+from grokjax.engine.stopping import StopFilter
 
 LETTERS = st.text("abc", max_size=12)
 

@@ -10,9 +10,10 @@ import pytest
 from builders import program_for
 from reference import attend_row
 
-from grokjax import GrokConfig, decode, gpu_attention, gpu_matmul, init, prefill
-from grokjax.attention import attend
+from grokjax import GrokConfig, decode, init, prefill
 from grokjax.cache import Entries, QuantizedEntries
+from grokjax.kernels import attention_gpu, matmul_gpu
+from grokjax.model import attend
 from grokjax.sharding import Partitioner
 
 MULTIPLIER = 0.125
@@ -51,8 +52,8 @@ def test_attention_is_its_definition(num_new: int, max_len: int, is_quantized: b
     if is_quantized:
         stacks: list[Entries] = [QuantizedEntries.of(stack) for stack in stacks]
         exact = expected(query, *(s.numbers.astype(jnp.float32) * s.scales[..., None] for s in stacks), softcap)
-    assert gpu_attention.fits(query, stacks[0], softcap)
-    found = gpu_attention.attend(query, *stacks, **place(num_new, softcap), interpret=True)
+    assert attention_gpu.fits(query, stacks[0], softcap)
+    found = attention_gpu.attend(query, *stacks, **place(num_new, softcap), interpret=True)
     assert (found.shape, found.dtype) == ((2, num_new, 384), jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02, rtol=0)
 
@@ -60,7 +61,7 @@ def test_attention_is_its_definition(num_new: int, max_len: int, is_quantized: b
 def test_takes_all_rows_in_order_and_rows_of_nothing() -> None:
     query, keys, values = make(3, 160)
     where = place(3) | {"rows": None, "count": jnp.array([0, 3])}
-    found = gpu_attention.attend(query, keys[:, ROWS], values[:, ROWS], **where, interpret=True)
+    found = attention_gpu.attend(query, keys[:, ROWS], values[:, ROWS], **where, interpret=True)
     np.testing.assert_allclose(np.asarray(found[1]), expected(query, keys, values, 5.0)[1], atol=0.02, rtol=0)
     assert np.isfinite(np.asarray(found, np.float32)).all()
 
@@ -80,7 +81,7 @@ def test_fits_says_what_the_kernel_takes(change: dict[str, Any], fits: bool) -> 
     values = {"softcap": 30, "max_len": 160, "dtype": jnp.bfloat16, "cache_dtype": jnp.bfloat16} | change
     query, keys, _ = make(1, values["max_len"])
     arrays = query.astype(values["dtype"]), keys.astype(values["cache_dtype"])
-    assert gpu_attention.fits(*arrays, values["softcap"]) == fits
+    assert attention_gpu.fits(*arrays, values["softcap"]) == fits
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(32, True), (33, False), (64, False), (65, True)])
@@ -89,7 +90,7 @@ def test_caches_whose_offsets_are_not_safe_do_not_fit(rows: int, fits: bool) -> 
     shape = (64, rows, 1, 8192, 128)
     cache = QuantizedEntries(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct(shape[:-1], jnp.float32))
     query = jax.ShapeDtypeStruct((rows, 1, 6, 128), jnp.bfloat16)
-    assert gpu_attention.fits(query, cache, 30) == fits
+    assert attention_gpu.fits(query, cache, 30) == fits
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
@@ -100,7 +101,7 @@ def test_scores_at_the_cap_lose_nothing(is_quantized: bool) -> None:
     keys, values = -jnp.broadcast_to(query[0, 0, :1] * 10, keys.shape), values * 1e-3
     query = jnp.broadcast_to(query[0, 0, :1] * 10, query.shape)
     stacks = [QuantizedEntries.of(stack) if is_quantized else stack for stack in (keys, values)]
-    found = gpu_attention.attend(query, *stacks, **where, interpret=True)
+    found = attention_gpu.attend(query, *stacks, **where, interpret=True)
     alone = np.asarray(values[1, ROWS, :, 0], np.float64)  # the only entry that each sees
     exact = np.repeat(alone, 3, axis=1).reshape(2, 1, -1)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02 * np.abs(exact).max(), rtol=0)
@@ -117,7 +118,7 @@ def test_programs_for_gpus_hold_the_kernel(num_new: int, is_quantized: bool) -> 
 
 @pytest.mark.parametrize(("max_len", "programs", "splits"), [(8192, 8, 32), (8192, 64, 4), (512, 8, 4), (128, 1, 1)])
 def test_few_programs_share_out_the_keys(max_len: int, programs: int, splits: int) -> None:
-    assert gpu_attention.choose_num_splits(max_len, programs=programs) == splits
+    assert attention_gpu.choose_num_splits(max_len, programs=programs) == splits
 
 
 def test_a_model_with_all_kernels_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +138,7 @@ def test_a_model_with_all_kernels_gives_the_same_logits(monkeypatch: pytest.Monk
         return np.asarray(jnp.stack(outs))
 
     plain = logits()
-    names = {(gpu_matmul, "stack_matmul"): [], (gpu_attention, "attend"): []}
+    names = {(matmul_gpu, "stack_matmul"): [], (attention_gpu, "attend"): []}
     for (module, name), calls in names.items():
         kernel = functools.partial(getattr(module, name), interpret=True)
         monkeypatch.setattr(module, name, lambda *a, k=kernel, c=calls, **kw: c.append(1) or k(*a, **kw))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokjax import processors
-from grokjax.processors import has_bfloat16, product_dtype
-from grokjax.quantization import matmul, quantize
+from grokjax.kernels import cpu_features, matmul, product_dtype
+from grokjax.kernels.cpu_features import has_bfloat16
+from grokjax.quantization import quantize
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_bfloat16_is_multiplied_where_processors_can(
     num_rows: int, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 is multiplied as such only where processors can; float32 always; the sums agree."""
-    monkeypatch.setattr(processors, "has_bfloat16", lambda: found)
+    monkeypatch.setattr(cpu_features, "has_bfloat16", lambda: found)
     jax.clear_caches()  # what was traced under another answer
     assert product_dtype(jnp.bfloat16) == (jnp.bfloat16 if found else jnp.float32)
     assert product_dtype(np.float32) == jnp.float32

@@ -9,20 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
-from grokjax.quantization import (
-    QuantizedArray,
-    Weight,
-    blocked_matmul,
-    column_matmul,
-    dequantize,
-    direct_matmul,
-    einsum,
-    matmul,
-    quantize,
-    shardable_blocks,
-    specs,
-    summed_matmul,
-)
+from grokjax.kernels import matmul
+from grokjax.kernels.products import blocked_matmul, column_matmul, direct_matmul, summed_matmul
+from grokjax.quantization import QuantizedArray, Weight, dequantize, einsum, quantize, shardable_blocks, specs
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules, make_mesh
 
 
@@ -108,12 +97,12 @@ def test_every_index_of_a_stack_is_multiplied_by_its_own(stack: tuple[int, ...])
 
 def test_blocks_may_leave_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """103 rows of a scale block by blocks of 32, and by steps of 8 or of 24; 100 columns by blocks of 64."""
-    monkeypatch.setattr("grokjax.quantization.BLOCK_BYTES", 40 * 32)
+    monkeypatch.setattr("grokjax.kernels.products.BLOCK_BYTES", 40 * 32)
     w = quantize(jnp.asarray(random(2 * 103, 40)), num_blocks=2)
     x = jnp.asarray(random(3, 206))
     assert_close(blocked_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
     for numbers in (40, 3 * 40):
-        monkeypatch.setattr("grokjax.quantization.SLICE_NUMBERS", numbers)
+        monkeypatch.setattr("grokjax.kernels.products.SLICE_NUMBERS", numbers)
         assert_close(summed_matmul(x, w.weight, w.scales, ()), product_in_float64(x, w))
     wide = quantize(jnp.asarray(random(206, 100)), num_blocks=2)
     assert_close(column_matmul(x, wide.weight, wide.scales, ()), product_in_float64(x, wide))

@@ -10,8 +10,9 @@ import pytest
 from builders import program_for
 from reference import attend_row
 
-from grokjax.attention import attend, block_sizes, fits_kernel, fused_attend
 from grokjax.cache import Entries, QuantizedEntries
+from grokjax.model import attend
+from grokjax.model.attention import block_sizes, fits_kernel, fused_attend
 
 MULTIPLIER, SOFTCAP = 0.125, 5.0
 START = np.array([0, 900], np.int32)

@@ -10,14 +10,14 @@ import pytest
 from builders import EXPERT, TENSOR
 
 from grokjax.cache import KVCache
+from grokjax.checkpoint import parameter_shapes
 from grokjax.config import GrokConfig
-from grokjax.model import abstract_model, parameter_maker
-from grokjax.processors import product_dtype
-from grokjax.program import Program, Value, read_program
+from grokjax.kernels import product_dtype
+from grokjax.model import SlotState, abstract_model, decode, lower_decode, lower_prefill, prefill
+from grokjax.model.grok import parameter_maker
+from grokjax.model.slot_steps import lower_score, lower_share
+from grokjax.planning import Program, Value, read_program
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
-from grokjax.slot_steps import SlotState, lower_decode, lower_prefill, lower_score, lower_share
-from grokjax.steps import decode, prefill
-from grokjax.stored import parameter_shapes
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 MIB = 1 << 20

@@ -8,10 +8,10 @@ from builders import FULLY, TENSOR
 from goldens import load_case
 
 from grokjax import GrokConfig, init, load, make_mesh, save
-from grokjax.embedding import direct_unembed, integer_unembed, padded_unembed
+from grokjax.model import forward
+from grokjax.model.embedding import direct_unembed, integer_unembed, padded_unembed
 from grokjax.quantization import QuantizedTable, quantize_table
 from grokjax.sharding import ShardingRules
-from grokjax.steps import forward
 
 
 def random(*shape: int) -> np.ndarray:

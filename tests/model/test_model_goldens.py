@@ -12,9 +12,8 @@ from builders import EXPERT, FULLY, TENSOR, label, or_thorough
 from goldens import ATOL_LOGITS, MODEL_CASES, check_generation, load_case, real_logits
 
 from grokjax.checkpoint import load
-from grokjax.model import Grok
+from grokjax.model import Grok, decode, forward, prefill
 from grokjax.sharding import ShardingRules, make_mesh
-from grokjax.steps import decode, forward, prefill
 
 # tiny-moe has 4 query heads, which 8 devices cannot split.
 WHOLE_HEADS = EXPERT.replace(heads=None, kv_heads=None)

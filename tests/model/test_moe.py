@@ -13,9 +13,16 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokjax import gpu_matmul
 from grokjax.config import GrokConfig
-from grokjax.moe import FeedForward, block_sizes, evaluate_experts, evaluate_together, fits_kernel, gated_unit
+from grokjax.kernels import matmul_gpu
+from grokjax.model.feed_forward import (
+    FeedForward,
+    block_sizes,
+    evaluate_experts,
+    evaluate_together,
+    fits_kernel,
+    gated_unit,
+)
 from grokjax.quantization import quantize
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
@@ -106,8 +113,8 @@ def test_experts_give_the_definition(platform: str, num_tokens: int, per_token: 
 @pytest.mark.parametrize(("num_tokens", "held"), [(1, 8), (17, 8), (200, 8), (40, 4)])
 def test_one_kernel_gives_the_same_as_blocks(num_tokens: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For GPUs, run as plain JAX: the same as block by block, with experts that nobody chose and that others hold."""
-    kernel = functools.partial(gpu_matmul.stack_matmul, interpret=True)
-    monkeypatch.setattr(gpu_matmul, "stack_matmul", kernel)
+    kernel = functools.partial(matmul_gpu.stack_matmul, interpret=True)
+    monkeypatch.setattr(matmul_gpu, "stack_matmul", kernel)
     rng = np.random.default_rng(num_tokens)
     shapes = ((128, 256), (128, 256), (256, 128))
     stacks = tuple(quantize(jnp.asarray(rng.standard_normal((2, held, *shape)), jnp.float32)) for shape in shapes)
@@ -167,7 +174,7 @@ def recorded(function: Callable[..., jax.Array], *args, **kwargs) -> Recorded:
         return gated_unit(x, weights, at=at)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grokjax.moe.gated_unit", noted)
+        patch.setattr("grokjax.model.feed_forward.gated_unit", noted)
         return Recorded(jax.jit(function).lower(*args, **kwargs).compile(), evaluated)
 
 

@@ -16,20 +16,26 @@ import pytest
 from builders import or_thorough
 from jax.stages import Compiled, Lowered
 
-from grokjax import suggestions
-from grokjax.accelerators import ACCELERATORS, GIB, find_accelerator
+from grokjax.checkpoint import parameter_shapes
 from grokjax.config import GrokConfig
-from grokjax.costs import device_bytes, step_cost
-from grokjax.model import abstract_model, init
-from grokjax.planning import Plan, find_largest, plan
-from grokjax.program import read_program
+from grokjax.model import ModelSteps, SlotSettings, abstract_model, init, lower_decode, lower_prefill
+from grokjax.planning import (
+    ACCELERATORS,
+    GIB,
+    Plan,
+    StepCompiler,
+    Target,
+    plan,
+    read_program,
+    step_cost,
+    suggest,
+    suggestions,
+)
+from grokjax.planning.accelerators import find_accelerator
+from grokjax.planning.compiler import extrapolate
+from grokjax.planning.costs import device_bytes
+from grokjax.planning.plans import find_largest
 from grokjax.sharding import RULES, Partitioner, make_mesh
-from grokjax.slot_steps import ModelSteps, lower_decode, lower_prefill
-from grokjax.slots import SlotSettings
-from grokjax.step_compiler import StepCompiler, extrapolate
-from grokjax.stored import parameter_shapes
-from grokjax.suggestions import suggest
-from grokjax.targets import Target
 
 TINY = GrokConfig.tiny()
 REAL = GrokConfig.grok_1()
@@ -304,7 +310,7 @@ class TestFits:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", 32)
             from grokjax.sharding import RULES
-            from grokjax.step_compiler import StepCompiler
+            from grokjax.planning import StepCompiler
             sizes = {}
             for rules in ("tensor", "fsdp"):
                 steps = StepCompiler.create(

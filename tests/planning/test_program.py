@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
-from grokjax.model import abstract_model
-from grokjax.program import Program, read_program, read_transfers
+from grokjax.model import abstract_model, decode
+from grokjax.planning import Program, read_program
+from grokjax.planning.compiled import read_transfers
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
-from grokjax.steps import decode
 
 
 @pytest.mark.parametrize(

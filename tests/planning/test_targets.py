@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from grokjax.targets import Target
+from grokjax.planning import Target
 
 REFUSAL = jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no.\nat frame 1")
 

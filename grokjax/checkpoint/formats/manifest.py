@@ -1,0 +1,112 @@
+"""`grokjax.json`, which makes a folder a checkpoint of ours: what it holds, of which model, made from what."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, Unit, units_of
+from grokjax.config import GrokConfig
+
+FORMAT_VERSION = 1
+MANIFEST = "grokjax.json"
+UNFINISHED = "unfinished.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `grokjax.json` says.
+
+    Attributes:
+      config: of the model.
+      specs: our parameter path -> shapes and dtypes.
+      origin: what it was made from and how; a conversion goes on only where this is the same.
+      checksums: `PIECE/weight` or `PIECE/scales` -> CRC-32 of the array's bytes; empty until it has been verified.
+    """
+
+    config: GrokConfig
+    specs: Mapping[str, TensorSpec]
+    origin: Mapping[str, Any]
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def units(self) -> dict[str, Unit]:
+        """The units by name."""
+        return {unit.name: unit for unit in units_of(self.config)}
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        tensors = {
+            parameter: {
+                leaf: {"shape": list(spec.shape), "dtype": spec.dtype.name} for leaf, spec in tensor.leaves().items()
+            }
+            for parameter, tensor in self.specs.items()
+        }
+        document = {
+            "format": "grokjax",
+            "format_version": FORMAT_VERSION,
+            "config": dataclasses.asdict(self.config),
+            "origin": dict(self.origin),
+            "tensors": tensors,
+            "checksums": dict(self.checksums),
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    def write(self, folder: Path, name: str) -> None:
+        """Writes the file so that it is there whole or not at all; what was there before stays until then.
+
+        Raises:
+          CheckpointError: The disk is full, or the folder cannot be written.
+        """
+        temporary = folder / f"{name}.tmp"
+        try:
+            with temporary.open("w", encoding="utf-8") as stream:
+                stream.write(self.to_json())
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name}: cannot be written ({error.strerror}): make room or check the permissions, then try "
+                "again."
+            ) from error
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads `grokjax.json` or `unfinished.json`.
+
+    Raises:
+      CheckpointError: It cannot be read, is not ours, or is of a newer format.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}): restore it from a copy or convert again.") from error
+    if not isinstance(document, dict) or document.get("format") != "grokjax":
+        raise CheckpointError(f"{path}: not the manifest of a grokjax checkpoint: check the path.")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: written in format version {version!r}, this grokjax reads {FORMAT_VERSION}: "
+            "install the version of grokjax that wrote it, or convert again."
+        )
+    try:
+        specs = {parameter: _tensor_spec(entry) for parameter, entry in document["tensors"].items()}
+        config = GrokConfig(**document["config"])
+        if config.num_layers > len(specs):
+            raise ValueError(f"num_layers={config.num_layers} for {len(specs)} tensors")
+        return Manifest(config, specs, dict(document["origin"]), dict(document["checksums"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}): restore it from a copy or convert again.") from error
+
+
+def _tensor_spec(entry: Mapping[str, Any]) -> TensorSpec:
+    leaves = {name: ArraySpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"])) for name, leaf in entry.items()}
+    return TensorSpec(leaves["weight"], leaves.get("scales"))

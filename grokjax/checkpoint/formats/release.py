@@ -1,0 +1,331 @@
+"""Reads the released checkpoint `ckpt-0`: which file is which parameter, and where its bytes lie.
+
+Nothing is unpickled (see `release_pickle`) and nothing is loaded: a checkpoint is opened by reading a few hundred bytes
+of each file, and the arrays are memory maps that a caller slices.
+
+The release's names and ours, for layer i (a dense model has no `moe/` in its names and no router):
+
+| ours | the release's |
+|---|---|
+| `embedding.table` | `language_model/in_out_embed embeddings` |
+| `final_norm.scale` | `language_model/rms_norm scale` |
+| `layers.{i}.attention.query` | `transformer/decoder_layer_{i}/multi_head_attention/query w` |
+| `layers.{i}.attention.key` | `transformer/decoder_layer_{i}/multi_head_attention/key w` |
+| `layers.{i}.attention.value` | `transformer/decoder_layer_{i}/multi_head_attention/value w` |
+| `layers.{i}.attention.output` | `transformer/decoder_layer_{i}/multi_head_attention/linear w` |
+| `layers.{i}.feed_forward.router` | `transformer/decoder_layer_{i}/router w` |
+| `layers.{i}.feed_forward.gate` | `transformer/decoder_layer_{i}/moe/linear w` (the GELU branch) |
+| `layers.{i}.feed_forward.up` | `transformer/decoder_layer_{i}/moe/linear_v w` |
+| `layers.{i}.feed_forward.down` | `transformer/decoder_layer_{i}/moe/linear_1 w` |
+| `layers.{i}.pre_attention_norm.scale` | `transformer/decoder_layer_{i}/rms_norm scale` |
+| `layers.{i}.post_attention_norm.scale` | `transformer/decoder_layer_{i}/rms_norm_1 scale` |
+| `layers.{i}.pre_feed_forward_norm.scale` | `transformer/decoder_layer_{i}/rms_norm_2 scale` |
+| `layers.{i}.post_feed_forward_norm.scale` | `transformer/decoder_layer_{i}/rms_norm_3 scale` |
+"""
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
+from grokjax.checkpoint.stored import Array, CheckpointError, Index, list_problems, mismatches, parameter_shapes
+from grokjax.config import GrokConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Payload:
+    """The bytes of one array inside a file, not read yet.
+
+    Attributes:
+      path: the file.
+      offset: of the first element, in bytes; need not be aligned to the element size.
+      shape: sizes of the axes, C order.
+      dtype: int8, float32 or bfloat16.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self) -> np.memmap[Any, Any]:
+        """Maps the array read-only: pages are read from the disk as they are touched, a slice reads only its own."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
+
+    def read(self, index: Index = ()) -> Array:
+        """A part of the array in memory of its own; leading numbers alone are read without a map."""
+        numbers = [part for part in index if isinstance(part, int)]
+        if len(numbers) < len(index):
+            return np.array(self.array()[index], order="C")
+        shape = self.shape[len(index) :]
+        count = math.prod(shape)
+        number = int(np.ravel_multi_index(numbers, self.shape[: len(index)])) if index else 0
+        data = np.fromfile(self.path, self.dtype, count, offset=self.offset + number * count * self.dtype.itemsize)
+        if data.size != count:
+            raise CheckpointError(f"{self.path}: the file has become shorter while it was read: download it again.")
+        return data.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseTensor:
+    """One file: a plain weight, or an int8 weight with scales blocked along its second-to-last axis.
+
+    Attributes:
+      file: the file.
+      weight: [..., C, O], C the contracting axis; or any shape when plain.
+      scales: [..., Q, O], Q a divisor of C: block q scales rows q*C/Q to (q+1)*C/Q. None for a plain weight.
+    """
+
+    file: Path
+    weight: Payload
+    scales: Payload | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseCheckpoint:
+    """A checkpoint whose files all fit its configuration.
+
+    Attributes:
+      path: the folder that holds the files.
+      config: the configuration that the files were checked against.
+      tensors: our parameter path -> its file, in the order of the files.
+      layout: `release`.
+    """
+
+    path: Path
+    config: GrokConfig
+    tensors: Mapping[str, ReleaseTensor]
+    layout: str = "release"
+
+
+# Our names -> the release's. Source: the release's `checkpoint.py` and the module names of its `model.py`.
+_MODEL_NAMES = {
+    "embedding.table": "language_model/in_out_embed embeddings",
+    "final_norm.scale": "language_model/rms_norm scale",
+}
+_LAYER_NAMES = {
+    "attention.query": "multi_head_attention/query w",
+    "attention.key": "multi_head_attention/key w",
+    "attention.value": "multi_head_attention/value w",
+    "attention.output": "multi_head_attention/linear w",
+    "feed_forward.router": "router w",
+    "feed_forward.gate": "moe/linear w",
+    "feed_forward.up": "moe/linear_v w",
+    "feed_forward.down": "moe/linear_1 w",
+    "pre_attention_norm.scale": "rms_norm scale",
+    "post_attention_norm.scale": "rms_norm_1 scale",
+    "pre_feed_forward_norm.scale": "rms_norm_2 scale",
+    "post_feed_forward_norm.scale": "rms_norm_3 scale",
+}
+_ROUTER = "feed_forward.router"
+
+# Five digits, as the release wrote them; a hostile name with more of them would ask for a huge range of numbers.
+_FILE_NAME = re.compile(r"tensor([0-9]{5})_([0-9]{3})")
+# Ranks of the first eight files (embedding, norm, three feed-forward weights, key, output, query) -> files of a layer.
+_FILES_PER_LAYER = {"21333222": 12, "21222222": 11}
+
+
+def read_tensor(path: str | Path) -> ReleaseTensor:
+    """Reads the header of one file, a few hundred bytes whatever the size of its arrays.
+
+    Raises:
+      CheckpointError: The file cannot be read, or is anything but one array of the release's format.
+    """
+    path = Path(path)
+    # Opening a named pipe would wait for its writer for ever.
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file; a file of the release is needed: check the path.")
+    try:
+        with path.open("rb", buffering=1024) as stream:
+            header = parse_tensor(stream, path.stat().st_size)
+    except PickleFormatError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
+    scales = None if header.scales is None else _payload(path, header.scales)
+    return ReleaseTensor(path, _payload(path, header.weight), scales)
+
+
+def find_release(path: str | Path) -> Path | None:
+    """The folder with the release's files: `path`, its child `ckpt-0` or `ckpt` (early uploads), or None."""
+    for folder in (Path(path), Path(path, "ckpt-0"), Path(path, "ckpt")):
+        if folder.is_dir() and any(name.endswith("_000") for name in _file_names(folder)):
+            return folder
+    return None
+
+
+def release_name(parameter: str, config: GrokConfig | None = None) -> str:
+    """The release's module and parameter name of one of our paths.
+
+    Args:
+      parameter: our path, such as `layers.3.feed_forward.gate`.
+      config: tells a dense model from one with experts; the latter when absent.
+
+    Returns:
+      For example `transformer/decoder_layer_3/moe/linear w`.
+
+    Raises:
+      ValueError: There is no such parameter.
+    """
+    if parameter in _MODEL_NAMES:
+        return _MODEL_NAMES[parameter]
+    dense = config is not None and config.num_experts == 1
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)", parameter)
+    if found is None or found[2] not in _LAYER_NAMES or (dense and found[2] == _ROUTER):
+        raise ValueError(
+            f"{parameter!r} is no parameter of the release: use one of {list(_MODEL_NAMES)}, "
+            f"or layers.NUMBER. and one of {list(_LAYER_NAMES)} (a dense model has no router)."
+        )
+    name = _LAYER_NAMES[found[2]]
+    return f"transformer/decoder_layer_{found[1]}/{name.removeprefix('moe/') if dense else name}"
+
+
+def parameter_names(config: GrokConfig) -> dict[str, str]:
+    """File name -> our parameter path, in the order of the files.
+
+    The files follow the sorted order of the release's NAMES, so layers come as 0, 1, 10, 11, ..., 2, 20, ...; numeric
+    order would load without an error and compute gibberish.
+
+    Source: JAX flattens dictionaries by sorted keys, and the release numbered the leaves of its parameter tree.
+    """
+    ordered = sorted(parameter_shapes(config), key=lambda parameter: release_name(parameter, config))
+    return {_file_name(number): parameter for number, parameter in enumerate(ordered)}
+
+
+def infer_sizes(path: str | Path) -> dict[str, int]:
+    """The sizes that the number and the shapes of the files tell.
+
+    Returns:
+      `vocab_size`, `model_dim`, `num_layers`, `num_experts` (1: dense), `ffn_dim`, and the products
+      `num_heads*head_dim` and `num_kv_heads*head_dim`, which the files do not tell apart.
+
+    Raises:
+      CheckpointError: There are no files, a number is missing, or the files do not make whole layers.
+    """
+    folder = _folder(path)
+    numbers = _numbers(_file_names(folder))
+    gaps = _ranges({_file_name(number) for number in set(range(max(numbers))) - numbers})
+    if gaps:
+        raise CheckpointError(f"{folder}: missing {', '.join(gaps)}: download the missing files.")
+    shapes = [read_tensor(folder / _file_name(number)).weight.shape for number in sorted(numbers)[:8]]
+    per_layer = _FILES_PER_LAYER.get("".join(str(len(shape)) for shape in shapes), 0)
+    if not per_layer or (len(numbers) - 2) % per_layer:
+        raise CheckpointError(
+            f"{folder}: {len(numbers)} files, the first with the shapes {[list(shape) for shape in shapes]}; a release "
+            "has 2 files and then 12 for each layer, or 11 for a dense one, in the sorted order of their names: "
+            "compare the files with the published ones."
+        )
+    return {
+        "vocab_size": shapes[0][0],
+        "model_dim": shapes[0][1],
+        "num_layers": (len(numbers) - 2) // per_layer,
+        "num_experts": shapes[2][0] if per_layer == 12 else 1,
+        "ffn_dim": shapes[2][-1],
+        "num_heads*head_dim": shapes[7][1],
+        "num_kv_heads*head_dim": shapes[5][1],
+    }
+
+
+def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseCheckpoint:
+    """Opens a checkpoint and checks each file against the configuration; no array is read.
+
+    Layers whose files were numbered in numeric order have the same shapes and cannot be told apart here.
+
+    Args:
+      path: the folder of the files, or its parent (see `find_release`).
+      config: what the checkpoint was made with. Without it the sizes are inferred, which is enough for Grok-1 alone.
+
+    Raises:
+      CheckpointError: There is no checkpoint, its configuration is not known, or files are missing, surplus, malformed
+        or of the wrong shape or dtype; all of them are listed.
+    """
+    folder = _folder(path)
+    config = _known_config(folder) if config is None else config
+    names, shapes = parameter_names(config), parameter_shapes(config)
+    present = _file_names(folder)
+    problems = [f"missing {files}" for files in _ranges(set(names) - present)]
+    problems += [f"surplus {files}" for files in _ranges(present - set(names))]
+    tensors: dict[str, ReleaseTensor] = {}
+    for name in [name for name in names if name in present]:
+        parameter = names[name]
+        try:
+            tensors[parameter] = read_tensor(folder / name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        where = f"{name} ({release_name(parameter, config)})"
+        problems += [f"{where}: {text}" for text in mismatches(tensors[parameter], parameter, shapes[parameter])]
+    if problems:
+        advice = "Pass the configuration that the checkpoint was made with, or download these files again."
+        raise CheckpointError(list_problems(folder, problems, advice))
+    return ReleaseCheckpoint(folder, config, types.MappingProxyType(tensors))
+
+
+def _payload(path: Path, header: ArrayHeader) -> Payload:
+    return Payload(path, header.offset, header.shape, header.dtype)
+
+
+def _file_name(number: int) -> str:
+    return f"tensor{number:05d}_000"
+
+
+def _file_names(folder: Path) -> set[str]:
+    """The files that look like tensors, whichever process wrote them (the release's were all written by 000)."""
+    return {entry.name for entry in folder.iterdir() if _FILE_NAME.fullmatch(entry.name)}
+
+
+def _numbers(names: Iterable[str]) -> set[int]:
+    return {int(name[6:11]) for name in names if name.endswith("_000")}
+
+
+def _ranges(names: set[str]) -> list[str]:
+    """The file names in order, runs of consecutive numbers as `first to last`."""
+    runs: list[list[str]] = []
+    for name in sorted(names):
+        if runs and _file_name(int(runs[-1][-1][6:11]) + 1) == name:
+            runs[-1][1:] = [name]
+        else:
+            runs.append([name])
+    return [" to ".join(run) for run in runs]
+
+
+def _folder(path: str | Path) -> Path:
+    folder = find_release(path)
+    if folder is None:
+        raise CheckpointError(
+            f"{path}: found no files tensorNNNNN_000 in it, nor in its children ckpt-0 and ckpt: "
+            "pass the folder of a downloaded release."
+        )
+    return folder
+
+
+def _sizes_of(config: GrokConfig) -> dict[str, int]:
+    direct = ("vocab_size", "model_dim", "num_layers", "num_experts", "ffn_dim")
+    return {name: getattr(config, name) for name in direct} | {
+        "num_heads*head_dim": config.num_heads * config.head_dim,
+        "num_kv_heads*head_dim": config.num_kv_heads * config.head_dim,
+    }
+
+
+def _known_config(folder: Path) -> GrokConfig:
+    """Grok-1's configuration if the files have its sizes: multipliers and head size are in no file."""
+    sizes = infer_sizes(folder)
+    if sizes == _sizes_of(GrokConfig.grok_1()):
+        return GrokConfig.grok_1()
+    required = [field.name for field in dataclasses.fields(GrokConfig) if field.default is dataclasses.MISSING]
+    asked = [name for name in required if name not in sizes]
+    raise CheckpointError(
+        f"{folder}: the files say {', '.join(f'{name}={size}' for name, size in sizes.items())}, which is not Grok-1; "
+        f"they cannot say {', '.join(asked)}: pass the whole configuration, config=GrokConfig(...) or --config FILE."
+    )

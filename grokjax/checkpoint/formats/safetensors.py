@@ -1,0 +1,334 @@
+"""Reads checkpoints of the safetensors format: the public conversions of the release, and what we export.
+
+A checkpoint is opened by reading the headers of its files; an array is read slice by slice. `safetensors_names` says
+which tensor is which parameter. The package `safetensors` is optional, and is imported when a file is opened.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from grokjax.checkpoint.formats.safetensors_names import (
+    CONFIG,
+    HPCAI,
+    INDEX,
+    INSTALL,
+    KEYFAN,
+    TIED,
+    Scheme,
+    is_transposed,
+    read_config,
+    read_object,
+)
+from grokjax.checkpoint.stored import (
+    Array,
+    ArraySpec,
+    CheckpointError,
+    Index,
+    Piece,
+    TensorSpec,
+    list_problems,
+    mismatches,
+    parameter_shapes,
+    pieces_of,
+)
+from grokjax.config import GrokConfig
+
+_DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Read at once into the result: little memory, and a transposition that stays inside the processor's cache.
+BLOCK_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says about one of its tensors.
+
+    Attributes:
+      file: the file.
+      name: of the tensor.
+      shape: as stored.
+      dtype: the format's name of it, such as `BF16`.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsArray:
+    """A parameter in our orientation: one stored tensor, or the stored matrices of all experts.
+
+    Attributes:
+      sources: one, or one for each expert.
+      shape: [V, D], [D], [C, O] or [E, C, O].
+      dtype: float32 or bfloat16.
+      is_transposed: whether the matrices are stored [O, C].
+    """
+
+    sources: tuple[Header, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_transposed: bool
+
+    def read(self, index: Index = ()) -> Array:
+        """A part of the array in memory of its own; besides it, 1 MiB or one stored row is held."""
+        parts = (*index, *[slice(None)] * (len(self.shape) - len(index)))
+        bounds = [_bounds(part, size) for part, size in zip(parts, self.shape, strict=True)]
+        result = np.empty([len(bound) for bound in bounds], self.dtype)
+        if len(self.shape) == 3:
+            for target, expert in zip(result, bounds[0], strict=True):
+                _fill(target, self.sources[expert], bounds[1:], self.is_transposed)
+        else:
+            _fill(result, self.sources[0], bounds, self.is_transposed)
+        return result.reshape([size for size, part in zip(result.shape, parts, strict=True) if isinstance(part, slice)])
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsTensor:
+    """One parameter; never quantised."""
+
+    weight: SafetensorsArray
+    scales: None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsCheckpoint:
+    """A checkpoint whose tensors all fit its configuration.
+
+    Attributes:
+      path: the folder.
+      config: the configuration that the tensors were checked against.
+      tensors: our parameter path -> its tensor, layers in numeric order.
+      layout: `safetensors`.
+    """
+
+    path: Path
+    config: GrokConfig
+    tensors: Mapping[str, SafetensorsTensor]
+    layout: str = "safetensors"
+
+
+def find_safetensors(path: str | Path) -> Path | None:
+    """`path` if it is a folder with an index or any `*.safetensors` file, else None."""
+    folder = Path(path)
+    return folder if folder.is_dir() and ((folder / INDEX).is_file() or _file_names(folder)) else None
+
+
+def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> SafetensorsCheckpoint:
+    """Opens a checkpoint and checks names, shapes and dtypes against the configuration; no array is read.
+
+    Args:
+      path: the folder of the files (see `find_safetensors`).
+      config: what the checkpoint was made with; by default what `config.json` beside the files says, and without that
+        file Grok-1's if the shapes are.
+
+    Raises:
+      CheckpointError: There is no checkpoint, its configuration is not known, the package `safetensors` is absent, or
+        files or tensors are missing, surplus, damaged or of the wrong shape or dtype; all of them are listed.
+    """
+    folder = find_safetensors(path)
+    if folder is None:
+        raise CheckpointError(f"{path}: found no *.safetensors files and no {INDEX}: pass the folder that holds them.")
+    headers = _read_headers(folder)
+    scheme = _find_scheme(folder, headers)
+    if config is None:
+        config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else _known_config(folder, scheme, headers)
+    if config.num_layers > len(headers):
+        raise CheckpointError(
+            f"{folder}: the configuration has {config.num_layers} layers and the files {len(headers)} tensors: "
+            f"give the configuration that they were made with, or correct {CONFIG}."
+        )
+    tensors: dict[str, SafetensorsTensor] = {}
+    problems: list[str] = []
+    used = {TIED}
+    for parameter, shape in parameter_shapes(config).items():
+        names = [scheme.find(piece, headers) for piece in pieces_of(parameter, config)]
+        used.update(names)
+        sources = tuple(headers[name] for name in names if name in headers)
+        faults = [f"{name}: missing" for name in names if name not in headers]
+        faults += _faults(sources, parameter, shape)
+        problems += faults
+        if not faults:
+            array = SafetensorsArray(sources, shape, _DTYPES[sources[0].dtype], is_transposed(parameter, shape))
+            tensors[parameter] = SafetensorsTensor(array)
+    problems += [f"{name}: surplus" for name in headers if name not in used]
+    problems += _tied_faults(headers, (config.vocab_size, config.model_dim))
+    if problems:
+        advice = "Pass the configuration that the checkpoint was made with, or download these files again."
+        raise CheckpointError(list_problems(folder, problems, advice))
+    return SafetensorsCheckpoint(folder, config, types.MappingProxyType(tensors))
+
+
+def _bounds(part: int | slice, size: int) -> range:
+    """What an index takes of an axis."""
+    if isinstance(part, slice):
+        assert part.step in (None, 1), "slices of a stored array have no steps"
+        return range(size)[part]
+    number = range(size)[part]
+    return range(number, number + 1)
+
+
+def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bool) -> None:
+    """Reads a part of one stored tensor into `target`, block by block."""
+    if not target.size:
+        return
+    # As plain integers: NumPy copies those faster than bfloat16.
+    bits = np.dtype(f"u{target.itemsize}")
+    rows, *columns = bounds[::-1] if transposed else bounds
+    step = max(1, BLOCK_BYTES * len(rows) // target.nbytes)
+    target = target.view(bits).T if transposed else target.view(bits)
+    with _opened(source.file) as file:
+        stored = file.get_slice(source.name)
+        if (tuple(stored.get_shape()), stored.get_dtype()) != (source.shape, source.dtype):
+            raise CheckpointError(f"{source.file}: the file was replaced after it had been opened: open it again.")
+        for start in range(0, len(rows), step):
+            block = (rows[start : start + step], *columns)
+            target[start : start + step] = stored[tuple(slice(part.start, part.stop) for part in block)].view(bits)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, mapped; what is wrong with it becomes a sentence."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {INSTALL}") from error
+    try:
+        # Mapped: the package's other way of reading takes the whole tensor for every slice of it.
+        with safe_open(path, framework="np", backend="mmap") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): download it again.") from error
+
+
+def _file_names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors" and entry.is_file()}
+
+
+def _read_headers(folder: Path) -> dict[str, Header]:
+    """The tensors of all files, which are those of the index where there is one."""
+    present = _file_names(folder)
+    index = _read_index(folder / INDEX) if (folder / INDEX).is_file() else None
+    files = present if index is None else set(index)
+    problems = [f"{name}: missing, {INDEX} names it" for name in sorted(files - present)]
+    problems += [f"{name}: surplus, {INDEX} does not name it" for name in sorted(present - files)]
+    headers: dict[str, Header] = {}
+    for file in sorted(files & present):
+        try:
+            found = _read_file(folder / file)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        said = found.keys() if index is None else index[file]
+        problems += [f"{file}: lacks {name}, which {INDEX} says it holds" for name in sorted(said - found.keys())]
+        problems += [f"{file}: holds {name}, which {INDEX} does not say" for name in sorted(found.keys() - said)]
+        twice = sorted(found.keys() & headers.keys())
+        problems += [f"{file}: holds {name}, as does {headers[name].file.name}" for name in twice]
+        headers |= found
+    if problems:
+        raise CheckpointError(list_problems(folder, problems, "Download these files again."))
+    return headers
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    """Name of a file -> names of the tensors that it should hold."""
+    places = read_object(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{path}: has no weight_map from tensors to files: download it again.")
+    files: dict[str, set[str]] = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: places {name} in {file!r}; a *.safetensors file beside it is allowed.")
+        files.setdefault(file, set()).add(name)
+    return files
+
+
+def _read_file(path: Path) -> dict[str, Header]:
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+        return {name: Header(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+def _find_scheme(folder: Path, headers: Mapping[str, Header]) -> Scheme:
+    keyfan, hpcai = (sum(name.startswith(scheme.prefix) for name in headers) for scheme in (KEYFAN, HPCAI))
+    if not keyfan and not hpcai:
+        raise CheckpointError(
+            f"{folder}: holds {', '.join(sorted(headers)[:3]) or 'no tensors'}; names that begin with "
+            f"{KEYFAN.prefix} (as in keyfan/grok-1-hf) or {HPCAI.prefix} (as in hpcai-tech/grok-1) are known: "
+            "check the path."
+        )
+    return KEYFAN if keyfan >= hpcai else HPCAI
+
+
+def _faults(sources: Sequence[Header], parameter: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """What is wrong with the stored tensors of one parameter of that `shape`."""
+    stored = shape[-2:][::-1] if is_transposed(parameter, shape) else shape
+    for source in sources:
+        if source.dtype not in _DTYPES:
+            yield f"{source.name}: the dtype is {source.dtype}; {' and '.join(_DTYPES)} are allowed: convert it first"
+            continue
+        spec = TensorSpec(ArraySpec(source.shape, _DTYPES[source.dtype]), None)
+        yield from (f"{source.name}: {text}" for text in mismatches(spec, parameter, stored))
+    dtypes = sorted({source.dtype for source in sources})
+    if len(dtypes) > 1:
+        yield f"{parameter}: its experts are stored as {' and '.join(dtypes)}; one dtype for all is allowed"
+
+
+def _tied_faults(headers: Mapping[str, Header], shape: tuple[int, int]) -> Iterator[str]:
+    if TIED in headers and headers[TIED].shape != shape:
+        found = list(headers[TIED].shape)
+        yield f"{TIED}: the weight has the shape {found}, the embedding {list(shape)}; Grok ties them"
+
+
+def _known_config(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) -> GrokConfig:
+    """Grok-1's configuration if the tensors have its sizes: multipliers and head size are in no file."""
+    sizes, grok_1 = _infer_sizes(folder, scheme, headers), GrokConfig.grok_1()
+    known = dataclasses.asdict(grok_1) | {
+        "num_heads*head_dim": grok_1.num_heads * grok_1.head_dim,
+        "num_kv_heads*head_dim": grok_1.num_kv_heads * grok_1.head_dim,
+    }
+    if all(known[name] == size for name, size in sizes.items()):
+        return grok_1
+    required = [field.name for field in dataclasses.fields(GrokConfig) if field.default is dataclasses.MISSING]
+    asked = [name for name in required if name not in sizes]
+    raise CheckpointError(
+        f"{folder}: the files say {', '.join(f'{name}={size}' for name, size in sizes.items())}, which is not Grok-1; "
+        f"they cannot say {', '.join(asked)}: put the model's {CONFIG} beside them, or pass the whole configuration, "
+        "config=GrokConfig(...) or --config FILE."
+    )
+
+
+def _infer_sizes(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) -> dict[str, int]:
+    """The sizes that names and shapes tell; numbers of heads only as products with the head size."""
+    parameters = ("embedding.table", "layers.0.attention.query", "layers.0.attention.key", "layers.0.feed_forward.gate")
+    shapes: list[tuple[int, ...]] = []
+    for name in (scheme.name(Piece(parameter)) for parameter in parameters):
+        shapes.append(headers[name].shape if name in headers else ())
+        if len(shapes[-1]) != 2:
+            raise CheckpointError(
+                f"{folder}: found no matrix {name}, which tells sizes of the model: download the missing files, or put "
+                f"the model's {CONFIG} beside them."
+            )
+    table, query, key, gate = shapes
+    of_layer = re.escape(scheme.layer_prefix).replace(re.escape("{layer}"), r"(\d{1,6})")
+    layers = {int(found[1]) for name in headers if (found := re.match(of_layer, name))}
+    gates = (scheme.name(Piece(parameters[-1], expert)) for expert in itertools.count())
+    return {
+        "vocab_size": table[0],
+        "model_dim": table[1],
+        "num_layers": max(layers) + 1,
+        "num_experts": sum(1 for _ in itertools.takewhile(headers.__contains__, gates)),
+        "ffn_dim": gate[0],
+        "num_heads*head_dim": query[0],
+        "num_kv_heads*head_dim": key[0],
+    }

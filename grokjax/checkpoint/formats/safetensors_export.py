@@ -1,0 +1,219 @@
+"""Writes checkpoints of the safetensors format with the names of `keyfan/grok-1-hf` (see `safetensors_names`).
+
+Shards are written under names that no reader looks for, `shard-00001.part`, and get their own when all are there; the
+index comes last. So an interrupted export is not mistaken for a checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from grokjax.checkpoint.formats.safetensors_names import CONFIG, INDEX, INSTALL, KEYFAN, config_fields, is_transposed
+from grokjax.checkpoint.stored import Array, CheckpointError, Piece, parameter_shapes, pieces_of
+from grokjax.config import GrokConfig
+
+Shard = dict[str, Array]
+
+_DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+_PART = ".part"
+# Transposed at once: both sides of the copy stay inside the processor's cache.
+BLOCK_BYTES = 1 << 20
+
+
+def write_safetensors(
+    path: str | Path,
+    config: GrokConfig,
+    pieces: Iterable[tuple[str, int | None, Array]],
+    *,
+    dtype: npt.DTypeLike,
+    max_shard_bytes: int = 1 << 30,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a model as safetensors shards with an index and a `config.json`.
+
+    Memory is needed for one shard and the next piece.
+
+    Args:
+      path: a folder that does not exist, or is empty.
+      config: of the model.
+      pieces: every piece of the model once (`stored.pieces_of`), in any order: our parameter path, the expert or None,
+        and the array [C, O], [V, D] or [D], float32 or bfloat16, which must not be changed afterwards.
+      dtype: that all of them are written in, norms and router too: float32 or bfloat16.
+      max_shard_bytes: the most that a file holds; a larger piece has a file of its own.
+      progress: called after each shard with the bytes of the arrays written so far, and in all.
+
+    Raises:
+      CheckpointError: The folder exists and is not empty or cannot be written, the disk is full, or the package
+        `safetensors` is absent. What was written is removed.
+      ValueError: `dtype` or `max_shard_bytes` is impossible, or the pieces are not those of the model.
+    """
+    dtype = np.dtype(dtype)
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype.name} cannot be exported: choose float32 or bfloat16.")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be a number of bytes, 1 or more.")
+    folder = Path(path)
+    # Before anything is written, and not after hours of reading.
+    _require_package(folder)
+    total = sum(int(np.prod(shape)) for shape in parameter_shapes(config).values()) * dtype.itemsize
+    _make_folder(folder, total)
+    with _removed_on_failure() as written:
+        places: dict[str, int] = {}
+        done = 0
+        for number, shard in enumerate(_shards(_tensors(config, pieces, dtype), max_shard_bytes)):
+            with _explained(folder):
+                _write_shard(folder / f"shard-{number + 1:05d}{_PART}", shard, written)
+            places |= dict.fromkeys(shard, number)
+            done += sum(array.nbytes for array in shard.values())
+            # Neither this loop nor the generator lets go of a shard before the next is full.
+            shard.clear()
+            if progress is not None:
+                progress(done, total)
+        with _explained(folder):
+            _commit(folder, {**config_fields(config), "torch_dtype": dtype.name}, places, total, written)
+
+
+def _require_package(path: Path) -> None:
+    try:
+        import safetensors.numpy  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {INSTALL}") from error
+
+
+def _make_folder(folder: Path, total: int) -> None:
+    """An empty folder with room for `total` bytes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [entry.name for entry in folder.iterdir()]
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made ({error.strerror}): choose another folder.") from error
+    if found:
+        unfinished = any(name.endswith(_PART) for name in found)
+        state = "holds what an interrupted export left" if unfinished else "exists and is not empty"
+        raise CheckpointError(f"{folder}: {state}: choose another folder, or remove it first.")
+    if free < total:
+        raise CheckpointError(
+            f"{folder}: {total / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free: "
+            "make room or choose another disk."
+        )
+
+
+@contextlib.contextmanager
+def _removed_on_failure() -> Iterator[list[Path]]:
+    """A list of files, which are removed if the body fails or is interrupted."""
+    written: list[Path] = []
+    try:
+        yield written
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns a failure to write into a sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error}), {shutil.disk_usage(folder).free / 1e9:.1f} GB are free: "
+            "make room or check the permissions, then export again."
+        ) from error
+
+
+def _tensors(
+    config: GrokConfig, pieces: Iterable[tuple[str, int | None, Array]], dtype: np.dtype[Any]
+) -> Iterator[tuple[str, Array]]:
+    """Stored names and arrays as they are stored; ends with the error if pieces are left over."""
+    left = {
+        piece: shape[len(piece.index) :]
+        for parameter, shape in parameter_shapes(config).items()
+        for piece in pieces_of(parameter, config)
+    }
+    num_pieces = len(left)
+    for parameter, expert, array in pieces:
+        piece = Piece(parameter, expert)
+        if piece not in left:
+            raise ValueError(f"{piece.name} is no piece of the model, or was given before: give each of them once.")
+        shape = left.pop(piece)
+        if array.shape != shape or array.dtype not in _DTYPES:
+            raise ValueError(
+                f"{piece.name} is {array.dtype.name} {list(array.shape)}: float32 or bfloat16 {list(shape)} is needed."
+            )
+        stored = _transpose(array, dtype) if is_transposed(parameter, shape) else np.ascontiguousarray(array, dtype)
+        yield KEYFAN.name(piece), stored
+    if left:
+        raise ValueError(f"{len(left)} of the {num_pieces} pieces were not given, such as {next(iter(left)).name}.")
+
+
+def _transpose(array: Array, dtype: np.dtype[Any]) -> Array:
+    """[C, O] as contiguous [O, C]."""
+    result = np.empty(array.shape[::-1], dtype)
+    # As plain integers: NumPy copies those faster than bfloat16.
+    bits = np.dtype(f"u{dtype.itemsize}")
+    target = result.view(bits)
+    step = max(1, BLOCK_BYTES // (array.shape[1] * dtype.itemsize))
+    for start in range(0, array.shape[0], step):
+        target[:, start : start + step] = array[start : start + step].astype(dtype, order="C").view(bits).T
+    return result
+
+
+def _shards(tensors: Iterable[tuple[str, Array]], max_bytes: int) -> Iterator[Shard]:
+    """Tensors in their order, as many together as fit."""
+    shard: Shard = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def _write_shard(path: Path, shard: Shard, written: list[Path]) -> None:
+    from safetensors.numpy import save_file
+
+    # The package makes files that only their owner may read; this one takes what other new files get.
+    path.touch(exist_ok=False)
+    written.append(path)
+    mode = path.stat().st_mode
+    # Source: `transformers` refuses a file whose metadata does not say the format.
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(mode)
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _commit(
+    folder: Path, config: dict[str, int | float | str], places: dict[str, int], total: int, written: list[Path]
+) -> None:
+    """Gives the shards their names and writes the other files; `written` is kept up to date."""
+    count = len(written)
+    _write_json(folder / CONFIG, config, written)
+    for i in range(count):
+        written[i] = written[i].replace(folder / f"model-{i + 1:05d}-of-{count:05d}.safetensors")
+    weight_map = {name: written[i].name for name, i in places.items()}
+    part = folder / f"{INDEX}{_PART}"
+    _write_json(part, {"metadata": {"total_size": total}, "weight_map": weight_map}, written)
+    written[-1] = part.replace(folder / INDEX)
+
+
+def _write_json(path: Path, document: object, written: list[Path]) -> None:
+    with path.open("x", encoding="utf-8") as stream:
+        written.append(path)
+        stream.write(json.dumps(document, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())

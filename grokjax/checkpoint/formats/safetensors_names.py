@@ -1,0 +1,194 @@
+"""Names of the public safetensors conversions: of their tensors, and of the fields of their `config.json`.
+
+Two sets of tensor names are in use, those of `keyfan/grok-1-hf` and those of `hpcai-tech/grok-1`:
+
+| ours | keyfan's | hpcai's |
+|---|---|---|
+| `embedding.table` | `transformer.in_out_embed.weight` | `model.embed_tokens.weight` |
+| `final_norm.scale` | `transformer.rms_norm.weight` | `model.norm.weight` |
+
+and for layer i and expert e (a dense model has one expert, 0, and no router)
+
+| `layers.{i}.` | `transformer.decoder_layer.{i}.` | `model.layers.{i}.` |
+|---|---|---|
+| `attention.query` | `multi_head_attention.query.weight` | `attn.q_proj.weight` |
+| `attention.key` | `multi_head_attention.key.weight` | `attn.k_proj.weight` |
+| `attention.value` | `multi_head_attention.value.weight` | `attn.v_proj.weight` |
+| `attention.output` | `multi_head_attention.linear.weight` | `attn.o_proj.weight` |
+| `feed_forward.router` | `router.weight` | `moe_block.gate.weight` |
+| `feed_forward.gate` | `moe.{e}.linear.weight` | `moe_block.experts.{e}.linear.weight` |
+| `feed_forward.up` | `moe.{e}.linear_v.weight` | `moe_block.experts.{e}.linear_v.weight` |
+| `feed_forward.down` | `moe.{e}.linear_1.weight` | `moe_block.experts.{e}.linear_1.weight` |
+| `pre_attention_norm.scale` | `rms_norm.weight` | `pre_attn_norm.scale` |
+| `post_attention_norm.scale` | `rms_norm_1.weight` | `post_attn_norm.scale` |
+| `pre_feed_forward_norm.scale` | `rms_norm_2.weight` | `pre_moe_norm.scale` |
+| `post_feed_forward_norm.scale` | `rms_norm_3.weight` | `post_moe_norm.scale` |
+
+Norms may end in `.weight` or `.scale`. Matrices are stored [O, C], the other way round than ours; the table is [V, D].
+`lm_head.weight` may stand beside the table and is not read: Grok ties them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from grokjax.checkpoint.stored import CheckpointError, Piece
+from grokjax.config import GrokConfig
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+TIED = "lm_head.weight"
+INSTALL = "the package safetensors is not installed: pip install 'grokjax[safetensors]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """Names of the tensors in one family of public checkpoints.
+
+    Attributes:
+      prefix: what the names begin with.
+      model: our path -> the name.
+      layer_prefix: what the names of a layer begin with.
+      layer: our path inside a layer -> the name inside it.
+    """
+
+    prefix: str
+    model: Mapping[str, str]
+    layer_prefix: str
+    layer: Mapping[str, str]
+
+    def name(self, piece: Piece) -> str:
+        """The stored name of a piece; a dense block is expert 0."""
+        if piece.layer is None:
+            return self.model[piece.parameter]
+        name = self.layer[piece.parameter.removeprefix(f"layers.{piece.layer}.")]
+        return (self.layer_prefix + name).format(layer=piece.layer, expert=piece.expert or 0)
+
+    def find(self, piece: Piece, names: Container[str]) -> str:
+        """As `name`, but a norm's name ends as it does among `names`."""
+        name = self.name(piece)
+        if name not in names and piece.parameter.endswith("norm.scale"):
+            stem, _, ending = name.rpartition(".")
+            other = f"{stem}.{'weight' if ending == 'scale' else 'scale'}"
+            return other if other in names else name
+        return name
+
+
+KEYFAN = Scheme(
+    prefix="transformer.",
+    model={"embedding.table": "transformer.in_out_embed.weight", "final_norm.scale": "transformer.rms_norm.weight"},
+    layer_prefix="transformer.decoder_layer.{layer}.",
+    layer={
+        "attention.query": "multi_head_attention.query.weight",
+        "attention.key": "multi_head_attention.key.weight",
+        "attention.value": "multi_head_attention.value.weight",
+        "attention.output": "multi_head_attention.linear.weight",
+        "feed_forward.router": "router.weight",
+        "feed_forward.gate": "moe.{expert}.linear.weight",
+        "feed_forward.up": "moe.{expert}.linear_v.weight",
+        "feed_forward.down": "moe.{expert}.linear_1.weight",
+        "pre_attention_norm.scale": "rms_norm.weight",
+        "post_attention_norm.scale": "rms_norm_1.weight",
+        "pre_feed_forward_norm.scale": "rms_norm_2.weight",
+        "post_feed_forward_norm.scale": "rms_norm_3.weight",
+    },
+)
+HPCAI = Scheme(
+    prefix="model.",
+    model={"embedding.table": "model.embed_tokens.weight", "final_norm.scale": "model.norm.weight"},
+    layer_prefix="model.layers.{layer}.",
+    layer={
+        "attention.query": "attn.q_proj.weight",
+        "attention.key": "attn.k_proj.weight",
+        "attention.value": "attn.v_proj.weight",
+        "attention.output": "attn.o_proj.weight",
+        "feed_forward.router": "moe_block.gate.weight",
+        "feed_forward.gate": "moe_block.experts.{expert}.linear.weight",
+        "feed_forward.up": "moe_block.experts.{expert}.linear_v.weight",
+        "feed_forward.down": "moe_block.experts.{expert}.linear_1.weight",
+        "pre_attention_norm.scale": "pre_attn_norm.scale",
+        "post_attention_norm.scale": "post_attn_norm.scale",
+        "pre_feed_forward_norm.scale": "pre_moe_norm.scale",
+        "post_feed_forward_norm.scale": "post_moe_norm.scale",
+    },
+)
+
+# Field of `config.json` -> ours. Source: `Grok1Config` of hpcai-tech/grok-1. `rope_base` is our own addition: the
+# public files hold no base, and some carry an unused `rope_theta` of another value, which must not be believed.
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "model_dim",
+    "intermediate_size": "ffn_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "experts_per_token",
+    "max_position_embeddings": "max_seq_len",
+    "embedding_multiplier_scale": "embedding_multiplier",
+    "output_multiplier_scale": "output_multiplier",
+    "attn_output_multiplier": "attention_multiplier",
+    "max_attn_value": "attention_softcap",
+    "rope_base": "rope_base",
+    "rms_norm_eps": "norm_eps",
+    "pad_token_id": "pad_id",
+    "bos_token_id": "bos_id",
+    "eos_token_id": "eos_id",
+}
+
+
+def is_transposed(parameter: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter's matrices are stored the other way round: all but the embedding table."""
+    return len(shape) > 1 and parameter != "embedding.table"
+
+
+def config_fields(config: GrokConfig) -> dict[str, int | float]:
+    """The configuration by the names of `config.json`; `read_config` reads it back equal."""
+    return {name: getattr(config, ours) for name, ours in _FIELDS.items()}
+
+
+def read_config(path: Path) -> GrokConfig:
+    """Reads a `config.json`; fields that say nothing about our configuration are ignored.
+
+    Without `head_dim` it is D / N; other fields that `GrokConfig` has a default for may be absent or null too.
+
+    Raises:
+      CheckpointError: It cannot be read, lacks a field, or holds an impossible one.
+    """
+    document = read_object(path)
+    fields: dict[str, Any] = {ours: document[name] for name, ours in _FIELDS.items() if document.get(name) is not None}
+    required = {field.name for field in dataclasses.fields(GrokConfig) if field.default is dataclasses.MISSING}
+    missing = [name for name, ours in _FIELDS.items() if ours in required - {*fields, "head_dim"}]
+    if missing:
+        raise CheckpointError(
+            f"{path}: lacks {', '.join(missing)}: add what the model was made with, or pass the whole configuration, "
+            "config=GrokConfig(...) or --config FILE."
+        )
+    dim, heads = fields["model_dim"], fields["num_heads"]
+    whole = isinstance(dim, int) and isinstance(heads, int) and heads > 0
+    # Where D or N is impossible, GrokConfig names it before it comes to this 0.
+    fields.setdefault("head_dim", dim // heads if whole else 0)
+    try:
+        return GrokConfig(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      CheckpointError: It cannot be read or holds anything else.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}): download it again.") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: holds no JSON object but a {type(document).__name__}: download it again.")
+    return document

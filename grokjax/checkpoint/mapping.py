@@ -1,0 +1,113 @@
+"""Which parameter of a model comes from where in a checkpoint: chosen layers, rename rules, exclude rules."""
+
+import re
+from collections.abc import Sequence
+
+from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, mismatches, parameter_shapes
+from grokjax.config import GrokConfig
+
+
+def check_layers(layers: Sequence[int], config: GrokConfig) -> Sequence[int]:
+    """The layers if they are some of the checkpoint's.
+
+    Raises:
+      ValueError: They are not.
+    """
+    if not layers or not all(type(layer) is int and 0 <= layer < config.num_layers for layer in layers):
+        raise ValueError(f"layers={list(layers)}: name one or more of the checkpoint's 0 to {config.num_layers - 1}.")
+    return layers
+
+
+def map_parameters(
+    config: GrokConfig, layers: Sequence[int], rename: Sequence[tuple[str, str]], exclude: Sequence[str]
+) -> dict[str, str | None]:
+    """The model's path, with the layer's number -> the checkpoint's path, None where the value stays fresh."""
+    sources: dict[str, str | None] = {}
+    for parameter in parameter_shapes(config):
+        name = re.sub(r"^layers\.(\d+)\.", lambda found: f"layers.{layers[int(found[1])]}.", parameter)
+        sources[parameter] = None if _is_excluded(name, exclude) else _renamed(name, rename)
+    return sources
+
+
+def check_expression(pattern: str) -> None:
+    """Refuses what is no regular expression.
+
+    Raises:
+      ValueError: It is none.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is not a regular expression ({error}): escape its special characters."
+        ) from error
+
+
+def _is_excluded(name: str, exclude: Sequence[str]) -> bool:
+    return any(_search(pattern, name) for pattern in exclude)
+
+
+def _renamed(name: str, rename: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rename:
+        if _search(pattern, name):
+            try:
+                return re.sub(pattern, replacement, name)
+            except re.error as error:
+                raise ValueError(
+                    f"{replacement!r} cannot replace {pattern!r} ({error}): name groups that the pattern has."
+                ) from error
+    return name
+
+
+def _search(pattern: str, name: str) -> bool:
+    check_expression(pattern)
+    return re.search(pattern, name) is not None
+
+
+def check_sources(
+    checkpoint: Checkpoint, sources: dict[str, str | None], shapes: dict[str, tuple[int, ...]], may_leave: Sequence[str]
+) -> None:
+    """Compares each parameter of the model with where it comes from, and all that is in the checkpoint with its uses.
+
+    Args:
+      checkpoint: of any layout.
+      sources: what `map_parameters` returned.
+      shapes: of the model's parameters.
+      may_leave: regular expressions; what is found by one in the checkpoint need not be used.
+
+    Raises:
+      CheckpointError: Something does not fit; everything that does not is listed.
+    """
+    problems: list[str] = []
+    kinds: dict[str, set[bool]] = {}
+    for parameter, source in sources.items():
+        if source is None:
+            continue
+        if source not in checkpoint.tensors:
+            problems.append(f"{parameter}: the checkpoint has no {source}")
+            continue
+        tensor = checkpoint.tensors[source]
+        where = parameter if parameter == source else f"{parameter} from {source}"
+        problems += [f"{where}: {text}" for text in mismatches(tensor, parameter, shapes[parameter])]
+        kinds.setdefault(stack_name(parameter), set()).add(tensor.scales is None)
+    problems += [
+        f"{name}: some are quantised and some are plain: all layers must be alike, convert the checkpoint first"
+        for name, found in kinds.items()
+        if len(found) > 1
+    ]
+    unused = set(checkpoint.tensors) - set(sources.values())
+    problems += [
+        f"{name}: not used by the model"
+        for name in checkpoint.tensors
+        if name in unused and not _is_excluded(name, may_leave)
+    ]
+    if problems:
+        advice = (
+            "Pass the configuration that the checkpoint was made with, or rename and exclude what is meant to differ."
+        )
+        raise CheckpointError(list_problems(checkpoint.path, problems, advice))
+
+
+def stack_name(parameter: str) -> str:
+    """The path without the layer's number, as the model has it."""
+    return re.sub(r"^layers\.\d+\.", "layers.", parameter)

@@ -1,0 +1,102 @@
+"""What a conversion does with the weights of one matrix: keeps, quantises or dequantises them, in little memory."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from grokjax.checkpoint.stored import Array, ArraySpec, TensorSpec, is_quantizable
+from grokjax.quantization import QuantizedArray, dequantize, quantize
+
+Weights = Literal["keep", "int8", "bfloat16", "float32"]
+Leaves = dict[str, Array]
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Columns are converted so many bytes of float32 at a time: quantising takes a few times that.
+SLICE_BYTES = 32 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a conversion does with the weights.
+
+    Attributes:
+      weights: `keep` leaves every array as it is; `int8` quantises float weights of attention and experts;
+        `bfloat16` and `float32` make everything plain in that dtype, norms and router excepted.
+      scale_blocks: Q of the weights that are quantised here, along the contracting axis; must divide it.
+
+    Raises:
+      ValueError: `weights` is none of these.
+    """
+
+    weights: Weights = "keep"
+    scale_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"weights={self.weights!r}: choose one of {', '.join(get_args(Weights))}.")
+
+    @classmethod
+    def of_origin(cls, origin: Mapping[str, Any]) -> Self:
+        """That of a checkpoint's manifest; one that was saved and not converted has none."""
+        return cls(origin.get("weights", "keep"), origin.get("scale_blocks", 1))
+
+    def result(self, parameter: str, spec: TensorSpec) -> TensorSpec:
+        """What becomes of a parameter.
+
+        Raises:
+          ValueError: The scale blocks do not divide its rows.
+        """
+        shape = spec.weight.shape
+        if self.weights == "int8" and is_quantizable(parameter) and spec.scales is None:
+            if self.scale_blocks < 1 or shape[-2] % self.scale_blocks:
+                raise ValueError(
+                    f"scale_blocks={self.scale_blocks} does not divide the {shape[-2]} rows of {parameter}: "
+                    "choose a divisor."
+                )
+            scales = ArraySpec((*shape[:-2], self.scale_blocks, shape[-1]), np.dtype(np.float32))
+            return TensorSpec(ArraySpec(shape, np.dtype(np.int8)), scales)
+        if self.weights in ("bfloat16", "float32") and _is_matrix(parameter):
+            return TensorSpec(ArraySpec(shape, _BFLOAT16 if self.weights == "bfloat16" else np.dtype(np.float32)), None)
+        return spec
+
+    def apply(self, leaves: Leaves, spec: TensorSpec) -> Leaves:
+        """Turns the arrays of a piece into those of `spec`."""
+        if spec.scales is not None and "scales" not in leaves:
+            return _by_columns(leaves, spec, functools.partial(_quantize, num_blocks=self.scale_blocks))
+        if spec.scales is None and ("scales" in leaves or leaves["weight"].dtype != spec.weight.dtype):
+            return _by_columns(leaves, spec, functools.partial(_dequantize, dtype=spec.weight.dtype.name))
+        return leaves
+
+
+def _by_columns(leaves: Leaves, spec: TensorSpec, change: Any) -> Leaves:
+    """Applies `change` to slices of columns, which are independent of each other, on the CPU."""
+    results = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in spec.leaves().items()}
+    rows, columns = spec.weight.shape
+    step = max(1, SLICE_BYTES // (4 * rows))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for start in range(0, columns, step):
+            part = {name: np.ascontiguousarray(leaf[:, start : start + step]) for name, leaf in leaves.items()}
+            for name, result in change(part).items():
+                results[name][:, start : start + step] = result
+    return results
+
+
+@functools.partial(jax.jit, static_argnames="num_blocks")
+def _quantize(leaves: Mapping[str, jax.Array], *, num_blocks: int) -> dict[str, jax.Array]:
+    result = quantize(leaves["weight"], num_blocks=num_blocks)
+    return {"weight": result.weight, "scales": result.scales}
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(leaves: Mapping[str, jax.Array], *, dtype: str) -> dict[str, jax.Array]:
+    weight = leaves["weight"]
+    return {"weight": dequantize(QuantizedArray(weight, leaves["scales"]) if "scales" in leaves else weight, dtype)}
+
+
+def _is_matrix(parameter: str) -> bool:
+    return is_quantizable(parameter) or parameter == "embedding.table"

@@ -1,0 +1,249 @@
+"""What every checkpoint layout has in common: parameters by our paths, arrays that are read slice by slice.
+
+A layout (`release`, `safetensors`, `orbax`) opens a checkpoint by reading names, shapes and dtypes only.
+Its arrays are then read in pieces: a parameter of the model or of one layer, or the matrix of one expert of one layer.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from grokjax.config import GrokConfig
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Index = tuple[int | slice, ...]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used as it is; the message names the file, what was found, what is allowed, what to do."""
+
+
+class Shaped(Protocol):
+    """Anything with a shape and a dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """int8, float32 or bfloat16."""
+
+
+class StoredArray(Shaped, Protocol):
+    """An array on disk, of which nothing has been read."""
+
+    def read(self, index: Index = ()) -> Array:
+        """A part of the array in memory of its own, in C order; `index` is as NumPy's, without steps."""
+
+
+class StoredTensor(Protocol):
+    """A plain weight, or an int8 weight [..., C, O] with scales [..., Q, O] (see `QuantizedArray`)."""
+
+    @property
+    def weight(self) -> StoredArray:
+        """The values, or the int8 values."""
+
+    @property
+    def scales(self) -> StoredArray | None:
+        """Scales of int8 values; None for a plain weight."""
+
+
+class Checkpoint(Protocol):
+    """A checkpoint whose tensors all fit its configuration."""
+
+    @property
+    def layout(self) -> str:
+        """`release`, `safetensors` or `orbax`."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+
+    @property
+    def config(self) -> GrokConfig:
+        """The configuration that the tensors were checked against."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Our parameter path -> its tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shapes and dtypes of a plain weight, or of int8 values and their scales."""
+
+    weight: ArraySpec
+    scales: ArraySpec | None
+
+    @classmethod
+    def of(cls, tensor: "StoredTensor") -> "TensorSpec":
+        """Those of a stored tensor."""
+        scales = None if tensor.scales is None else ArraySpec(tensor.scales.shape, tensor.scales.dtype)
+        return cls(ArraySpec(tensor.weight.shape, tensor.weight.dtype), scales)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves().values())
+
+    def leaves(self) -> dict[str, ArraySpec]:
+        """The arrays by name."""
+        return {"weight": self.weight} | ({} if self.scales is None else {"scales": self.scales})
+
+    def piece(self, piece: "Piece") -> "TensorSpec":
+        """What one piece of it is."""
+        skipped = len(piece.index)
+        leaves = {name: ArraySpec(leaf.shape[skipped:], leaf.dtype) for name, leaf in self.leaves().items()}
+        return TensorSpec(leaves["weight"], leaves.get("scales"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is read, converted or written at once, so that memory is needed for one matrix and not for one layer.
+
+    Attributes:
+      parameter: our path, such as `layers.3.feed_forward.gate`.
+      expert: which of its experts; None for a parameter without an expert axis.
+    """
+
+    parameter: str
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, with the expert's number behind it."""
+        return self.parameter if self.expert is None else f"{self.parameter}.{self.expert}"
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Where the piece lies in the parameter's stored array."""
+        return () if self.expert is None else (self.expert,)
+
+    @property
+    def layer(self) -> int | None:
+        """The layer's number; None for a parameter outside the layers."""
+        found = re.match(r"layers\.(\d+)\.", self.parameter)
+        return int(found[1]) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Pieces that our own checkpoints keep together: an expert's matrix, the rest of a layer, or another parameter.
+
+    Attributes:
+      name: `layers.3`, `layers.3.feed_forward.gate.5`, `embedding.table` or `final_norm.scale`.
+      pieces: its contents.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+
+_EXPERT_MATRIX = re.compile(r"layers\.\d+\.feed_forward\.(gate|up|down)")
+_QUANTIZABLE = re.compile(r"layers\.\d+\.(attention\.\w+|feed_forward\.(gate|up|down))")
+_FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
+_MOST_LINES = 20
+
+
+def parameter_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each of our parameters as checkpoints store it, layers in numeric order, a dense model without E."""
+    dim, queries = config.model_dim, config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    dense = config.num_experts == 1
+    experts = () if dense else (config.num_experts,)
+    layer: dict[str, tuple[int, ...]] = {
+        "attention.query": (dim, queries),
+        "attention.key": (dim, keys),
+        "attention.value": (dim, keys),
+        "attention.output": (queries, dim),
+        "feed_forward.router": (dim, config.num_experts),
+        "feed_forward.gate": (*experts, dim, config.ffn_dim),
+        "feed_forward.up": (*experts, dim, config.ffn_dim),
+        "feed_forward.down": (*experts, config.ffn_dim, dim),
+        "pre_attention_norm.scale": (dim,),
+        "post_attention_norm.scale": (dim,),
+        "pre_feed_forward_norm.scale": (dim,),
+        "post_feed_forward_norm.scale": (dim,),
+    }
+    if dense:
+        del layer["feed_forward.router"]
+    shapes: dict[str, tuple[int, ...]] = {"embedding.table": (config.vocab_size, dim), "final_norm.scale": (dim,)}
+    return shapes | {f"layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
+
+
+def is_quantizable(parameter: str) -> bool:
+    """Whether the parameter may be int8: attention and expert matrices may, norms, router and embedding not."""
+    return _QUANTIZABLE.fullmatch(parameter) is not None
+
+
+def pieces_of(parameter: str, config: GrokConfig) -> tuple[Piece, ...]:
+    """The pieces of a parameter: one for each expert where it has an expert axis."""
+    if config.num_experts > 1 and _EXPERT_MATRIX.fullmatch(parameter):
+        return tuple(Piece(parameter, expert) for expert in range(config.num_experts))
+    return (Piece(parameter),)
+
+
+def unit_name(piece: Piece) -> str:
+    """The unit that holds a piece: `layers.3` for what is not an expert's matrix, else the piece's own name."""
+    return piece.name if piece.layer is None or _EXPERT_MATRIX.fullmatch(piece.parameter) else f"layers.{piece.layer}"
+
+
+def units_of(config: GrokConfig) -> tuple[Unit, ...]:
+    """All pieces of a model as the units of our own checkpoints, in numeric order of the layers."""
+    units: dict[str, list[Piece]] = {}
+    for parameter in parameter_shapes(config):
+        for piece in pieces_of(parameter, config):
+            units.setdefault(unit_name(piece), []).append(piece)
+    return tuple(Unit(name, tuple(pieces)) for name, pieces in units.items())
+
+
+def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """A sentence for each way in which a tensor is not the parameter of that `shape`."""
+    weight: Shaped = tensor.weight
+    scales: Shaped | None = tensor.scales
+    if weight.shape != shape:
+        yield f"the weight has the shape {list(weight.shape)}, the configuration asks for {list(shape)}"
+    if scales is None:
+        if weight.dtype not in _FLOATS:
+            yield f"the weight is {weight.dtype.name} without scales; only float32 and bfloat16 go without"
+        return
+    if len(weight.shape) < 2 or not is_quantizable(parameter):
+        yield "the weight is quantised; only attention and feed-forward weights are, in a release"
+        return
+    if weight.dtype != np.int8 or scales.dtype not in _FLOATS:
+        yield (
+            f"the weight is {weight.dtype.name} with {scales.dtype.name} scales; "
+            "int8 with float32 or bfloat16 scales is allowed"
+        )
+    # Against the weight as found: if its own shape is wrong, that is one problem and not two.
+    *lead, rows, outputs = weight.shape
+    same_axes = len(scales.shape) == len(weight.shape) and (*scales.shape[:-2], scales.shape[-1]) == (*lead, outputs)
+    if not same_axes or 0 in scales.shape or rows % scales.shape[-2]:
+        allowed = ", ".join(map(str, [*lead, "Q", outputs]))
+        yield f"the scales have the shape {list(scales.shape)}; [{allowed}] is allowed, Q any divisor of {rows}"
+
+
+def list_problems(path: Path, problems: Sequence[str], advice: str) -> str:
+    """One message for all that is wrong with a checkpoint, the first twenty in full."""
+    shown = "".join(f"\n  {problem}" for problem in problems[:_MOST_LINES])
+    hidden = len(problems) - _MOST_LINES
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return (
+        f"{path}: the files do not fit the configuration, {count}:{shown}"
+        f"{f'{chr(10)}  and {hidden} more' if hidden > 0 else ''}\n{advice}"
+    )

@@ -1,0 +1,322 @@
+"""The batch job of `grokjax generate`: prompts from a file, results as JSON lines, resumed after interruption."""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import json
+import reprlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from grokjax.engine import Engine, Handle
+from grokjax.request import Completion, Request
+
+PromptId = str | int
+
+# Seconds between two calls of a job's `progress`: what it shows takes longer to gather than a step may wait.
+_PROGRESS_PERIOD = 0.1
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Request))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What JSON gives for a field that is neither a number nor true or false.
+
+    Attributes:
+      types: of the value.
+      words: the same for people.
+      items: of the entries, if it is a list.
+    """
+
+    types: tuple[type, ...]
+    words: str
+    items: type = object
+
+    def has(self, value: object) -> bool:
+        """Whether a value is of this kind."""
+        return isinstance(value, self.types) and (
+            not isinstance(value, list) or all(isinstance(item, self.items) for item in value)
+        )
+
+
+# `Request` itself names those that are of another kind.
+_KINDS = {
+    "stop": _Kind((str, list), "a text or a list of texts", str),
+    "stop_ids": _Kind((list,), "a list of token ids", int),
+    "allowed_tokens": _Kind((list, type(None)), "a list with true or false for each token", int),
+    "logit_bias": _Kind((dict, type(None)), 'an object such as {"42": -1.5}'),
+}
+
+# How every line of the output begins; what else stands at the end of a file is not ours to remove.
+_LINE_START = b'{"id": '
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A line of the prompt file.
+
+    Attributes:
+      id: that of the line, by default its number.
+      line: its number, from 1.
+      request: what is asked for.
+    """
+
+    id: PromptId
+    line: int
+    request: Request
+
+
+def read_prompts(path: Path, settings: Mapping[str, Any]) -> tuple[Prompt, ...]:
+    """Reads a prompt file: a prompt a line, or for a name that ends in `.jsonl` a JSON object a line.
+
+    An object has a `prompt`, maybe an `id`, and any other field of `Request`. Blank lines are passed over. What is
+    wrong with a prompt as such (too long, not UTF-8) is left to its result.
+
+    Args:
+      path: the file.
+      settings: fields of the requests where a line does not give them.
+
+    Raises:
+      ValueError: The file cannot be read or has no prompts, or a line is not as described; it is named.
+    """
+    try:
+        # Bytes that are no UTF-8 become lone surrogates, which the tokenizer refuses in that prompt alone.
+        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"--prompts {path} cannot be read: {error.strerror}.") from error
+    read = _read_object if path.suffix.lower() == ".jsonl" else _read_text
+    lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
+    prompts = tuple(read(line, number, path, settings) for number, line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"--prompts {path} has no prompts: give it at least one line.")
+    _check_ids(prompts, path)
+    return prompts
+
+
+def _read_text(line: str, number: int, path: Path, settings: Mapping[str, Any]) -> Prompt:
+    del path
+    return Prompt(number, number, Request(line, **settings))
+
+
+def _read_object(line: str, number: int, path: Path, settings: Mapping[str, Any]) -> Prompt:
+    where = f"{path}, line {number}"
+    fields = _parse(line)
+    if not isinstance(fields, dict):
+        raise ValueError(f'{where} is not a JSON object: write {{"prompt": "..."}}, all of it in one line.')
+    key = fields.pop("id", number)
+    if not _is_id(key):
+        raise ValueError(f"{where}: id={key!r} must be a text or an integer.")
+    _check_fields(fields, where)
+    if fields.get("logit_bias"):
+        fields["logit_bias"] = _token_keys(fields["logit_bias"], where)
+    try:
+        return Prompt(key, number, Request(**{**settings, **fields}))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_fields(fields: dict[str, Any], where: str) -> None:
+    unknown = sorted(fields.keys() - set(_FIELDS))
+    if unknown:
+        raise ValueError(
+            f"{where}: {', '.join(unknown)} is no field of a request; these are: id, {', '.join(_FIELDS)}."
+        )
+    if "prompt" not in fields:
+        raise ValueError(f'{where} has no prompt: write {{"prompt": "..."}}.')
+    for name, kind in _KINDS.items():
+        if name in fields and not kind.has(fields[name]):
+            raise ValueError(f"{where}: {name}={reprlib.repr(fields[name])} must be {kind.words}.")
+
+
+def _token_keys(bias: dict[str, Any], where: str) -> dict[int, Any]:
+    """The keys of an object are text in JSON."""
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise ValueError(f'{where}: the keys of logit_bias must be token ids, such as "42".') from None
+
+
+def _check_ids(prompts: Sequence[Prompt], path: Path) -> None:
+    first: dict[PromptId, int] = {}
+    for prompt in prompts:
+        line = first.setdefault(prompt.id, prompt.line)
+        if line != prompt.line:
+            raise ValueError(
+                f"{path}: lines {line} and {prompt.line} have the id {prompt.id!r}: give each its own. A line without "
+                "one has its number."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The output of a job, open for more results.
+
+    Attributes:
+      file: where they are appended, unbuffered: what is written survives the process.
+      failed: the id of each prompt that has a result -> whether that is an error.
+    """
+
+    file: FileIO
+    failed: dict[PromptId, bool]
+
+    def write(self, prompt: Prompt, handle: Handle) -> None:
+        """Appends the result of a prompt that has ended.
+
+        Raises:
+          ValueError: It cannot be written.
+        """
+        record = _record(prompt, handle)
+        rest = json.dumps(record).encode() + b"\n"
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            raise ValueError(
+                f"--output {self.file.name} cannot be written: {error.strerror}. The results so far are kept, and "
+                "the same command goes on after them."
+            ) from error
+        self.failed[prompt.id] = "error" in record
+
+
+@contextlib.contextmanager
+def open_results(path: Path, prompts: Sequence[Prompt]) -> Iterator[Results]:
+    """Opens the output of a job, with the results that are in it; an incomplete last line is removed.
+
+    Raises:
+      ValueError: It cannot be written or locked, another process writes it, or it has something else than results of
+        these prompts; then it stays as it is.
+    """
+    with _open(path) as file:
+        _lock(file, path)
+        yield Results(file, _take_up(file, path, prompts))
+
+
+def run_batch(
+    engine: Engine, prompts: Sequence[Prompt], results: Results, progress: Callable[[int, int], None]
+) -> None:
+    """Runs the prompts that have no result yet, and writes each result as soon as it is there.
+
+    Args:
+      engine: idle.
+      prompts: all of them.
+      results: of an earlier run, and the place for the others.
+      progress: told now and then the number of results and of the tokens drawn by this engine.
+
+    Raises:
+      ValueError: A result cannot be written.
+    """
+    progress(len(results.failed), 0)
+    waiting = collections.deque(prompt for prompt in prompts if prompt.id not in results.failed)
+    running: dict[Handle, Prompt] = {}
+    told = time.monotonic()
+    while waiting or running:
+        while waiting and engine.has_room:
+            prompt = waiting.popleft()
+            running[engine.submit(prompt.request)] = prompt
+        for handle in engine.step():
+            results.write(running.pop(handle), handle)
+        if time.monotonic() - told >= _PROGRESS_PERIOD or not (waiting or running):
+            progress(len(results.failed), engine.metrics().new_tokens)
+            told = time.monotonic()
+
+
+def _open(path: Path) -> FileIO:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output {path} is not a file: results are appended to a file, and read when a job goes on.")
+    try:
+        return path.open("a+b", buffering=0)
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written: {error.strerror}.") from error
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process writes {path}: wait for it, or choose another --output.") from error
+    except OSError as error:
+        raise ValueError(
+            f"--output {path} cannot be locked against other processes: {error.strerror}. Choose another place."
+        ) from error
+
+
+def _take_up(file: FileIO, path: Path, prompts: Sequence[Prompt]) -> dict[PromptId, bool]:
+    """Reads the results of an earlier run; the file then ends with a complete line."""
+    file.seek(0)
+    data = file.read()
+    *lines, tail = data.split(b"\n")
+    is_cut = _parse(tail) is None and tail[: len(_LINE_START)] == _LINE_START[: len(tail)]
+    if not is_cut:
+        lines.append(tail)
+    known = {prompt.id: prompt for prompt in prompts}
+    failed = dict(_read_result(line, f"{path}, line {number}", known) for number, line in enumerate(lines, start=1))
+    if is_cut:
+        file.truncate(len(data) - len(tail))
+    else:
+        file.write(b"\n")  # the line is whole and lacks only this
+    return failed
+
+
+def _read_result(line: bytes, where: str, known: Mapping[PromptId, Prompt]) -> tuple[PromptId, bool]:
+    """The id of a result and whether it is an error."""
+    record = _parse(line)
+    if not isinstance(record, dict) or not record.keys() & {"finish_reason", "samples"} or not _is_id(record.get("id")):
+        raise ValueError(f"{where} is no result of this command: choose another --output. The file stays as it is.")
+    prompt = known.get(record["id"])
+    # Compared as they are written: NaN differs from itself.
+    if prompt is None or json.dumps(record.get("prompt")) != json.dumps(prompt.request.prompt):
+        other = "has no prompt" if prompt is None else "has another prompt"
+        raise ValueError(
+            f"{where} is the result of other prompts: for the id {record['id']!r} --prompts {other}. Choose another "
+            "--output. The file stays as it is."
+        )
+    return record["id"], "error" in record
+
+
+def _record(prompt: Prompt, handle: Handle) -> dict[str, Any]:
+    """A line of the output. The fields of several samples are a list; any that failed marks the line as well."""
+    samples = [_sample_record(prompt, sample) for sample in handle.samples]
+    named = {"id": prompt.id, "prompt": prompt.request.prompt}
+    if len(samples) == 1:
+        return named | samples[0]
+    errors = [sample["error"] for sample in samples if "error" in sample]
+    return named | {"samples": samples} | ({"error": errors[0]} if errors else {})
+
+
+def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "text": sample.text,
+        "token_ids": list(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "timings": dataclasses.asdict(sample.timings),
+    }
+    if sample.error is not None:
+        record["error"] = _sentence(prompt.request.prompt, sample.error)
+    if sample.logprobs is not None:
+        record["logprobs"] = [dataclasses.asdict(logprob) for logprob in sample.logprobs]
+    if sample.prompt_logprobs is not None:
+        record["prompt_logprobs"] = list(sample.prompt_logprobs)
+    return record
+
+
+def _sentence(prompt: object, error: Exception) -> str:
+    if isinstance(prompt, str) and prompt != prompt.encode(errors="ignore").decode():
+        return "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
+    return str(error) or type(error).__name__
+
+
+def _parse(text: str | bytes) -> Any:
+    """What JSON says; None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)

@@ -1,0 +1,188 @@
+"""`grokjax convert`, `verify`, `export`, `info` and `make-release-fixture`: what is done to checkpoints."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from grokjax.checkpoint import CheckpointInfo, ConversionPlan, convert, describe, export, plan_conversion, verify
+from grokjax.cli.console import ProgressLine, read_config, read_extents, say, size
+from grokjax.config import GrokConfig
+from grokjax.sharding import RULES
+from grokjax.testing import write_release_checkpoint
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands to the subparsers of `grokjax`."""
+    _add_convert(commands)
+    _add_verify(commands)
+    _add_export(commands)
+    _add_info(commands)
+    _add_fixture(commands)
+
+
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="write a checkpoint of any layout as one of ours",
+        description="Writes a checkpoint of any layout (the release's, safetensors, ours) as one of ours. "
+        "Interrupted, the same command goes on where it stopped.",
+    )
+    _add_source(command)
+    command.add_argument("target", metavar="DST", type=Path, help="the new folder")
+    command.add_argument(
+        "--weights",
+        choices=("keep", "int8", "bfloat16", "float32"),
+        default="keep",
+        help="keep every array as it is (default), quantise float weights, or make all plain",
+    )
+    command.add_argument("--scale-blocks", type=int, default=1, help="of weights that are quantised (default: 1)")
+    command.add_argument("--dry-run", action="store_true", help="say what would be done and what it takes")
+    command.add_argument("--verify", action="store_true", help="then read both back and compare checksums")
+    command.set_defaults(run=_run_convert)
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    options: dict[str, Any] = {"weights": arguments.weights, "scale_blocks": arguments.scale_blocks}
+    plan = plan_conversion(arguments.source, arguments.target, config, **options)
+    _say_plan(plan)
+    if arguments.dry_run:
+        return
+    convert(arguments.source, arguments.target, config, **options, progress=ProgressLine("converted"))
+    if arguments.verify:
+        verify(arguments.target, arguments.source, config, progress=ProgressLine("verified"))
+        say("every array is what it was made from; the checksums are kept in grokjax.json")
+    say(f"{arguments.target} is complete")
+
+
+def _say_plan(plan: ConversionPlan) -> None:
+    say(f"{plan.source.layout} checkpoint {plan.source.path} -> {plan.target}, weights: {plan.recipe.weights}")
+    say(
+        f"{plan.num_done} of {plan.num_units} units are there; {size(plan.write_bytes)} to write, "
+        f"{size(plan.free_bytes)} free; at most {plan.peak_host_bytes / 2**30:.2f} GiB of memory"
+    )
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser("verify", help="compare the arrays of a checkpoint of ours with their checksums")
+    command.add_argument("target", metavar="PATH", type=Path, help="a checkpoint of ours")
+    command.add_argument("--source", metavar="SRC", type=Path, help="what it was converted from; compare with that")
+    command.add_argument("--config", metavar="FILE", type=Path, help="what the source was made with")
+    command.set_defaults(run=_run_verify)
+
+
+def _run_verify(arguments: argparse.Namespace) -> None:
+    verify(arguments.target, arguments.source, _config(arguments), progress=ProgressLine("verified"))
+    say(f"{arguments.target}: every array is as it should be")
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a checkpoint as safetensors for other programs",
+        description="Writes a checkpoint of any layout as safetensors files with the names of keyfan/grok-1-hf.",
+    )
+    _add_source(command)
+    command.add_argument("target", metavar="DST", type=Path, help="the new folder")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    command.set_defaults(run=_run_export)
+
+
+def _run_export(arguments: argparse.Namespace) -> None:
+    progress = ProgressLine("exported")
+    export(arguments.source, arguments.target, _config(arguments), dtype=arguments.dtype, progress=progress)
+    say(f"{arguments.target} is complete")
+
+
+def _add_info(commands: Any) -> None:
+    command = commands.add_parser("info", help="say what a checkpoint holds, and what it needs on each device")
+    _add_source(command)
+    command.add_argument("--mesh", metavar="DATA,MODEL", default="1,8", help="devices (default: %(default)s)")
+    command.add_argument("--rules", choices=tuple(RULES), default="tensor", help="parallelism (default: %(default)s)")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    command.set_defaults(run=_run_info)
+
+
+def _run_info(arguments: argparse.Namespace) -> None:
+    info = describe(arguments.source, _config(arguments))
+    mesh, dtype = read_extents(arguments.mesh), jnp.dtype(arguments.dtype)
+    per_device = info.bytes_per_device(mesh, rules=RULES[arguments.rules], dtype=dtype)
+    if arguments.json:
+        print(json.dumps(_info_record(info) | {"mesh": list(mesh), "bytes_per_device": per_device}))
+        return
+    print(f"{info.path}: {info.layout} checkpoint, {info.num_parameters} parameters, {info.num_bytes} bytes")
+    print(f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({size(per_device)})")
+    for name, value in json.loads(info.config.to_json()).items():
+        print(f"  {name} = {value}")
+    for name, spec in info.specs.items():
+        kinds = [f"{leaf.dtype.name} {list(leaf.shape)}" for leaf in spec.leaves().values()]
+        print(f"{name:<44} {' + '.join(kinds)}, {spec.num_bytes} bytes")
+
+
+def _info_record(info: CheckpointInfo) -> dict[str, Any]:
+    leaves = {
+        name: {leaf: {"shape": list(array.shape), "dtype": array.dtype.name} for leaf, array in spec.leaves().items()}
+        for name, spec in info.specs.items()
+    }
+    return {
+        "path": str(info.path),
+        "layout": info.layout,
+        "num_parameters": info.num_parameters,
+        "num_bytes": info.num_bytes,
+        "config": json.loads(info.config.to_json()),
+        "parameters": leaves,
+    }
+
+
+def _add_fixture(commands: Any) -> None:
+    command = commands.add_parser(
+        "make-release-fixture",
+        help="write a small random checkpoint in the release's format",
+        description="Writes a random checkpoint in the release's exact format, for trying the other commands.",
+    )
+    command.add_argument("target", metavar="DST", type=Path, help="the folder that will hold ckpt-0 and config.json")
+    command.add_argument("--layers", type=int, default=12, help="(default: %(default)s)")
+    command.add_argument("--scale-blocks", type=int, default=8, help="of output and down (default: %(default)s)")
+    command.add_argument("--plain", action="store_true", help="float32 weights instead of int8")
+    command.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    command.set_defaults(run=_run_fixture)
+
+
+def _run_fixture(arguments: argparse.Namespace) -> None:
+    target: Path = arguments.target
+    if target.exists():
+        raise ValueError(f"{target} exists already: choose another path, or remove it first.")
+    config = GrokConfig.tiny().replace(num_layers=arguments.layers)
+    if arguments.seed < 0:
+        raise ValueError(f"--seed {arguments.seed} must be 0 or more.")
+    try:
+        write_release_checkpoint(
+            target / "ckpt-0",
+            config,
+            seed=arguments.seed,
+            scale_blocks=arguments.scale_blocks,
+            quantized=not arguments.plain,
+        )
+        (target / "config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise ValueError(
+            f"{target} cannot be written ({error.strerror}): choose a path that you may write, on a disk with room."
+        ) from error
+    say(f"{target}: {arguments.layers} layers, and the configuration in {target / 'config.json'}")
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SRC", type=Path, help="a checkpoint of any layout")
+    command.add_argument(
+        "--config", metavar="FILE", type=Path, help="JSON configuration; not needed where the files tell, or for Grok-1"
+    )
+
+
+def _config(arguments: argparse.Namespace) -> GrokConfig | None:
+    return None if arguments.config is None else read_config("--config", arguments.config)

@@ -1,0 +1,58 @@
+"""The command line: `python -m grokjax`. Results go to standard output, everything else to standard error."""
+
+import argparse
+import functools
+import importlib.metadata
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from grokjax.cli import checkpoints, generate, plan
+from grokjax.cli.console import say, say_error
+from grokjax.distributed import DistributedError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 for errors among results, 2 for a user's error, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    _drop_late_callbacks()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of few characters must not end the run
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Nobody reads on; what Python would still flush at its exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, DistributedError) as error:
+        say_error(error)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="grokjax", description="Grok-1 in JAX.")
+    parser.add_argument("--version", action="version", version=f"grokjax {importlib.metadata.version('grokjax')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate.add_command(commands)
+    checkpoints.add_commands(commands)
+    plan.add_command(commands)
+    return parser
+
+
+@functools.cache
+def _drop_late_callbacks() -> None:
+    """Once one array of a write has failed, the library's thread that ends another finds the event loop gone.
+
+    The error of the write itself is raised and told; the traceback of that thread would bury it.
+    """
+    following = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            following(unraisable)
+
+    sys.unraisablehook = hook

@@ -1,0 +1,285 @@
+"""`grokjax generate`: continues a prompt, text to standard output as it is made, or a file of prompts."""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
+from grokjax.checkpoint import Checkpoint, open_checkpoint
+from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_batch
+from grokjax.cli.console import (
+    BatchProgress,
+    ProgressLine,
+    add_processes,
+    choose_mesh,
+    join_processes,
+    named_config,
+    read_config,
+    say,
+)
+from grokjax.distributed import is_first, on_first
+from grokjax.engine import Engine, check_limits, encode_prompt, follow
+from grokjax.errors import first_line
+from grokjax.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A model that is not yet in memory: what is checked before, and how it is made."""
+
+    config: GrokConfig
+    tokenizer: Tokenizer
+    make: Callable[[], Grok]
+
+
+def add_command(commands: Any) -> None:
+    """Adds the command to the subparsers of `grokjax`."""
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt, or a file of prompts",
+        description="Continues a prompt. The text goes to standard output, everything else to standard error. "
+        "With --prompts, continues many at once and appends a JSON object for each to --output as it ends. "
+        "Interrupted, the same command goes on where it stopped.",
+    )
+    _add_prompts(generate)
+    _add_model(generate)
+    _add_settings(generate)
+    add_processes(generate)
+    generate.set_defaults(run=run)
+
+
+def _add_prompts(generate: argparse.ArgumentParser) -> None:
+    what = generate.add_mutually_exclusive_group(required=True)
+    what.add_argument("prompt", nargs="?", help="the text to continue")
+    what.add_argument(
+        "--prompts", metavar="FILE", type=Path, help="a prompt a line; with a name in .jsonl a JSON object a line"
+    )
+    generate.add_argument("--output", metavar="FILE.jsonl", type=Path, help="where the results of --prompts go")
+    generate.add_argument("--slots", type=int, default=8, help="of --prompts that run at once (default: %(default)s)")
+
+
+def _add_model(generate: argparse.ArgumentParser) -> None:
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint of any layout")
+    source.add_argument(
+        "--random", metavar="NAME_OR_FILE", help="random weights: tiny, bench_1b, grok_1 or a configuration file"
+    )
+    generate.add_argument(
+        "--config", metavar="FILE", type=Path, help="our JSON or the release's names; not needed for the released model"
+    )
+    generate.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=Path,
+        help="tokenizer.model (default: the one beside the checkpoint); or bytes, for checkpoints without a tokenizer",
+    )
+    generate.add_argument("--mesh", metavar="DATA,MODEL", help="devices (default: 1,N with all N devices that divide)")
+    generate.add_argument(
+        "--cache-dtype",
+        choices=("bfloat16", "float32", "int8"),
+        help="of keys and values (default: bfloat16, on CPUs and with --dtype float32 float32)",
+    )
+    generate.add_argument("--quantized-table", action="store_true", help="the embedding table in int8, with an error")
+    generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+
+
+def _add_settings(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="probability mass kept (default: %(default)s, all)")
+    generate.add_argument("--top-k", type=int, default=0, help="tokens kept (default: %(default)s, all)")
+    generate.add_argument("--min-p", type=float, default=0.0, help="least probability, of the largest (default: 0)")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
+    generate.add_argument(
+        "--max-len", type=int, help="tokens of prompt and text together (default: the model's longest sequence)"
+    )
+    generate.add_argument("--add-bos", action="store_true", help="begin with the beginning-of-sequence token")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    generate.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be given several times"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns 1 if a prompt of a file ended with an error, else 0."""
+    _check_output(arguments)
+    join_processes(arguments)
+    source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
+    _check_settings(source.config, arguments)
+    if arguments.prompts is not None:
+        with _model_failures(
+            "The results so far are kept, and the same command goes on after them; if memory was short, give it fewer "
+            "--slots or a smaller --max-len."
+        ):
+            return _run_batch(source, arguments)
+    with _model_failures("If memory was short, give it a smaller --max-len."):
+        return _run_prompt(source, arguments)
+
+
+@contextlib.contextmanager
+def _model_failures(advice: str) -> Iterator[None]:
+    """Turns an error of the devices, such as the death of another process, or too little memory into a sentence.
+
+    Raises:
+      ValueError: There was one.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        others = "Another process may have died: see its messages. " if jax.process_count() > 1 else ""
+        raise ValueError(f"the model failed: {first_line(error)}. {others}{advice}") from error
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    if arguments.prompts is not None and arguments.output is None:
+        raise ValueError("--prompts needs --output: name the file that the results are appended to.")
+    if arguments.prompts is None and arguments.output is not None:
+        raise ValueError("--output goes with --prompts: the text of one prompt goes to standard output.")
+
+
+def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
+    """Refuses now what would be refused after the model has loaded, which takes minutes."""
+    check_limits(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    Request([], **_settings(arguments))
+    if arguments.slots < 1:
+        raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
+    if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
+        raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How to continue a prompt, by the names of `TextGenerator.stream` and `Request`."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
+    """Of several processes, the first has prompts and results, and the others step the model with it."""
+    with contextlib.ExitStack() as until_done:
+        batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, until_done))
+        if batch is None:
+            follow(source.make())
+            return 0
+        return _run_prompts(*batch, source, arguments)
+
+
+def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack) -> tuple[tuple[Prompt, ...], Results]:
+    prompts = read_prompts(arguments.prompts, _settings(arguments))
+    return prompts, until_done.enter_context(open_results(arguments.output, prompts))
+
+
+def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source, arguments: argparse.Namespace) -> int:
+    earlier = len(results.failed)
+    if earlier:
+        say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
+    # Other processes wait for an engine, be there anything to do or not.
+    if earlier < len(prompts) or jax.process_count() > 1:
+        sizes = {"slots": arguments.slots, "max_len": arguments.max_len, "cache_dtype": arguments.cache_dtype}
+        with (
+            Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos) as engine,
+            BatchProgress(len(prompts)) as progress,
+        ):
+            run_batch(engine, prompts, results, progress)
+    num_errors = sum(results.failed.values())
+    errors = f", {num_errors} of them errors" if num_errors else ""
+    say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
+    return 1 if num_errors else 0
+
+
+def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
+    max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
+    encode_prompt(source.tokenizer, arguments.prompt, max_len=max_len, add_bos=add_bos)
+    cache_dtype = arguments.cache_dtype
+    generator = TextGenerator(
+        source.make(), source.tokenizer, max_len=max_len, add_bos=add_bos, cache_dtype=cache_dtype
+    )
+    _stream(generator, arguments)
+    return 0
+
+
+def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    pieces = generator.stream(arguments.prompt, **_settings(arguments))
+    say("compiling the first steps")
+    times = []
+    for piece in pieces:
+        _show(piece)
+        times.append(time.perf_counter())
+    _show("\n")
+    num_tokens = len(times) - 1  # the last piece is what the decoder held back
+    # The first steps compile; the rate is that of the others.
+    rate = f", then {(num_tokens - 2) / (times[-2] - times[1]):.1f} tokens/s" if num_tokens > 8 else ""
+    say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}")
+
+
+def _show(text: str) -> None:
+    if is_first():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _random_source(arguments: argparse.Namespace) -> _Source:
+    config = _random_config(arguments)
+    return _Source(config, _tokenizer(config, arguments.tokenizer), functools.partial(_random_model, config, arguments))
+
+
+def _checkpoint_source(arguments: argparse.Namespace) -> _Source:
+    path = _find_tokenizer(arguments.checkpoint, arguments.tokenizer)
+    checkpoint = _open_checkpoint(arguments)
+    tokenizer = _tokenizer(checkpoint.config, path)
+    return _Source(checkpoint.config, tokenizer, functools.partial(_load_model, checkpoint, arguments))
+
+
+def _random_config(arguments: argparse.Namespace) -> GrokConfig:
+    if arguments.config is not None:
+        raise ValueError("--config goes with --checkpoint: give a configuration file to --random itself.")
+    return named_config("--random", arguments.random)
+
+
+def _random_model(config: GrokConfig, arguments: argparse.Namespace) -> Grok:
+    say(f"the weights are random ({arguments.random}): expect noise")
+    return init(
+        config,
+        mesh=choose_mesh(arguments.mesh, config),
+        dtype=jnp.dtype(arguments.dtype),
+        quantized_table=arguments.quantized_table,
+    )
+
+
+def _open_checkpoint(arguments: argparse.Namespace) -> Checkpoint:
+    config = None if arguments.config is None else read_config("--config", arguments.config)
+    return open_checkpoint(arguments.checkpoint, config)
+
+
+def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
+    return load(
+        checkpoint.path,
+        checkpoint.config,
+        choose_mesh(arguments.mesh, checkpoint.config),
+        jnp.dtype(arguments.dtype),
+        quantized_table=arguments.quantized_table,
+        progress=ProgressLine("loaded"),
+    )
+
+
+def _find_tokenizer(checkpoint: Path, given: Path | None) -> Path:
+    if given is not None:
+        return given
+    found = [folder / "tokenizer.model" for folder in (checkpoint, checkpoint.absolute().parent)]
+    for path in found:
+        if path.is_file():
+            return path
+    raise ValueError(f"there is no {found[0]} and no {found[1]}: name the release's tokenizer.model with --tokenizer.")
+
+
+def _tokenizer(config: GrokConfig, path: Path | None) -> Tokenizer:
+    return ByteTokenizer(config.vocab_size) if path in (None, Path("bytes")) else load_tokenizer(path)

@@ -1,0 +1,268 @@
+"""`grokjax plan`: what a machine would need, and how fast it could be, before it is paid for."""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from grokjax.cli.console import named_config, read_extents, say
+from grokjax.planning import ACCELERATORS, GIB, Plan, StepPlan, Suggestion, Target, plan, suggest
+from grokjax.sharding import RULES
+
+
+def add_command(commands: Any) -> None:
+    """Adds the command to the subparsers of `grokjax`."""
+    command = commands.add_parser(
+        "plan",
+        help="say what a model needs on a machine, and how fast it could be there",
+        description="Compiles prefill and decode for a machine that need not be there and says what each device needs. "
+        "No weight is ever allocated.",
+    )
+    command.add_argument(
+        "--config", metavar="NAME_OR_FILE", default="grok_1", help="tiny, bench_1b, grok_1 or JSON (default: grok_1)"
+    )
+    what = command.add_mutually_exclusive_group()
+    what.add_argument(
+        "--target",
+        default="cpu:8",
+        help=f"such as h200:8 or v5p:2x2x2; known: {', '.join(ACCELERATORS)} (default: cpu:8)",
+    )
+    what.add_argument("--devices", metavar="NxNAME", help="the same as NAME:N, such as 16xH100-80G")
+    command.add_argument("--suggest", action="store_true", help="plan every mesh and rule, the best first")
+    command.add_argument(
+        "--mesh", metavar="DATA,MODEL", help="devices (default: as many along MODEL as the sizes allow)"
+    )
+    command.add_argument("--rules", choices=tuple(RULES), help="parallelism (default: tensor)")
+    command.add_argument("--batch", type=int, help="rows (default: 1, with --suggest 8)")
+    command.add_argument(
+        "--max-len", type=int, help="tokens that each row holds (default: the model's longest sequence)"
+    )
+    command.add_argument("--prompt", type=int, default=1024, help="tokens of a prefill (default: %(default)s)")
+    command.add_argument(
+        "--prefill-rows", type=int, default=4, help="prompts prefilled together at most (default: %(default)s)"
+    )
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    command.add_argument(
+        "--cache-dtype", choices=("bfloat16", "float32", "int8"), help="(default: bfloat16, on a CPU float32)"
+    )
+    command.add_argument("--plain", action="store_true", help="plain weights instead of int8")
+    _add_figures(command)
+    command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    command.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the memory of a device; needs matplotlib")
+    command.set_defaults(run=_run)
+
+
+def _add_figures(command: argparse.ArgumentParser) -> None:
+    figures = command.add_argument_group("figures of a device in place of those of the table")
+    figures.add_argument("--hbm-gib", type=float, help="memory")
+    figures.add_argument("--bandwidth-gbs", type=float, help="GB/s from memory")
+    figures.add_argument("--tflops", type=float, help="bfloat16 operations, 10^12 a second")
+    figures.add_argument("--link-gbs", type=float, help="GB/s that it sends to its neighbours")
+    figures.add_argument("--latency-us", type=float, default=0.0, help="of each transfer, microseconds (default: 0)")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.suggest and (arguments.mesh, arguments.rules, arguments.plot) != (None, None, None):
+        raise ValueError("--suggest tries every mesh and rule and draws nothing: leave out --mesh, --rules, --plot.")
+    target, config = _target(arguments), named_config("--config", arguments.config)
+    mesh = None if arguments.mesh is None else read_extents(arguments.mesh)
+    _simulate_devices(target.num_devices)
+    if target.missing:
+        say(f"without {target.missing}, the compiler for CPUs stands in for that of {target}")
+    options: dict[str, Any] = {
+        "target": target,
+        "max_len": arguments.max_len,
+        "prompt_len": arguments.prompt,
+        "prefill_rows": arguments.prefill_rows,
+        "dtype": arguments.dtype,
+        "cache_dtype": arguments.cache_dtype,
+        "quantized": not arguments.plain,
+        "collective_latency": arguments.latency_us / 1e6,
+    }
+    if arguments.batch is not None:
+        options["batch_size"] = arguments.batch
+    if arguments.suggest:
+        found = suggest(config, **options, progress=_say_suggestion)
+        print(json.dumps([_suggestion_record(one) for one in found]) if arguments.json else _suggestion_lines(found))
+        return
+    made = plan(config, **options, mesh=mesh, rules=RULES[arguments.rules or "tensor"])
+    print(json.dumps(plan_record(made)) if arguments.json else _table(made))
+    if arguments.plot is not None:
+        _draw(made, arguments.plot)
+
+
+def _target(arguments: argparse.Namespace) -> Target:
+    text = arguments.target
+    if arguments.devices is not None:
+        found = re.fullmatch(r"(\d+)[xX](.+)", arguments.devices)
+        if not found:
+            raise ValueError(f"--devices {arguments.devices}: give a number and a name, such as 16xH100-80G.")
+        text = f"{found[2]}:{found[1]}"
+    target = Target.parse(text)
+    stated = (arguments.hbm_gib, arguments.bandwidth_gbs, arguments.tflops, arguments.link_gbs)
+    if not all(math.isfinite(figure) and figure > 0 for figure in stated if figure is not None):
+        raise ValueError("the figures of a device must be above 0 and finite: leave out those that are not known.")
+    if not 0 <= arguments.latency_us < math.inf:
+        raise ValueError(f"--latency-us {arguments.latency_us} must be 0 or more, and finite.")
+    figures = {
+        "memory_bytes": arguments.hbm_gib and int(arguments.hbm_gib * GIB),
+        "bandwidth": arguments.bandwidth_gbs and arguments.bandwidth_gbs * 1e9,
+        "flops": arguments.tflops and arguments.tflops * 1e12,
+        "link_bandwidth": arguments.link_gbs and arguments.link_gbs * 1e9,
+    }
+    given = {name: figure for name, figure in figures.items() if figure is not None}
+    accelerator: Any = dataclasses.replace(target.accelerator, **given)
+    return dataclasses.replace(target, accelerator=accelerator)
+
+
+def _simulate_devices(count: int) -> None:
+    """As many CPU devices as the machine has; where JAX runs already, those that it has must do."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        return
+
+
+def plan_record(made: Plan) -> dict[str, Any]:
+    """A plan as JSON; bytes are integers, of one device."""
+    return {
+        "target": str(made.target),
+        "compiler": made.target.compiler,
+        "mesh": list(made.mesh),
+        "batch_size": made.batch_size,
+        "max_len": made.max_len,
+        "prompt_len": made.prompt_len,
+        "prefill_rows": made.prefill_rows,
+        "weights_bytes_per_device": made.weights_bytes,
+        "cache_bytes_per_device": made.cache_bytes,
+        "temporary_bytes_per_device": made.temporary_bytes,
+        "other_bytes_per_device": made.other_bytes,
+        "total_bytes_per_device": made.total_bytes,
+        "memory_bytes_per_device": made.target.accelerator.memory_bytes,
+        "usable_bytes_per_device": made.target.accelerator.usable_bytes,
+        "fits": made.fits,
+        "largest_batch_size": made.largest_batch_size,
+        "largest_max_len": made.largest_max_len,
+        "decode": _step_record(made.decode),
+        "prefill": _step_record(made.prefill),
+    }
+
+
+def _step_record(step: StepPlan) -> dict[str, Any]:
+    return {
+        "read_bytes": int(step.cost.num_bytes),
+        "operations": int(step.cost.operations),
+        "transfers": [dataclasses.asdict(one) for one in step.traffic],
+        "memory_seconds": step.memory_seconds,
+        "compute_seconds": step.compute_seconds,
+        "transfer_seconds": step.transfer_seconds,
+        "seconds": step.seconds,
+        "tokens_per_second": step.tokens_per_second,
+        "bound": step.bound,
+    }
+
+
+def _say_suggestion(one: Suggestion, done: int, total: int) -> None:
+    say(f"{done} of {total} planned: mesh {one.mesh[0]},{one.mesh[1]}, {one.rules}: {one.reason}")
+
+
+def _suggestion_record(one: Suggestion) -> dict[str, Any]:
+    return {
+        "mesh": list(one.mesh),
+        "rules": one.rules,
+        "weights_bytes_per_device": one.weights_bytes,
+        "cache_bytes_per_device": one.cache_bytes,
+        "fits": one.plan is not None and one.plan.fits,
+        "tokens_per_second": one.plan and one.plan.decode.tokens_per_second,
+        "reason": one.reason,
+    }
+
+
+def _suggestion_lines(found: tuple[Suggestion, ...]) -> str:
+    lines = [f"{'mesh':<8} {'rules':<7} {'fits':<5} {'tokens/s':>9}  why"]
+    for one in found:
+        fits = one.plan is not None and one.plan.fits
+        speed = one.plan.decode.tokens_per_second if one.plan is not None and fits else None
+        shown = "-" if speed is None else f"{speed:.0f}"
+        mesh = f"{one.mesh[0]},{one.mesh[1]}"
+        lines.append(f"{mesh:<8} {one.rules:<7} {'yes' if fits else 'no':<5} {shown:>9}  {one.reason}")
+    return "\n".join(lines)
+
+
+def _table(made: Plan) -> str:
+    accelerator = made.target.accelerator
+    lines = [
+        f"{made.target}, mesh {made.mesh[0]},{made.mesh[1]}: batch {made.batch_size}, {made.max_len} tokens a row, "
+        f"programs by the compiler for {made.target.compiler}",
+        "on each device",
+        *(
+            f"  {name:<28} {num_bytes / GIB:9.3f} GiB"
+            for name, num_bytes in (
+                ("weights", made.weights_bytes),
+                ("cache", made.cache_bytes),
+                ("temporaries", made.temporary_bytes),
+                ("inputs, results, padding", made.other_bytes),
+                ("total", made.total_bytes),
+            )
+        ),
+    ]
+    if accelerator.usable_bytes is not None:
+        verdict = "fits" if made.fits else "does not fit"
+        lines += [
+            f"  {'usable':<28} {accelerator.usable_bytes / GIB:9.3f} GiB: {verdict}",
+            f"  {'most rows of ' + str(made.max_len):<28} {made.largest_batch_size:9}",
+            f"  {'most tokens a row':<28} {made.largest_max_len:9}",
+        ]
+    what = f"prefill of {made.prefill.num_tokens // made.prompt_len} x {made.prompt_len} tokens"
+    return "\n".join([*lines, *_step_lines("a decode step", made.decode), *_step_lines(what, made.prefill)])
+
+
+def _step_lines(name: str, step: StepPlan) -> list[str]:
+    lines = [
+        name,
+        f"  {'reads':<28} {step.cost.num_bytes / 1e9:9.3f} GB{_milliseconds(step.memory_seconds)}",
+        f"  {'computes':<28} {step.cost.operations / 1e9:9.1f} GFLOP{_milliseconds(step.compute_seconds)}",
+    ]
+    for one in step.traffic:
+        lines.append(f"  {f'{one.count} {one.kind}':<28} {one.num_bytes / 1e6:9.2f} MB")
+    if step.seconds is not None and step.tokens_per_second is not None:
+        lines.append(f"  {'transfers':<28} {'':12}{_milliseconds(step.transfer_seconds)}")
+        lines.append(f"  {'at most':<28} {step.tokens_per_second:9.1f} tokens/s, bound by {step.bound}")
+    return lines
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f", {seconds * 1e3:.3f} ms"
+
+
+def _draw(made: Plan, path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("--plot needs matplotlib: install grokjax[plot].") from None
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    axes = figure.subplots()
+    left = 0.0
+    for name, num_bytes in (
+        ("weights", made.weights_bytes),
+        ("cache", made.cache_bytes),
+        ("temporaries", made.temporary_bytes),
+        ("other", made.other_bytes),
+    ):
+        axes.barh([0], [num_bytes / GIB], left=[left], label=f"{name} {num_bytes / GIB:.2f}")
+        left += num_bytes / GIB
+    if made.target.accelerator.memory_bytes is not None:
+        axes.axvline(made.target.accelerator.memory_bytes / GIB, color="black", label="memory")
+    title = f"{made.target}, batch {made.batch_size}, {made.max_len} tokens a row"
+    axes.set(yticks=[], xlabel="GiB on each device", title=title)
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")  # below, where it covers no bar
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path} cannot be written: {error}.") from error

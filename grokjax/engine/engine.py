@@ -1,0 +1,438 @@
+"""Continuous batching: requests share the rows of one batch, each as if it were alone."""
+
+import collections
+import contextlib
+import functools
+import itertools
+import os
+import reprlib
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Any, Self
+
+from jax.typing import DTypeLike
+
+from grokjax.engine.metrics import Meter, Metrics
+from grokjax.engine.protocol import Pending, Steps
+from grokjax.engine.sample import Handle, Intake, LiveSample
+from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets
+from grokjax.engine.shared_steps import make_steps as steps_of_model
+from grokjax.engine.warm_up import WarmedStep, warm_up
+from grokjax.model import Drawn, SlotSettings
+from grokjax.request import Completion, FinishReason, Piece, Request, is_integer
+from grokjax.tokenizer import Tokenizer
+
+_Rows = tuple[tuple[int, LiveSample], ...]
+
+
+class Engine:
+    """Runs many requests at once over the slots of one batch.
+
+    A request's tokens do not depend on the others: not on its slot, nor on the order of arrival, nor on who runs, stops
+    or is cancelled beside it. The draw at position p uses `fold_in(key(seed), p)`, as in `generate`.
+
+    An engine belongs to one thread at a time. As a context, it is closed at the end.
+
+    Args:
+      model: a `Grok`.
+      tokenizer: for prompts and continuations as text, and its end-of-sequence token ends them; without it, requests
+        give and get token ids, and the token that the configuration names ends them.
+      slots: B, requests that run at once.
+      max_len: S, tokens of prompt and continuation together; by default the model's longest sequence.
+      prefill_buckets: padded lengths of prompts. A longer prompt is taken in pieces of the largest, a decode step
+        between two of them. By default those of 16, 64, 256 and 1024 that fit.
+      prefill_rows: prompts of one bucket that are prefilled together at most; of those waiting, a power of two is. A
+        prompt of several pieces goes alone.
+      max_queue: no request is taken while so many samples wait for a slot, and none of more samples than that.
+      max_logprobs: most probable tokens that a request may ask for.
+      reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
+        smallest bucket.
+      add_bos: put the beginning-of-sequence token before prompts that are text.
+      cache_dtype: of the cache, as in `Grok.new_cache`.
+      clock: seconds, for timings.
+      make_steps: makes the `Steps` of the model; another one serves tests.
+
+    Raises:
+      ValueError: A number is out of range, the tokenizer has more tokens than the model, or the model spans processes
+        and this is not the first: the others call `follow`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 8,
+        max_len: int | None = None,
+        prefill_buckets: Sequence[int] | None = None,
+        prefill_rows: int = 4,
+        max_queue: int = 1024,
+        max_logprobs: int = 8,
+        reuse_prefixes: bool = True,
+        add_bos: bool = False,
+        cache_dtype: DTypeLike | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        make_steps: Callable[..., Steps] = steps_of_model,
+    ):
+        max_len = model.config.max_seq_len if max_len is None else max_len
+        self._intake = Intake(
+            tokenizer, config=model.config, max_len=max_len, max_logprobs=max_logprobs, add_bos=add_bos
+        )
+        self._scheduler: Scheduler[LiveSample] = Scheduler(
+            slots=slots,
+            max_len=max_len,
+            buckets=default_buckets(max_len) if prefill_buckets is None else prefill_buckets,
+            prefill_rows=prefill_rows,
+            max_queue=max_queue,
+            reuse_prefixes=reuse_prefixes,
+        )
+        sizes = {"slots": len(self._scheduler.running), "max_len": max_len, "num_top": max_logprobs}
+        self._steps = make_steps(model, **sizes, cache_dtype=cache_dtype)
+        self._clock, self._meter = clock, Meter()
+        self._live: dict[LiveSample, None] = {}
+        self._siblings: dict[Handle, tuple[int, list[LiveSample]]] = {}  # until the first sample's prefill is under way
+        self._in_flight: collections.deque[Callable[[], None]] = collections.deque()
+        self._ended: list[Handle] = []
+        self._last_settings: tuple[_Rows, SlotSettings] | None = None
+        self._failure: Exception | None = None
+        self._is_closed = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has not ended, or nobody was told that it has."""
+        return bool(self._live or self._in_flight or self._ended)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the queue takes another request."""
+        return self._scheduler.queue.has_room
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def warm_up(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[WarmedStep, ...]:
+        """Compiles every step that a request can need, so that none compiles later; an idle engine only.
+
+        Args:
+          cache_dir: directory of JAX's persistent compilation cache, used for these compilations: what is in it is not
+            compiled again.
+
+        Returns:
+          Each step and how long its first run took.
+
+        Raises:
+          ValueError: A request has not ended, or a step failed before.
+        """
+        self._check_open()
+        if self._live or self._in_flight:
+            raise ValueError("requests are running: warm the engine up before the first, or after the last.")
+        scheduler = self._scheduler
+        scheduler.held.clear()
+        with self._failing():
+            return warm_up(
+                self._steps, scheduler.buckets, scheduler.group_sizes, cache_dir=cache_dir, clock=self._clock
+            )
+
+    def submit(self, request: Request) -> Handle:
+        """Puts a request into the queue.
+
+        What is wrong with the request itself, be it the prompt, the mask, more samples than may wait or the tokenizer's
+        opinion of it, ends it with the finish reason "error"; nothing is raised for it.
+
+        Raises:
+          QueueFullError: `max_queue` samples are waiting.
+          ValueError: A step of the model failed before: the engine is over. Or this is no `Request`.
+        """
+        self._check_open()
+        if not isinstance(request, Request):
+            raise ValueError(f"submit takes a request, not {reprlib.repr(request)}: make one with Request(prompt).")
+        self._scheduler.queue.check_room()
+        handle, now = Handle(request), self._clock()
+        try:
+            self._scheduler.queue.check_count(request.n)
+            first, *others = self._intake.samples(handle, now)
+        except Exception as error:  # a tokenizer may raise anything
+            for number in range(request.n):
+                self._finish(LiveSample(handle, number, submitted=now), "error", error)
+            return handle
+        self._live.update(dict.fromkeys([first, *others]))
+        arrival = self._scheduler.queue.push(first)
+        if others:
+            self._scheduler.queue.hold(others)
+            self._siblings[handle] = (arrival, others)
+        return handle
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request now, with what it has; its slot is free for the next step. Harmless when it has ended.
+
+        Raises:
+          ValueError: This is no `Handle`.
+        """
+        _check_handle("cancel", handle)
+        for sample in [sample for sample in self._live if sample.handle is handle]:
+            self._finish(sample, "cancelled")
+
+    def step(self) -> list[Handle]:
+        """Fills free slots, prefills at most one group of pieces, decodes one token for each running request.
+
+        The tokens that it dispatches are read in the next step, when the device already works on those after them; or
+        in this one, while further pieces of prompts wait.
+
+        Returns:
+          The requests that have ended and were not reported yet, by this or as the end of their `stream`.
+        """
+        self._advance()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def run(self) -> list[Handle]:
+        """Steps until every request has ended; returns those that ended, in this order."""
+        ended = []
+        while self.has_work:
+            ended += self.step()
+        return ended
+
+    def stream(self, handle: Handle) -> Iterator[Piece]:
+        """The pieces of a request as they come, from its first; steps the engine, and the other requests, on the way.
+
+        Raises:
+          ValueError: The request is not of this engine, or this is no `Handle`.
+        """
+        _check_handle("stream", handle)
+        if not handle.is_done and not any(sample.handle is handle for sample in self._live):
+            raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
+        for number in itertools.count():
+            while number >= len(handle.pieces):
+                if handle.is_done:
+                    self._reported([handle])
+                    return
+                self._advance()
+            yield handle.pieces[number]
+
+    def as_completed(self, requests: Iterable[Request]) -> Iterator[Handle]:
+        """Runs requests, taken from an iterable as the queue has room, and yields each as soon as it has ended.
+
+        Raises:
+          ValueError: This is nothing to take requests from, or what `submit` says of one of them.
+        """
+        if not isinstance(requests, Iterable):
+            raise ValueError(f"as_completed takes requests in a list, not {reprlib.repr(requests)}.")
+        source, running = iter(requests), dict[Handle, None]()
+        exhausted = False
+        try:
+            while running or not exhausted:
+                while self.has_room and not exhausted:
+                    taken = [self.submit(request) for request in itertools.islice(source, 1)]
+                    exhausted = not taken
+                    running.update(dict.fromkeys(taken))
+                self._advance()
+                ended = [handle for handle in running if handle.is_done]
+                self._reported(ended)
+                for handle in ended:
+                    del running[handle]
+                yield from ended
+        finally:
+            for handle in running:  # if the caller left early
+                self.cancel(handle)
+            self._reported(running)
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[Completion]:
+        """Continues prompts; the options are those of `Request`, the same for all.
+
+        Returns:
+          Their completions in the order of the prompts, with all samples of a prompt one after the other.
+
+        Raises:
+          ValueError: An option is out of range, or `prompts` is one prompt.
+        """
+        requests = [Request(prompt, **options) for prompt in _listed(prompts)]
+        handles = {handle.request: handle for handle in self.as_completed(requests)}
+        return [sample for request in requests for sample in handles[request].samples]
+
+    def close(self) -> None:
+        """Cancels every request that has not ended; other processes return from `follow`. The engine is over."""
+        for sample in list(self._live):
+            self._finish(sample, "cancelled")
+        self._in_flight.clear()
+        self._ended.clear()
+        if not self._is_closed:
+            self._is_closed = True
+            self._steps.close()
+
+    def metrics(self) -> Metrics:
+        """What the engine does now and did so far."""
+        scheduler = self._scheduler
+        return self._meter.snapshot(
+            queue_length=len(scheduler.queue),
+            active_slots=sum(sample is not None for sample in scheduler.running),
+            cache_occupancy=scheduler.occupancy,
+        )
+
+    def _advance(self) -> None:
+        """What `step` does."""
+        self._check_open()
+        start = self._clock()
+        with self._failing():
+            ready = self._admit()
+            prefilled = self._prefill()
+            self._begin(ready + [sample for sample in prefilled if not sample.chunks])
+            decoded = self._decode()
+            # While pieces of prompts wait nothing is dispatched ahead: whoever comes now waits for this piece alone.
+            is_ahead = decoded and not self._scheduler.has_pieces
+            while len(self._in_flight) > is_ahead:
+                self._in_flight.popleft()()
+            if prefilled and not is_ahead:
+                self._steps.wait()
+        self._meter.note_step(self._clock() - start, prefilled=bool(prefilled), decoded=decoded)
+
+    def _reported(self, handles: Container[Handle]) -> None:
+        self._ended = [handle for handle in self._ended if handle not in handles]
+
+    def _admit(self) -> list[LiveSample]:
+        """Fills free slots; returns the samples whose prompts need no prefill."""
+        admissions = self._scheduler.admit()
+        for admission in admissions:
+            sample, slot = admission.job, admission.job.slot
+            assert slot is not None
+            sample.times.admitted = self._clock()
+            self._meter.note_prompt(len(sample.prompt), sample.reused)
+            if admission.is_complete or admission.source != slot:
+                self._steps.share(admission.source, slot, sample.reused)
+            if sample.bias is not None:
+                self._steps.set_bias(slot, sample.bias)
+        return [admission.job for admission in admissions if admission.is_complete]
+
+    def _prefill(self) -> tuple[LiveSample, ...]:
+        """Dispatches one group of pieces; returns the samples that they belong to."""
+        group = self._scheduler.next_prefill()
+        if group is None:
+            return ()
+        if group.jobs[0].is_scored:
+            self._score(group)
+        else:
+            self._steps.prefill(group.tokens(), *group.place())
+        return group.jobs
+
+    def _score(self, group: PrefillGroup[LiveSample]) -> None:
+        (sample,), (chunk,) = group.jobs, group.chunks
+        assert sample.slot is not None
+        tokens, targets = group.tokens()[0], group.tokens(offset=1)[0]
+        pending = self._steps.score(tokens, targets, chunk.count, chunk.start, sample.slot)
+        self._in_flight.append(lambda: sample.push_scores(pending.read()[: chunk.count]))
+
+    def _begin(self, samples: list[LiveSample]) -> None:
+        """Draws the first tokens of samples whose prompts are prefilled, and lets the samples beside them follow."""
+        for sample in samples:
+            arrival, siblings = self._siblings.pop(sample.handle, (0, []))
+            for sibling in siblings:
+                self._scheduler.queue.push(sibling, arrival=arrival)
+            if not sample.limit:
+                self._scheduler.release(sample)
+                self._in_flight.append(functools.partial(self._finish, sample, "length"))
+        rows = _rows(sample for sample in samples if sample.limit)
+        if rows:
+            self._dispatched(self._steps.begin(SlotSettings.of(rows, self._steps.slots)), rows)
+
+    def _decode(self) -> bool:
+        """Dispatches a decode step for the running samples that have another token to come."""
+        running = (sample for sample in self._scheduler.running if sample is not None)
+        rows = _rows(sample for sample in running if sample.dispatched)
+        if not rows:
+            return False
+        if self._last_settings is None or self._last_settings[0] != rows:
+            self._last_settings = (rows, SlotSettings.of(rows, self._steps.slots))
+        self._dispatched(self._steps.decode(self._last_settings[1]), rows)
+        return True
+
+    def _dispatched(self, pending: Pending, rows: _Rows) -> None:
+        self._in_flight.append(functools.partial(self._take_tokens, pending, rows))
+        for _, sample in rows:
+            sample.dispatched += 1
+            if sample.dispatched == sample.limit:
+                # Nothing more comes from its row, so another may have it before the last tokens are read.
+                self._scheduler.release(sample)
+
+    def _take_tokens(self, pending: Pending, rows: _Rows) -> None:
+        drawn, now = pending.read(), self._clock()
+        for slot, sample in rows:
+            # One that was stopped or cancelled after this step was dispatched has drawn a token too many.
+            if not sample.ended:
+                self._push(sample, drawn.of(slot), now)
+
+    def _push(self, sample: LiveSample, drawn: Drawn, now: float) -> None:
+        last = sample.times.last_token
+        try:
+            reason = sample.push(drawn, now)
+        except Exception as error:  # a tokenizer may raise anything
+            self._finish(sample, "error", error)
+            return
+        self._meter.note_token(
+            since_submission=now - sample.times.submitted if last is None else None,
+            since_last=None if last is None else now - last,
+        )
+        if sample.slot is not None and last is not None:
+            # That a token was drawn after it shows that the last one's keys and values are in the row.
+            self._scheduler.held.extend(sample.slot, sample.token_ids[-2])
+        if reason is not None:
+            self._finish(sample, reason)
+
+    def _finish(self, sample: LiveSample, reason: FinishReason, error: Exception | None = None) -> None:
+        if sample.ended:
+            return
+        self._scheduler.release(sample)
+        self._live.pop(sample, None)
+        self._last_settings = None  # names the sample: an idle engine would hold on to its request
+        completion = sample.finish(reason, self._clock(), error)
+        self._meter.finished[completion.finish_reason] += 1
+        if sample.handle.is_done:
+            self._ended.append(sample.handle)
+        _, siblings = self._siblings.pop(sample.handle, (0, []))
+        for sibling in siblings:
+            self._finish(sibling, reason, error)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Where a step of the model fails, the cache may be lost with it: every request ends with the error."""
+        try:
+            yield
+        except BaseException as cause:  # after Ctrl-C, too, tokens are lost that were drawn and not read
+            error = cause if isinstance(cause, Exception) else RuntimeError(f"interrupted by {type(cause).__name__}")
+            self._failure = error
+            self._in_flight.clear()
+            for sample in list(self._live):
+                self._finish(sample, "error", error)
+            self._ended.clear()  # the raised error tells of them all
+            raise
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError("this engine was closed: make a new one.")
+        if self._failure is not None:
+            raise ValueError(
+                f"a step of this engine failed ({type(self._failure).__name__}: {self._failure}) and its cache is lost "
+                "with it: make a new engine."
+            ) from self._failure
+
+
+def _listed(prompts: object) -> list[Any]:
+    """Several prompts; one alone is refused, or each of its letters or tokens would be taken for one."""
+    if not isinstance(prompts, str) and isinstance(prompts, Iterable):
+        listed = list(prompts)
+        if not any(is_integer(prompt) for prompt in listed):
+            return listed
+    raise ValueError(
+        f"generate takes a list of prompts, not {reprlib.repr(prompts)}: put the text, or the list of token ids, into "
+        "a list."
+    )
+
+
+def _check_handle(name: str, handle: object) -> None:
+    if not isinstance(handle, Handle):
+        raise ValueError(f"{name} takes what submit returned, not {reprlib.repr(handle)}: submit the request first.")
+
+
+def _rows(samples: Iterable[LiveSample]) -> _Rows:
+    return tuple((sample.slot, sample) for sample in samples if sample.slot is not None)

@@ -1,0 +1,61 @@
+"""Between an engine and a model: the steps that it asks for, what they are given and what they give back."""
+
+from typing import Protocol
+
+import numpy as np
+
+from grokjax.model import DrawnTokens, SlotSettings
+
+
+class Pending(Protocol):
+    """Tokens that a dispatched step draws."""
+
+    def read(self) -> DrawnTokens:
+        """Waits for them."""
+
+
+class PendingScores(Protocol):
+    """Log-probabilities of a piece of a prompt, which a dispatched step computes."""
+
+    def read(self) -> np.ndarray:
+        """Waits for them; float32 [T]."""
+
+
+class Steps(Protocol):
+    """What an engine asks of a model: rows that hold sequences, and steps that are dispatched and read later."""
+
+    slots: int
+    max_len: int
+    vocab_size: int
+    num_top: int
+
+    def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
+        """Cuts some rows back to `starts` and adds pieces of prompts; keeps the logits at each piece's end.
+
+        Args:
+          tokens: int32 [P, T], right-padded.
+          counts: int32 [P], real tokens of each piece.
+          starts: int32 [P], entries that the row holds before.
+          rows: int32 [P], different slots.
+        """
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> PendingScores:
+        """`prefill` of one piece [T] that also gives the log-probability of a target [T] at each of its positions."""
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Makes row `target` hold the first `length` entries of row `source` and its logits; they may be one row."""
+
+    def set_bias(self, row: int, bias: np.ndarray) -> None:
+        """Keeps what is added to a row's logits, float32 [V], for as long as its settings say that it is biased."""
+
+    def begin(self, settings: SlotSettings) -> Pending:
+        """Draws the first token of each active row, from the logits that its prefill kept."""
+
+    def decode(self, settings: SlotSettings) -> Pending:
+        """Adds the last drawn token of each active row to it, and draws the next."""
+
+    def wait(self) -> None:
+        """Waits until the device has done all that was dispatched."""
+
+    def close(self) -> None:
+        """Ends what the steps hold beyond this process; nothing is called after it."""

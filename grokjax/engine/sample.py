@@ -1,0 +1,270 @@
+"""One sample of a request on its way: its tokens, the text they make, when it ends, and what is reported of it."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from grokjax.config import GrokConfig
+from grokjax.engine.scheduler import Job
+from grokjax.engine.stopping import StopFilter
+from grokjax.model import Drawn
+from grokjax.request import (
+    Completion,
+    FinishReason,
+    Piece,
+    Request,
+    Timings,
+    TokenLogprob,
+    bias_row,
+    check_prompt,
+    check_stop_ids,
+    is_integer,
+)
+from grokjax.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclasses.dataclass(eq=False)
+class Handle:
+    """A submitted request: what has come of it so far.
+
+    Attributes:
+      request: as it was submitted.
+      pieces: of the streams of all samples, in the order they came.
+      completions: of the samples that have ended, in the order they ended.
+    """
+
+    request: Request
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
+    completions: list[Completion] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all samples have ended."""
+        return len(self.completions) == self.request.n
+
+    @property
+    def completion(self) -> Completion:
+        """That of the first sample.
+
+        Raises:
+          ValueError: It has not ended.
+        """
+        found = next((completion for completion in self.completions if completion.sample == 0), None)
+        if found is None:
+            raise ValueError("the request has not ended: run the engine's steps, or call `run()`.")
+        return found
+
+    @property
+    def samples(self) -> tuple[Completion, ...]:
+        """Those of all samples that have ended, sample 0 first."""
+        return tuple(sorted(self.completions, key=lambda completion: completion.sample))
+
+
+@dataclasses.dataclass
+class Times:
+    """Moments of a sample's life, in seconds of the engine's clock."""
+
+    submitted: float
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def until(self, end: float) -> Timings:
+        """The seconds between them, for a sample that ends now."""
+        started, first = self.admitted, self.first_token
+        return Timings(
+            queue=None if started is None else started - self.submitted,
+            prefill=None if started is None or first is None else first - started,
+            first_token=None if first is None else first - self.submitted,
+            decode=None if first is None else end - first,
+            total=end - self.submitted,
+        )
+
+
+_NO_PROMPT = np.zeros(0, np.int32)
+
+
+class LiveSample(Job):
+    """A sample that has not ended.
+
+    Args:
+      handle: of its request.
+      sample: its number in the request.
+      prompt: token ids, int32 [n]; none if the request could not be read.
+      limit: tokens that may be drawn: `max_new_tokens`, or fewer where the slot ends first.
+      stop_ids: tokens that end it, the end-of-sequence token among them unless it is ignored.
+      bias: added to its logits, float32 [V].
+      tokenizer: for its text; None for none.
+      prompt_logprobs: the list of the request's first sample, whose prefill fills it.
+      submitted: when the request came.
+
+    Attributes:
+      dispatched: tokens that the dispatched steps draw, read or not.
+      ended: whether its completion is made.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        sample: int,
+        *,
+        prompt: np.ndarray = _NO_PROMPT,
+        limit: int = 0,
+        stop_ids: frozenset[int] = frozenset(),
+        bias: np.ndarray | None = None,
+        tokenizer: Tokenizer | None = None,
+        prompt_logprobs: list[float | None] | None = None,
+        submitted: float,
+    ):
+        request = handle.request
+        super().__init__(prompt, priority=request.priority, is_scored=request.prompt_logprobs and sample == 0)
+        self.handle, self.sample, self.limit, self.stop_ids, self.bias = handle, sample, limit, stop_ids, bias
+        self.seed = (request.seed + sample) % 2**32
+        self.times = Times(submitted)
+        self.dispatched, self.ended = 0, False
+        self.token_ids: list[int] = []
+        self.prompt_logprobs = [None] if prompt_logprobs is None else prompt_logprobs
+        self._logprobs: list[TokenLogprob] = []
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self._stop = StopFilter(request.stop)
+        self._text: list[str] = []
+        self._text_is_over = False
+
+    def push(self, drawn: Drawn, now: float) -> FinishReason | None:
+        """Takes the next token; says why the sample ends with it, if it does."""
+        if np.isnan(drawn.logprob):
+            raise ValueError("the model's logits are not finite: look at its weights, or compute in float32.")
+        self.times.first_token = now if self.times.first_token is None else self.times.first_token
+        self.times.last_token = now
+        token = drawn.token_id
+        self.token_ids.append(token)
+        self._note_logprob(drawn)
+        text, stopped = "", token in self.stop_ids
+        if not stopped and self._decoder is not None:
+            checked = self._stop.push(self._decoder.push(token))
+            text, stopped = checked.text, checked.stopped
+            self._text_is_over = stopped
+        self._emit(text, token)
+        if stopped:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.limit else None
+
+    def push_scores(self, scores: np.ndarray) -> None:
+        """Takes the log-probabilities [n] of the next tokens of the prompt; that after its end is not one."""
+        self.prompt_logprobs.extend(scores[: len(self.prompt) - len(self.prompt_logprobs)].tolist())
+
+    def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> Completion:
+        """Ends the sample: its last piece and its completion go to the handle."""
+        rest, reason = self._flush(reason)
+        self._emit(rest, None, reason)
+        request, self.ended = self.handle.request, True
+        scored = request.prompt_logprobs and len(self.prompt_logprobs) == len(self.prompt)
+        completion = Completion(
+            text="".join(self._text),
+            token_ids=tuple(self.token_ids),
+            prompt_ids=tuple(self.prompt.tolist()),
+            finish_reason=reason,
+            logprobs=None if request.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
+            timings=self.times.until(now),
+            sample=self.sample,
+            error=error,
+        )
+        self.handle.completions.append(completion)
+        return completion
+
+    def _note_logprob(self, drawn: Drawn) -> None:
+        count = self.handle.request.logprobs
+        if count is not None:
+            top = zip(drawn.top_ids[:count].tolist(), drawn.top_logprobs[:count].tolist(), strict=True)
+            self._logprobs.append(TokenLogprob(drawn.token_id, drawn.logprob, tuple(top)))
+
+    def _emit(self, text: str, token: int | None, reason: FinishReason | None = None) -> None:
+        self._text.append(text)
+        self.handle.pieces.append(Piece(text, token, self.sample, reason))
+
+    def _flush(self, reason: FinishReason) -> tuple[str, FinishReason]:
+        """The text that was held back; the rest of an unfinished character may still complete a stop string."""
+        if self._text_is_over:
+            return "", reason
+        if self._decoder is None or reason == "error":
+            return self._stop.flush(), reason
+        checked = self._stop.push(self._decoder.flush())
+        if checked.stopped:
+            return checked.text, "stop" if reason == "length" else reason
+        return checked.text + self._stop.flush(), reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Intake:
+    """Turns requests into samples: what depends on the tokenizer and the model is checked here.
+
+    Attributes:
+      tokenizer: None where requests give and get token ids.
+      config: of the model.
+      max_len: S, tokens that a slot holds.
+      max_logprobs: most probable tokens that a request may ask for.
+      add_bos: whether prompts that are text begin with the beginning-of-sequence token.
+
+    Raises:
+      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
+    """
+
+    tokenizer: Tokenizer | None
+    _: dataclasses.KW_ONLY
+    config: GrokConfig
+    max_len: int
+    max_logprobs: int
+    add_bos: bool
+
+    def __post_init__(self) -> None:
+        config, tokenizer = self.config, self.tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
+            )
+        if not is_integer(self.max_len) or not 2 <= self.max_len <= config.max_seq_len:
+            raise ValueError(f"max_len={self.max_len!r} must be between 2 and max_seq_len={config.max_seq_len}.")
+        if not is_integer(self.max_logprobs) or not 0 <= self.max_logprobs <= config.vocab_size:
+            raise ValueError(
+                f"max_logprobs={self.max_logprobs!r} must be between 0 and the {config.vocab_size} tokens there are."
+            )
+
+    def samples(self, handle: Handle, now: float) -> list[LiveSample]:
+        """The samples of a request that came now.
+
+        Raises:
+          ValueError: The prompt, the mask, the bias or a stop id does not fit, or something needs a tokenizer.
+          Exception: Whatever the tokenizer raises.
+        """
+        request = handle.request
+        if request.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`.")
+        if request.logprobs is not None and request.logprobs > self.max_logprobs:
+            raise ValueError(
+                f"logprobs={request.logprobs} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer."
+            )
+        vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
+        prompt = check_prompt(self._encode(request.prompt), vocab_size=vocab_size, max_len=self.max_len)
+        ends = frozenset() if request.ignore_eos else frozenset({eos_id})
+        make = functools.partial(
+            LiveSample,
+            handle,
+            prompt=prompt,
+            limit=min(request.max_new_tokens, self.max_len - len(prompt)),
+            stop_ids=check_stop_ids(request.stop_ids, vocab_size) | ends,
+            bias=bias_row(request, vocab_size),
+            tokenizer=self.tokenizer,
+            prompt_logprobs=[None],
+            submitted=now,
+        )
+        return [make(sample=number) for number in range(request.n)]
+
+    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise ValueError("the prompt is text and the engine has no tokenizer: give it one, or token ids.")
+        return [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)

@@ -1,0 +1,144 @@
+"""The steps of an engine whose model spans several processes: the first leads, the others follow."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from grokjax.distributed import Channel, DistributedError
+from grokjax.engine.protocol import Steps
+from grokjax.errors import first_line
+from grokjax.model import DeviceScores, DeviceTokens, Grok, ModelSteps, SlotSettings
+
+
+def make_steps(model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None) -> Steps:
+    """The steps of a model: `SharedSteps` where its mesh spans processes, else `ModelSteps`.
+
+    Raises:
+      ValueError: Its mesh spans processes, and this is not the first.
+    """
+    kind = SharedSteps if model.partitioner.mesh.is_multi_process else ModelSteps
+    return kind(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype)
+
+
+class SharedSteps:
+    """`Steps` of process 0, which tells each to the other processes before it dispatches it.
+
+    The other processes call `follow(model)`. The arguments are those of `ModelSteps`.
+    """
+
+    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
+        if jax.process_index():
+            raise ValueError(
+                f"the model spans {jax.process_count()} processes, and the engine runs on process 0: "
+                f"call follow(model) on process {jax.process_index()}."
+            )
+        self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
+        self._channel = Channel.open()
+        dtype = "" if cache_dtype is None else jnp.dtype(cache_dtype).name
+        self._channel.send("start", _fingerprint(model), dtype, slots, max_len, num_top)
+        self._steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype)
+
+    def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
+        """See `Steps`."""
+        self._channel.send("prefill", tokens, counts, starts, rows)
+        self._steps.prefill(tokens, counts, starts, rows)
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> DeviceScores:
+        """See `Steps`."""
+        self._channel.send("score", tokens, targets, count, start, row)
+        return self._steps.score(tokens, targets, count, start, row)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """See `Steps`."""
+        self._channel.send("share", source, target, length)
+        self._steps.share(source, target, length)
+
+    def set_bias(self, row: int, bias: np.ndarray) -> None:
+        """See `Steps`."""
+        self._channel.send("set_bias", row, bias)
+        self._steps.set_bias(row, bias)
+
+    def begin(self, settings: SlotSettings) -> DeviceTokens:
+        """See `Steps`."""
+        self._channel.send("begin", settings.packed)
+        return self._steps.begin(settings)
+
+    def decode(self, settings: SlotSettings) -> DeviceTokens:
+        """See `Steps`."""
+        self._channel.send("decode", settings.packed)
+        return self._steps.decode(settings)
+
+    def wait(self) -> None:
+        """See `Steps`; the other processes need not know."""
+        self._steps.wait()
+
+    def close(self) -> None:
+        """Lets the other processes return from `follow`."""
+        self._channel.send("close")
+
+
+def follow(model: Grok) -> None:
+    """Steps the model as the engine of process 0 says, until that engine is closed: what every other process calls.
+
+    Args:
+      model: this process's part of the same model.
+
+    Raises:
+      ValueError: This is process 0, the model is another than that of process 0, or it does not span processes.
+      DistributedError: Process 0 has gone, or a step failed.
+    """
+    if not jax.process_index() or not model.partitioner.mesh.is_multi_process:
+        raise ValueError(
+            f"follow is for the processes after the first, whose model lies on a mesh over all of them; this is "
+            f"process {jax.process_index()} with a mesh of {model.partitioner.mesh.size} devices: make an engine."
+        )
+    channel = Channel.open()
+    name, (fingerprint, dtype, *sizes) = channel.receive()
+    if str(fingerprint) != _fingerprint(model):
+        raise ValueError(
+            f"process 0 has another model: {fingerprint}; process {jax.process_index()} has {_fingerprint(model)}: "
+            "load the same with the same mesh, rules and dtype."
+        )
+    slots, max_len, num_top = (size.item() for size in sizes)
+    steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=str(dtype) or None)
+    drawn: DeviceTokens | None = None
+    try:
+        while name != "close":
+            name, values = channel.receive()
+            earlier, drawn = drawn, _take_step(steps, name, values) or drawn
+            if earlier is not None and earlier is not drawn:
+                earlier.read()  # As in an engine, one step is under way while the next is dispatched.
+    except jax.errors.JaxRuntimeError as error:
+        raise DistributedError(
+            f"a step of all processes failed: {first_line(error)}. Another process may have died, or memory was short: "
+            "end them all and start them again."
+        ) from error
+
+
+def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> DeviceTokens | None:
+    match name:
+        case "begin":
+            return steps.begin(SlotSettings(values[0]))
+        case "decode":
+            return steps.decode(SlotSettings(values[0]))
+        case "prefill":
+            steps.prefill(*values)
+        case "score":
+            tokens, targets, *place = values
+            steps.score(tokens, targets, *(number.item() for number in place))
+        case "share":
+            steps.share(*(number.item() for number in values))
+        case "set_bias":
+            steps.set_bias(values[0].item(), values[1])
+    return None
+
+
+def _fingerprint(model: Grok) -> str:
+    partitioner = model.partitioner
+    kinds = collections.Counter(np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(model))
+    stored = ", ".join(f"{count} x {name}" for name, count in sorted(kinds.items()))
+    compute = np.dtype(model.dtype).name
+    return f"{model.config} {compute} of {stored} {dict(partitioner.mesh.shape)} {partitioner.rules}"

@@ -1,0 +1,98 @@
+"""Every step of an engine run once, so that none has to be compiled while requests wait."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from grokjax.engine.protocol import Steps
+from grokjax.model import SlotSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmedStep:
+    """A step that is compiled.
+
+    Attributes:
+      name: of the step, as in `Steps`.
+      shape: rows and tokens of what it prefills; slots for the steps over all of them; nothing for others.
+      seconds: of its first run, compilation included.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    seconds: float
+
+
+def warm_up(
+    steps: Steps,
+    buckets: Sequence[int],
+    row_counts: Sequence[int],
+    *,
+    cache_dir: str | os.PathLike[str] | None,
+    clock: Callable[[], float],
+) -> tuple[WarmedStep, ...]:
+    """Runs every step in every shape; what the rows held is lost.
+
+    Args:
+      steps: those of an idle engine.
+      buckets: lengths of pieces of prompts.
+      row_counts: how many of them may be prefilled together.
+      cache_dir: directory of the persistent compilation cache; None leaves JAX's setting as it is.
+      clock: seconds.
+    """
+    warmed = []
+    with contextlib.nullcontext() if cache_dir is None else persistent_cache(cache_dir):
+        for name, shape, run in _runs(steps, buckets, row_counts):
+            start = clock()
+            run()
+            # The steps wait for each other, so what is read from this one comes after the one before.
+            steps.begin(SlotSettings.of((), steps.slots)).read()
+            warmed.append(WarmedStep(name, shape, clock() - start))
+    return tuple(warmed)
+
+
+@contextlib.contextmanager
+def persistent_cache(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Within it, JAX keeps everything that it compiles in a directory, and takes from there what it finds."""
+    wanted = {
+        "jax_compilation_cache_dir": os.fspath(directory),
+        "jax_enable_compilation_cache": True,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    _set(wanted)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, object]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    # JAX decides once whether it has a cache, unless it is told to think again.
+    compilation_cache.reset_cache()
+
+
+def _runs(
+    steps: Steps, buckets: Sequence[int], row_counts: Sequence[int]
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], object]]]:
+    """Name, shape and a run of each step; `begin`, which ends each of them, is the first."""
+    yield "begin", (steps.slots,), lambda: None
+    yield "decode", (steps.slots,), functools.partial(steps.decode, SlotSettings.of((), steps.slots))
+    yield "share", (), functools.partial(steps.share, 0, 0, 0)
+    yield "set_bias", (), functools.partial(steps.set_bias, 0, np.zeros(steps.vocab_size, np.float32))
+    for bucket in buckets:
+        for count in row_counts:
+            tokens, ones = np.zeros((count, bucket), np.int32), np.ones(count, np.int32)
+            rows = np.arange(count, dtype=np.int32)
+            yield "prefill", (count, bucket), functools.partial(steps.prefill, tokens, ones, 0 * ones, rows)
+        line = np.zeros(bucket, np.int32)
+        yield "score", (1, bucket), functools.partial(steps.score, line, line, 1, 0, 0)

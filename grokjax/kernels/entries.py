@@ -1,0 +1,190 @@
+"""Reads, writes and copies entries of the cache: rows of one layer, in place, on any device."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from grokjax.cache import CACHE_AXES, Entries, QuantizedEntries
+from grokjax.sharding import Partitioner
+
+
+def write(
+    stack: Entries,
+    new: jax.Array,
+    *,
+    layer: jax.Array,
+    rows: jax.Array | None = None,
+    start: jax.Array,
+    count: jax.Array,
+) -> Entries:
+    """Writes new entries of one layer into the stack, in place where the stack is a loop's carry.
+
+    Entries that would lie beyond the end are dropped; everything else stays as it was. Each row is one
+    `dynamic_update_slice`: a scatter makes XLA:TPU copy the whole stack into another layout. On GPUs it is a scatter,
+    one kernel for all rows.
+
+    Args:
+      stack: [L, B, K, S, H].
+      new: float [P, K, T, H] with T at most S; of each row the first `count` entries are written.
+      layer: int32 [].
+      rows: int32 [P], the stack's rows that they belong to; all B in order by default.
+      start: int32 [P], position of each row's first new entry.
+      count: int32 [P], 0 to T.
+
+    Returns:
+      The stack [L, B, K, S, H].
+    """
+    parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
+
+    def put(stack: jax.Array, new: jax.Array) -> jax.Array:
+        return lax.platform_dependent(stack, new, layer, rows, start, count, cuda=scatter_entries, default=_write_rows)
+
+    return jax.tree.map(put, stack, parts)
+
+
+def read(
+    stack: Entries,
+    *,
+    layer: jax.Array,
+    rows: jax.Array | None = None,
+    begin: jax.Array,
+    size: int,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A block of one layer's entries, and what they have to be multiplied with.
+
+    Args:
+      stack: [L, B, K, S, H].
+      layer: int32 [].
+      rows: int32 [P], the stack's rows to read; all B in order by default.
+      begin: int32 [], position of the first entry.
+      size: entries.
+      dtype: to cast them to; int8 is exact in any.
+
+    Returns:
+      The entries [P, K, size, H] in `dtype`, and their scales, float32 [P, K, size], or None for factors of 1.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    stack = jax.tree.map(_row_major, stack)
+
+    def take_rows(stack: jax.Array, first: jax.Array, num_rows: int) -> jax.Array:
+        index = (layer, first, zero, begin) + (zero,) * (stack.ndim - 4)
+        return lax.dynamic_slice(stack, index, (1, num_rows, stack.shape[2], size, *stack.shape[4:]))[0]
+
+    def take(stack: jax.Array) -> jax.Array:
+        if rows is None:
+            return take_rows(stack, zero, stack.shape[1])
+        return jnp.concatenate([take_rows(stack, rows[i], 1) for i in range(len(rows))])
+
+    if isinstance(stack, QuantizedEntries):
+        return take(stack.numbers).astype(dtype), take(stack.scales)
+    return take(stack).astype(dtype), None
+
+
+def copy_row(stack: Entries, partitioner: Partitioner, *, source: jax.Array, target: jax.Array) -> Entries:
+    """The stack with row `target` a copy of row `source`, layer by layer, on whatever devices they lie.
+
+    Args:
+      stack: [L, B, K, S, H].
+      partitioner: of the model.
+      source: int32 [].
+      target: int32 [].
+
+    Returns:
+      The stack [L, B, K, S, H].
+    """
+    num_rows = stack.shape[1]
+
+    def copy(stack: jax.Array, rows: jax.Array) -> jax.Array:
+        is_split = stack.shape[1] < num_rows
+        own, is_held = own_rows(rows, stack.shape[1], partitioner) if is_split else (rows, jnp.ones(2, bool))
+
+        def copy_layer(layer: jax.Array, stack: jax.Array) -> jax.Array:
+            places = [(layer, own[i]) + (jnp.zeros((), jnp.int32),) * (stack.ndim - 2) for i in range(2)]
+            new, old = (lax.dynamic_slice(stack, place, (1, 1, *stack.shape[2:])) for place in places)
+            if is_split:
+                new = partitioner.psum(jnp.where(is_held[0], new, 0), "batch")
+            return lax.dynamic_update_slice(stack, jnp.where(is_held[1], new, old), places[1])
+
+        return lax.fori_loop(0, stack.shape[0], copy_layer, stack)
+
+    spec = jax.tree.map(lambda leaf: partitioner.spec(CACHE_AXES[: leaf.ndim], leaf.shape), stack)
+    copy_all = partitioner.shard_map(
+        lambda stack, rows: jax.tree.map(lambda leaf: copy(leaf, rows), stack),
+        in_specs=(spec, PartitionSpec()),
+        out_specs=spec,
+    )
+    copied: Entries = copy_all(stack, jnp.stack([source, target]))
+    return copied
+
+
+def own_rows(rows: jax.Array, num_held: int, partitioner: Partitioner) -> tuple[jax.Array, jax.Array]:
+    """Inside `shard_map`, of a cache whose rows are split: this device's numbers of some rows, and which it holds.
+
+    Args:
+      rows: int32 [P], of the whole cache.
+      num_held: rows that the device holds.
+      partitioner: of the model.
+
+    Returns:
+      int32 [P], 0 for rows held elsewhere, and bool [P].
+    """
+    own = rows - partitioner.index("batch") * num_held
+    is_held = (own >= 0) & (own < num_held)
+    return jnp.where(is_held, own, 0), is_held
+
+
+def scatter_entries(
+    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
+) -> jax.Array:
+    """Writes new entries of one layer into one array by a scatter, which on GPUs is one kernel for all rows.
+
+    Args:
+      stack: [L, B, K, S, ...], keys, values or their scales.
+      new: [P, K, T, ...] with T at most S.
+      layer: int32 [].
+      rows: int32 [P], as in `write`; all B in order if None.
+      start: int32 [P].
+      count: int32 [P].
+
+    Returns:
+      The stack [L, B, K, S, ...].
+    """
+    num_rows, _, num_new, *_ = new.shape
+    number = jnp.arange(num_new)[None]
+    # What is not to be written goes behind the end, each to a place of its own.
+    behind = stack.shape[3] + jnp.arange(num_rows * num_new).reshape(num_rows, num_new)
+    position = jnp.where(number < count[:, None], start[:, None] + number, behind)  # [P, T]
+    moved = new.swapaxes(1, 2).astype(stack.dtype)
+    rows = jnp.arange(num_rows) if rows is None else rows
+    return stack.at[layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
+
+
+def _write_rows(
+    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
+) -> jax.Array:
+    """What `scatter_entries` does, row by row."""
+    num_rows, heads, num_new, *rest = new.shape
+    zero = jnp.zeros((), jnp.int32)
+
+    def write_row(i: jax.Array, stack: jax.Array) -> jax.Array:
+        # Near the end of the cache the window slides left, and the new entries slide right inside it.
+        first = jnp.minimum(start[i], stack.shape[3] - num_new)
+        shift = start[i] - first
+        index = (layer, i if rows is None else rows[i], zero, first) + (zero,) * len(rest)
+        old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
+        number = jnp.arange(num_new) - shift
+        fresh = (number >= 0) & (number < count[i])
+        moved = jnp.roll(lax.dynamic_index_in_dim(new, i, keepdims=False), shift, axis=1)
+        window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])
+        return _row_major(lax.dynamic_update_slice(_row_major(stack), window[None, None], index))
+
+    return lax.fori_loop(0, num_rows, write_row, stack)
+
+
+def _row_major(stack: jax.Array) -> jax.Array:
+    """The stack in the layout that it has outside of loops: XLA:TPU would copy all of it into another one."""
+    return with_layout_constraint(stack, Layout(major_to_minor=tuple(range(stack.ndim))))

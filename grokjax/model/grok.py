@@ -1,0 +1,282 @@
+"""The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from grokjax.cache import Entries, KVCache
+from grokjax.config import GrokConfig
+from grokjax.model.attention import Attention
+from grokjax.model.embedding import Embedding
+from grokjax.model.feed_forward import FeedForward
+from grokjax.model.layers import RMSNorm
+from grokjax.quantization import QuantizedTable, Weight, quantize_table, specs
+from grokjax.sharding import Partitioner, ShardingRules
+
+
+class DecoderLayers(nnx.Module):
+    """All decoder layers: every parameter has a leading [L] axis and is indexed where it is used.
+
+    `layers[i]` is a view of one layer, the same module with L = 1, for reading its parameters.
+    """
+
+    def __init__(
+        self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
+    ):
+        self.num_layers = config.num_layers
+        options: dict[str, Any] = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner, "rngs": rngs}
+        self.pre_attention_norm = RMSNorm(config, num_layers=config.num_layers)
+        self.attention = Attention(config, **options)
+        self.post_attention_norm = RMSNorm(config, num_layers=config.num_layers)
+        self.pre_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
+        self.feed_forward = FeedForward(config, **options)
+        self.post_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
+
+    def __getitem__(self, index: int) -> "DecoderLayers":
+        if not -self.num_layers <= index < self.num_layers:
+            raise IndexError(f"layer {index} does not exist: the model has {self.num_layers} layers.")
+        index %= self.num_layers
+        graphdef, state = nnx.split(self)
+        view = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index : index + 1], state))
+        view.num_layers = 1
+        return view
+
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: Entries,
+        values: Entries,
+        *,
+        layer: jax.Array,
+        slot: jax.Array,
+        rows: jax.Array | None = None,
+        start: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, Entries, Entries]:
+        """One layer, number `layer`; arguments and results as those of `Attention`."""
+        with jax.named_scope("attention"):
+            normed = self.pre_attention_norm(x, layer)
+            place: dict[str, Any] = {"layer": layer, "slot": slot, "rows": rows, "start": start, "count": count}
+            mixed, keys, values = self.attention(normed, keys, values, **place)
+            x = x + self.post_attention_norm(mixed, layer)
+        with jax.named_scope("feed_forward"):
+            valid = jnp.arange(x.shape[1])[None] < count[:, None]
+            mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer)
+            return x + self.post_feed_forward_norm(mixed, layer), keys, values
+
+
+class Grok(nnx.Module):
+    """Grok-1: a decoder with grouped-query attention and a mixture of experts.
+
+    Make one with `init` or `load`; run it with `forward`, `prefill`, `decode` and `generate`.
+
+    Attributes:
+      config: the sizes.
+      dtype: compute dtype, float32 or bfloat16; plain weights are held in it too.
+      partitioner: mesh and sharding rules.
+    """
+
+    def __init__(
+        self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype, self.partitioner = config, check_dtype(dtype), partitioner
+        options: dict[str, Any] = {"dtype": dtype, "partitioner": partitioner, "rngs": rngs}
+        self.embedding = Embedding(config, **options)
+        self.layers = DecoderLayers(config, quantized=quantized, **options)
+        self.final_norm = RMSNorm(config)
+
+    def __call__(
+        self, tokens: jax.Array, count: jax.Array, cache: KVCache, *, rows: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs new tokens through all layers, after what the cache's rows hold already.
+
+        Args:
+          tokens: int32 [P, T], right-padded.
+          count: int32 [P], real tokens of each row, 0 to T.
+          cache: of B rows; with a single layer it is scratch, used by every layer in turn.
+          rows: int32 [P], rows of the cache that the tokens are for, each once; by default all B in order.
+
+        Returns:
+          Hidden states after the last norm, [P, T, D] in the compute dtype, and the cache with the real tokens added.
+        """
+        start = cache.lengths if rows is None else cache.lengths[rows]
+        count = jnp.minimum(count, cache.max_len - start)
+        is_scratch = cache.keys.shape[0] == 1
+
+        def run_layer(
+            layer: jax.Array, carry: tuple[jax.Array, Entries, Entries]
+        ) -> tuple[jax.Array, Entries, Entries]:
+            x, keys, values = carry
+            slot = jnp.zeros_like(layer) if is_scratch else layer
+            place: dict[str, Any] = {"layer": layer, "slot": slot, "rows": rows, "start": start, "count": count}
+            x, keys, values = self.layers(x, keys, values, **place)
+            return self.partitioner.constrain(x, ("batch", None, None)), keys, values
+
+        x = self.partitioner.constrain(self.embedding.encode(tokens), ("batch", None, None))
+        x, keys, values = lax.fori_loop(0, self.config.num_layers, run_layer, (x, cache.keys, cache.values))
+        lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
+        return self.final_norm(x), KVCache(keys, values, lengths)
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        is_scratch: bool = False,
+    ) -> KVCache:
+        """An empty cache on the model's mesh, see `KVCache.create`.
+
+        Args:
+          batch_size: B, rows.
+          max_len: S, entries a row can hold.
+          dtype: by default float32 for a float32 model.
+          is_scratch: with a single layer, that every layer uses in turn: what it holds after a call means nothing.
+        """
+        return KVCache.create(
+            self.config.replace(num_layers=1) if is_scratch else self.config,
+            batch_size,
+            max_len,
+            dtype=self.dtype if dtype is None and self.dtype == jnp.float32 else dtype,
+            mesh=self.partitioner.mesh,
+            rules=self.partitioner.rules,
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
+        with jax.named_scope("unembed"):
+            return self.embedding.decode(hidden)
+
+    def whole_rows(self, logits: jax.Array) -> NamedSharding:
+        """Where logits [B, V] lie if no row of them is divided over devices."""
+        return self.partitioner.sharding(("batch", None), logits.shape)
+
+
+def check_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The compute dtype as a `numpy.dtype`.
+
+    Raises:
+      ValueError: It is neither float32 nor bfloat16.
+    """
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"dtype={jnp.dtype(dtype).name} is not a compute dtype: choose float32 or bfloat16.")
+    return jnp.dtype(dtype)
+
+
+def init(
+    config: GrokConfig,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    quantized: bool = True,
+    quantized_table: bool = False,
+) -> Grok:
+    """A model with random weights, each shard made on its own device; the same weights on every mesh.
+
+    Args:
+      config: the sizes.
+      seed: of the weights.
+      mesh: from `make_mesh`; one device by default.
+      rules: sharding rules; tensor parallel by default.
+      dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
+      quantized: int8 weights in attention and experts, else plain ones.
+      quantized_table: the embedding table in int8 too, with a scale for each token; see docs/model.md for its error.
+
+    Raises:
+      ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
+    """
+    partitioner = Partitioner.create(config, mesh, rules)
+    graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
+    values = init_parameters(config, partitioner, seed=seed, dtype=dtype, quantized=quantized)
+    params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
+    model = nnx.merge(graphdef, nnx.from_flat_state(params))
+    return with_quantized_table(model) if quantized_table else model
+
+
+def with_quantized_table(model: Grok) -> Grok:
+    """The model with its embedding table in int8, on the same devices; everything else is shared."""
+    param, partitioner = model.embedding.table, model.partitioner
+    shapes = jax.eval_shape(quantize_table, param.get_value())
+    shardings: QuantizedTable = partitioner.shardings(specs(shapes, param.logical_axes, partitioner))
+    table = jax.jit(quantize_table, out_shardings=shardings)(param.get_value())
+    graphdef, state = nnx.split(model)
+    params = [
+        (path, param.replace(table) if parameter_name(path) == "embedding.table" else param)
+        for path, param in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(params))
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """A parameter's path in the model as text: `layers.attention.query`."""
+    return ".".join(map(str, path))
+
+
+def init_parameters(
+    config: GrokConfig,
+    partitioner: Partitioner,
+    *,
+    seed: int,
+    dtype: DTypeLike,
+    quantized: bool,
+    names: Collection[str] | None = None,
+) -> dict[str, Weight]:
+    """The random values that `init` gives to some parameters, by path (`layers.attention.query`), or to all.
+
+    They are made one after the other, so that the devices hold what one of them takes to make beside the results.
+    """
+    abstract = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[1]
+    made: dict[str, Weight] = {}
+    for name in (parameter_name(path) for path, _ in nnx.to_flat_state(abstract)):
+        if names is None or name in names:
+            maker = parameter_maker(config, partitioner, name, dtype=jnp.dtype(dtype), quantized=quantized)
+            made[name] = jax.block_until_ready(maker(jax.random.key(seed)))
+    return made
+
+
+@functools.cache
+def parameter_maker(
+    config: GrokConfig, partitioner: Partitioner, name: str, *, dtype: jnp.dtype, quantized: bool
+) -> jax.stages.Wrapped:
+    """The compiled function that makes one parameter of `init` from a key, in its shards; a second model reuses it."""
+    options: dict[str, Any] = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner}
+    abstract = _values(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda key: _values(Grok(config, rngs=nnx.Rngs(key), **options))[name], out_shardings=shardings)
+
+
+def _values(model: Grok) -> dict[str, Weight]:
+    return {parameter_name(path): param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
+
+
+def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:
+    """A model of `jax.ShapeDtypeStruct`s with shardings: what to load into, or to compile for, without any memory.
+
+    Raises:
+      ValueError: The dtype is not a compute dtype.
+    """
+    check_dtype(dtype)
+
+    def build() -> Grok:
+        return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(0))
+
+    def place(param: nnx.Variable) -> nnx.Variable:
+        value = param.get_value()
+        shardings = partitioner.shardings(specs(value, param.logical_axes, partitioner))
+        return param.replace(
+            jax.tree.map(
+                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), value, shardings
+            )
+        )
+
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graphdef, jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

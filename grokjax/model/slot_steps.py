@@ -1,0 +1,288 @@
+"""The compiled steps of an engine: a batch whose rows are slots, each with its own sequence, settings and key."""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from grokjax.cache import CACHE_AXES, Entries, KVCache
+from grokjax.kernels import copy_row
+from grokjax.model.grok import Grok
+from grokjax.model.slots import DrawnTokens, SlotSettings
+from grokjax.model.steps import decode, prefill
+from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
+
+# Positions of a prompt whose logits are there at once: a piece of 1024 would need half a gigabyte of them.
+_SCORE_BLOCK = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+    """What the steps keep on the devices from one call to the next.
+
+    Attributes:
+      cache: of B rows.
+      tokens: int32 [B], the last that was drawn in each row.
+      logits: float32 [B, V], those after each row's prefill, from which its first token is drawn.
+      bias: float32 [B, V], what each row's request adds to its logits.
+    """
+
+    cache: KVCache
+    tokens: jax.Array
+    logits: jax.Array
+    bias: jax.Array
+
+    @classmethod
+    def abstract(cls, model: Grok, cache: KVCache) -> Self:
+        """The state around a cache as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
+        return cls(cache, **_state_shapes(model, cache.batch_size))
+
+
+class ModelSteps:
+    """`Steps` of a Grok model; it owns the cache of all slots.
+
+    Args:
+      model: the model.
+      slots: B, rows of the cache.
+      max_len: S, tokens that each row holds.
+      num_top: most probable tokens that a request may ask for.
+      cache_dtype: as in `KVCache.create`; by default float32 for a float32 model.
+    """
+
+    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
+        self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
+        self._model = model
+        state = _state_shapes(model, slots)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
+        self._state = SlotState(model.new_cache(slots, max_len, dtype=cache_dtype), **zeros)
+
+    @property
+    def state(self) -> SlotState:
+        """What the devices hold after the steps so far; the next step DONATES it."""
+        return self._state
+
+    def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
+        """See `Steps`; compiled for each shape of `tokens`."""
+        self._state = _prefill_rows(self._model, self._state, tokens, counts, starts, rows)
+
+    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> "DeviceScores":
+        """See `Steps`; compiled for each length of `tokens`."""
+        place = np.array([count, start, row], np.int32)
+        scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place)
+        return DeviceScores(scores)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """See `Steps`."""
+        self._state = _share_row(self._model, self._state, np.array([source, target, length], np.int32))
+
+    def set_bias(self, row: int, bias: np.ndarray) -> None:
+        """See `Steps`."""
+        self._state = _set_bias(self._model, self._state, np.int32(row), bias)
+
+    def begin(self, settings: SlotSettings) -> "DeviceTokens":
+        """See `Steps`."""
+        packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self.num_top)
+        return DeviceTokens(packed)
+
+    def decode(self, settings: SlotSettings) -> "DeviceTokens":
+        """See `Steps`."""
+        packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
+        return DeviceTokens(packed)
+
+    def wait(self) -> None:
+        """See `Steps`."""
+        jax.block_until_ready(self._state)
+
+    def close(self) -> None:
+        """See `Steps`; there is nothing to end."""
+
+
+class DeviceTokens:
+    """Tokens that are being drawn; their copy to the host is under way from the start."""
+
+    def __init__(self, packed: jax.Array):
+        self._packed = packed
+        packed.copy_to_host_async()
+
+    def read(self) -> DrawnTokens:
+        """Waits for the step."""
+        packed = np.asarray(self._packed)
+        num_top = packed.shape[1] // 2 - 1
+        numbers = packed.view(np.float32)
+        return DrawnTokens(packed[:, 0], numbers[:, 1], packed[:, 2 : 2 + num_top], numbers[:, 2 + num_top :])
+
+
+class DeviceScores:
+    """Log-probabilities that are being computed."""
+
+    def __init__(self, scores: jax.Array):
+        self._scores = scores
+        scores.copy_to_host_async()
+
+    def read(self) -> np.ndarray:
+        """Waits for the step."""
+        return np.asarray(self._scores)
+
+
+def lower_prefill(model: Grok, state: SlotState, prompts: tuple[int, int]) -> jax.stages.Lowered:
+    """The step that prefills (P, T) tokens; model and state may be abstract, here and in the functions below."""
+    tokens = jax.ShapeDtypeStruct(prompts, jnp.int32)
+    numbers = jax.ShapeDtypeStruct(prompts[:1], jnp.int32)
+    return _prefill_rows.lower(model, state, tokens, numbers, numbers, numbers)
+
+
+def lower_score(model: Grok, state: SlotState, length: int) -> jax.stages.Lowered:
+    """The step that prefills `length` tokens of one row and gives the log-probabilities of the next ones."""
+    tokens, place = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    return _score_row.lower(model, state, tokens, tokens, place)
+
+
+def lower_share(model: Grok, state: SlotState) -> jax.stages.Lowered:
+    """The step that copies the beginning of one row to another."""
+    return _share_row.lower(model, state, jax.ShapeDtypeStruct((3,), jnp.int32))
+
+
+def lower_decode(model: Grok, state: SlotState, num_top: int) -> jax.stages.Lowered:
+    """The step that decodes all rows, draws from them and finds the `num_top` most probable tokens."""
+    settings = SlotSettings.of((), state.cache.batch_size).packed
+    packed = jax.ShapeDtypeStruct(settings.shape, settings.dtype)
+    return _decode.lower(model, state, packed, num_top=num_top)
+
+
+def _state_shapes(model: Grok, slots: int) -> dict[str, Any]:
+    """What a state holds beside its cache, by the names of `SlotState`."""
+    shape = (slots, model.config.vocab_size)
+    wide = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=model.partitioner.sharding(("batch", "vocab"), shape))
+    whole = model.partitioner.sharding((None,), (slots,))
+    return {"tokens": jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), "logits": wide, "bias": wide}
+
+
+def _placed(model: Grok, state: SlotState) -> SlotState:
+    """The state where it began, so that no step is compiled a second time for another placement."""
+    wide, constrain = ("batch", "vocab"), model.partitioner.constrain
+
+    def placed(entries: Entries) -> Entries:
+        return jax.tree.map(lambda leaf: constrain(leaf, CACHE_AXES[: leaf.ndim]), entries)
+
+    cache = KVCache(placed(state.cache.keys), placed(state.cache.values), constrain(state.cache.lengths, (None,)))
+    return SlotState(
+        cache, constrain(state.tokens, (None,)), constrain(state.logits, wide), constrain(state.bias, wide)
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _prefill_rows(
+    model: Grok, state: SlotState, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
+) -> SlotState:
+    logits, cache = prefill(model, tokens, counts, _holding(state.cache, starts, rows), rows=rows)
+    return _placed(model, dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _score_row(
+    model: Grok, state: SlotState, tokens: jax.Array, targets: jax.Array, place: jax.Array
+) -> tuple[jax.Array, SlotState]:
+    count, start, row = place[:1], place[1:2], place[2:]
+    hidden, cache = model(tokens, count, _holding(state.cache, start, row), rows=row)
+    length = tokens.shape[1]
+    block = min(_SCORE_BLOCK, length)
+    padded = jnp.pad(hidden[0], ((0, -length % block), (0, 0))).reshape(-1, block, hidden.shape[-1])
+    wanted = jnp.pad(targets[0], (0, -length % block)).reshape(-1, block)
+    scores = lax.map(lambda pair: log_probs_of(model.logits(pair[0]), pair[1]), (padded, wanted))
+    last = lax.dynamic_index_in_dim(hidden[0], count[0] - 1, keepdims=True)
+    state = dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, model.logits(last), row))
+    return model.partitioner.constrain(scores.reshape(-1)[:length], (None,)), _placed(model, state)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _share_row(model: Grok, state: SlotState, place: jax.Array) -> SlotState:
+    source, target, length = place
+    copy = functools.partial(copy_row, partitioner=model.partitioner, source=source, target=target)
+    held = _holding(state.cache, length[None], target[None])
+    cache = dataclasses.replace(held, keys=copy(held.keys), values=copy(held.values))
+    logits = lax.dynamic_slice_in_dim(state.logits, source, 1)
+    logits = _put_logits(state.logits, logits, target[None])
+    return _placed(model, dataclasses.replace(state, cache=cache, logits=logits))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _set_bias(model: Grok, state: SlotState, row: jax.Array, bias: jax.Array) -> SlotState:
+    return _placed(model, dataclasses.replace(state, bias=state.bias.at[row].set(bias)))
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
+def _begin(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, SlotState]:
+    return _draw(model, state, state.logits, packed, num_top)
+
+
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
+def _decode(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, SlotState]:
+    logits, cache = decode(model, state.tokens, state.cache, active=packed[:, 5] != 0)
+    return _draw(model, dataclasses.replace(state, cache=cache), logits, packed, num_top)
+
+
+def _draw(
+    model: Grok, state: SlotState, logits: jax.Array, packed: jax.Array, num_top: int
+) -> tuple[jax.Array, SlotState]:
+    """Draws for the active rows; gives int32 [B, 2 + 2 K], which `DeviceTokens` takes apart, and the state."""
+    numbers = lax.bitcast_convert_type(packed[:, :3], jnp.float32)
+    active, biased, wants_top = (packed[:, column] != 0 for column in (5, 6, 7))
+    settings = SampleSettings(
+        temperature=numbers[:, 0],
+        nucleus_p=numbers[:, 1],
+        min_p=numbers[:, 2],
+        top_k=packed[:, 3],
+        mask=None,
+        active=active,
+    )
+    keys = jax.vmap(jax.random.key)(lax.bitcast_convert_type(packed[:, 4], jnp.uint32))
+    with jax.named_scope("bias"):
+        adjusted = lax.cond(
+            (active & biased).any(),
+            lambda: jnp.where(biased[:, None], _biased(logits, state.bias), logits),
+            lambda: logits,
+        )
+    keys = row_keys(keys, state.cache.lengths)
+    drawn = sample_token(keys, adjusted, settings, whole=model.whole_rows(adjusted)).token_id
+    logprob = lax.bitcast_convert_type(log_probs_of(logits, drawn), jnp.int32)
+    columns = [drawn[:, None], logprob[:, None]]
+    if num_top:
+        columns += _most_probable(logits, num_top, (active & wants_top).any())
+    packed_drawn = model.partitioner.constrain(jnp.concatenate(columns, axis=1), (None, None))
+    tokens = jnp.where(active, drawn, state.tokens)
+    return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
+
+
+def _biased(logits: jax.Array, bias: jax.Array) -> jax.Array:
+    """The sum of both [B, V]; what the bias excludes is so exactly, whatever the logit."""
+    return jnp.where(bias <= EXCLUDED, EXCLUDED, logits + bias)
+
+
+def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> list[jax.Array]:
+    """The most probable tokens of each row and the bits of their log-probabilities, int32 [B, K]; zeros if unwanted."""
+
+    def find() -> tuple[jax.Array, jax.Array]:
+        values, ids = lax.top_k(logits, num_top)
+        logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return ids.astype(jnp.int32), lax.bitcast_convert_type(logprobs, jnp.int32)
+
+    nothing = jnp.zeros((logits.shape[0], num_top), jnp.int32)
+    return list(lax.cond(wanted, find, lambda: (nothing, nothing)))
+
+
+def _holding(cache: KVCache, lengths: jax.Array, rows: jax.Array) -> KVCache:
+    """The cache whose rows [P] hold so many entries [P]."""
+    return dataclasses.replace(cache, lengths=cache.lengths.at[rows].set(lengths))
+
+
+def _put_logits(kept: jax.Array, logits: jax.Array, rows: jax.Array) -> jax.Array:
+    """The logits [B, V] of all rows with those [P, V] of some."""
+    for i in range(rows.shape[0]):
+        kept = lax.dynamic_update_slice_in_dim(kept, logits[i : i + 1], rows[i], axis=0)
+    return kept

@@ -1,0 +1,341 @@
+"""The pure steps: forward, prefill, decode and generate. The only place on the run path that compiles or donates."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from grokjax.cache import KVCache, check_cache_dtype
+from grokjax.model.grok import Grok
+from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
+
+
+def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
+    """Logits at every position, without a cache.
+
+    Args:
+      model: the model.
+      tokens: integers [B, T] in the vocabulary; padding on the right changes nothing before it.
+
+    Returns:
+      float32 [B, T, V].
+
+    Raises:
+      ValueError: The shape is not [B, T], T exceeds the longest sequence, or a token is outside the vocabulary.
+    """
+    tokens = _check_tokens(model, tokens, ndim=2)
+    if tokens.shape[1] > model.config.max_seq_len:
+        raise ValueError(f"{tokens.shape[1]} tokens exceed max_seq_len={model.config.max_seq_len}: pass fewer.")
+    return _forward(model, tokens)
+
+
+def prefill(
+    model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache, *, rows: ArrayLike | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Adds prompts, or further chunks of them, to the cache's rows. DONATES `cache`.
+
+    Args:
+      model: the model.
+      tokens: integers [P, T] in the vocabulary, right-padded.
+      lengths: integers [P], real tokens of each row in this call, 0 to T; a row of 0 is left as it is.
+      cache: of B rows, made with the model's mesh and rules; each row continues after what it holds.
+      rows: integers [P], the cache's rows that the prompts are for, each once; by default all B in order.
+
+    Returns:
+      Logits, float32 [P, V], at each row's last real token (meaningless for rows of 0), and the cache.
+
+    Raises:
+      ValueError: Shapes disagree, a token is outside the vocabulary, a length is outside 0 ... T, a row has no room,
+        is outside the cache or named twice. Under a caller's own jit only shapes are checked, and what does not fit
+        into a row is dropped.
+    """
+    tokens = _check_tokens(model, tokens, ndim=2)
+    lengths = _check_lengths(lengths, tokens, least=0)
+    _check_cache(model, cache, tokens.shape[0] if rows is None else cache.batch_size)
+    rows = None if rows is None else _check_rows(rows, tokens, cache)
+    if tokens.shape[1] > cache.max_len:
+        raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
+    named = jnp.arange(len(lengths)) if rows is None else rows
+    if _is_concrete(lengths, cache.lengths, named):
+        _check_room(cache, lengths, np.asarray(named))
+    return _prefill(model, tokens, lengths, cache, rows)
+
+
+def decode(
+    model: Grok, tokens: ArrayLike, cache: KVCache, *, active: ArrayLike | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Adds one token to each active row and gives the logits of the next. DONATES `cache`.
+
+    Called as it is, it waits for the cache's lengths to check them. A loop that must not wait puts it under its own
+    `jax.jit` and keeps count of the room left; there a row without room stays as it is and its logits are NaN.
+
+    Args:
+      model: the model.
+      tokens: integers [B] in the vocabulary.
+      cache: of B rows, made with the model's mesh and rules.
+      active: bool [B]; the other rows stay untouched and their logits mean nothing. All rows by default.
+
+    Returns:
+      Logits, float32 [B, V], and the cache.
+
+    Raises:
+      ValueError: Shapes disagree, a token is outside the vocabulary, or an active row is full.
+    """
+    tokens = _check_tokens(model, tokens, ndim=1)
+    active = jnp.ones(tokens.shape, bool) if active is None else jnp.asarray(active, bool)
+    _check_cache(model, cache, tokens.shape[0])
+    if active.shape != tokens.shape:
+        raise ValueError(f"active has shape {active.shape} and tokens {tokens.shape}: pass one value for each row.")
+    if _is_concrete(active, cache.lengths):
+        _check_room(cache, active, np.arange(len(tokens)))
+    return _decode(model, tokens, cache, active)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def decode_and_sample(
+    model: Grok, tokens: jax.Array, cache: KVCache, settings: SampleSettings, keys: jax.Array
+) -> tuple[SampleOutput, KVCache]:
+    """`decode`, then a draw of the next token: one step of a host's loop, which never waits. DONATES `cache`.
+
+    Nothing is checked but shapes: the caller keeps count of the room left in each row.
+
+    Args:
+      model: the model.
+      tokens: int32 [B].
+      cache: of B rows.
+      settings: how to draw; its inactive rows stay untouched.
+      keys: a key for each row, [B]; the draw at position p uses `fold_in(key, p)`.
+
+    Returns:
+      The drawn tokens and the cache.
+    """
+    logits, cache = _decode_step(model, tokens, cache, settings.active)
+    return sample_token(row_keys(keys, cache.lengths), logits, settings, whole=model.whole_rows(logits)), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Continuations of a batch of prompts.
+
+    Attributes:
+      tokens: int32 [B, max_new_tokens], the pad id after each row's end.
+      lengths: int32 [B], tokens of each continuation, the end-of-sequence token included.
+      logprobs: float32 [B, max_new_tokens], natural log-probability of each token under the model itself, at
+        temperature 1 without mask or filter; 0 after the end.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    logprobs: jax.Array
+
+
+def generate(
+    model: Grok,
+    tokens: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    max_new_tokens: int,
+    settings: SampleSettings | None = None,
+    keys: jax.Array | None = None,
+    eos_id: int | None = None,
+    cache_dtype: DTypeLike | None = None,
+) -> Generated:
+    """Continues prompts, the whole loop on the device, until every row has ended.
+
+    The draw at position p of a row uses `fold_in(key of the row, p)`, so a row's result does not depend on its
+    neighbours.
+
+    Args:
+      model: the model.
+      tokens: integers [B, T] in the vocabulary, right-padded.
+      lengths: integers [B], tokens of each prompt, 1 to T.
+      max_new_tokens: longest continuation; T and it together may not exceed the configuration's longest sequence.
+      settings: how to draw; greedy by default.
+      keys: a key for each row, [B]; by default folded from seed 0 and the row's number.
+      eos_id: token that ends a row; none by default, so that every row gets `max_new_tokens`.
+      cache_dtype: as in `Grok.new_cache`.
+
+    Raises:
+      ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, or there is no
+        room.
+    """
+    tokens = _check_tokens(model, tokens, ndim=2)
+    lengths = _check_lengths(lengths, tokens, least=1)
+    batch, longest = tokens.shape
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1 or longest + max_new_tokens > model.config.max_seq_len:
+        raise ValueError(
+            f"{longest} prompt tokens and max_new_tokens={max_new_tokens} must leave at least one new token and fit "
+            f"into max_seq_len={model.config.max_seq_len}."
+        )
+    if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
+        raise ValueError(
+            f"eos_id={eos_id} is outside the vocabulary of {model.config.vocab_size} tokens: it would never come."
+        )
+    if keys is not None and keys.shape[:1] != (batch,):
+        raise ValueError(
+            f"keys has shape {keys.shape} for {batch} rows: pass one key for each, such as jax.random.split gives."
+        )
+    settings = SampleSettings.create(batch, temperature=0.0) if settings is None else settings
+    keys = (
+        jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)) if keys is None else keys
+    )
+    cache_dtype = None if cache_dtype is None else check_cache_dtype(cache_dtype)
+    return _generate(
+        model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id, cache_dtype=cache_dtype
+    )
+
+
+@jax.jit
+def _forward(model: Grok, tokens: jax.Array) -> jax.Array:
+    batch, num_new = tokens.shape
+    scratch = model.new_cache(batch, num_new, is_scratch=True)
+    hidden, _ = model(tokens, jnp.full((batch,), num_new, jnp.int32), scratch)
+    return model.logits(hidden)
+
+
+def _prefill_step(
+    model: Grok, tokens: jax.Array, lengths: jax.Array, cache: KVCache, rows: jax.Array | None = None
+) -> tuple[jax.Array, KVCache]:
+    hidden, cache = model(tokens, lengths, cache, rows=rows)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    return model.logits(hidden), cache
+
+
+def _decode_step(model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Array) -> tuple[jax.Array, KVCache]:
+    is_full = active & (cache.lengths >= cache.max_len)
+    hidden, cache = model(tokens[:, None], active.astype(jnp.int32), cache)
+    return jnp.where(is_full[:, None], jnp.nan, model.logits(hidden[:, 0])), cache
+
+
+_prefill = jax.jit(_prefill_step, donate_argnames="cache")
+_decode = jax.jit(_decode_step, donate_argnames="cache")
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "cache_dtype"))
+def _generate(
+    model: Grok,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    settings: SampleSettings,
+    keys: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    cache_dtype: jnp.dtype | None,
+) -> Generated:
+    batch, longest = tokens.shape
+    cache = model.new_cache(batch, longest + max_new_tokens, dtype=cache_dtype)
+    logits, cache = _prefill_step(model, tokens, lengths, cache)
+    shape = (batch, max_new_tokens)
+    out = Generated(
+        tokens=jnp.full(shape, model.config.pad_id, jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+    )
+
+    def draw(
+        step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated
+    ) -> tuple[jax.Array, jax.Array, Generated]:
+        drawn = sample_token(row_keys(keys, lengths + step), logits, settings, whole=model.whole_rows(logits))
+        token = jnp.where(active, drawn.token_id, model.config.pad_id)
+        logprob = jnp.where(active, drawn.logprob, 0)
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
+        out = Generated(
+            tokens=write(out.tokens, token[:, None]),
+            lengths=out.lengths + active.astype(jnp.int32),
+            logprobs=write(out.logprobs, logprob[:, None]),
+        )
+        return token, active if eos_id is None else active & (token != eos_id), out
+
+    def is_running(state: tuple[Any, ...]) -> jax.Array:
+        step, _, active, *_ = state
+        return (step < max_new_tokens) & active.any()
+
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, active, cache, out = state
+        logits, cache = _decode_step(model, token, cache, active)
+        token, active, out = draw(step, active, logits, out)
+        return step + 1, token, active, cache, out
+
+    token, active, out = draw(jnp.zeros((), jnp.int32), settings.active, logits, out)
+    state = (jnp.ones((), jnp.int32), token, active, cache, out)
+    generated: Generated = lax.while_loop(is_running, advance, state)[-1]
+    return generated
+
+
+def _is_concrete(*arrays: jax.Array) -> bool:
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def _as_integers(values: ArrayLike) -> jax.Array:
+    """The values as they are, int64 included: the check of their range must come before the cast."""
+    array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"tokens and lengths must be integers, not {array.dtype}.")
+    return array
+
+
+def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
+    tokens = _as_integers(tokens)
+    if tokens.ndim != ndim or not tokens.size:
+        shape = "[batch, length]" if ndim == 2 else "[batch]"
+        raise ValueError(f"tokens must have shape {shape} and not be empty; these have shape {tokens.shape}.")
+    if _is_concrete(tokens):
+        _check_range("tokens", tokens, model.config.vocab_size - 1)
+    return tokens.astype(jnp.int32)
+
+
+def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.Array:
+    lengths = _as_integers(lengths)
+    if lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
+    if _is_concrete(lengths):
+        _check_range("lengths", lengths, tokens.shape[1], least)
+    return lengths.astype(jnp.int32)
+
+
+def _check_rows(rows: ArrayLike, tokens: jax.Array, cache: KVCache) -> jax.Array:
+    rows = _as_integers(rows)
+    if rows.shape != tokens.shape[:1]:
+        raise ValueError(f"rows has shape {rows.shape} and tokens {tokens.shape}: name one of the cache for each.")
+    if _is_concrete(rows):
+        _check_range("rows", rows, cache.batch_size - 1)
+        if len(np.unique(rows)) < len(rows):
+            raise ValueError(
+                f"rows {np.asarray(rows).tolist()} names one twice: prefill its parts one after the other."
+            )
+    return rows.astype(jnp.int32)
+
+
+def _check_range(name: str, values: jax.Array, most: int, least: int = 0) -> None:
+    low, high = int(values.min()), int(values.max())
+    if low < least or high > most:
+        raise ValueError(f"{name} must be between {least} and {most}; these reach from {low} to {high}.")
+
+
+def _check_cache(model: Grok, cache: KVCache, batch_size: int) -> None:
+    heads = model.config.num_kv_heads * model.partitioner.kv_copies(model.config)
+    needed = (model.config.num_layers, batch_size, heads, cache.max_len, model.config.head_dim)
+    if cache.keys.shape != needed:
+        raise ValueError(
+            f"the cache holds keys of shape {cache.keys.shape} and this call needs {needed}: create it with the "
+            f"model's configuration, mesh and rules, and with {batch_size} rows."
+        )
+
+
+def _check_room(cache: KVCache, count: jax.Array, rows: np.ndarray) -> None:
+    filled = np.asarray(cache.lengths)[rows]
+    needed = filled + np.asarray(count, np.int32)
+    if (needed > cache.max_len).any():
+        worst = int(needed.argmax())
+        raise ValueError(
+            f"row {rows[worst]} holds {filled[worst]} tokens of at most {cache.max_len} and has no room for "
+            f"{needed[worst] - filled[worst]} more: nothing was written; create a longer cache or end the row."
+        )
