@@ -568,8 +568,7 @@ def traced() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-@pytest.mark.parametrize("half", [1000, pytest.param(5000, marks=pytest.mark.thorough)])
-def test_thousands_of_requests_are_answered_in_memory_that_does_not_grow(half: int) -> None:
+def test_ten_thousand_requests_are_answered_in_memory_that_does_not_grow() -> None:
     """All are answered as by hand."""
     random = np.random.default_rng(0)
     engine = make_engine(slots=8, max_queue=64)
@@ -589,13 +588,13 @@ def test_thousands_of_requests_are_answered_in_memory_that_does_not_grow(half: i
         return finished
 
     tracemalloc.start()
-    assert run(half) == half
+    assert run(5000) == 5000
     before = traced()
-    assert run(half) == half
+    assert run(5000) == 5000
     grown = traced() - before
     tracemalloc.stop()
     assert grown < 50_000
-    assert engine.metrics().prefix_hits > half / 5
+    assert engine.metrics().prefix_hits > 1000
     assert not engine.has_work
 
 
