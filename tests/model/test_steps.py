@@ -166,6 +166,18 @@ class TestRefusals:
             decode(wide, [3, 4, 5], empty())
 
 
+def test_generate_fills_the_longest_sequence() -> None:
+    room = CONFIG.max_seq_len - TOKENS.shape[1]
+    np.testing.assert_array_equal(generate(model(), TOKENS, LENGTHS, max_new_tokens=room).lengths, [room] * 3)
+
+
+def test_generate_draws_with_seed_0_and_the_row_s_number_by_default() -> None:
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(0), row) for row in range(3)])
+    options = {"max_new_tokens": NEW, "settings": SampleSettings.create(3, temperature=1.0)}
+    expected = generate(model(), TOKENS, LENGTHS, **options, keys=keys)
+    np.testing.assert_array_equal(generate(model(), TOKENS, LENGTHS, **options).tokens, expected.tokens)
+
+
 def test_inactive_rows_stay_as_they_are() -> None:
     _, cache = prefill(model(), TOKENS, LENGTHS, empty())
     before = jax.device_get(cache)
