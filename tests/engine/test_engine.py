@@ -68,6 +68,20 @@ class TestResults:
         assert list(stopped.token_ids) == free[: free.index(stop) + 1]
         assert stopped.finish_reason == "stop"
 
+    def test_the_tokenizer_says_which_token_ends_a_text(self) -> None:
+        free = continuation([7, 8], 30)
+        end = next(token for token in free if token != EOS)
+        tokenizer = Letters()
+        tokenizer.eos_id = end
+        [done] = make_engine(tokenizer).generate([[7, 8]], max_new_tokens=30)
+        assert (list(done.token_ids), done.finish_reason) == (free[: free.index(end) + 1], "stop")
+
+    def test_a_prefix_of_the_smallest_bucket_is_long_enough_to_be_reused(self) -> None:
+        engine = make_engine(prefill_buckets=(4, 8))
+        for prompt, hits in (([3, 4, 5, 6, 7, 8], 0), ([3, 4, 5, 9, 9, 9], 0), ([3, 4, 5, 6, 10, 10], 1)):
+            engine.generate([prompt], max_new_tokens=2)
+            assert engine.metrics().prefix_hits == hits
+
     def test_the_end_of_the_slot_ends_the_text(self) -> None:
         engine = make_engine(max_len=12)
         [done] = engine.generate([[5] * 11], max_new_tokens=9, ignore_eos=True)

@@ -70,6 +70,8 @@ def test_stops_at_the_end_token(generator: TextGenerator) -> None:
     assert result.finish_reason == "stop"
     assert result.text == tokenizer.decode(ids[:first])
     assert "".join(stopping.stream("hello", max_new_tokens=12, temperature=0)) == result.text
+    ignored = stopping.generate("hello", max_new_tokens=first + 1, temperature=0, ignore_eos=True)
+    assert (ignored.token_ids, ignored.finish_reason) == (ids[: first + 1], "length")
 
 
 def test_stop_strings_end_the_text(generator: TextGenerator) -> None:
