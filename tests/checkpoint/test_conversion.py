@@ -144,6 +144,12 @@ class TestWeights:
         found = np.asarray(dequantize(load(tmp_path / "int8").layers.attention.query.get_value()))
         assert np.abs(found - expected).max() <= np.abs(expected).max() / 127
 
+    def test_int8_weights_stay_as_they_are(self, converted: Path, tmp_path: Path) -> None:
+        """Also where other scale blocks are asked for: to quantise them again would cost exactness."""
+        convert(converted, tmp_path / "again", weights="int8", scale_blocks=8)
+        assert contents(tmp_path / "again") == contents(converted)
+        assert describe(tmp_path / "again").specs == describe(converted).specs
+
     def test_columns_are_converted_in_slices(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plain = write_checkpoint(tmp_path, quantized=False)
         convert(plain.path, tmp_path / "whole", plain.config, weights="int8")
