@@ -22,7 +22,7 @@ import reference
 
 from grokjax.checkpoint import parameter_names, parameter_shapes
 from grokjax.config import GrokConfig
-from grokjax.sharding import ShardingRules
+from grokjax.sharding import RULES
 from grokjax.testing import WrittenTensor, tensor_pickle, write_release_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,10 +33,7 @@ SMALL = GrokConfig.tiny().replace(
 )
 DENSE = SMALL.replace(num_experts=1, experts_per_token=1)
 
-TENSOR = ShardingRules.tensor_parallel()
-EXPERT = ShardingRules.expert_parallel()
-FULLY = TENSOR.replace(embed="data")
-RULES = {"tensor": TENSOR, "expert": EXPERT, "fully": FULLY}
+TENSOR, EXPERT, FULLY = (RULES[name] for name in ("tensor", "expert", "fsdp"))
 
 
 def label(value: object) -> str:

@@ -113,6 +113,12 @@ def real_logits(case: GoldenCase, logits: np.ndarray) -> np.ndarray:
     return np.concatenate([row[:length] for row, length in zip(logits, case.lengths, strict=True)])
 
 
+def check_logits(golden: GoldenCase, logits: np.ndarray) -> None:
+    """The logits [B, T, V] of a whole pass: the release's at real positions."""
+    expected = real_logits(golden, golden.arrays["float32"]["full_logits"])
+    np.testing.assert_allclose(real_logits(golden, logits), expected, atol=ATOL_LOGITS, rtol=0)
+
+
 def check_generation(golden: GoldenCase, model: Grok, rows) -> None:
     """Prefill and greedy decoding of some rows together: logits, tokens, lengths and the whole cache."""
     arrays, rows = golden.arrays["float32"], list(rows)

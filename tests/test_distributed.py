@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from builders import ROOT, or_thorough
 from flax import nnx
-from goldens import ATOL_LOGITS, load_case
+from goldens import check_logits, load_case
 from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, answer, show
 
 from grokjax import cli, distributed
@@ -85,11 +85,8 @@ def assert_same_parameters(left: Any, right: Any) -> None:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_two_processes_give_the_golden_logits(folder: Path, mesh: str) -> None:
     golden = load_case(CASE)
-    expected = golden.arrays["float32"]["full_logits"]
     for number in range(2):
-        logits = np.load(folder / f"{mesh}-{number}.npy")
-        for row, length in enumerate(golden.lengths):
-            np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=ATOL_LOGITS, rtol=0)
+        check_logits(golden, np.load(folder / f"{mesh}-{number}.npy"))
 
 
 def test_each_process_reads_its_own_part(found: list[dict[str, Any]]) -> None:

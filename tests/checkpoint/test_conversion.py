@@ -22,7 +22,7 @@ from builders import (
     or_thorough,
     write_checkpoint,
 )
-from goldens import ATOL_LOGITS, GoldenCase, check_generation, load_case, real_logits
+from goldens import GoldenCase, check_generation, check_logits, load_case
 
 from grokjax import (
     CheckpointError,
@@ -44,18 +44,6 @@ from grokjax.checkpoint.formats.manifest import Manifest
 from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
 from grokjax.checkpoint.recipe import Recipe
 from grokjax.testing import write_release_checkpoint
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> WrittenCheckpoint:
-    return write_checkpoint(tmp_path_factory.mktemp("release"), TWO_LAYERS, scale_blocks=4)
-
-
-@pytest.fixture(scope="module")
-def converted(source: WrittenCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("converted") / "model"
-    convert(source.path, path, source.config)
-    return path
 
 
 @pytest.fixture(scope="module", params=["tiny-moe-s8", "tiny-dense-2x4"])
@@ -85,9 +73,7 @@ class TestGoldens:
         self, golden: GoldenCase, golden_path: Path, mesh: tuple[int, int], rules: ShardingRules
     ) -> None:
         model = load(golden_path, mesh=make_mesh(mesh), dtype=jnp.float32, rules=rules)
-        logits = np.asarray(forward(model, golden.tokens))
-        expected = real_logits(golden, golden.arrays["float32"]["full_logits"])
-        np.testing.assert_allclose(real_logits(golden, logits), expected, atol=ATOL_LOGITS, rtol=0)
+        check_logits(golden, np.asarray(forward(model, golden.tokens)))
 
     def test_texts_are_the_release_s_with_experts_spread(self, golden: GoldenCase, golden_path: Path) -> None:
         mesh, rules = ((1, 8), EXPERT) if golden.config.num_experts > 1 else ((2, 4), TENSOR)

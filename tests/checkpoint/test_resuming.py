@@ -10,23 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import SMALL, TWO_LAYERS, WrittenCheckpoint, contents, write_checkpoint
+from builders import SMALL, WrittenCheckpoint, contents
 
 from grokjax import CheckpointError, Progress, convert, init, load, plan_conversion, save, verify
 from grokjax.checkpoint import conversion
 from grokjax.checkpoint.formats import orbax
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> WrittenCheckpoint:
-    return write_checkpoint(tmp_path_factory.mktemp("release"), TWO_LAYERS, scale_blocks=4)
-
-
-@pytest.fixture(scope="module")
-def converted(source: WrittenCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("converted") / "model"
-    convert(source.path, path, source.config)
-    return path
 
 
 class TestInterrupted:

@@ -5,12 +5,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, EXPERT, SMALL, WrittenCheckpoint, write_checkpoint
+from builders import DENSE, EXPERT, FULLY, SMALL, WrittenCheckpoint, write_checkpoint
 
 from grokjax import Grok, GrokConfig, KVCache, ShardingRules, decode, forward, load, make_mesh, prefill
 
 TOKENS = np.random.default_rng(0).integers(3, SMALL.vocab_size, (2, 9))
-FULLY_SHARDED = ShardingRules().replace(embed="data")
 
 
 def load_float32(checkpoint: WrittenCheckpoint, mesh: tuple[int, int], rules: ShardingRules | None = None) -> Grok:
@@ -42,7 +41,7 @@ def test_logits_are_the_reference_s(tmp_path: Path, config: GrokConfig, options:
         pytest.param((1, 8), None, 4, id="a block on two devices"),
         pytest.param((1, 8), None, 8, id="a block on each device"),
         pytest.param((2, 4), EXPERT, 8, id="expert parallel"),
-        pytest.param((2, 4), FULLY_SHARDED, 4, id="fully sharded"),
+        pytest.param((2, 4), FULLY, 4, id="fully sharded"),
     ],
 )
 def test_logits_are_the_reference_s_under_other_rules(

@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from builders import EXPERT, TENSOR
+from builders import EXPERT, FULLY, TENSOR
 
 from grokjax.cache import KVCache
 from grokjax.checkpoint import parameter_shapes
@@ -99,7 +99,7 @@ def test_the_cache_costs_no_collective_on_a_data_axis() -> None:
 def test_fully_sharded_weights_are_gathered_layer_by_layer() -> None:
     """A device holds one gathered layer at a time: no gather makes all of them, before the loop or in it."""
     config = REAL.replace(num_layers=4)
-    program = compile_step((2, 4), ShardingRules().replace(embed="data"), config=config, batch_size=2)
+    program = compile_step((2, 4), FULLY, config=config, batch_size=2)
     of_experts = 8 * 6144 * 32768 // 4  # one of three matrices of a layer, in int8, on a device
     in_loop = [transfer.num_bytes for transfer in program.transfers if transfer.is_in_loop]
     assert max(in_loop) == of_experts

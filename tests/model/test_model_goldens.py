@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import EXPERT, FULLY, TENSOR, label, or_thorough
-from goldens import ATOL_LOGITS, MODEL_CASES, check_generation, load_case, real_logits
+from goldens import MODEL_CASES, check_generation, check_logits, load_case, real_logits
 
 from grokjax.checkpoint import load
 from grokjax.model import Grok, decode, forward, prefill
@@ -54,9 +54,7 @@ def load_model(case: str, mesh: tuple[int, int], rules: ShardingRules, dtype: st
 class TestFloat32:
     def test_forward_gives_the_logits(self, case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
         golden = load_case(case)
-        logits = np.asarray(forward(load_model(case, mesh, rules), golden.tokens))
-        expected = golden.arrays["float32"]["full_logits"]
-        np.testing.assert_allclose(real_logits(golden, logits), real_logits(golden, expected), atol=ATOL_LOGITS, rtol=0)
+        check_logits(golden, np.asarray(forward(load_model(case, mesh, rules), golden.tokens)))
 
     def test_decoding_a_batch_gives_the_tokens_the_logits_and_the_cache(
         self, case: str, mesh: tuple[int, int], rules: ShardingRules

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import FULLY
 from jax.sharding import PartitionSpec as P
 
 from grokjax.cache import KVCache
@@ -13,7 +14,7 @@ from grokjax.config import GrokConfig
 from grokjax.model import abstract_model, decode
 from grokjax.planning import Program, read_program
 from grokjax.planning.compiled import read_transfers
-from grokjax.sharding import Partitioner, ShardingRules, make_mesh
+from grokjax.sharding import Partitioner, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_a_program_from_the_cache_on_disk_says_what_it_said_when_it_was_compiled
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
     config = GrokConfig.tiny().replace(num_layers=1, vocab_size=520)  # sizes that no other test has compiled
-    partitioner = Partitioner.create(config, make_mesh((2, 4)), ShardingRules().replace(embed="data"))
+    partitioner = Partitioner.create(config, make_mesh((2, 4)), FULLY)
     model = abstract_model(config, partitioner, dtype=jnp.float32, quantized=True)
     cache = KVCache.abstract(config, 2, 24, mesh=partitioner.mesh)
 
