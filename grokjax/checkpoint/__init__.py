@@ -2,19 +2,25 @@
 
 Read `parameters` first: the table from which every layout's names derive. Then `stored`: what all layouts share, arrays
 that are read slice by slice. Each file of `formats` is one layout, and `layouts` finds out which one a folder has.
-`loading` has `load` and `save`, for which `mapping` says which parameter comes from where and `assembly` builds the
-stacks. `conversion` goes from checkpoint to checkpoint: `recipe` is what it does with a matrix, `target` the folder
-that it writes.
+`loading` has `load`: `mapping` says which parameter comes from where, `stacks` where each part has its place, and
+`assembly` puts it there. `saving` goes the other way, and `info` tells what a checkpoint holds. `conversion` goes from
+checkpoint to checkpoint: `recipe` is what it does with a matrix, `target` the folder that it writes; `verification`
+reads both again, and `exporting` writes for other programs. `disk` and `progress` serve all of them.
 """
 
-from grokjax.checkpoint.conversion import EARLIER, ConversionPlan, convert, export, plan_conversion, verify
+from grokjax.checkpoint.conversion import ConversionPlan, convert, plan_conversion
 from grokjax.checkpoint.disk import lock_file
+from grokjax.checkpoint.exporting import export
 from grokjax.checkpoint.formats.release import open_release, parameter_names
 from grokjax.checkpoint.formats.safetensors import SafetensorsCheckpoint
+from grokjax.checkpoint.info import CheckpointInfo, describe
 from grokjax.checkpoint.layouts import open_checkpoint
-from grokjax.checkpoint.loading import CheckpointInfo, Progress, describe, load, load_parameters, save
+from grokjax.checkpoint.loading import load, load_parameters
 from grokjax.checkpoint.parameters import find_parameter, parameter_shapes, parts_of
+from grokjax.checkpoint.progress import EARLIER, Progress
+from grokjax.checkpoint.saving import save
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError
+from grokjax.checkpoint.verification import keep_checksums, verify
 
 __all__ = [
     "EARLIER",
@@ -28,6 +34,7 @@ __all__ = [
     "describe",
     "export",
     "find_parameter",
+    "keep_checksums",
     "load",
     "load_parameters",
     "lock_file",

@@ -1,81 +1,26 @@
 """Builds the model's stacked, sharded parameters from the parts of a checkpoint, and takes them apart again."""
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint, read_unit
-from grokjax.checkpoint.parameters import Part, parts_of
-from grokjax.checkpoint.stored import Checkpoint, Shaped, StoredArray, StoredTensor, TensorSpec
-from grokjax.quantization import QuantizedArray, Weight, shardable_blocks, specs
+from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
+from grokjax.checkpoint.formats.orbax_units import read_unit
+from grokjax.checkpoint.parameters import Part, named_parameters, parts_of, stack_name
+from grokjax.checkpoint.progress import Report, Tally
+from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
+from grokjax.checkpoint.stored import Checkpoint, StoredArray, TensorSpec, specs_of
+from grokjax.model import Grok, init_parameters, parameter_name
+from grokjax.quantization import QuantizedArray, Weight
+from grokjax.quantization import specs as partition_specs
 from grokjax.sharding import Axes, Partitioner
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """One parameter of the model, and where its layers come from.
-
-    Attributes:
-      name: path without the layer, such as `layers.feed_forward.gate` or `embedding.table`.
-      shape: [L, ...] for a parameter of the layers.
-      dtype: of plain values; int8 values stay int8, and scales keep the checkpoint's dtype.
-      axes: logical axes, one for each dimension.
-      sources: the checkpoint's path of each layer, None where it keeps its fresh value; one entry without layers.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    axes: Axes
-    sources: tuple[str | None, ...]
-
-    @property
-    def is_layered(self) -> bool:
-        """Whether there is a layer axis."""
-        return self.axes[:1] == ("layers",)
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether an expert axis follows the layer axis."""
-        return self.axes[1:2] == ("experts",)
-
-    @property
-    def num_stacked(self) -> int:
-        """Leading axes that a part does not have."""
-        return self.is_layered + self.has_experts
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """A part of the checkpoint and its place in the model."""
-
-    part: Part
-    stack: Stack
-    at: tuple[int, ...]
-
-
-def stack_shapes(stack: Stack, tensors: Mapping[str, StoredTensor | TensorSpec], partitioner: Partitioner) -> Any:
-    """The stack as `jax.ShapeDtypeStruct`s, its scale blocks fit for all layers and the mesh."""
-    chosen = [tensors[source] for source in stack.sources if source is not None]
-    scales: list[Shaped] = [tensor.scales for tensor in chosen if tensor.scales is not None]
-    if not scales:
-        return jax.ShapeDtypeStruct(stack.shape, stack.dtype)
-    blocks = math.lcm(*(array.shape[-2] for array in scales))
-    blocks = shardable_blocks(blocks, stack.axes, partitioner)
-    dtype = functools.reduce(np.promote_types, (array.dtype for array in scales))
-    leaves: list[Any] = [
-        jax.ShapeDtypeStruct(stack.shape, jnp.int8),
-        jax.ShapeDtypeStruct((*stack.shape[:-2], blocks, stack.shape[-1]), dtype),
-    ]
-    return QuantizedArray(*leaves)
 
 
 class Builder:
@@ -90,16 +35,45 @@ class Builder:
     def __init__(self, checkpoint: Checkpoint, partitioner: Partitioner, max_host_bytes: int):
         self.checkpoint, self.partitioner, self.max_host_bytes = checkpoint, partitioner, max_host_bytes
 
-    def build(
-        self, stacks: Iterable[Stack], fresh: dict[str, Weight], placed: Callable[[Placement], None] | None = None
-    ) -> dict[str, Weight]:
-        """The values of all `stacks` by name.
+    def build_model(
+        self, abstract: Grok, sources: Mapping[str, str | None], *, seed: int, progress: Report | None
+    ) -> Grok:
+        """The model of an abstract one.
 
         Args:
-          stacks: what to fill.
-          fresh: starting values, by name, of stacks that keep some; the others start as zeros.
-          placed: called after each part.
+          abstract: of `abstract_model`, with plain weights; what the checkpoint has in int8 becomes int8.
+          sources: each of its parameters, with the layer's number -> the checkpoint's path, None for a fresh value.
+          seed: of the fresh values.
+          progress: called after each part, and first for each fresh value.
         """
+        specs = specs_of(self.checkpoint)
+        tally = Tally(sum(specs[source].num_bytes for source in sources.values() if source is not None), progress)
+        for parameter in [parameter for parameter, source in sources.items() if source is None]:
+            tally.add(0, parameter, None)
+        stacks = stacks_of(abstract, sources)
+        values = self._build(stacks, self._fresh(abstract, stacks, seed), tally)
+        graphdef, state = nnx.split(abstract)
+        params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
+        return nnx.merge(graphdef, nnx.from_flat_state(params))
+
+    def build_parameters(self, one_layer: Grok, names: Sequence[str]) -> dict[str, Weight]:
+        """Some of the checkpoint's parameters by its paths, without a layer axis.
+
+        Args:
+          one_layer: of `abstract_model`, with the checkpoint's sizes but for a single layer.
+          names: the checkpoint's paths.
+        """
+        params, specs = named_parameters(one_layer), specs_of(self.checkpoint)
+        stacks = [Stack.of(name, params[stack_name(name)], (name,)) for name in names]
+        values = self._build(stacks, {}, Tally(sum(specs[name].num_bytes for name in names), None))
+        layered = {stack.name for stack in stacks if stack.is_layered}
+        return {
+            name: jax.tree.map(lambda leaf: leaf[0], value) if name in layered else value
+            for name, value in values.items()
+        }
+
+    def _build(self, stacks: Iterable[Stack], fresh: dict[str, Weight], tally: Tally) -> dict[str, Weight]:
+        """The values of all `stacks` by name; they start as zeros, but for those that `fresh` has."""
         values: dict[str, Weight] = {}
         placements: dict[str, list[Placement]] = {}
         for stack in stacks:
@@ -111,8 +85,26 @@ class Builder:
                 value = values.pop(placement.stack.name)
                 # Waiting keeps one unit, not many, in the host's memory.
                 values[placement.stack.name] = jax.block_until_ready(self._put(value, arrays, placement))
-                if placed is not None:
-                    placed(placement)
+                tally.add(self._stored(placement.part).num_bytes, placement.parameter, placement.part.name)
+        return values
+
+    def _stored(self, part: Part) -> TensorSpec:
+        return TensorSpec.of(self.checkpoint.tensors[part.parameter]).part(part)
+
+    def _fresh(self, model: Grok, stacks: Sequence[Stack], seed: int) -> dict[str, Weight]:
+        """Random values of the stacks that keep some: int8 where their other layers are, or any of the checkpoint."""
+        tensors = self.checkpoint.tensors
+        any_int8 = any(tensor.scales is not None for tensor in tensors.values())
+        names: dict[bool, list[str]] = {True: [], False: []}
+        for stack in stacks:
+            found = [tensors[source].scales is not None for source in stack.sources if source is not None]
+            if None in stack.sources:
+                names[found[0] if found else any_int8].append(stack.name)
+        make = functools.partial(init_parameters, model.config, self.partitioner, seed=seed, dtype=model.dtype)
+        values: dict[str, Weight] = {}
+        for quantized, wanted in names.items():
+            if wanted:
+                values |= make(quantized=quantized, names=frozenset(wanted))
         return values
 
     def _placements(self, stack: Stack) -> list[Placement]:
@@ -127,7 +119,7 @@ class Builder:
         if fresh is not None and not any(stack.sources):
             return fresh
         shapes = stack_shapes(stack, self.checkpoint.tensors, self.partitioner)
-        place = self.partitioner.shardings(specs(shapes, stack.axes, self.partitioner))
+        place = self.partitioner.shardings(partition_specs(shapes, stack.axes, self.partitioner))
         if fresh is not None:
             blocks = shapes.num_blocks if isinstance(shapes, QuantizedArray) else None
             cast = functools.partial(_fit_fresh, blocks=blocks, like=shapes)
@@ -148,7 +140,7 @@ class Builder:
 
     def _targets(self, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
         """What to read of a part, and which device reads what."""
-        stored = TensorSpec.of(self.checkpoint.tensors[placement.part.parameter]).part(placement.part)
+        stored = self._stored(placement.part)
         spec = _read_spec(self.partitioner, placement.stack, stored.weight.shape)
         dtype = placement.stack.dtype if stored.scales is None else stored.weight.dtype
         targets = {"weight": (stored.weight.shape, dtype, spec)}
@@ -228,7 +220,7 @@ def _put_part(value: Weight, part: Weight, at: jax.Array, *, axes: Axes, partiti
         assert isinstance(part, QuantizedArray)
         part = QuantizedArray(part.weight, part.refine(value.num_blocks).scales.astype(value.scales.dtype))
     skipped = 2 if axes[1:2] == ("experts",) else 1
-    into = specs(value, axes, partitioner)
+    into = partition_specs(value, axes, partitioner)
     whole = jax.tree.map(lambda spec: PartitionSpec(*spec[skipped:]), into, is_leaf=_is_spec)
 
     def write(stack: jax.Array, new: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint of any layout into one of ours, matrix by matrix, and export to safetensors.
+"""Conversion of a checkpoint of any layout into one of ours, matrix by matrix.
 
 A conversion is a list of units. Each is read, changed if asked, and written whole or not at all; what is there already
 is not done again. So a conversion needs the memory of a few matrices, can be interrupted at any moment, and goes on
@@ -10,42 +10,27 @@ import contextlib
 import ctypes
 import dataclasses
 import itertools
-import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jax.typing import DTypeLike
 
 from grokjax.checkpoint.disk import check_room, free_bytes, make_folder
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest
-from grokjax.checkpoint.formats.orbax import (
-    OrbaxCheckpoint,
-    commit,
-    finished_units,
-    open_orbax,
-    prepare_units,
-    write_unit,
-)
-from grokjax.checkpoint.formats.safetensors_export import write_safetensors
+from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
+from grokjax.checkpoint.formats.orbax_units import commit, finished_units, prepare_units, write_unit
 from grokjax.checkpoint.layouts import open_checkpoint
-from grokjax.checkpoint.loading import Progress, Report
-from grokjax.checkpoint.parameters import Part, Unit, parts_of, units_of
+from grokjax.checkpoint.parameters import Unit, units_of
+from grokjax.checkpoint.progress import EARLIER, Report, Tally
 from grokjax.checkpoint.recipe import Leaves, Recipe, Weights
-from grokjax.checkpoint.stored import Array, ArraySpec, Checkpoint, CheckpointError, TensorSpec, list_problems
+from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec, specs_of
 from grokjax.checkpoint.target import done_units, locked, make_manifest
 from grokjax.config import GrokConfig
 from grokjax.distributed import is_first, on_first
-from grokjax.model import check_dtype
 
-# What `Progress` calls the units that an interrupted run has left.
-EARLIER = "an earlier run"
 # Python, NumPy, JAX and Orbax themselves, and the slices that are converted.
 _BASE_BYTES = 768 << 20
-SLICE_BYTES = 128 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +80,7 @@ def plan_conversion(
     folder = Path(target).absolute()
     if folder.resolve().is_relative_to(checkpoint.path.resolve()):
         raise CheckpointError(f"{folder}: the target is the source or lies in it: choose another target.")
-    found = {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
+    found = specs_of(checkpoint)
     specs = {name: recipe.result(name, spec) for name, spec in found.items()}
     units = units_of(checkpoint.config)
     done = done_units(folder, make_manifest(checkpoint, recipe, specs))
@@ -141,15 +126,14 @@ def convert(
       ValueError: The options do not fit the source.
     """
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
-    total = sum(spec.num_bytes for spec in plan.specs.values())
+    tally = Tally(sum(spec.num_bytes for spec in plan.specs.values()), progress)
     if plan.num_done == plan.num_units and (plan.target / MANIFEST).is_file():
-        if progress is not None:
-            progress(Progress(EARLIER, EARLIER, total, total))
+        tally.add(tally.total_bytes, EARLIER, EARLIER)
         return
     manifest = make_manifest(plan.source, plan.recipe, plan.specs)
     with contextlib.ExitStack() as until_committed:
         on_first(f"the beginning of {plan.target}", lambda: until_committed.enter_context(_begun(plan, manifest)))
-        _write_units(plan, manifest, progress)
+        _write_units(plan, manifest, tally)
         on_first(f"the end of {plan.target}", lambda: commit(plan.target))
 
 
@@ -165,19 +149,16 @@ def _begun(plan: ConversionPlan, manifest: Manifest) -> Iterator[None]:
         yield
 
 
-def _write_units(plan: ConversionPlan, manifest: Manifest, progress: Report | None) -> None:
+def _write_units(plan: ConversionPlan, manifest: Manifest, tally: Tally) -> None:
     done = finished_units(plan.target, manifest)
     units = [unit for unit in units_of(plan.source.config) if unit.name not in done]
-    total = sum(spec.num_bytes for spec in plan.specs.values())
-    written = total - sum(_num_bytes(plan.specs, unit) for unit in units)
-    if progress is not None and written:
-        progress(Progress(EARLIER, EARLIER, written, total))
+    earlier = tally.total_bytes - sum(_num_bytes(plan.specs, unit) for unit in units)
+    if earlier:
+        tally.add(earlier, EARLIER, EARLIER)
     for unit, arrays in _convert_units(plan, units) if is_first() else _stand_ins(plan, units):
         write_unit(plan.target, unit.name, arrays)
         _return_freed_memory()
-        written += _num_bytes(plan.specs, unit)
-        if progress is not None:
-            progress(Progress(unit.name, unit.name, written, total))
+        tally.add(_num_bytes(plan.specs, unit), unit.name, unit.name)
 
 
 def _stand_ins(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tuple[Unit, dict[str, Leaves]]]:
@@ -195,120 +176,12 @@ def _stand_ins(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tuple[Un
         )
 
 
-def verify(
-    target: str | Path,
-    source: str | Path | None = None,
-    config: GrokConfig | None = None,
-    *,
-    progress: Report | None = None,
-) -> None:
-    """Reads a checkpoint of ours back and compares the checksum of every array.
-
-    With the source of its conversion, every array of it is read and converted again, and the checksums are kept in
-    `grokjax.json`. Without it, the arrays are compared with the checksums kept there.
-
-    Args:
-      target: a checkpoint of ours.
-      source: what it was converted from.
-      config: what the source was made with, where its files cannot tell.
-      progress: called after each unit.
-
-    Raises:
-      CheckpointError: Arrays differ, all of them listed; or there is nothing to compare with.
-    """
-    stored = open_orbax(target)
-    original = None if source is None else open_checkpoint(source, config)
-    if original is None and not stored.manifest.checksums:
-        raise CheckpointError(
-            f"{stored.path / MANIFEST}: holds no checksums: verify the checkpoint once beside what it was made from."
-        )
-    recipe = Recipe.of_origin(stored.manifest.origin)
-    if original is not None:
-        _check_origin(stored, original, recipe)
-    checksums: dict[str, str] = {}
-    differing: list[str] = []
-    done, total = 0, sum(spec.num_bytes for spec in stored.manifest.specs.values())
-    for unit in units_of(stored.config):
-        for part in unit.parts:
-            found = _checksums(part, _read_part(stored, part))
-            expected = dict(stored.manifest.checksums)
-            if original is not None:
-                spec = stored.manifest.specs[part.parameter].part(part)
-                expected = _checksums(part, _convert_part(original, part, recipe, spec))
-            differing += [name for name in found if found[name] != expected.get(name)]
-            checksums |= found
-        done += _num_bytes(stored.manifest.specs, unit)
-        if progress is not None:
-            progress(Progress(unit.name, unit.name, done, total))
-    if differing:
-        listed = "".join(f"\n  {name}" for name in differing[:20])
-        raise CheckpointError(
-            f"{stored.path}: {len(differing)} arrays differ from what they were made from:{listed}\n"
-            "Remove the folder and convert again; if they differ again, check the disk."
-        )
-    if checksums == stored.manifest.checksums:
-        return
-    try:
-        dataclasses.replace(stored.manifest, checksums=checksums).write(stored.path, MANIFEST)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"every array is what it was made from, but the checksums cannot be kept for the next time: {error}"
-        ) from error
-
-
-def export(
-    source: str | Path,
-    target: str | Path,
-    config: GrokConfig | None = None,
-    *,
-    dtype: DTypeLike = "bfloat16",
-    progress: Report | None = None,
-) -> None:
-    """Writes a checkpoint of any layout as safetensors files with the names of keyfan/grok-1-hf.
-
-    int8 weights are written as what they stand for: exactly so in float32, rounded in bfloat16.
-
-    Args:
-      source: a checkpoint of any layout.
-      target: a folder that does not exist or is empty.
-      config: what the source was made with, where its files cannot tell.
-      dtype: of all arrays, float32 or bfloat16.
-      progress: called after each part, with the bytes that are written.
-
-    Raises:
-      CheckpointError: The source is damaged, the target exists or cannot be written, or the disk is full.
-      ValueError: The dtype is neither of the two.
-    """
-    checkpoint = open_checkpoint(source, config)
-    name = check_dtype(dtype).name
-    found = {parameter: TensorSpec.of(tensor) for parameter, tensor in checkpoint.tensors.items()}
-    total = sum(math.prod(spec.weight.shape) for spec in found.values()) * np.dtype(name).itemsize
-
-    def parts() -> Iterator[tuple[str, int | None, Array]]:
-        done = 0
-        for part in [part for parameter in found for part in parts_of(parameter, checkpoint.config)]:
-            array = _plain(_read_part(checkpoint, part), np.dtype(name))
-            yield part.parameter, part.expert, array
-            done += array.nbytes
-            if progress is not None:
-                progress(Progress(part.name, part.name, done, total))
-
-    write_safetensors(target, checkpoint.config, parts(), dtype=name)
-
-
-def _plain(leaves: Leaves, dtype: np.dtype[Any]) -> Array:
-    if "scales" not in leaves:
-        return leaves["weight"].astype(dtype, copy=False)
-    spec = TensorSpec(ArraySpec(leaves["weight"].shape, dtype), None)
-    return Recipe().apply(leaves, spec)["weight"]
-
-
 def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tuple[Unit, dict[str, Leaves]]]:
     """Converted units in order, the next one being read while the caller writes one."""
 
     def convert_unit(unit: Unit) -> dict[str, Leaves]:
         return {
-            part.name: _convert_part(plan.source, part, plan.recipe, plan.specs[part.parameter].part(part))
+            part.name: plan.recipe.convert(plan.source, part, plan.specs[part.parameter].part(part))
             for part in unit.parts
         }
 
@@ -318,31 +191,6 @@ def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tupl
             arrays = following.pop().result()
             following += [reader.submit(convert_unit, unit) for unit in units[number + 1 : number + 2]]
             yield unit, arrays
-
-
-def _convert_part(checkpoint: Checkpoint, part: Part, recipe: Recipe, spec: TensorSpec) -> Leaves:
-    tensor = checkpoint.tensors[part.parameter]
-    if tensor.scales is not None or spec.scales is not None or tensor.weight.dtype == spec.weight.dtype:
-        return recipe.apply(_read_part(checkpoint, part), spec)
-    # A cast takes some rows at a time, so that the table is not there twice.
-    result = np.empty(spec.weight.shape, spec.weight.dtype)
-    step = max(1, SLICE_BYTES * len(result) // result.nbytes)
-    for start in range(0, len(result), step):
-        result[start : start + step] = tensor.weight.read((*part.index, slice(start, start + step)))
-    return {"weight": result}
-
-
-def _read_part(checkpoint: Checkpoint, part: Part) -> Leaves:
-    tensor = checkpoint.tensors[part.parameter]
-    leaves = {"weight": tensor.weight.read(part.index)}
-    return leaves if tensor.scales is None else leaves | {"scales": tensor.scales.read(part.index)}
-
-
-def _checksums(part: Part, leaves: Leaves) -> dict[str, str]:
-    return {
-        f"{part.name}/{leaf}": f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
-        for leaf, array in leaves.items()
-    }
 
 
 def _num_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
@@ -389,18 +237,3 @@ def _return_freed_memory() -> None:
     trim = None if os.name == "nt" else getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _check_origin(stored: OrbaxCheckpoint, original: Checkpoint, recipe: Recipe) -> None:
-    """Refuses a source that cannot have become this checkpoint, before anything is read."""
-    found = {name: TensorSpec.of(tensor) for name, tensor in original.tensors.items()}
-    ours = stored.manifest.specs
-    problems = [f"{name}: only in the source" for name in found if name not in ours]
-    problems += [f"{name}: only in the checkpoint" for name in ours if name not in found]
-    differing = [name for name in found if name in ours and recipe.result(name, found[name]) != ours[name]]
-    problems += [f"{name}: another shape or dtype than the source's becomes" for name in differing]
-    if problems:
-        advice = (
-            f"This is not what {stored.path} was made from: name that source, or leave it out to compare checksums."
-        )
-        raise CheckpointError(list_problems(original.path, problems, advice))

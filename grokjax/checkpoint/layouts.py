@@ -5,7 +5,8 @@ from pathlib import Path
 from grokjax.checkpoint.formats.manifest import MANIFEST
 from grokjax.checkpoint.formats.orbax import find_orbax, open_orbax
 from grokjax.checkpoint.formats.release import find_release, open_release
-from grokjax.checkpoint.formats.safetensors import find_safetensors, open_safetensors
+from grokjax.checkpoint.formats.safetensors import open_safetensors
+from grokjax.checkpoint.formats.safetensors_headers import find_safetensors
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError
 from grokjax.config import GrokConfig
 

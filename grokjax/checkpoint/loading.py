@@ -1,54 +1,22 @@
-"""Loads checkpoints of any layout straight into a model's shards, saves models, and tells what a checkpoint holds."""
+"""Loads checkpoints of any layout straight into a model's shards: all of one, some layers, or single parameters."""
 
-import dataclasses
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from grokjax.checkpoint.assembly import Builder, Placement, Stack, stack_shapes, take_part
-from grokjax.checkpoint.disk import check_room, make_folder
-from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
-from grokjax.checkpoint.formats.orbax import commit, prepare_units, write_unit
+from grokjax.checkpoint.assembly import Builder
 from grokjax.checkpoint.layouts import open_checkpoint
-from grokjax.checkpoint.mapping import check_expression, check_layers, check_sources, map_parameters
-from grokjax.checkpoint.parameters import Part, parameter_shapes, stack_name, units_of
-from grokjax.checkpoint.stored import ArraySpec, Checkpoint, CheckpointError, TensorSpec
+from grokjax.checkpoint.mapping import map_sources, match_parameters
+from grokjax.checkpoint.progress import Report
 from grokjax.config import GrokConfig
-from grokjax.distributed import on_first
-from grokjax.model import Grok, abstract_model, check_dtype, init_parameters, parameter_name, with_quantized_table
-from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
-from grokjax.quantization import specs as partition_specs
-from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
+from grokjax.model import Grok, abstract_model, check_dtype, with_quantized_table
+from grokjax.quantization import Weight
+from grokjax.sharding import Partitioner, ShardingRules
 
 HOST_BYTES = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far loading, saving or converting has come.
-
-    Attributes:
-      parameter: the path that was just finished, an expert's number behind it.
-      source: the checkpoint's path that it was read from; None where it keeps its fresh value.
-      done_bytes: so far, of the checkpoint's bytes.
-      total_bytes: in all.
-    """
-
-    parameter: str
-    source: str | None
-    done_bytes: int
-    total_bytes: int
-
-
-Report = Callable[[Progress], None]
 
 
 def load(
@@ -98,21 +66,11 @@ def load(
     """
     check_dtype(dtype)
     checkpoint = open_checkpoint(path, config)
-    config = checkpoint.config if config is None else config
-    chosen = range(config.num_layers) if layers is None else check_layers(layers, checkpoint.config)
-    config = config.replace(num_layers=len(chosen))
+    config, sources = map_sources(checkpoint, config, layers, rename, exclude)
     partitioner = Partitioner.create(config, mesh, rules)
-    sources = map_parameters(config, chosen, rename, exclude)
-    check_sources(checkpoint, sources, parameter_shapes(config), may_leave=[""] if layers or rename else exclude)
-
-    graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=False))
-    params = nnx.to_flat_state(state)
-    stacks = [_stack(path, param, sources) for path, param in params]
-    fresh = _fresh(config, partitioner, dtype, seed, stacks, checkpoint)
-    reporter = _Reporter(checkpoint, sources, progress)
-    values = Builder(checkpoint, partitioner, max_host_bytes).build(stacks, fresh, reporter)
-    filled = [(path, param.replace(values[parameter_name(path)])) for path, param in params]
-    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    abstract = abstract_model(config, partitioner, dtype=dtype, quantized=False)
+    builder = Builder(checkpoint, partitioner, max_host_bytes)
+    model = builder.build_model(abstract, sources, seed=seed, progress=progress)
     return with_quantized_table(model) if quantized_table else model
 
 
@@ -147,198 +105,6 @@ def load_parameters(
     check_dtype(dtype)
     checkpoint = open_checkpoint(path, config)
     partitioner = Partitioner.create(checkpoint.config, mesh, rules)
-    for pattern in patterns:
-        check_expression(pattern)
-        if not any(re.fullmatch(pattern, parameter) for parameter in checkpoint.tensors):
-            raise ValueError(
-                f"{pattern!r} matches no parameter: docs/model.md lists them; layers.0 is the first layer."
-            )
-    wanted = [name for name in checkpoint.tensors if any(re.fullmatch(pattern, name) for pattern in patterns)]
-    one_layer = checkpoint.config.replace(num_layers=1)
-    state = nnx.split(abstract_model(one_layer, partitioner, dtype=dtype, quantized=False))[1]
-    params = {parameter_name(path): param for path, param in nnx.to_flat_state(state)}
-    stacks = []
-    for name in wanted:
-        param = params[re.sub(r"layers\.\d+\.", "layers.", name)]
-        value = param.get_value()
-        stacks.append(Stack(name, value.shape, value.dtype, param.logical_axes, (name,)))
-    values = Builder(checkpoint, partitioner, max_host_bytes).build(stacks, {})
-    return {
-        stack.name: jax.tree.map(lambda leaf: leaf[0], values[stack.name]) if stack.is_layered else values[stack.name]
-        for stack in stacks
-    }
-
-
-def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> None:
-    """Writes a model as a checkpoint of ours, which `load` restores onto any mesh.
-
-    The host holds one matrix at a time. Until all is written the folder is no checkpoint, and `load` says so. If the
-    model spans processes, all of them call it, and each writes its own shards.
-
-    Args:
-      model: on any mesh.
-      path: a folder that does not exist yet, on a disk that all processes share.
-      progress: called after each unit.
-
-    Raises:
-      CheckpointError: The folder exists, cannot be written, or the disk is full.
-      ValueError: The model's embedding table is int8.
-    """
-    if isinstance(model.embedding.table.get_value(), QuantizedTable):
-        raise ValueError(
-            "the embedding table is int8, and checkpoints hold it plain: save the model made without quantized_table."
-        )
-    folder = Path(path).absolute()
-    values = {parameter_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
-    specs = {name: _saved_spec(values, name, shape) for name, shape in parameter_shapes(model.config).items()}
-    manifest = Manifest(model.config, specs, {"made_by": "save"})
-    done, total = 0, sum(spec.num_bytes for spec in specs.values())
-    together = model.partitioner.mesh.is_multi_process
-    on_first(f"the beginning of {folder}", lambda: _begin(folder, manifest, total), together=together)
-    for unit in units_of(model.config):
-        write_unit(folder, unit.name, {part.name: _take(values, part) for part in unit.parts})
-        done += sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
-        if progress is not None:
-            progress(Progress(unit.name, unit.name, done, total))
-    on_first(f"the end of {folder}", lambda: commit(folder), together=together)
-
-
-def _begin(folder: Path, manifest: Manifest, num_bytes: int) -> None:
-    if folder.exists():
-        raise CheckpointError(f"{folder}: exists already: choose another path, or remove it first.")
-    check_room(folder, num_bytes)
-    make_folder(folder)
-    manifest.write(folder, UNFINISHED)
-    prepare_units(folder, manifest)
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint holds, told without loading it.
-
-    Attributes:
-      path: its folder.
-      layout: `release`, `safetensors` or `orbax`.
-      config: the sizes.
-      specs: the checkpoint's path -> shapes and dtypes.
-    """
-
-    path: Path
-    layout: str
-    config: GrokConfig
-    specs: dict[str, TensorSpec]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(spec.num_bytes for spec in self.specs.values())
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights, scales not counted."""
-        return sum(math.prod(spec.weight.shape) for spec in self.specs.values())
-
-    def bytes_per_device(
-        self,
-        mesh: tuple[int, int] = (1, 1),
-        *,
-        rules: ShardingRules | None = None,
-        dtype: DTypeLike = jnp.bfloat16,
-    ) -> int:
-        """Bytes of the parameters on each device after `load` onto a mesh of (data, model) devices; none are needed.
-
-        Raises:
-          ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
-        """
-        partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)  # type: ignore[arg-type]  # sizes and names are all it is asked for
-        state = nnx.split(abstract_model(self.config, partitioner, dtype=dtype, quantized=False))[1]
-        stacks = [_stack(path, param, {name: name for name in self.specs}) for path, param in nnx.to_flat_state(state)]
-        total = 0
-        for stack in stacks:
-            shapes = stack_shapes(stack, self.specs, partitioner)
-            shardings = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
-            for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
-                total += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        return total
-
-
-def describe(path: str | Path, config: GrokConfig | None = None) -> CheckpointInfo:
-    """Reads names, shapes and dtypes of a checkpoint of any layout; the arguments and errors are those of `load`."""
-    checkpoint = open_checkpoint(path, config)
-    specs = {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
-    return CheckpointInfo(checkpoint.path, checkpoint.layout, checkpoint.config, specs)
-
-
-def _stack(path: tuple[Any, ...], param: nnx.Variable, sources: dict[str, str | None]) -> Stack:
-    name, value = parameter_name(path), param.get_value()
-    own = tuple(source for parameter, source in sources.items() if stack_name(parameter) == name)
-    return Stack(name, value.shape, value.dtype, param.logical_axes, own)
-
-
-def _fresh(
-    config: GrokConfig,
-    partitioner: Partitioner,
-    dtype: DTypeLike,
-    seed: int,
-    stacks: Sequence[Stack],
-    checkpoint: Checkpoint,
-) -> dict[str, Weight]:
-    """Random values of the stacks that keep some, int8 where their other layers are, or else any of the checkpoint."""
-    any_int8 = any(tensor.scales is not None for tensor in checkpoint.tensors.values())
-    names: dict[bool, list[str]] = {True: [], False: []}
-    for stack in stacks:
-        found = [checkpoint.tensors[source].scales is not None for source in stack.sources if source is not None]
-        if None in stack.sources:
-            names[found[0] if found else any_int8].append(stack.name)
-    values: dict[str, Weight] = {}
-    for quantized, wanted in names.items():
-        if wanted:
-            values |= init_parameters(
-                config, partitioner, seed=seed, dtype=dtype, quantized=quantized, names=frozenset(wanted)
-            )
-    return values
-
-
-class _Reporter:
-    """Turns placed parts into `Progress`."""
-
-    def __init__(self, checkpoint: Checkpoint, sources: dict[str, str | None], progress: Report | None):
-        self.progress, self.done = progress, 0
-        self.specs = {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
-        self.total = sum(self.specs[source].num_bytes for source in sources.values() if source is not None)
-        for parameter in [parameter for parameter, source in sources.items() if source is None]:
-            self._report(parameter, None)
-
-    def __call__(self, placement: Placement) -> None:
-        part = placement.part
-        self.done += self.specs[part.parameter].part(part).num_bytes
-        name = (
-            placement.stack.name.replace("layers.", f"layers.{placement.at[0]}.", 1)
-            if placement.stack.is_layered
-            else placement.stack.name
-        )
-        self._report(Part(name, part.expert).name, part.name)
-
-    def _report(self, parameter: str, source: str | None) -> None:
-        if self.progress is not None:
-            self.progress(Progress(parameter, source, self.done, self.total))
-
-
-def _saved_spec(values: dict[str, nnx.Variable], name: str, shape: tuple[int, ...]) -> TensorSpec:
-    value: Weight = values[stack_name(name)].get_value()
-    if not isinstance(value, QuantizedArray):
-        return TensorSpec(ArraySpec(shape, value.dtype), None)
-    scales = (*shape[:-2], value.num_blocks, shape[-1])
-    return TensorSpec(ArraySpec(shape, value.weight.dtype), ArraySpec(scales, value.scales.dtype))
-
-
-def _take(values: dict[str, nnx.Variable], part: Part) -> dict[str, jax.Array]:
-    """The arrays of one part of a model, in their shards."""
-    param = values[stack_name(part.parameter)]
-    value: Weight = param.get_value()
-    if part.layer is not None:
-        at = (part.layer, part.expert or 0) if param.logical_axes[1] == "experts" else (part.layer,)
-        value = take_part(value, jnp.asarray(at, jnp.int32), len(at))
-    if isinstance(value, QuantizedArray):
-        return {"weight": value.weight, "scales": value.scales}
-    return {"weight": value}
+    wanted = match_parameters(checkpoint, patterns)
+    one_layer = abstract_model(checkpoint.config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False)
+    return Builder(checkpoint, partitioner, max_host_bytes).build_parameters(one_layer, wanted)

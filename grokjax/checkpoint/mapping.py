@@ -19,6 +19,37 @@ def check_layers(layers: Sequence[int], config: GrokConfig) -> Sequence[int]:
     return layers
 
 
+def map_sources(
+    checkpoint: Checkpoint,
+    config: GrokConfig | None,
+    layers: Sequence[int] | None,
+    rename: Sequence[tuple[str, str]],
+    exclude: Sequence[str],
+) -> tuple[GrokConfig, dict[str, str | None]]:
+    """The configuration of the model that `load` makes, and where each of its parameters comes from.
+
+    Args:
+      checkpoint: of any layout.
+      config: the sizes; None for the checkpoint's.
+      layers: as for `load`.
+      rename: as for `load`.
+      exclude: as for `load`.
+
+    Returns:
+      The configuration, with as many layers as are chosen, and what `map_parameters` returns.
+
+    Raises:
+      CheckpointError: The checkpoint does not fit; every mismatch is listed.
+      ValueError: The layers are not the checkpoint's, or an expression is none.
+    """
+    config = checkpoint.config if config is None else config
+    chosen = range(config.num_layers) if layers is None else check_layers(layers, checkpoint.config)
+    config = config.replace(num_layers=len(chosen))
+    sources = map_parameters(config, chosen, rename, exclude)
+    check_sources(checkpoint, sources, parameter_shapes(config), may_leave=[""] if layers or rename else exclude)
+    return config, sources
+
+
 def map_parameters(
     config: GrokConfig, layers: Sequence[int], rename: Sequence[tuple[str, str]], exclude: Sequence[str]
 ) -> dict[str, str | None]:
@@ -28,6 +59,21 @@ def map_parameters(
         name = re.sub(r"^layers\.(\d+)\.", lambda found: f"layers.{layers[int(found[1])]}.", parameter)
         sources[parameter] = None if _is_excluded(name, exclude) else _renamed(name, rename)
     return sources
+
+
+def match_parameters(checkpoint: Checkpoint, patterns: Sequence[str]) -> list[str]:
+    """The parameters of a checkpoint whose whole path matches one of some regular expressions.
+
+    Raises:
+      ValueError: A pattern is no expression, or matches no parameter.
+    """
+    for pattern in patterns:
+        check_expression(pattern)
+        if not any(re.fullmatch(pattern, parameter) for parameter in checkpoint.tensors):
+            raise ValueError(
+                f"{pattern!r} matches no parameter: docs/model.md lists them; layers.0 is the first layer."
+            )
+    return [name for name in checkpoint.tensors if any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 
 def check_expression(pattern: str) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal
 
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from grokjax.config import GrokConfig
-from grokjax.model import abstract_model, parameter_name
+from grokjax.model import Grok, abstract_model, parameter_name
 from grokjax.sharding import MESH_AXES, Partitioner
 
 
@@ -44,94 +43,92 @@ class Parameter:
 
 # The model's path -> its row. Source: the release's `checkpoint.py` and the module names of its `model.py`, and the
 # indices of the two public conversions.
-PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
-    {
-        "embedding.table": Parameter(
-            "table",
-            release="language_model/in_out_embed embeddings",
-            keyfan="transformer.in_out_embed.weight",
-            hpcai="model.embed_tokens.weight",
-        ),
-        "final_norm.scale": Parameter(
-            "norm",
-            release="language_model/rms_norm scale",
-            keyfan="transformer.rms_norm.weight",
-            hpcai="model.norm.weight",
-        ),
-        "layers.attention.query": Parameter(
-            "attention",
-            release="transformer/decoder_layer_{layer}/multi_head_attention/query w",
-            keyfan="transformer.decoder_layer.{layer}.multi_head_attention.query.weight",
-            hpcai="model.layers.{layer}.attn.q_proj.weight",
-        ),
-        "layers.attention.key": Parameter(
-            "attention",
-            release="transformer/decoder_layer_{layer}/multi_head_attention/key w",
-            keyfan="transformer.decoder_layer.{layer}.multi_head_attention.key.weight",
-            hpcai="model.layers.{layer}.attn.k_proj.weight",
-        ),
-        "layers.attention.value": Parameter(
-            "attention",
-            release="transformer/decoder_layer_{layer}/multi_head_attention/value w",
-            keyfan="transformer.decoder_layer.{layer}.multi_head_attention.value.weight",
-            hpcai="model.layers.{layer}.attn.v_proj.weight",
-        ),
-        "layers.attention.output": Parameter(
-            "attention",
-            release="transformer/decoder_layer_{layer}/multi_head_attention/linear w",
-            keyfan="transformer.decoder_layer.{layer}.multi_head_attention.linear.weight",
-            hpcai="model.layers.{layer}.attn.o_proj.weight",
-        ),
-        "layers.feed_forward.router": Parameter(
-            "router",
-            release="transformer/decoder_layer_{layer}/router w",
-            keyfan="transformer.decoder_layer.{layer}.router.weight",
-            hpcai="model.layers.{layer}.moe_block.gate.weight",
-        ),
-        "layers.feed_forward.gate": Parameter(
-            "expert",
-            release="transformer/decoder_layer_{layer}/moe/linear w",
-            keyfan="transformer.decoder_layer.{layer}.moe.{expert}.linear.weight",
-            hpcai="model.layers.{layer}.moe_block.experts.{expert}.linear.weight",
-        ),
-        "layers.feed_forward.up": Parameter(
-            "expert",
-            release="transformer/decoder_layer_{layer}/moe/linear_v w",
-            keyfan="transformer.decoder_layer.{layer}.moe.{expert}.linear_v.weight",
-            hpcai="model.layers.{layer}.moe_block.experts.{expert}.linear_v.weight",
-        ),
-        "layers.feed_forward.down": Parameter(
-            "expert",
-            release="transformer/decoder_layer_{layer}/moe/linear_1 w",
-            keyfan="transformer.decoder_layer.{layer}.moe.{expert}.linear_1.weight",
-            hpcai="model.layers.{layer}.moe_block.experts.{expert}.linear_1.weight",
-        ),
-        "layers.pre_attention_norm.scale": Parameter(
-            "norm",
-            release="transformer/decoder_layer_{layer}/rms_norm scale",
-            keyfan="transformer.decoder_layer.{layer}.rms_norm.weight",
-            hpcai="model.layers.{layer}.pre_attn_norm.scale",
-        ),
-        "layers.post_attention_norm.scale": Parameter(
-            "norm",
-            release="transformer/decoder_layer_{layer}/rms_norm_1 scale",
-            keyfan="transformer.decoder_layer.{layer}.rms_norm_1.weight",
-            hpcai="model.layers.{layer}.post_attn_norm.scale",
-        ),
-        "layers.pre_feed_forward_norm.scale": Parameter(
-            "norm",
-            release="transformer/decoder_layer_{layer}/rms_norm_2 scale",
-            keyfan="transformer.decoder_layer.{layer}.rms_norm_2.weight",
-            hpcai="model.layers.{layer}.pre_moe_norm.scale",
-        ),
-        "layers.post_feed_forward_norm.scale": Parameter(
-            "norm",
-            release="transformer/decoder_layer_{layer}/rms_norm_3 scale",
-            keyfan="transformer.decoder_layer.{layer}.rms_norm_3.weight",
-            hpcai="model.layers.{layer}.post_moe_norm.scale",
-        ),
-    }
-)
+PARAMETERS: Mapping[str, Parameter] = {
+    "embedding.table": Parameter(
+        "table",
+        release="language_model/in_out_embed embeddings",
+        keyfan="transformer.in_out_embed.weight",
+        hpcai="model.embed_tokens.weight",
+    ),
+    "final_norm.scale": Parameter(
+        "norm",
+        release="language_model/rms_norm scale",
+        keyfan="transformer.rms_norm.weight",
+        hpcai="model.norm.weight",
+    ),
+    "layers.attention.query": Parameter(
+        "attention",
+        release="transformer/decoder_layer_{layer}/multi_head_attention/query w",
+        keyfan="transformer.decoder_layer.{layer}.multi_head_attention.query.weight",
+        hpcai="model.layers.{layer}.attn.q_proj.weight",
+    ),
+    "layers.attention.key": Parameter(
+        "attention",
+        release="transformer/decoder_layer_{layer}/multi_head_attention/key w",
+        keyfan="transformer.decoder_layer.{layer}.multi_head_attention.key.weight",
+        hpcai="model.layers.{layer}.attn.k_proj.weight",
+    ),
+    "layers.attention.value": Parameter(
+        "attention",
+        release="transformer/decoder_layer_{layer}/multi_head_attention/value w",
+        keyfan="transformer.decoder_layer.{layer}.multi_head_attention.value.weight",
+        hpcai="model.layers.{layer}.attn.v_proj.weight",
+    ),
+    "layers.attention.output": Parameter(
+        "attention",
+        release="transformer/decoder_layer_{layer}/multi_head_attention/linear w",
+        keyfan="transformer.decoder_layer.{layer}.multi_head_attention.linear.weight",
+        hpcai="model.layers.{layer}.attn.o_proj.weight",
+    ),
+    "layers.feed_forward.router": Parameter(
+        "router",
+        release="transformer/decoder_layer_{layer}/router w",
+        keyfan="transformer.decoder_layer.{layer}.router.weight",
+        hpcai="model.layers.{layer}.moe_block.gate.weight",
+    ),
+    "layers.feed_forward.gate": Parameter(
+        "expert",
+        release="transformer/decoder_layer_{layer}/moe/linear w",
+        keyfan="transformer.decoder_layer.{layer}.moe.{expert}.linear.weight",
+        hpcai="model.layers.{layer}.moe_block.experts.{expert}.linear.weight",
+    ),
+    "layers.feed_forward.up": Parameter(
+        "expert",
+        release="transformer/decoder_layer_{layer}/moe/linear_v w",
+        keyfan="transformer.decoder_layer.{layer}.moe.{expert}.linear_v.weight",
+        hpcai="model.layers.{layer}.moe_block.experts.{expert}.linear_v.weight",
+    ),
+    "layers.feed_forward.down": Parameter(
+        "expert",
+        release="transformer/decoder_layer_{layer}/moe/linear_1 w",
+        keyfan="transformer.decoder_layer.{layer}.moe.{expert}.linear_1.weight",
+        hpcai="model.layers.{layer}.moe_block.experts.{expert}.linear_1.weight",
+    ),
+    "layers.pre_attention_norm.scale": Parameter(
+        "norm",
+        release="transformer/decoder_layer_{layer}/rms_norm scale",
+        keyfan="transformer.decoder_layer.{layer}.rms_norm.weight",
+        hpcai="model.layers.{layer}.pre_attn_norm.scale",
+    ),
+    "layers.post_attention_norm.scale": Parameter(
+        "norm",
+        release="transformer/decoder_layer_{layer}/rms_norm_1 scale",
+        keyfan="transformer.decoder_layer.{layer}.rms_norm_1.weight",
+        hpcai="model.layers.{layer}.post_attn_norm.scale",
+    ),
+    "layers.pre_feed_forward_norm.scale": Parameter(
+        "norm",
+        release="transformer/decoder_layer_{layer}/rms_norm_2 scale",
+        keyfan="transformer.decoder_layer.{layer}.rms_norm_2.weight",
+        hpcai="model.layers.{layer}.pre_moe_norm.scale",
+    ),
+    "layers.post_feed_forward_norm.scale": Parameter(
+        "norm",
+        release="transformer/decoder_layer_{layer}/rms_norm_3 scale",
+        keyfan="transformer.decoder_layer.{layer}.rms_norm_3.weight",
+        hpcai="model.layers.{layer}.post_moe_norm.scale",
+    ),
+}
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
@@ -153,6 +150,11 @@ def find_parameter(path: str) -> Parameter:
     return PARAMETERS[stack_name(path)]
 
 
+def named_parameters(model: Grok) -> dict[str, nnx.Variable]:
+    """A model's parameters by path, such as `layers.attention.query`."""
+    return {parameter_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
+
+
 def parameter_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter as checkpoints store it, in the table's order, layers in numeric order.
 
@@ -168,8 +170,8 @@ def parameter_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
 def _shapes_of_one_layer(config: GrokConfig) -> dict[str, tuple[int, ...]]:
     """The model's path -> the shape of a checkpoint's parameter, from a model of one layer that is never allocated."""
     partitioner = Partitioner.create(config, AbstractMesh((1, 1), MESH_AXES))  # type: ignore[arg-type]  # sizes and names are all it is asked for
-    state = nnx.split(abstract_model(config, partitioner, dtype=jnp.float32, quantized=False))[1]
-    found = {parameter_name(path): param.get_value().shape for path, param in nnx.to_flat_state(state)}
+    model = abstract_model(config, partitioner, dtype=jnp.float32, quantized=False)
+    found = {path: param.get_value().shape for path, param in named_parameters(model).items()}
     # A model has an axis of layers, and also a dense one has an axis of experts.
     num_skipped = {
         path: path.startswith("layers.") + (config.num_experts == 1 and row.kind == "expert")

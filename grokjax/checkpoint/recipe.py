@@ -9,8 +9,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from grokjax.checkpoint.parameters import find_parameter
-from grokjax.checkpoint.stored import Array, ArraySpec, TensorSpec
+from grokjax.checkpoint.parameters import Part, find_parameter
+from grokjax.checkpoint.stored import Array, ArraySpec, Checkpoint, TensorSpec
 from grokjax.quantization import QuantizedArray, dequantize, quantize
 
 Weights = Literal["keep", "int8", "bfloat16", "float32"]
@@ -19,6 +19,8 @@ Leaves = dict[str, Array]
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Columns are converted so many bytes of float32 at a time: quantising takes a few times that.
 SLICE_BYTES = 32 << 20
+# What is only cast is read so many bytes at a time.
+CAST_BYTES = 128 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Recipe:
 
     @classmethod
     def of_origin(cls, origin: Mapping[str, Any]) -> Self:
-        """That of a checkpoint's manifest; one that was saved and not converted has none."""
+        """The recipe that a checkpoint's manifest tells of; one that was saved and not converted was kept as it is."""
         return cls(origin.get("weights", "keep"), origin.get("scale_blocks", 1))
 
     def result(self, parameter: str, spec: TensorSpec) -> TensorSpec:
@@ -72,6 +74,31 @@ class Recipe:
         if spec.scales is None and ("scales" in leaves or leaves["weight"].dtype != spec.weight.dtype):
             return _by_columns(leaves, spec, functools.partial(_dequantize, dtype=spec.weight.dtype.name))
         return leaves
+
+    def convert(self, checkpoint: Checkpoint, part: Part, spec: TensorSpec) -> Leaves:
+        """Reads a part of a checkpoint as what it becomes.
+
+        Args:
+          checkpoint: of any layout.
+          part: of it.
+          spec: of the result for this part, of those that `result` gives.
+        """
+        tensor = checkpoint.tensors[part.parameter]
+        if tensor.scales is not None or spec.scales is not None or tensor.weight.dtype == spec.weight.dtype:
+            return self.apply(read_part(checkpoint, part), spec)
+        # A cast takes some rows at a time, so that the table is not there twice.
+        result = np.empty(spec.weight.shape, spec.weight.dtype)
+        step = max(1, CAST_BYTES * len(result) // result.nbytes)
+        for start in range(0, len(result), step):
+            result[start : start + step] = tensor.weight.read((*part.index, slice(start, start + step)))
+        return {"weight": result}
+
+
+def read_part(checkpoint: Checkpoint, part: Part) -> Leaves:
+    """The arrays of one part of a checkpoint, as they are stored."""
+    tensor = checkpoint.tensors[part.parameter]
+    leaves = {"weight": tensor.weight.read(part.index)}
+    return leaves if tensor.scales is None else leaves | {"scales": tensor.scales.read(part.index)}
 
 
 def _by_columns(leaves: Leaves, spec: TensorSpec, change: Any) -> Leaves:

@@ -92,7 +92,7 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: "StoredTensor") -> "TensorSpec":
-        """Those of a stored tensor."""
+        """The shapes and dtypes of a stored tensor."""
         scales = None if tensor.scales is None else ArraySpec(tensor.scales.shape, tensor.scales.dtype)
         return cls(ArraySpec(tensor.weight.shape, tensor.weight.dtype), scales)
 
@@ -114,6 +114,11 @@ class TensorSpec:
 
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _MOST_LINES = 20
+
+
+def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Our parameter path -> the shapes and dtypes of its arrays."""
+    return {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
 
 
 def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[int, ...]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grokjax.checkpoint.disk import PARTIAL, lock_file
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
-from grokjax.checkpoint.formats.orbax import finished_units
+from grokjax.checkpoint.formats.orbax_units import finished_units
 from grokjax.checkpoint.recipe import Recipe
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec
 
@@ -20,7 +20,7 @@ _SAMPLE_BYTES = 4096
 
 
 def make_manifest(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> Manifest:
-    """Of the checkpoint that a conversion makes, before it has checksums."""
+    """The manifest of the checkpoint that a conversion makes, before it has checksums."""
     origin = {
         "made_by": "convert",
         "source": str(checkpoint.path.absolute()),
@@ -51,7 +51,11 @@ def _is_same(ours: Manifest, theirs: Manifest) -> bool:
 
 
 def done_units(folder: Path, manifest: Manifest) -> set[str]:
-    """Units that the same conversion left, interrupted or finished; the error if the folder is anything else."""
+    """The units that the same conversion left in a folder, interrupted or finished.
+
+    Raises:
+      CheckpointError: The folder holds anything else.
+    """
     for name in (MANIFEST, UNFINISHED):
         if (folder / name).is_file():
             if _is_same(read_manifest(folder / name), manifest):
@@ -68,7 +72,11 @@ def done_units(folder: Path, manifest: Manifest) -> set[str]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process from writing the same checkpoint."""
+    """Keeps a second process from writing the same checkpoint.
+
+    Raises:
+      CheckpointError: Another process is writing it, or the folder or its disk does not allow a lock.
+    """
     try:
         lock = (folder / _LOCK).open("w")
     except OSError as error:

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from humanize import naturalsize
 from rich.table import Column, Table
 
-from grokjax.checkpoint import CheckpointInfo, ConversionPlan, convert, describe, export, plan_conversion, verify
+from grokjax.checkpoint import (
+    CheckpointInfo,
+    ConversionPlan,
+    convert,
+    describe,
+    export,
+    keep_checksums,
+    plan_conversion,
+    verify,
+)
 from grokjax.cli.console import ByteProgress, say, table_text
 from grokjax.cli.options import read_config, read_extents
 from grokjax.config import GrokConfig
@@ -49,19 +58,20 @@ def _add_convert(commands: Any) -> None:
 
 
 def _run_convert(arguments: argparse.Namespace) -> None:
-    config = _config(arguments)
-    options: dict[str, Any] = {"weights": arguments.weights, "scale_blocks": arguments.scale_blocks}
-    plan = plan_conversion(arguments.source, arguments.target, config, **options)
+    source, target, config = arguments.source, arguments.target, _config(arguments)
+    weights, scale_blocks = arguments.weights, arguments.scale_blocks
+    plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
     _say_plan(plan)
     if arguments.dry_run:
         return
     with ByteProgress("converted") as progress:
-        convert(arguments.source, arguments.target, config, **options, progress=progress)
+        convert(source, target, config, weights=weights, scale_blocks=scale_blocks, progress=progress)
     if arguments.verify:
         with ByteProgress("verified") as progress:
-            verify(arguments.target, arguments.source, config, progress=progress)
+            checksums = verify(target, source, config, progress=progress)
+        keep_checksums(target, checksums)
         say("every array is what it was made from; the checksums are kept in grokjax.json")
-    say(f"{arguments.target} is complete")
+    say(f"{target} is complete")
 
 
 def _say_plan(plan: ConversionPlan) -> None:
@@ -82,7 +92,9 @@ def _add_verify(commands: Any) -> None:
 
 def _run_verify(arguments: argparse.Namespace) -> None:
     with ByteProgress("verified") as progress:
-        verify(arguments.target, arguments.source, _config(arguments), progress=progress)
+        checksums = verify(arguments.target, arguments.source, _config(arguments), progress=progress)
+    if arguments.source is not None:
+        keep_checksums(arguments.target, checksums)
     say(f"{arguments.target}: every array is as it should be")
 
 

@@ -33,6 +33,7 @@ from grokjax import (
     describe,
     export,
     forward,
+    keep_checksums,
     load,
     load_parameters,
     make_mesh,
@@ -149,7 +150,7 @@ class TestWeights:
     ) -> None:
         """From the release's files and from ours, of which Orbax itself reads whole arrays only."""
         convert(source.path, tmp_path / "whole", source.config, weights="bfloat16")
-        monkeypatch.setattr(conversion, "SLICE_BYTES", 1000)
+        monkeypatch.setattr("grokjax.checkpoint.recipe.CAST_BYTES", 1000)
         convert(source.path, tmp_path / "rows", source.config, weights="bfloat16")
         convert(converted, tmp_path / "ours", weights="bfloat16")
         convert(tmp_path / "rows", tmp_path / "wide", weights="float32")
@@ -286,7 +287,7 @@ class TestRefused:
 
 class TestVerify:
     def test_a_flipped_bit_is_found(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
-        verify(converted, source.path, source.config)
+        keep_checksums(converted, verify(converted, source.path, source.config))
         verify(converted)
         chunk = next((converted / "weights" / "layers.1.feed_forward.up.1").rglob("c/0/0"))
         good = chunk.read_bytes()
@@ -321,21 +322,32 @@ class TestVerify:
 
         target = tmp_path / "model"
         convert(source.path, target, source.config)
+        checksums = verify(target, source.path, source.config)
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", refuse)
             with pytest.raises(
                 CheckpointError,
                 match=r"every array is what .* checksums cannot be kept .*/grokjax.json: cannot be written",
             ):
-                verify(target, source.path, source.config)
-        verify(target, source.path, source.config)
+                keep_checksums(target, checksums)
+        keep_checksums(target, checksums)
         monkeypatch.setattr(Manifest, "write", refuse)
-        verify(target)  # nothing to keep
+        keep_checksums(target, checksums)  # they stand there already
+
+    def test_verifying_writes_nothing(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        convert(source.path, tmp_path / "model", source.config)
+        before = contents(tmp_path / "model")
+        checksums = verify(tmp_path / "model", source.path, source.config)
+        assert contents(tmp_path / "model") == before
+        keep_checksums(tmp_path / "model", checksums)
+        assert verify(tmp_path / "model") == checksums
 
     def test_without_checksums_the_source_is_asked_for(self, tmp_path: Path) -> None:
         checkpoint = write_checkpoint(tmp_path)
         convert(checkpoint.path, tmp_path / "model", checkpoint.config)
-        with pytest.raises(CheckpointError, match="holds no checksums: verify the checkpoint once beside"):
+        with pytest.raises(
+            CheckpointError, match=r"holds no checksums: verify .* once beside what it was made from, and keep"
+        ):
             verify(tmp_path / "model")
 
 

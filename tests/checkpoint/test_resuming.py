@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from builders import SMALL, WrittenCheckpoint, contents
 
-from grokjax import CheckpointError, Progress, convert, init, load, plan_conversion, save, verify
-from grokjax.checkpoint import conversion
-from grokjax.checkpoint.formats import orbax
+from grokjax import CheckpointError, Progress, convert, init, keep_checksums, load, plan_conversion, save, verify
+from grokjax.checkpoint import EARLIER
+from grokjax.checkpoint.formats import orbax_units
 
 
 class TestInterrupted:
@@ -87,15 +87,13 @@ class TestInterrupted:
         """Interrupted while it was verified, say; or the source has been moved."""
         target = tmp_path / "model"
         shutil.copytree(converted, target)
-        verify(target, source.path, source.config)
+        keep_checksums(target, verify(target, source.path, source.config))
         (tmp_path / "moved").symlink_to(source.path)
         before = {file: file.stat().st_mtime_ns for file in target.rglob("*")}
         told: list[Progress] = []
         convert(tmp_path / "moved", target, source.config, progress=told.append)
         assert {file: file.stat().st_mtime_ns for file in target.rglob("*")} == before
-        assert [(progress.parameter, progress.done_bytes) for progress in told] == [
-            (conversion.EARLIER, told[0].total_bytes)
-        ]
+        assert [(progress.parameter, progress.done_bytes) for progress in told] == [(EARLIER, told[0].total_bytes)]
 
     def test_a_damaged_unit_of_a_finished_conversion_is_written_again(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
@@ -139,7 +137,7 @@ class TestInterrupted:
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Orbax's threads would wait for minutes for an interrupted call."""
-        save, calls = orbax.ocp.save, []
+        save, calls = orbax_units.ocp.save, []
 
         def interrupted(*arguments: object) -> None:
             if not calls:
@@ -147,7 +145,7 @@ class TestInterrupted:
             save(*arguments)
             calls.append(arguments)
 
-        monkeypatch.setattr(orbax.ocp, "save", interrupted)
+        monkeypatch.setattr(orbax_units.ocp, "save", interrupted)
         # A shell starts its jobs in the background with the signal ignored, and with them these tests.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
@@ -224,7 +222,7 @@ class TestUnwritable:
         verify(by_hand, source.path, source.config)
         told: list[Progress] = []
         convert(source.path, target, source.config, progress=told.append)
-        assert [progress.parameter for progress in told] == [conversion.EARLIER]
+        assert [progress.parameter for progress in told] == [EARLIER]
         assert contents(target) == contents(converted)
 
     def test_an_end_of_saving_that_could_not_be_written_can_be_made_up_for(

@@ -26,7 +26,8 @@ from safetensors_files import (
 )
 
 from grokjax.checkpoint import CheckpointError, parameter_shapes, parts_of
-from grokjax.checkpoint.formats.safetensors import find_safetensors, open_safetensors
+from grokjax.checkpoint.formats.safetensors import open_safetensors
+from grokjax.checkpoint.formats.safetensors_headers import find_safetensors
 from grokjax.checkpoint.formats.safetensors_names import HPCAI, KEYFAN
 from grokjax.checkpoint.parameters import Part
 from grokjax.config import GrokConfig

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 from safetensors_files import BFLOAT16, DENSE, DTYPES, SMALL, TWELVE, as_stored, assert_holds, draw, keyfan_name
 
 from grokjax.checkpoint import CheckpointError, parameter_shapes, parts_of
-from grokjax.checkpoint.formats.safetensors import find_safetensors, open_safetensors
+from grokjax.checkpoint.formats.safetensors import open_safetensors
 from grokjax.checkpoint.formats.safetensors_export import write_safetensors
+from grokjax.checkpoint.formats.safetensors_headers import find_safetensors
 from grokjax.config import GrokConfig
 
 Parts = Iterator[tuple[str, int | None, np.ndarray]]

@@ -16,6 +16,7 @@ import numpy as np
 
 from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
 from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes
+from grokjax.checkpoint.sizes import recognise
 from grokjax.checkpoint.stored import Array, CheckpointError, Index, list_problems, mismatches
 from grokjax.config import GrokConfig
 
@@ -192,7 +193,7 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
         or of the wrong shape or dtype; all of them are listed.
     """
     folder = _folder(path)
-    config = _known_config(folder) if config is None else config
+    config = recognise(folder, infer_sizes(folder), "pass") if config is None else config
     names, shapes = parameter_names(config), parameter_shapes(config)
     present = _file_names(folder)
     problems = [f"missing {files}" for files in _ranges(set(names) - present)]
@@ -249,24 +250,3 @@ def _folder(path: str | Path) -> Path:
             "pass the folder of a downloaded release."
         )
     return folder
-
-
-def _sizes_of(config: GrokConfig) -> dict[str, int]:
-    direct = ("vocab_size", "model_dim", "num_layers", "num_experts", "ffn_dim")
-    return {name: getattr(config, name) for name in direct} | {
-        "num_heads*head_dim": config.num_heads * config.head_dim,
-        "num_kv_heads*head_dim": config.num_kv_heads * config.head_dim,
-    }
-
-
-def _known_config(folder: Path) -> GrokConfig:
-    """Grok-1's configuration if the files have its sizes: multipliers and head size are in no file."""
-    sizes = infer_sizes(folder)
-    if sizes == _sizes_of(GrokConfig.grok_1()):
-        return GrokConfig.grok_1()
-    required = [field.name for field in dataclasses.fields(GrokConfig) if field.default is dataclasses.MISSING]
-    asked = [name for name in required if name not in sizes]
-    raise CheckpointError(
-        f"{folder}: the files say {', '.join(f'{name}={size}' for name, size in sizes.items())}, which is not Grok-1; "
-        f"they cannot say {', '.join(asked)}: pass the whole configuration, config=GrokConfig(...) or --config FILE."
-    )

@@ -1,10 +1,9 @@
 """Reads checkpoints of the safetensors format: the public conversions of the release, and what we export.
 
 A checkpoint is opened by reading the headers of its files; an array is read slice by slice. `safetensors_names` says
-which tensor is which parameter. The package `safetensors` is optional, and is imported when a file is opened.
+which tensor is which parameter.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import re
@@ -16,42 +15,25 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from grokjax.checkpoint.formats.safetensors_headers import Header, find_safetensors, opened, read_headers
 from grokjax.checkpoint.formats.safetensors_names import (
     CONFIG,
     HPCAI,
     INDEX,
-    INSTALL,
     KEYFAN,
     TIED,
     Scheme,
     is_transposed,
     read_config,
-    read_object,
 )
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
+from grokjax.checkpoint.sizes import recognise
 from grokjax.checkpoint.stored import Array, ArraySpec, CheckpointError, Index, TensorSpec, list_problems, mismatches
 from grokjax.config import GrokConfig
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Read at once into the result: little memory, and a transposition that stays inside the processor's cache.
 BLOCK_BYTES = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a file says about one of its tensors.
-
-    Attributes:
-      file: the file.
-      name: of the tensor.
-      shape: as stored.
-      dtype: the format's name of it, such as `BF16`.
-    """
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +92,6 @@ class SafetensorsCheckpoint:
     layout: str = "safetensors"
 
 
-def find_safetensors(path: str | Path) -> Path | None:
-    """`path` if it is a folder with an index or any `*.safetensors` file, else None."""
-    folder = Path(path)
-    return folder if folder.is_dir() and ((folder / INDEX).is_file() or _file_names(folder)) else None
-
-
 def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> SafetensorsCheckpoint:
     """Opens a checkpoint and checks names, shapes and dtypes against the configuration; no array is read.
 
@@ -131,10 +107,10 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
     folder = find_safetensors(path)
     if folder is None:
         raise CheckpointError(f"{path}: found no *.safetensors files and no {INDEX}: pass the folder that holds them.")
-    headers = _read_headers(folder)
+    headers = read_headers(folder)
     scheme = _find_scheme(folder, headers)
     if config is None:
-        config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else _known_config(folder, scheme, headers)
+        config = _find_config(folder, scheme, headers)
     if config.num_layers > len(headers):
         raise CheckpointError(
             f"{folder}: the configuration has {config.num_layers} layers and the files {len(headers)} tensors: "
@@ -179,78 +155,13 @@ def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bo
     rows, *columns = bounds[::-1] if transposed else bounds
     step = max(1, BLOCK_BYTES * len(rows) // target.nbytes)
     target = target.view(bits).T if transposed else target.view(bits)
-    with _opened(source.file) as file:
+    with opened(source.file) as file:
         stored = file.get_slice(source.name)
         if (tuple(stored.get_shape()), stored.get_dtype()) != (source.shape, source.dtype):
             raise CheckpointError(f"{source.file}: the file was replaced after it had been opened: open it again.")
         for start in range(0, len(rows), step):
             block = (rows[start : start + step], *columns)
             target[start : start + step] = stored[tuple(slice(bound.start, bound.stop) for bound in block)].view(bits)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The file, mapped; what is wrong with it becomes a sentence."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise CheckpointError(f"{path}: {INSTALL}") from error
-    try:
-        # Mapped: the package's other way of reading takes the whole tensor for every slice of it.
-        with safe_open(path, framework="np", backend="mmap") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): download it again.") from error
-
-
-def _file_names(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors" and entry.is_file()}
-
-
-def _read_headers(folder: Path) -> dict[str, Header]:
-    """The tensors of all files, which are those of the index where there is one."""
-    present = _file_names(folder)
-    index = _read_index(folder / INDEX) if (folder / INDEX).is_file() else None
-    files = present if index is None else set(index)
-    problems = [f"{name}: missing, {INDEX} names it" for name in sorted(files - present)]
-    problems += [f"{name}: surplus, {INDEX} does not name it" for name in sorted(present - files)]
-    headers: dict[str, Header] = {}
-    for file in sorted(files & present):
-        try:
-            found = _read_file(folder / file)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        said = found.keys() if index is None else index[file]
-        problems += [f"{file}: lacks {name}, which {INDEX} says it holds" for name in sorted(said - found.keys())]
-        problems += [f"{file}: holds {name}, which {INDEX} does not say" for name in sorted(found.keys() - said)]
-        twice = sorted(found.keys() & headers.keys())
-        problems += [f"{file}: holds {name}, as does {headers[name].file.name}" for name in twice]
-        headers |= found
-    if problems:
-        raise CheckpointError(list_problems(folder, problems, "Download these files again."))
-    return headers
-
-
-def _read_index(path: Path) -> dict[str, set[str]]:
-    """Name of a file -> names of the tensors that it should hold."""
-    places = read_object(path).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path}: has no weight_map from tensors to files: download it again.")
-    files: dict[str, set[str]] = {}
-    for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: places {name} in {file!r}; a *.safetensors file beside it is allowed.")
-        files.setdefault(file, set()).add(name)
-    return files
-
-
-def _read_file(path: Path) -> dict[str, Header]:
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        return {
-            name: Header(path, name, tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()
-        }
 
 
 def _find_scheme(folder: Path, headers: Mapping[str, Header]) -> Scheme:
@@ -284,22 +195,10 @@ def _tied_faults(headers: Mapping[str, Header], shape: tuple[int, int]) -> Itera
         yield f"{TIED}: the weight has the shape {found}, the embedding {list(shape)}; Grok ties them"
 
 
-def _known_config(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) -> GrokConfig:
-    """Grok-1's configuration if the tensors have its sizes: multipliers and head size are in no file."""
-    sizes, grok_1 = _infer_sizes(folder, scheme, headers), GrokConfig.grok_1()
-    known = dataclasses.asdict(grok_1) | {
-        "num_heads*head_dim": grok_1.num_heads * grok_1.head_dim,
-        "num_kv_heads*head_dim": grok_1.num_kv_heads * grok_1.head_dim,
-    }
-    if all(known[name] == size for name, size in sizes.items()):
-        return grok_1
-    required = [field.name for field in dataclasses.fields(GrokConfig) if field.default is dataclasses.MISSING]
-    asked = [name for name in required if name not in sizes]
-    raise CheckpointError(
-        f"{folder}: the files say {', '.join(f'{name}={size}' for name, size in sizes.items())}, which is not Grok-1; "
-        f"they cannot say {', '.join(asked)}: put the model's {CONFIG} beside them, or pass the whole configuration, "
-        "config=GrokConfig(...) or --config FILE."
-    )
+def _find_config(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) -> GrokConfig:
+    if (folder / CONFIG).is_file():
+        return read_config(folder / CONFIG)
+    return recognise(folder, _infer_sizes(folder, scheme, headers), f"put the model's {CONFIG} beside them, or pass")
 
 
 def _infer_sizes(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) -> dict[str, int]:

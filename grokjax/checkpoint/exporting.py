@@ -1,0 +1,63 @@
+"""Export of a checkpoint of any layout to safetensors, for other programs."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from grokjax.checkpoint.formats.safetensors_export import write_safetensors
+from grokjax.checkpoint.layouts import open_checkpoint
+from grokjax.checkpoint.parameters import parts_of
+from grokjax.checkpoint.progress import Report, Tally
+from grokjax.checkpoint.recipe import Leaves, Recipe, read_part
+from grokjax.checkpoint.stored import Array, ArraySpec, TensorSpec, specs_of
+from grokjax.config import GrokConfig
+from grokjax.model import check_dtype
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    config: GrokConfig | None = None,
+    *,
+    dtype: DTypeLike = "bfloat16",
+    progress: Report | None = None,
+) -> None:
+    """Writes a checkpoint of any layout as safetensors files with the names of keyfan/grok-1-hf.
+
+    int8 weights are written as what they stand for: exactly so in float32, rounded in bfloat16.
+
+    Args:
+      source: a checkpoint of any layout.
+      target: a folder that does not exist or is empty.
+      config: what the source was made with, where its files cannot tell.
+      dtype: of all arrays, float32 or bfloat16.
+      progress: called after each part, with the bytes that are written.
+
+    Raises:
+      CheckpointError: The source is damaged, the target exists or cannot be written, or the disk is full.
+      ValueError: The dtype is neither of the two.
+    """
+    checkpoint = open_checkpoint(source, config)
+    name = check_dtype(dtype).name
+    found = specs_of(checkpoint)
+    num_values = sum(math.prod(spec.weight.shape) for spec in found.values())
+    tally = Tally(num_values * np.dtype(name).itemsize, progress)
+
+    def parts() -> Iterator[tuple[str, int | None, Array]]:
+        for part in [part for parameter in found for part in parts_of(parameter, checkpoint.config)]:
+            array = _plain(read_part(checkpoint, part), np.dtype(name))
+            yield part.parameter, part.expert, array
+            tally.add(array.nbytes, part.name, part.name)
+
+    write_safetensors(target, checkpoint.config, parts(), dtype=name)
+
+
+def _plain(leaves: Leaves, dtype: np.dtype[Any]) -> Array:
+    if "scales" not in leaves:
+        return leaves["weight"].astype(dtype, copy=False)
+    spec = TensorSpec(ArraySpec(leaves["weight"].shape, dtype), None)
+    return Recipe().apply(leaves, spec)["weight"]

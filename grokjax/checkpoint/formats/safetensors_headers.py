@@ -1,0 +1,109 @@
+"""What the files of a safetensors checkpoint say about their tensors: where each lies, its shape and dtype.
+
+The package `safetensors` is optional, and is imported when a file is opened.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grokjax.checkpoint.formats.safetensors_names import INDEX, INSTALL, read_object
+from grokjax.checkpoint.stored import CheckpointError, list_problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says about one of its tensors.
+
+    Attributes:
+      file: the file.
+      name: of the tensor.
+      shape: as stored.
+      dtype: the format's name of it, such as `BF16`.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def find_safetensors(path: str | Path) -> Path | None:
+    """`path` if it is a folder with an index or any `*.safetensors` file, else None."""
+    folder = Path(path)
+    return folder if folder.is_dir() and ((folder / INDEX).is_file() or _file_names(folder)) else None
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The file, mapped.
+
+    Raises:
+      CheckpointError: The package `safetensors` is absent, or the file cannot be read.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {INSTALL}") from error
+    try:
+        # Mapped: the package's other way of reading takes the whole tensor for every slice of it.
+        with safe_open(path, framework="np", backend="mmap") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): download it again.") from error
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """The tensors of all files, which are those of the index where there is one.
+
+    Raises:
+      CheckpointError: Files or tensors are missing, surplus, twice there or damaged; all of them are listed.
+    """
+    present = _file_names(folder)
+    index = _read_index(folder / INDEX) if (folder / INDEX).is_file() else None
+    files = present if index is None else set(index)
+    problems = [f"{name}: missing, {INDEX} names it" for name in sorted(files - present)]
+    problems += [f"{name}: surplus, {INDEX} does not name it" for name in sorted(present - files)]
+    headers: dict[str, Header] = {}
+    for file in sorted(files & present):
+        try:
+            found = _read_file(folder / file)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        said = found.keys() if index is None else index[file]
+        problems += [f"{file}: lacks {name}, which {INDEX} says it holds" for name in sorted(said - found.keys())]
+        problems += [f"{file}: holds {name}, which {INDEX} does not say" for name in sorted(found.keys() - said)]
+        twice = sorted(found.keys() & headers.keys())
+        problems += [f"{file}: holds {name}, as does {headers[name].file.name}" for name in twice]
+        headers |= found
+    if problems:
+        raise CheckpointError(list_problems(folder, problems, "Download these files again."))
+    return headers
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    """Name of a file -> names of the tensors that it should hold."""
+    places = read_object(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{path}: has no weight_map from tensors to files: download it again.")
+    files: dict[str, set[str]] = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: places {name} in {file!r}; a *.safetensors file beside it is allowed.")
+        files.setdefault(file, set()).add(name)
+    return files
+
+
+def _read_file(path: Path) -> dict[str, Header]:
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+        return {
+            name: Header(path, name, tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()
+        }
+
+
+def _file_names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors" and entry.is_file()}

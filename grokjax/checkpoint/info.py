@@ -1,0 +1,73 @@
+"""Tells what a checkpoint holds, and what its parameters take on each device, without loading it."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
+
+from grokjax.checkpoint.layouts import open_checkpoint
+from grokjax.checkpoint.stacks import stack_shapes, stacks_of
+from grokjax.checkpoint.stored import TensorSpec, specs_of
+from grokjax.config import GrokConfig
+from grokjax.model import abstract_model
+from grokjax.quantization import specs as partition_specs
+from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds, told without loading it.
+
+    Attributes:
+      path: its folder.
+      layout: `release`, `safetensors` or `orbax`.
+      config: the sizes.
+      specs: the checkpoint's path -> shapes and dtypes.
+    """
+
+    path: Path
+    layout: str
+    config: GrokConfig
+    specs: dict[str, TensorSpec]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights, scales not counted."""
+        return sum(math.prod(spec.weight.shape) for spec in self.specs.values())
+
+    def bytes_per_device(
+        self,
+        mesh: tuple[int, int] = (1, 1),
+        *,
+        rules: ShardingRules | None = None,
+        dtype: DTypeLike = jnp.bfloat16,
+    ) -> int:
+        """Bytes of the parameters on each device after `load` onto a mesh of (data, model) devices; none are needed.
+
+        Raises:
+          ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
+        """
+        partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)  # type: ignore[arg-type]  # sizes and names are all it is asked for
+        model = abstract_model(self.config, partitioner, dtype=dtype, quantized=False)
+        total = 0
+        for stack in stacks_of(model, {name: name for name in self.specs}):
+            shapes = stack_shapes(stack, self.specs, partitioner)
+            shardings = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
+            for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+                total += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        return total
+
+
+def describe(path: str | Path, config: GrokConfig | None = None) -> CheckpointInfo:
+    """Reads names, shapes and dtypes of a checkpoint of any layout; the arguments and errors are those of `load`."""
+    checkpoint = open_checkpoint(path, config)
+    return CheckpointInfo(checkpoint.path, checkpoint.layout, checkpoint.config, specs_of(checkpoint))

@@ -1,0 +1,80 @@
+"""Writes a model as a checkpoint of ours."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from grokjax.checkpoint.assembly import take_part
+from grokjax.checkpoint.disk import check_room, make_folder
+from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
+from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_unit
+from grokjax.checkpoint.parameters import Part, named_parameters, parameter_shapes, stack_name, units_of
+from grokjax.checkpoint.progress import Report, Tally
+from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec
+from grokjax.distributed import on_first
+from grokjax.model import Grok
+from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
+
+
+def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> None:
+    """Writes a model as a checkpoint of ours, which `load` restores onto any mesh.
+
+    The host holds one matrix at a time. Until all is written the folder is no checkpoint, and `load` says so. If the
+    model spans processes, all of them call it, and each writes its own shards.
+
+    Args:
+      model: on any mesh.
+      path: a folder that does not exist yet, on a disk that all processes share.
+      progress: called after each unit.
+
+    Raises:
+      CheckpointError: The folder exists, cannot be written, or the disk is full.
+      ValueError: The model's embedding table is int8.
+    """
+    if isinstance(model.embedding.table.get_value(), QuantizedTable):
+        raise ValueError(
+            "the embedding table is int8, and checkpoints hold it plain: save the model made without quantized_table."
+        )
+    folder = Path(path).absolute()
+    values = named_parameters(model)
+    specs = {name: _saved_spec(values, name, shape) for name, shape in parameter_shapes(model.config).items()}
+    manifest = Manifest(model.config, specs, {"made_by": "save"})
+    tally = Tally(sum(spec.num_bytes for spec in specs.values()), progress)
+    together = model.partitioner.mesh.is_multi_process
+    on_first(f"the beginning of {folder}", lambda: _begin(folder, manifest, tally.total_bytes), together=together)
+    for unit in units_of(model.config):
+        write_unit(folder, unit.name, {part.name: _take(values, part) for part in unit.parts})
+        num_bytes = sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
+        tally.add(num_bytes, unit.name, unit.name)
+    on_first(f"the end of {folder}", lambda: commit(folder), together=together)
+
+
+def _begin(folder: Path, manifest: Manifest, num_bytes: int) -> None:
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already: choose another path, or remove it first.")
+    check_room(folder, num_bytes)
+    make_folder(folder)
+    manifest.write(folder, UNFINISHED)
+    prepare_units(folder, manifest)
+
+
+def _saved_spec(values: dict[str, nnx.Variable], name: str, shape: tuple[int, ...]) -> TensorSpec:
+    value: Weight = values[stack_name(name)].get_value()
+    if not isinstance(value, QuantizedArray):
+        return TensorSpec(ArraySpec(shape, value.dtype), None)
+    scales = (*shape[:-2], value.num_blocks, shape[-1])
+    return TensorSpec(ArraySpec(shape, value.weight.dtype), ArraySpec(scales, value.scales.dtype))
+
+
+def _take(values: dict[str, nnx.Variable], part: Part) -> dict[str, jax.Array]:
+    """The arrays of one part of a model, in their shards."""
+    param = values[stack_name(part.parameter)]
+    value: Weight = param.get_value()
+    if part.layer is not None:
+        at = (part.layer, part.expert or 0) if param.logical_axes[1] == "experts" else (part.layer,)
+        value = take_part(value, jnp.asarray(at, jnp.int32), len(at))
+    if isinstance(value, QuantizedArray):
+        return {"weight": value.weight, "scales": value.scales}
+    return {"weight": value}

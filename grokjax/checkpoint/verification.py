@@ -1,0 +1,135 @@
+"""Verification of a checkpoint of ours: its arrays beside those of its source, or beside checksums that were kept."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from grokjax.checkpoint.formats.manifest import MANIFEST
+from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint, open_orbax
+from grokjax.checkpoint.layouts import open_checkpoint
+from grokjax.checkpoint.parameters import Part, units_of
+from grokjax.checkpoint.progress import Report, Tally
+from grokjax.checkpoint.recipe import Leaves, Recipe, read_part
+from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, specs_of
+from grokjax.config import GrokConfig
+
+# `PART/weight` or `PART/scales` -> CRC-32 of the array's bytes, in hexadecimal digits.
+Checksums = Mapping[str, str]
+
+_MOST_LISTED = 20
+
+
+def verify(
+    target: str | Path,
+    source: str | Path | None = None,
+    config: GrokConfig | None = None,
+    *,
+    progress: Report | None = None,
+) -> Checksums:
+    """Reads a checkpoint of ours back and compares the checksum of every array; nothing is written.
+
+    With the source of its conversion, every array of it is read and converted again. Without it, the arrays are
+    compared with the checksums that `keep_checksums` wrote.
+
+    Args:
+      target: a checkpoint of ours.
+      source: what it was converted from.
+      config: what the source was made with, where its files cannot tell.
+      progress: called after each unit.
+
+    Returns:
+      The checksums, for `keep_checksums`.
+
+    Raises:
+      CheckpointError: Arrays differ, all of them listed; or there is nothing to compare with.
+    """
+    stored = open_orbax(target)
+    if source is not None:
+        expected = _of_source(stored, open_checkpoint(source, config))
+    elif stored.manifest.checksums:
+        expected = _of_manifest(stored)
+    else:
+        raise CheckpointError(
+            f"{stored.path / MANIFEST}: holds no checksums: verify the checkpoint once beside what it was made from, "
+            "and keep them."
+        )
+    return _compare(stored, expected, progress)
+
+
+def keep_checksums(target: str | Path, checksums: Checksums) -> None:
+    """Writes checksums into `grokjax.json`, for `verify` to compare with later, unless they stand there already.
+
+    Args:
+      target: a checkpoint of ours.
+      checksums: what `verify` returned for it.
+
+    Raises:
+      CheckpointError: The file cannot be written; the checkpoint stays as it is.
+    """
+    stored = open_orbax(target)
+    if checksums == stored.manifest.checksums:
+        return
+    try:
+        dataclasses.replace(stored.manifest, checksums=checksums).write(stored.path, MANIFEST)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"every array is what it was made from, but the checksums cannot be kept for the next time: {error}"
+        ) from error
+
+
+def _of_manifest(stored: OrbaxCheckpoint) -> Callable[[Part], Checksums]:
+    return lambda _: stored.manifest.checksums
+
+
+def _of_source(stored: OrbaxCheckpoint, original: Checkpoint) -> Callable[[Part], Checksums]:
+    """The checksums that a part must have, which is read from the source and converted again for that."""
+    recipe, specs = Recipe.of_origin(stored.manifest.origin), stored.manifest.specs
+    _check_origin(stored, original, recipe)
+    return lambda part: _checksums(part, recipe.convert(original, part, specs[part.parameter].part(part)))
+
+
+def _compare(stored: OrbaxCheckpoint, expected: Callable[[Part], Checksums], progress: Report | None) -> dict[str, str]:
+    """The checksums of all arrays; the error if some are not as expected."""
+    specs = stored.manifest.specs
+    tally = Tally(sum(spec.num_bytes for spec in specs.values()), progress)
+    checksums: dict[str, str] = {}
+    differing: list[str] = []
+    for unit in units_of(stored.config):
+        for part in unit.parts:
+            found, wanted = _checksums(part, read_part(stored, part)), expected(part)
+            differing += [name for name in found if found[name] != wanted.get(name)]
+            checksums |= found
+        num_bytes = sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
+        tally.add(num_bytes, unit.name, unit.name)
+    if differing:
+        listed = "".join(f"\n  {name}" for name in differing[:_MOST_LISTED])
+        raise CheckpointError(
+            f"{stored.path}: {len(differing)} arrays differ from what they were made from:{listed}\n"
+            "Remove the folder and convert again; if they differ again, check the disk."
+        )
+    return checksums
+
+
+def _checksums(part: Part, leaves: Leaves) -> dict[str, str]:
+    return {
+        f"{part.name}/{leaf}": f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
+        for leaf, array in leaves.items()
+    }
+
+
+def _check_origin(stored: OrbaxCheckpoint, original: Checkpoint, recipe: Recipe) -> None:
+    """Refuses a source that cannot have become this checkpoint, before anything is read."""
+    found = specs_of(original)
+    ours = stored.manifest.specs
+    problems = [f"{name}: only in the source" for name in found if name not in ours]
+    problems += [f"{name}: only in the checkpoint" for name in ours if name not in found]
+    differing = [name for name in found if name in ours and recipe.result(name, found[name]) != ours[name]]
+    problems += [f"{name}: another shape or dtype than the source's becomes" for name in differing]
+    if problems:
+        advice = (
+            f"This is not what {stored.path} was made from: name that source, or leave it out to compare checksums."
+        )
+        raise CheckpointError(list_problems(original.path, problems, advice))
