@@ -31,7 +31,7 @@ from grokjax.sharding import ShardingRules, make_mesh
 
 CASE = "tiny-moe-s8"
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
-ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,)}
+ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,), "prefill_rows": 1}
 GENERATE = ["generate", "--dtype", "float32", "--ignore-eos", "--random"]
 PROMPT = ["abc", "--max-new-tokens", "4"]
 PREFIX = list(range(5, 16))

@@ -18,7 +18,7 @@ def generator() -> TextGenerator:
 
 
 @pytest.mark.release_tokenizer
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.thorough)])
 def test_greedy_texts_of_the_release(release_tokenizer_path, dtype: str) -> None:
     golden = load_e2e()
     model = load(golden.checkpoint, golden.config, make_mesh((1, 2)), jnp.dtype(dtype))

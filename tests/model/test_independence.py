@@ -13,7 +13,7 @@ from grokjax import GrokConfig, KVCache, SampleSettings, decode, forward, genera
 
 CONFIG = GrokConfig.tiny().replace(num_layers=2, max_seq_len=32)
 ROWS, CHUNK, LONGEST = 4, 6, 18
-MESHES = [(1, 1), (2, 4)]
+MESHES = [pytest.param((1, 1), marks=pytest.mark.thorough), (2, 4)]
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def schedules(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
     return texts, calls
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=pytest.mark.thorough), (2, 4)], ids=str)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @settings(max_examples=15)
 @given(schedule=schedules(), pad=st.integers(0, CONFIG.vocab_size - 1))
 def test_any_schedule_gives_each_row_its_own_logits(
