@@ -124,12 +124,11 @@ def counted_bytes() -> Iterator[list[int]]:
     release.Payload.read = read
 
 
-# Job -> whose function it is and at which of its calls a process dies: before all meet, between steps, between pieces
-# (before each of them is shown, `is_first` is asked).
+# Job -> whose function it is and at which of its calls a process dies: before all meet, or between steps.
 DEATHS: dict[str, tuple[Any, str, int]] = {
     "meeting": (generate, "on_first", 1),
     "batch": (ModelSteps, "decode", 10),
-    "prompt": (generate, "is_first", 10),
+    "prompt": (ModelSteps, "decode", 10),
 }
 
 

@@ -147,7 +147,7 @@ TOLD = {
         "batch",
         1,
     ): r"error: the model failed: .* Another process may have died: see its messages\. The results so far are",
-    ("prompt", 0): rf"{BY_JAX}|error in process 1: the model failed: .* Another process may have died",
+    ("prompt", 0): rf"{BY_JAX}|error in process 1: a step of all processes failed: .* Another process may have died",
     ("prompt", 1): r"error: the model failed: .* Another process may have died: see its messages\. If memory was short",
 }
 

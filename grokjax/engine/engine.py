@@ -12,9 +12,10 @@ from typing import Any, Self
 
 from jax.typing import DTypeLike
 
+from grokjax.engine.intake import Intake
 from grokjax.engine.metrics import Meter, Metrics
 from grokjax.engine.protocol import Pending, Steps
-from grokjax.engine.sample import Handle, Intake, LiveSample
+from grokjax.engine.sample import Handle, LiveSample
 from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets
 from grokjax.engine.shared_steps import make_steps as steps_of_model
 from grokjax.engine.warm_up import WarmedStep, warm_up

@@ -1,27 +1,13 @@
 """One sample of a request on its way: its tokens, the text they make, when it ends, and what is reported of it."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 
 import numpy as np
 
-from grokjax.config import GrokConfig
 from grokjax.engine.scheduler import Job
 from grokjax.engine.stopping import StopFilter
 from grokjax.model import Drawn
-from grokjax.request import (
-    Completion,
-    FinishReason,
-    Piece,
-    Request,
-    Timings,
-    TokenLogprob,
-    bias_row,
-    check_prompt,
-    check_stop_ids,
-    is_integer,
-)
+from grokjax.request import Completion, FinishReason, Piece, Request, Timings, TokenLogprob
 from grokjax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -195,76 +181,3 @@ class LiveSample(Job):
         if checked.stopped:
             return checked.text, "stop" if reason == "length" else reason
         return checked.text + self._stop.flush(), reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Intake:
-    """Turns requests into samples: what depends on the tokenizer and the model is checked here.
-
-    Attributes:
-      tokenizer: None where requests give and get token ids.
-      config: of the model.
-      max_len: S, tokens that a slot holds.
-      max_logprobs: most probable tokens that a request may ask for.
-      add_bos: whether prompts that are text begin with the beginning-of-sequence token.
-
-    Raises:
-      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
-    """
-
-    tokenizer: Tokenizer | None
-    _: dataclasses.KW_ONLY
-    config: GrokConfig
-    max_len: int
-    max_logprobs: int
-    add_bos: bool
-
-    def __post_init__(self) -> None:
-        config, tokenizer = self.config, self.tokenizer
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
-            )
-        if not is_integer(self.max_len) or not 2 <= self.max_len <= config.max_seq_len:
-            raise ValueError(f"max_len={self.max_len!r} must be between 2 and max_seq_len={config.max_seq_len}.")
-        if not is_integer(self.max_logprobs) or not 0 <= self.max_logprobs <= config.vocab_size:
-            raise ValueError(
-                f"max_logprobs={self.max_logprobs!r} must be between 0 and the {config.vocab_size} tokens there are."
-            )
-
-    def samples(self, handle: Handle, now: float) -> list[LiveSample]:
-        """The samples of a request that came now.
-
-        Raises:
-          ValueError: The prompt, the mask, the bias or a stop id does not fit, or something needs a tokenizer.
-          Exception: Whatever the tokenizer raises.
-        """
-        request = handle.request
-        if request.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`.")
-        if request.logprobs is not None and request.logprobs > self.max_logprobs:
-            raise ValueError(
-                f"logprobs={request.logprobs} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer."
-            )
-        vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
-        prompt = check_prompt(self._encode(request.prompt), vocab_size=vocab_size, max_len=self.max_len)
-        ends = frozenset() if request.ignore_eos else frozenset({eos_id})
-        make = functools.partial(
-            LiveSample,
-            handle,
-            prompt=prompt,
-            limit=min(request.max_new_tokens, self.max_len - len(prompt)),
-            stop_ids=check_stop_ids(request.stop_ids, vocab_size) | ends,
-            bias=bias_row(request, vocab_size),
-            tokenizer=self.tokenizer,
-            prompt_logprobs=[None],
-            submitted=now,
-        )
-        return [make(sample=number) for number in range(request.n)]
-
-    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer is None:
-            raise ValueError("the prompt is text and the engine has no tokenizer: give it one, or token ids.")
-        return [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)

@@ -134,8 +134,8 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["hi", "--seed", "4294967296"], "seed=4294967296 must be between"),
-        (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1 or more"),
+        (["hi", "--seed", "4294967296"], "seed=4294967296 must be an integer between 0 and"),
+        (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be an integer, 1 or more"),
         (["hi", "--top-k", "-1"], "top_k=-1"),
         (["hi", "--stop", ""], "stop=[''] must be strings of at least one character"),
         (["hi", "--top-p", "2"], "top_p=2.0 must be a number, from 0 to 1"),
