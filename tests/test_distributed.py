@@ -24,7 +24,7 @@ from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, answer, show
 
 from grokjax import cli, distributed
 from grokjax.checkpoint import describe, load, save, verify
-from grokjax.cli import console
+from grokjax.cli import options as cli_options
 from grokjax.config import GrokConfig
 from grokjax.distributed import Channel, DistributedError, initialize, on_first
 from grokjax.engine import Engine, SharedSteps, follow
@@ -382,7 +382,7 @@ def test_what_no_launcher_tells_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_command_joins_the_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(console, "initialize", lambda *arguments, **options: calls.append((*arguments, options)))
+    monkeypatch.setattr(cli_options, "initialize", lambda *arguments, **given: calls.append((*arguments, given)))
     command = ["generate", "a", "--checkpoint", "nowhere", "--coordinator", "host:1"]
     assert cli.main(command) == 2
     assert "--coordinator, --num-processes and --process-id go together" in capsys.readouterr().err

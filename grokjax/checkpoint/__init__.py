@@ -7,6 +7,7 @@ checkpoint: `recipe` is what it does with a matrix, `target` the folder that it 
 """
 
 from grokjax.checkpoint.conversion import EARLIER, ConversionPlan, convert, export, plan_conversion, verify
+from grokjax.checkpoint.disk import lock_file
 from grokjax.checkpoint.formats.release import open_release, parameter_names
 from grokjax.checkpoint.formats.safetensors import SafetensorsCheckpoint
 from grokjax.checkpoint.layouts import open_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "is_quantizable",
     "load",
     "load_parameters",
+    "lock_file",
     "open_checkpoint",
     "open_release",
     "parameter_names",

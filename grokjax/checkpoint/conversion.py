@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import itertools
 import math
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from grokjax.checkpoint.disk import check_room, free_bytes, make_folder
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax import (
     OrbaxCheckpoint,
@@ -30,7 +32,7 @@ from grokjax.checkpoint.formats.orbax import (
 )
 from grokjax.checkpoint.formats.safetensors_export import write_safetensors
 from grokjax.checkpoint.layouts import open_checkpoint
-from grokjax.checkpoint.loading import Progress, Report, check_room, free_bytes, make_folder
+from grokjax.checkpoint.loading import Progress, Report
 from grokjax.checkpoint.recipe import Leaves, Recipe, Weights
 from grokjax.checkpoint.stored import (
     Array,
@@ -394,7 +396,7 @@ def _is_table(unit: Unit) -> bool:
 
 def _return_freed_memory() -> None:
     """Gives back what was freed: glibc keeps it for each thread that Orbax copies chunks in, over a gigabyte in all."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = None if os.name == "nt" else getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 

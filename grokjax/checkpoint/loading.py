@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from grokjax.checkpoint.assembly import Builder, Slot, Stack, stack_shapes, take_piece
+from grokjax.checkpoint.disk import check_room, make_folder
 from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax import commit, prepare_units, write_unit
 from grokjax.checkpoint.layouts import open_checkpoint
@@ -217,39 +217,6 @@ def _begin(folder: Path, manifest: Manifest, num_bytes: int) -> None:
     make_folder(folder)
     manifest.write(folder, UNFINISHED)
     prepare_units(folder, manifest)
-
-
-def check_room(folder: Path, num_bytes: int) -> None:
-    """Refuses to begin what the disk has no room for.
-
-    Raises:
-      CheckpointError: So many bytes are not free.
-    """
-    free = free_bytes(folder)
-    if num_bytes > free:
-        raise CheckpointError(
-            f"{folder}: {num_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free: "
-            "make room or choose another disk."
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free on the disk of a folder that need not exist yet."""
-    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder and its parents.
-
-    Raises:
-      CheckpointError: It cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be made ({error.strerror}): choose a path that you may write."
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

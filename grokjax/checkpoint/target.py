@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from grokjax.checkpoint.disk import PARTIAL, lock_file
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
 from grokjax.checkpoint.formats.orbax import finished_units
 from grokjax.checkpoint.recipe import Recipe
@@ -14,7 +14,7 @@ from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec
 
 _LOCK = "lock"
 # What a run leaves that was killed before it had said what it was.
-_BEFORE_MANIFEST = {_LOCK, f"{UNFINISHED}.tmp"}
+_BEFORE_MANIFEST = {_LOCK, f"{UNFINISHED}{PARTIAL}"}
 # Bytes of each file of a source, at its beginning and at its end, by which an interrupted conversion knows it again.
 _SAMPLE_BYTES = 4096
 
@@ -74,13 +74,6 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}): choose another target.") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{folder}: another process is writing it: wait until it has finished.") from error
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: its disk cannot lock files ({error.strerror}): choose a target on another disk."
-            ) from error
+        lock_file(lock, folder)
         yield
     (folder / _LOCK).unlink()

@@ -1,11 +1,11 @@
 """The command line, `python -m grokjax` and `grokjax`.
 
 Read `commands`, which has `main`, then the file of a command: `generate` (with `batch` for files of prompts),
-`checkpoints` and `plan`. `console` is what they share.
+`checkpoints` and `plan`. `console` has what they say, `options` what their options share.
 """
 
 from grokjax.cli.commands import main
-from grokjax.cli.console import named_config
+from grokjax.cli.options import named_config
 
 __all__ = [
     "main",

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
 import reprlib
 import time
@@ -12,6 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from grokjax.checkpoint import lock_file
 from grokjax.engine import Engine, Handle
 from grokjax.request import Completion, Request
 
@@ -192,7 +192,7 @@ def open_results(path: Path, prompts: Sequence[Prompt]) -> Iterator[Results]:
         these prompts; then it stays as it is.
     """
     with _open(path) as file:
-        _lock(file, path)
+        lock_file(file, path)
         yield Results(file, _take_up(file, path, prompts))
 
 
@@ -232,17 +232,6 @@ def _open(path: Path) -> FileIO:
         return path.open("a+b", buffering=0)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}.") from error
-
-
-def _lock(file: FileIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"another process writes {path}: wait for it, or choose another --output.") from error
-    except OSError as error:
-        raise ValueError(
-            f"--output {path} cannot be locked against other processes: {error.strerror}. Choose another place."
-        ) from error
 
 
 def _take_up(file: FileIO, path: Path, prompts: Sequence[Prompt]) -> dict[PromptId, bool]:

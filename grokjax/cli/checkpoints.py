@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from humanize import naturalsize
+from rich.table import Column, Table
 
 from grokjax.checkpoint import CheckpointInfo, ConversionPlan, convert, describe, export, plan_conversion, verify
-from grokjax.cli.console import ProgressLine, read_config, read_extents, say, size
+from grokjax.cli.console import ByteProgress, say, table_text
+from grokjax.cli.options import read_config, read_extents
 from grokjax.config import GrokConfig
 from grokjax.sharding import RULES
 from grokjax.testing import write_release_checkpoint
@@ -52,9 +55,11 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     _say_plan(plan)
     if arguments.dry_run:
         return
-    convert(arguments.source, arguments.target, config, **options, progress=ProgressLine("converted"))
+    with ByteProgress("converted") as progress:
+        convert(arguments.source, arguments.target, config, **options, progress=progress)
     if arguments.verify:
-        verify(arguments.target, arguments.source, config, progress=ProgressLine("verified"))
+        with ByteProgress("verified") as progress:
+            verify(arguments.target, arguments.source, config, progress=progress)
         say("every array is what it was made from; the checksums are kept in grokjax.json")
     say(f"{arguments.target} is complete")
 
@@ -62,8 +67,8 @@ def _run_convert(arguments: argparse.Namespace) -> None:
 def _say_plan(plan: ConversionPlan) -> None:
     say(f"{plan.source.layout} checkpoint {plan.source.path} -> {plan.target}, weights: {plan.recipe.weights}")
     say(
-        f"{plan.num_done} of {plan.num_units} units are there; {size(plan.write_bytes)} to write, "
-        f"{size(plan.free_bytes)} free; at most {plan.peak_host_bytes / 2**30:.2f} GiB of memory"
+        f"{plan.num_done} of {plan.num_units} units are there; {naturalsize(plan.write_bytes)} to write, "
+        f"{naturalsize(plan.free_bytes)} free; at most {naturalsize(plan.peak_host_bytes, binary=True)} of memory"
     )
 
 
@@ -76,7 +81,8 @@ def _add_verify(commands: Any) -> None:
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:
-    verify(arguments.target, arguments.source, _config(arguments), progress=ProgressLine("verified"))
+    with ByteProgress("verified") as progress:
+        verify(arguments.target, arguments.source, _config(arguments), progress=progress)
     say(f"{arguments.target}: every array is as it should be")
 
 
@@ -93,8 +99,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
-    progress = ProgressLine("exported")
-    export(arguments.source, arguments.target, _config(arguments), dtype=arguments.dtype, progress=progress)
+    with ByteProgress("exported") as progress:
+        export(arguments.source, arguments.target, _config(arguments), dtype=arguments.dtype, progress=progress)
     say(f"{arguments.target} is complete")
 
 
@@ -116,12 +122,18 @@ def _run_info(arguments: argparse.Namespace) -> None:
         print(json.dumps(_info_record(info) | {"mesh": list(mesh), "bytes_per_device": per_device}))
         return
     print(f"{info.path}: {info.layout} checkpoint, {info.num_parameters} parameters, {info.num_bytes} bytes")
-    print(f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({size(per_device)})")
+    print(f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({naturalsize(per_device)})")
     for name, value in json.loads(info.config.to_json()).items():
         print(f"  {name} = {value}")
+    print(table_text(_parameters_table(info)))
+
+
+def _parameters_table(info: CheckpointInfo) -> Table:
+    table = Table("parameter", "arrays", Column("bytes", justify="right"), box=None, pad_edge=False)
     for name, spec in info.specs.items():
         kinds = [f"{leaf.dtype.name} {list(leaf.shape)}" for leaf in spec.leaves().values()]
-        print(f"{name:<44} {' + '.join(kinds)}, {spec.num_bytes} bytes")
+        table.add_row(name, " + ".join(kinds), str(spec.num_bytes))
+    return table
 
 
 def _info_record(info: CheckpointInfo) -> dict[str, Any]:

@@ -16,16 +16,8 @@ import jax.numpy as jnp
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
 from grokjax.checkpoint import Checkpoint, open_checkpoint
 from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_batch
-from grokjax.cli.console import (
-    BatchProgress,
-    ProgressLine,
-    add_processes,
-    choose_mesh,
-    join_processes,
-    named_config,
-    read_config,
-    say,
-)
+from grokjax.cli.console import BatchProgress, ByteProgress, say
+from grokjax.cli.options import add_processes, choose_mesh, join_processes, named_config, read_config
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
 from grokjax.errors import first_line
@@ -264,14 +256,16 @@ def _open_checkpoint(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
-    return load(
-        checkpoint.path,
-        checkpoint.config,
-        choose_mesh(arguments.mesh, checkpoint.config),
-        jnp.dtype(arguments.dtype),
-        quantized_table=arguments.quantized_table,
-        progress=ProgressLine("loaded"),
-    )
+    mesh = choose_mesh(arguments.mesh, checkpoint.config)
+    with ByteProgress("loaded") as progress:
+        return load(
+            checkpoint.path,
+            checkpoint.config,
+            mesh,
+            jnp.dtype(arguments.dtype),
+            quantized_table=arguments.quantized_table,
+            progress=progress,
+        )
 
 
 def _find_tokenizer(checkpoint: Path, given: Path | None) -> Path:

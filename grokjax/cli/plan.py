@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from humanize import metric, naturalsize
+from rich.table import Column, Table
 
-from grokjax.cli.console import named_config, read_extents, say
+from grokjax.cli.console import say, table_text
+from grokjax.cli.options import named_config, read_extents
 from grokjax.planning import ACCELERATORS, GIB, Plan, StepPlan, Suggestion, Target, plan, suggest
 from grokjax.sharding import RULES
 
@@ -88,10 +91,11 @@ def _run(arguments: argparse.Namespace) -> None:
         options["batch_size"] = arguments.batch
     if arguments.suggest:
         found = suggest(config, **options, progress=_say_suggestion)
-        print(json.dumps([_suggestion_record(one) for one in found]) if arguments.json else _suggestion_lines(found))
+        records = [_suggestion_record(one) for one in found]
+        print(json.dumps(records) if arguments.json else table_text(_suggestions_table(found)))
         return
     made = plan(config, **options, mesh=mesh, rules=RULES[arguments.rules or "tensor"])
-    print(json.dumps(plan_record(made)) if arguments.json else _table(made))
+    print(json.dumps(plan_record(made)) if arguments.json else f"{_title(made)}\n{table_text(_plan_table(made))}")
     if arguments.plot is not None:
         _draw(made, arguments.plot)
 
@@ -184,61 +188,67 @@ def _suggestion_record(one: Suggestion) -> dict[str, Any]:
     }
 
 
-def _suggestion_lines(found: tuple[Suggestion, ...]) -> str:
-    lines = [f"{'mesh':<8} {'rules':<7} {'fits':<5} {'tokens/s':>9}  why"]
+def _suggestions_table(found: tuple[Suggestion, ...]) -> Table:
+    table = Table("mesh", "rules", "fits", Column("tokens/s", justify="right"), "why", box=None, pad_edge=False)
     for one in found:
         fits = one.plan is not None and one.plan.fits
         speed = one.plan.decode.tokens_per_second if one.plan is not None and fits else None
         shown = "-" if speed is None else f"{speed:.0f}"
-        mesh = f"{one.mesh[0]},{one.mesh[1]}"
-        lines.append(f"{mesh:<8} {one.rules:<7} {'yes' if fits else 'no':<5} {shown:>9}  {one.reason}")
-    return "\n".join(lines)
+        table.add_row(f"{one.mesh[0]},{one.mesh[1]}", one.rules, "yes" if fits else "no", shown, one.reason)
+    return table
 
 
-def _table(made: Plan) -> str:
-    accelerator = made.target.accelerator
-    lines = [
+def _title(made: Plan) -> str:
+    return (
         f"{made.target}, mesh {made.mesh[0]},{made.mesh[1]}: batch {made.batch_size}, {made.max_len} tokens a row, "
-        f"programs by the compiler for {made.target.compiler}",
-        "on each device",
-        *(
-            f"  {name:<28} {num_bytes / GIB:9.3f} GiB"
-            for name, num_bytes in (
-                ("weights", made.weights_bytes),
-                ("cache", made.cache_bytes),
-                ("temporaries", made.temporary_bytes),
-                ("inputs, results, padding", made.other_bytes),
-                ("total", made.total_bytes),
-            )
-        ),
-    ]
-    if accelerator.usable_bytes is not None:
-        verdict = "fits" if made.fits else "does not fit"
-        lines += [
-            f"  {'usable':<28} {accelerator.usable_bytes / GIB:9.3f} GiB: {verdict}",
-            f"  {'most rows of ' + str(made.max_len):<28} {made.largest_batch_size:9}",
-            f"  {'most tokens a row':<28} {made.largest_max_len:9}",
-        ]
+        f"programs by the compiler for {made.target.compiler}"
+    )
+
+
+def _plan_table(made: Plan) -> Table:
+    """What a device holds, and what each step takes: name, amount, and what follows from it."""
+    table = Table.grid("", Column(justify="right"), "", padding=(0, 2))
+    _add_memory(table, made)
+    _add_step(table, "a decode step", made.decode)
     what = f"prefill of {made.prefill.num_tokens // made.prompt_len} x {made.prompt_len} tokens"
-    return "\n".join([*lines, *_step_lines("a decode step", made.decode), *_step_lines(what, made.prefill)])
+    _add_step(table, what, made.prefill)
+    return table
 
 
-def _step_lines(name: str, step: StepPlan) -> list[str]:
-    lines = [
-        name,
-        f"  {'reads':<28} {step.cost.num_bytes / 1e9:9.3f} GB{_milliseconds(step.memory_seconds)}",
-        f"  {'computes':<28} {step.cost.operations / 1e9:9.1f} GFLOP{_milliseconds(step.compute_seconds)}",
-    ]
+def _add_memory(table: Table, made: Plan) -> None:
+    table.add_row("on each device")
+    for name, num_bytes in (
+        ("weights", made.weights_bytes),
+        ("cache", made.cache_bytes),
+        ("temporaries", made.temporary_bytes),
+        ("inputs, results, padding", made.other_bytes),
+        ("total", made.total_bytes),
+    ):
+        table.add_row(f"  {name}", _memory(num_bytes))
+    usable = made.target.accelerator.usable_bytes
+    if usable is not None:
+        table.add_row("  usable", _memory(usable), "fits" if made.fits else "does not fit")
+        table.add_row(f"  most rows of {made.max_len}", str(made.largest_batch_size))
+        table.add_row("  most tokens a row", str(made.largest_max_len))
+
+
+def _add_step(table: Table, name: str, step: StepPlan) -> None:
+    table.add_row(name)
+    table.add_row("  reads", naturalsize(step.cost.num_bytes, format="%.3f"), _milliseconds(step.memory_seconds))
+    table.add_row("  computes", metric(step.cost.operations, "FLOP", precision=4), _milliseconds(step.compute_seconds))
     for one in step.traffic:
-        lines.append(f"  {f'{one.count} {one.kind}':<28} {one.num_bytes / 1e6:9.2f} MB")
+        table.add_row(f"  {one.count} {one.kind}", naturalsize(one.num_bytes, format="%.2f"))
     if step.seconds is not None and step.tokens_per_second is not None:
-        lines.append(f"  {'transfers':<28} {'':12}{_milliseconds(step.transfer_seconds)}")
-        lines.append(f"  {'at most':<28} {step.tokens_per_second:9.1f} tokens/s, bound by {step.bound}")
-    return lines
+        table.add_row("  transfers", "", _milliseconds(step.transfer_seconds))
+        table.add_row("  at most", f"{step.tokens_per_second:.1f} tokens/s", f"bound by {step.bound}")
+
+
+def _memory(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True, format="%.3f")
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f", {seconds * 1e3:.3f} ms"
+    return "" if seconds is None else f"{seconds * 1e3:.3f} ms"
 
 
 def _draw(made: Plan, path: Path) -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from humanize import naturalsize
+
 from grokjax.config import GrokConfig
 from grokjax.planning.compiler import StepCompiler
 from grokjax.planning.plans import Plan, plan
@@ -108,7 +110,7 @@ def _suggestion(steps: StepCompiler, mesh: tuple[int, int], rules: str, options:
     weights_bytes, cache_bytes = steps.weights_bytes, steps.cache_bytes(options["batch_size"], max_len)
     least, usable = weights_bytes + cache_bytes, steps.target.accelerator.usable_bytes or 0
     if least > usable:
-        reason = f"weights and cache take {_gib(least)} of {_gib(usable)} GiB a device."
+        reason = f"weights and cache take {_size(least)} of {_size(usable)} a device."
         return Suggestion(mesh, rules, weights_bytes, cache_bytes, None, reason)
     made = plan(steps.config, target=steps.target, mesh=mesh, rules=RULES[rules], **options)
     return Suggestion(mesh, rules, weights_bytes, cache_bytes, made, _reason(made))
@@ -116,12 +118,12 @@ def _suggestion(steps: StepCompiler, mesh: tuple[int, int], rules: str, options:
 
 def _reason(made: Plan) -> str:
     if not made.fits:
-        return f"needs {_gib(made.total_bytes)} GiB a device with what the programs allocate: too much."
+        return f"needs {_size(made.total_bytes)} a device with what the programs allocate: too much."
     step = made.decode
     if step.memory_seconds is None or step.compute_seconds is None or step.transfer_seconds is None:
-        return f"takes {_gib(made.total_bytes)} GiB a device; the accelerator's speed is unknown."
+        return f"takes {_size(made.total_bytes)} a device; the accelerator's speed is unknown."
     what = {
-        "memory": f"reading {step.cost.num_bytes / 1e9:.1f} GB a device takes {step.memory_seconds * 1e3:.2f} ms",
+        "memory": f"reading {naturalsize(step.cost.num_bytes)} a device takes {step.memory_seconds * 1e3:.2f} ms",
         "compute": f"{step.cost.operations / 1e9:.0f} GFLOP a device take {step.compute_seconds * 1e3:.2f} ms",
         "transfers": f"transfers between devices take {step.transfer_seconds * 1e3:.2f} ms",
     }
@@ -136,5 +138,5 @@ def _rank(one: Suggestion) -> tuple[bool, float, int]:
     return not fits, -(speed or 0) if fits else math.inf, one.weights_bytes + one.cache_bytes
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f}"
+def _size(num_bytes: float) -> str:
+    return naturalsize(num_bytes, binary=True)

@@ -1,6 +1,7 @@
 """Conversion: every layout into ours, interrupted anywhere, and the model is the same."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ from grokjax import (
     quantize,
     verify,
 )
-from grokjax.checkpoint import conversion, loading
+from grokjax.checkpoint import conversion
 from grokjax.checkpoint.formats.manifest import Manifest
 from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
 from grokjax.checkpoint.recipe import Recipe
@@ -222,8 +223,8 @@ class TestRefused:
     def test_too_little_space_is_found_before_anything_is_written(
         self, source: WrittenCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(loading.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-        with pytest.raises(CheckpointError, match=r"are to be written and 0.0 GB are free: make room"):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+        with pytest.raises(CheckpointError, match=r"are to be written and 1.0 kB are free: make room"):
             convert(source.path, tmp_path / "model", source.config)
         assert not (tmp_path / "model").exists()
 

@@ -120,7 +120,7 @@ class TestInterrupted:
     def test_goes_on_if_killed_before_it_said_what_it_was(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
     ) -> None:
-        for name in ("lock", "unfinished.json.tmp"):
+        for name in ("lock", "unfinished.json.part"):
             (tmp_path / "model").mkdir(exist_ok=True)
             (tmp_path / "model" / name).write_text("")
         convert(source.path, tmp_path / "model", source.config)

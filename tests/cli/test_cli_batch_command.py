@@ -4,16 +4,17 @@ import functools
 import io
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from fake_steps import FakeModel, FakeSteps, continuation
+from rich.console import Console
 
 from grokjax import ByteTokenizer, GrokConfig
-from grokjax.cli import main
+from grokjax.cli import console, main
 from grokjax.cli.console import BatchProgress
 from grokjax.engine import Engine
 
@@ -30,36 +31,49 @@ def tokens(path: Path) -> dict[int, list[int]]:
     return found
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def show_in_terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+    """What a terminal of 80 characters gets of a job of four prompts, and of a message meanwhile."""
+    now, terminal = [0.0], io.StringIO()
+    monkeypatch.setattr(
+        console, "STDERR", Console(file=terminal, force_terminal=True, width=80, highlight=False, **options)
+    )
+    with BatchProgress(4, clock=lambda: now[0]) as progress:
+        for now[0], done, tokens in ((1.0, 0, 1), (2.0, 1, 11), (3.0, 2, 21)):
+            progress(done, tokens)
+        console.say("a message")
+    return terminal.getvalue()
 
 
 class TestProgress:
     def test_a_line_every_ten_seconds_says_how_long_it_takes(self, capsys: pytest.CaptureFixture[str]) -> None:
         now = [0.0]
         with BatchProgress(40, clock=lambda: now[0]) as progress:
-            for now[0], done, tokens in ((1.0, 10, 0), (2.0, 10, 5), (11.0, 20, 95), (12.0, 21, 105), (22.0, 30, 205)):
+            for now[0], done, tokens in ((1.0, 10, 0), (2.0, 10, 5), (11.0, 20, 95), (12.0, 21, 105), (21.0, 30, 195)):
                 progress(done, tokens)
+            progress(40, 200)
         assert capsys.readouterr().err.splitlines() == [
-            "grokjax: 10 of 40 done, compiling the first steps",
-            "grokjax: 20 of 40 done, 10.0 tokens/s, 18 s left",
-            "grokjax: 30 of 40 done, 10.0 tokens/s, 10 s left",
+            "grokjax: compiling the first steps 10/40 -:--:-- left",
+            "grokjax: generating 20/40 10.0 tokens/s 0:00:20 left",
+            "grokjax: generating 30/40 10.0 tokens/s 0:00:10 left",
+            "grokjax: generating 40/40 10.3 tokens/s 0:00:00 left",
         ]
 
-    def test_a_terminal_is_shown_a_bar(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        now, terminal = [0.0], Terminal()
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with BatchProgress(4, clock=lambda: now[0]) as progress:
-            for now[0], done, tokens in ((1.0, 0, 1), (2.0, 2, 11), (3.0, 4, 21)):
-                progress(done, tokens)
-            monkeypatch.setenv("COLUMNS", "30")
-            progress(4, 21)
-        *bars, narrow = terminal.getvalue().removesuffix("\n").split("\r")[1:]
-        assert [bar.count("#") for bar in bars] == [0, 6, 12]
-        assert "2 of 4 done, 10.0 tokens/s, 1 s left" in bars[1]
-        assert narrow == f"grokjax: [{'#' * 12}] 4 of \x1b[K"
-        assert terminal.getvalue().endswith("\n")
+    def test_a_terminal_is_shown_a_bar_and_messages_above_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown = show_in_terminal(monkeypatch, color_system=None)
+        assert "grokjax: a message\n" in shown
+        *_, bar = shown.removesuffix("\n\x1b[?25h").split("\r\x1b[2K")
+        assert bar == f"generating {'━' * 6}       2/4 10.0 tokens/s 0:00:02 left"
+
+    def test_colours_are_left_out_where_they_are_not_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        colour = "\x1b[3"
+        assert colour in show_in_terminal(monkeypatch, color_system="standard")
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert colour not in show_in_terminal(monkeypatch, color_system="standard")
+
+    def test_a_dumb_terminal_gets_lines(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TERM", "dumb")
+        shown = show_in_terminal(monkeypatch)
+        assert shown == "grokjax: generating 0/4 -:--:-- left\ngrokjax: a message\n"
 
 
 @pytest.fixture

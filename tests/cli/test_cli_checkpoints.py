@@ -1,13 +1,14 @@
 """The commands for checkpoints, as a user types them, on a small one in the release's format."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from grokjax.checkpoint import EARLIER, Progress
 from grokjax.cli import main
-from grokjax.cli.console import ProgressLine, duration, size
+from grokjax.cli.console import ByteProgress
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,7 @@ def test_a_fixture_that_cannot_be_written_leaves_nothing(
 def test_dry_run_writes_nothing(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(download), str(tmp_path / "new"), *config_of(download), "--dry-run"]) == 0
     said = capsys.readouterr().err
-    assert "0 of 27 units are there" in said
-    assert "GiB of memory" in said
+    assert re.search(r"0 of 27 units are there; [\d.]+ [kM]B to write, [\d.]+ [GT]B free; at most [\d.]+ MiB", said)
     assert not (tmp_path / "new").exists()
 
 
@@ -114,29 +114,18 @@ def test_every_layout_generates_the_same_text(
     assert capsys.readouterr().out == ours
 
 
-def test_sizes_and_times_are_readable() -> None:
-    assert [size(n) for n in (0, 845, 845_568, 1_611_137_347, 318_239_886_140, 2.5e13)] == [
-        "0 B",
-        "845 B",
-        "846 kB",
-        "1.61 GB",
-        "318 GB",
-        "25 TB",
-    ]
-    assert [duration(s) for s in (0.4, 99, 420, 4800)] == ["0 s", "99 s", "7 min", "1 h 20 min"]
-
-
 def test_progress_names_what_is_renamed(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine("loaded")
-    line(Progress("layers.0.feed_forward.router", None, 0, 100))
-    line(Progress("final_norm.scale", "last_norm", 50, 100))
-    line(Progress("embedding.table", "embedding.table", 100, 100))
+    with ByteProgress("loaded") as progress:
+        progress(Progress("layers.0.feed_forward.router", None, 0, 100))
+        progress(Progress("final_norm.scale", "last_norm", 50, 100))
+        progress(Progress("embedding.table", "embedding.table", 100, 100))
     said = capsys.readouterr().err
     assert "layers.0.feed_forward.router keeps its fresh value" in said
     assert "final_norm.scale from last_norm" in said
-    assert "loaded 100 B of 100 B" in said
+    assert "loaded 100/100 bytes" in said
 
 
 def test_no_rate_for_what_an_earlier_run_has_done(capsys: pytest.CaptureFixture[str]) -> None:
-    ProgressLine("converted")(Progress(EARLIER, EARLIER, 70, 100))
-    assert capsys.readouterr().err == "grokjax: converted 70 B of 100 B: an earlier run\n"
+    with ByteProgress("converted") as progress:
+        progress(Progress(EARLIER, EARLIER, 70, 100))
+    assert capsys.readouterr().err == "grokjax: converted 70/100 bytes ? -:--:-- left: an earlier run\n"

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grokjax.checkpoint.disk import write_json
 from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, Unit, units_of
 from grokjax.config import GrokConfig
 
@@ -39,15 +39,15 @@ class Manifest:
         """The units by name."""
         return {unit.name: unit for unit in units_of(self.config)}
 
-    def to_json(self) -> str:
-        """The text of the file."""
+    def document(self) -> dict[str, Any]:
+        """What the file says, as JSON has it."""
         tensors = {
             parameter: {
                 leaf: {"shape": list(spec.shape), "dtype": spec.dtype.name} for leaf, spec in tensor.leaves().items()
             }
             for parameter, tensor in self.specs.items()
         }
-        document = {
+        return {
             "format": "grokjax",
             "format_version": FORMAT_VERSION,
             "config": dataclasses.asdict(self.config),
@@ -55,7 +55,6 @@ class Manifest:
             "tensors": tensors,
             "checksums": dict(self.checksums),
         }
-        return json.dumps(document, indent=1) + "\n"
 
     def write(self, folder: Path, name: str) -> None:
         """Writes the file so that it is there whole or not at all; what was there before stays until then.
@@ -63,13 +62,8 @@ class Manifest:
         Raises:
           CheckpointError: The disk is full, or the folder cannot be written.
         """
-        temporary = folder / f"{name}.tmp"
         try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(self.to_json())
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(folder / name)
+            write_json(folder / name, self.document())
         except OSError as error:
             raise CheckpointError(
                 f"{folder / name}: cannot be written ({error.strerror}): make room or check the permissions, then try "

@@ -25,8 +25,10 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore
+from humanize import naturalsize
 from orbax.checkpoint import v1 as ocp
 
+from grokjax.checkpoint.disk import free_bytes
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
 from grokjax.checkpoint.stored import (
     Array,
@@ -182,9 +184,8 @@ def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]])
         with _ORBAX, _uninterrupted(), _context():
             ocp.save(path, {piece: dict(leaves) for piece, leaves in arrays.items()})
     except Exception as error:  # Orbax passes on whatever its libraries raise
-        free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"{path}: cannot be written ({_reason(error)}), {free / 1e9:.1f} GB are free: "
+            f"{path}: cannot be written ({_reason(error)}), {naturalsize(free_bytes(folder))} are free: "
             f"make room or check the permissions, then {_how_to_go_on(folder)}."
         ) from error
 

@@ -5,9 +5,7 @@ index comes last. So an interrupted export is not mistaken for a checkpoint.
 """
 
 import contextlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from humanize import naturalsize
 
+from grokjax.checkpoint.disk import PARTIAL, check_room, free_bytes, make_folder, write_json
 from grokjax.checkpoint.formats.safetensors_names import CONFIG, INDEX, INSTALL, KEYFAN, config_fields, is_transposed
 from grokjax.checkpoint.stored import Array, CheckpointError, Piece, parameter_shapes, pieces_of
 from grokjax.config import GrokConfig
@@ -23,7 +23,6 @@ from grokjax.config import GrokConfig
 Shard = dict[str, Array]
 
 _DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
-_PART = ".part"
 # Transposed at once: both sides of the copy stay inside the processor's cache.
 BLOCK_BYTES = 1 << 20
 
@@ -70,7 +69,7 @@ def write_safetensors(
         done = 0
         for number, shard in enumerate(_shards(_tensors(config, pieces, dtype), max_shard_bytes)):
             with _explained(folder):
-                _write_shard(folder / f"shard-{number + 1:05d}{_PART}", shard, written)
+                _write_shard(folder / f"shard-{number + 1:05d}{PARTIAL}", shard, written)
             places |= dict.fromkeys(shard, number)
             done += sum(array.nbytes for array in shard.values())
             # Neither this loop nor the generator lets go of a shard before the next is full.
@@ -90,21 +89,14 @@ def _require_package(path: Path) -> None:
 
 def _make_folder(folder: Path, total: int) -> None:
     """An empty folder with room for `total` bytes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    with _explained(folder):
         found = [entry.name for entry in folder.iterdir()]
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be made ({error.strerror}): choose another folder.") from error
     if found:
-        unfinished = any(name.endswith(_PART) for name in found)
+        unfinished = any(name.endswith(PARTIAL) for name in found)
         state = "holds what an interrupted export left" if unfinished else "exists and is not empty"
         raise CheckpointError(f"{folder}: {state}: choose another folder, or remove it first.")
-    if free < total:
-        raise CheckpointError(
-            f"{folder}: {total / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free: "
-            "make room or choose another disk."
-        )
+    check_room(folder, total)
 
 
 @contextlib.contextmanager
@@ -128,7 +120,7 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: cannot be written ({error}), {shutil.disk_usage(folder).free / 1e9:.1f} GB are free: "
+            f"{folder}: cannot be written ({error}), {naturalsize(free_bytes(folder))} are free: "
             "make room or check the permissions, then export again."
         ) from error
 
@@ -202,18 +194,9 @@ def _commit(
 ) -> None:
     """Gives the shards their names and writes the other files; `written` is kept up to date."""
     count = len(written)
-    _write_json(folder / CONFIG, config, written)
+    written.append(folder / CONFIG)
+    write_json(folder / CONFIG, config)
     for i in range(count):
         written[i] = written[i].replace(folder / f"model-{i + 1:05d}-of-{count:05d}.safetensors")
     weight_map = {name: written[i].name for name, i in places.items()}
-    part = folder / f"{INDEX}{_PART}"
-    _write_json(part, {"metadata": {"total_size": total}, "weight_map": weight_map}, written)
-    written[-1] = part.replace(folder / INDEX)
-
-
-def _write_json(path: Path, document: object, written: list[Path]) -> None:
-    with path.open("x", encoding="utf-8") as stream:
-        written.append(path)
-        stream.write(json.dumps(document, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,0 +1,106 @@
+"""What the commands share of their options: configuration files, meshes, the processes of several hosts."""
+
+import argparse
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from grokjax.config import GrokConfig
+from grokjax.distributed import initialize
+from grokjax.sharding import divides, make_mesh
+
+
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """Adds the options that join the processes of several hosts."""
+    group = command.add_argument_group("several hosts", "the same command on each, see docs/distributed.md")
+    group.add_argument("--distributed", action="store_true", help="started by SLURM, Open MPI, Kubernetes or Cloud TPU")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="started by hand: where process 0 runs, a free port")
+    group.add_argument("--num-processes", metavar="N", type=int, help="how many")
+    group.add_argument("--process-id", metavar="I", type=int, help="which of them this is, from 0")
+    group.add_argument(
+        "--heartbeat", metavar="SECONDS", type=int, help="after how long a silent process counts as dead (default: 100)"
+    )
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Does what the options of `add_processes` say, before anything else.
+
+    Raises:
+      ValueError: They are incomplete.
+    """
+    by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    is_alone = by_hand == (None, None, None)
+    if is_alone and not arguments.distributed:
+        if arguments.heartbeat is not None:
+            raise ValueError("--heartbeat is of several processes: give --distributed or --coordinator, too.")
+        return
+    if None in by_hand and not is_alone:
+        raise ValueError("--coordinator, --num-processes and --process-id go together: give all three.")
+    options = {} if arguments.heartbeat is None else {"heartbeat_timeout_seconds": arguments.heartbeat}
+    initialize(*by_hand, **options)
+
+
+def read_config(option: str, path: Path) -> GrokConfig:
+    """Reads a configuration file that the command's `option` names.
+
+    Raises:
+      ValueError: It cannot be read or is no configuration.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not a text file: give a JSON configuration.") from error
+    return GrokConfig.from_json(text)
+
+
+def named_config(option: str, name: str) -> GrokConfig:
+    """The configuration of a name, or of a file.
+
+    Raises:
+      ValueError: It is neither a name nor a file, or the file holds no configuration.
+    """
+    presets = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
+    if name in presets:
+        return presets[name]()
+    if not Path(name).is_file():
+        raise ValueError(f"{option} {name}: neither a file nor one of {', '.join(presets)}.")
+    return read_config(option, Path(name))
+
+
+def read_extents(text: str) -> tuple[int, int]:
+    """`1,8` as numbers.
+
+    Raises:
+      ValueError: It is anything else.
+    """
+    try:
+        data, model = (int(part) for part in text.split(","))
+    except ValueError:
+        data = model = 0
+    if min(data, model) < 1:
+        raise ValueError(f"--mesh {text}: give two numbers of 1 or more, such as 1,8.")
+    return data, model
+
+
+def choose_mesh(text: str | None, config: GrokConfig) -> Mesh:
+    """The mesh of a `--mesh` option, or the widest model axis that fits the configuration and the devices.
+
+    Over several hosts, the data axis crosses them if it can, else the model axis.
+
+    Raises:
+      ValueError: There are not as many devices, or the hosts cannot share them evenly.
+    """
+    hosts, num_devices = jax.process_count(), jax.device_count()
+    if text is not None:
+        data, model = read_extents(text)
+    else:
+        model = max(n for n in range(1, num_devices + 1) if divides(config, n) and (hosts == 1 or num_devices % n == 0))
+        data = 1 if hosts == 1 else num_devices // model
+    if data % hosts == 0:
+        return make_mesh((data // hosts, model), (hosts, 1))
+    if model % hosts == 0:
+        return make_mesh((data, model // hosts), (1, hosts))
+    raise ValueError(f"--mesh {text}: {hosts} hosts cannot share it: make one of the numbers a multiple of {hosts}.")

@@ -1,0 +1,94 @@
+"""What is asked of a disk: the lock in its two forms, and files that are there whole or not at all."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from grokjax import CheckpointError
+from grokjax.checkpoint.disk import lock_file, write_json
+
+ANOTHER = "model: another process is writing it: wait until it has finished, or choose another path"
+
+
+class FakeMsvcrt(types.ModuleType):
+    """Windows' locks of bytes: a byte that one open file has locked is refused to any other."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        super().__init__("msvcrt")
+        self.locked: list[tuple[int, int]] = []
+
+    def locking(self, descriptor: int, mode: int, num_bytes: int) -> None:
+        assert (mode, num_bytes) == (self.LK_NBLCK, 1)
+        at = os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR)
+        if at in self.locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        self.locked.append(at)
+
+
+@pytest.fixture(params=["fcntl", "msvcrt"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The module that locks: that of Unix, or that of Windows, where the other is absent."""
+    if request.param == "msvcrt":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        monkeypatch.setitem(sys.modules, "msvcrt", FakeMsvcrt())
+    return request.param
+
+
+@pytest.mark.usefixtures("form")
+class TestLock:
+    def test_a_second_writer_is_refused_and_what_is_written_stays(self, tmp_path: Path) -> None:
+        path = tmp_path / "model"
+        path.write_bytes(b"first\n")
+        with path.open("a+b", buffering=0) as one, path.open("a+b", buffering=0) as other:
+            lock_file(one, path)
+            with pytest.raises(CheckpointError, match=ANOTHER):
+                lock_file(other, path)
+            assert one.read() == b""  # where it stood, at the end
+            one.write(b"second\n")
+        assert path.read_bytes() == b"first\nsecond\n"
+
+    def test_two_files_have_two_locks(self, tmp_path: Path) -> None:
+        with (tmp_path / "a").open("w") as one, (tmp_path / "b").open("w") as other:
+            lock_file(one, tmp_path)
+            lock_file(other, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["fcntl", "msvcrt"], indirect=True)
+def test_a_disk_without_locks_is_refused(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    function = {"fcntl": "flock", "msvcrt": "locking"}[form]
+    monkeypatch.setattr(f"{form}.{function}", refuse)
+    message = r"model: its disk cannot lock files \(No locks available\): choose a path on another disk"
+    with (tmp_path / "lock").open("w") as file, pytest.raises(CheckpointError, match=message):
+        lock_file(file, tmp_path / "model")
+
+
+def test_the_package_and_its_commands_are_imported_where_there_is_no_fcntl() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import grokjax, grokjax.cli, grokjax.testing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
