@@ -151,8 +151,8 @@ def plan_record(made: Plan) -> dict[str, Any]:
         "memory_bytes_per_device": made.target.accelerator.memory_bytes,
         "usable_bytes_per_device": made.target.accelerator.usable_bytes,
         "fits": made.fits,
-        "largest_batch_size": made.largest_batch_size,
-        "largest_max_len": made.largest_max_len,
+        "largest_batch_size": made.find_largest_batch_size(),
+        "largest_max_len": made.find_largest_max_len(),
         "decode": _step_record(made.decode),
         "prefill": _step_record(made.prefill),
     }
@@ -228,8 +228,8 @@ def _add_memory(table: Table, made: Plan) -> None:
     usable = made.target.accelerator.usable_bytes
     if usable is not None:
         table.add_row("  usable", _memory(usable), "fits" if made.fits else "does not fit")
-        table.add_row(f"  most rows of {made.max_len}", str(made.largest_batch_size))
-        table.add_row("  most tokens a row", str(made.largest_max_len))
+        table.add_row(f"  most rows of {made.max_len}", str(made.find_largest_batch_size()))
+        table.add_row("  most tokens a row", str(made.find_largest_max_len()))
 
 
 def _add_step(table: Table, name: str, step: StepPlan) -> None:
