@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,24 +79,26 @@ def _run(arguments: argparse.Namespace) -> None:
     _simulate_devices(target.num_devices)
     if target.missing:
         say(f"without {target.missing}, the compiler for CPUs stands in for that of {target}")
-    options: dict[str, Any] = {
-        "target": target,
-        "max_len": arguments.max_len,
-        "prompt_len": arguments.prompt,
-        "prefill_rows": arguments.prefill_rows,
-        "dtype": arguments.dtype,
-        "cache_dtype": arguments.cache_dtype,
-        "quantized": not arguments.plain,
-        "collective_latency": arguments.latency_us / 1e6,
-    }
+    ask: Callable[..., Any] = functools.partial(
+        suggest if arguments.suggest else plan,
+        config,
+        target=target,
+        max_len=arguments.max_len,
+        prompt_len=arguments.prompt,
+        prefill_rows=arguments.prefill_rows,
+        dtype=arguments.dtype,
+        cache_dtype=arguments.cache_dtype,
+        quantized=not arguments.plain,
+        collective_latency=arguments.latency_us / 1e6,
+    )
     if arguments.batch is not None:
-        options["batch_size"] = arguments.batch
+        ask = functools.partial(ask, batch_size=arguments.batch)
     if arguments.suggest:
-        found = suggest(config, **options, progress=_say_suggestion)
+        found = ask(progress=_say_suggestion)
         records = [_suggestion_record(one) for one in found]
         print(json.dumps(records) if arguments.json else table_text(_suggestions_table(found)))
         return
-    made = plan(config, **options, mesh=mesh, rules=RULES[arguments.rules or "tensor"])
+    made = ask(mesh=mesh, rules=RULES[arguments.rules or "tensor"])
     print(json.dumps(plan_record(made)) if arguments.json else f"{_title(made)}\n{table_text(_plan_table(made))}")
     if arguments.plot is not None:
         _draw(made, arguments.plot)
