@@ -96,7 +96,7 @@ def test_a_tokenizer_beside_the_checkpoint_is_found(
     write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
     (tmp_path / "config.json").write_text(SMALL.to_json())
     command = ["generate", "--checkpoint", str(tmp_path), "--config", str(tmp_path / "config.json")]
-    command += ["--max-new-tokens", "2", "--mesh", "1,1", "--dtype", "float32", "--add-bos", "hello"]
+    command += ["--max-new-tokens", "2", "--mesh", "1,1", "--add-bos", "hello"]
     assert main(command) == 2
     assert "name the release's tokenizer.model with --tokenizer" in capsys.readouterr().err
     (tmp_path / "tokenizer.model").write_bytes(trained_tokenizer_path.read_bytes())
