@@ -153,6 +153,18 @@ def test_the_picture_is_what_the_command_draws() -> None:
     assert draw.renew(TEXT) == TEXT, "run docs/draw.py --write"
 
 
+def test_an_old_picture_is_told_and_drawn_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(draw.DRAWN.sub(r"\1old\n\2", TEXT))
+    monkeypatch.setattr(draw, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["draw.py"])
+    with pytest.raises(SystemExit, match=r"is not that of the imports: run docs/draw\.py --write"):
+        draw.main()
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--write"])
+    draw.main()
+    assert page.read_text() == TEXT
+
+
 def test_a_picture_shows_each_department_and_only_lines_that_do_not_follow_from_others() -> None:
     rows = "| 1 | `config` | sizes |\n| 1 | `cache` | keys |\n| 2 | `model` | `init` |\n| 8 | `__main__` | runs |\n"
     imports = {"config": set(), "cache": {"config"}, "model": {"cache", "model.x"}, "model.x": {"config"}}

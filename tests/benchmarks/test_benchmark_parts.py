@@ -103,6 +103,18 @@ def test_a_changed_table_is_made_anew(monkeypatch, tmp_path: Path) -> None:
     assert tables.renew(page) == page
 
 
+def test_old_tables_are_told_and_made_anew(monkeypatch, tmp_path: Path) -> None:
+    page = tmp_path / "gpu.md"
+    page.write_text("<!-- results moe: rows -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(tables, "PAGES", (page,))
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    with pytest.raises(SystemExit, match=r"of gpu\.md are not those of the results: run benchmarks/tables\.py --w"):
+        tables.main()
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--write"])
+    tables.main()
+    assert page.read_text() == "<!-- results moe: rows -->\n| rows |\n| --- |\n| 1, 8, 128, 512 |\n<!-- end -->\n"
+
+
 def test_a_page_chooses_columns(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "startup.jsonl").write_text('{"jax": "0.12", "cold_seconds": 9.96}\n')
