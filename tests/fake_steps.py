@@ -128,7 +128,7 @@ class FakeSteps:
     def decode(self, settings: SlotSettings) -> FakePending:
         number = self._dispatch("decode", settings)
         ends = [0] * self.slots
-        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
+        for row in np.flatnonzero(settings.active).tolist():
             assert 0 < len(self.rows[row]) < self.max_len
             self.rows[row].append(entry_after(self.rows[row][-1], self.tokens[row]))
             ends[row] = self.rows[row][-1]
@@ -138,10 +138,9 @@ class FakeSteps:
         """The next token of each active row, which ends with the entry of `ends`; what a test lets a model draw."""
         self.unread.add(number)
         ids = np.zeros(self.slots, np.int32)
-        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
-            seed, is_biased = int(settings.packed[row, 4]), settings.packed[row, 6]
-            bias = self.bias[row] if is_biased else None
-            ids[row] = self.tokens[row] = draw(ends[row], seed, len(self.rows[row]), bias)
+        for row in np.flatnonzero(settings.active).tolist():
+            bias = self.bias[row] if settings.biased[row] else None
+            ids[row] = self.tokens[row] = draw(ends[row], int(settings.seed[row]), len(self.rows[row]), bias)
         top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
         logprobs = -(ids / 8).astype(np.float32)
         return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)

@@ -335,7 +335,7 @@ class Engine:
                 self._in_flight.append(functools.partial(self._finish, sample, "length"))
         rows = _rows(sample for sample in samples if sample.limit)
         if rows:
-            self._dispatched(self._steps.begin(SlotSettings.of(rows, self._steps.slots)), rows)
+            self._dispatched(self._steps.begin(self._settings(rows)), rows)
 
     def _decode(self) -> bool:
         """Dispatches a decode step for the running samples that have another token to come."""
@@ -344,9 +344,12 @@ class Engine:
         if not rows:
             return False
         if self._last_settings is None or self._last_settings[0] != rows:
-            self._last_settings = (rows, SlotSettings.of(rows, self._steps.slots))
+            self._last_settings = (rows, self._settings(rows))
         self._dispatched(self._steps.decode(self._last_settings[1]), rows)
         return True
+
+    def _settings(self, rows: _Rows) -> SlotSettings:
+        return SlotSettings.of({slot: sample.row for slot, sample in rows}, self._steps.slots)
 
     def _dispatched(self, pending: Pending, rows: _Rows) -> None:
         self._in_flight.append(functools.partial(self._take_tokens, pending, rows))

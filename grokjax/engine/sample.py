@@ -6,7 +6,7 @@ import numpy as np
 
 from grokjax.engine.scheduler import Job
 from grokjax.engine.stopping import StopFilter
-from grokjax.model import Drawn
+from grokjax.model import Drawn, RowSettings
 from grokjax.request import Completion, FinishReason, Piece, Request, Timings, TokenLogprob
 from grokjax.tokenizer import StreamDecoder, Tokenizer
 
@@ -87,6 +87,7 @@ class LiveSample(Job):
       submitted: when the request came.
 
     Attributes:
+      row: how the row that it runs in draws.
       dispatched: tokens that the dispatched steps draw, read or not.
       ended: whether its completion is made.
     """
@@ -107,7 +108,16 @@ class LiveSample(Job):
         request = handle.request
         super().__init__(prompt, priority=request.priority, is_scored=request.prompt_logprobs and sample == 0)
         self.handle, self.sample, self.limit, self.stop_ids, self.bias = handle, sample, limit, stop_ids, bias
-        self.seed = (request.seed + sample) % 2**32
+        self.row = RowSettings(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            top_k=request.top_k,
+            seed=(request.seed + sample) % 2**32,
+            active=True,
+            biased=bias is not None,
+            wants_top=bool(request.logprobs),
+        )
         self.times = Times(submitted)
         self.dispatched, self.ended = 0, False
         self.token_ids: list[int] = []

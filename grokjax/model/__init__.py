@@ -18,7 +18,7 @@ from grokjax.model.grok import (
     with_quantized_table,
 )
 from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
-from grokjax.model.slots import Drawn, DrawnTokens, SlotSettings
+from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
 from grokjax.model.steps import Generated, decode, decode_and_sample, forward, generate, prefill
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Generated",
     "Grok",
     "ModelSteps",
+    "RowSettings",
     "SlotSettings",
     "SlotState",
     "abstract_model",

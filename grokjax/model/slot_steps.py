@@ -112,10 +112,7 @@ class DeviceTokens:
 
     def read(self) -> DrawnTokens:
         """Waits for the step."""
-        packed = np.asarray(self._packed)
-        num_top = packed.shape[1] // 2 - 1
-        numbers = packed.view(np.float32)
-        return DrawnTokens(packed[:, 0], numbers[:, 1], packed[:, 2 : 2 + num_top], numbers[:, 2 + num_top :])
+        return DrawnTokens.unpack(np.asarray(self._packed))
 
 
 class DeviceScores:
@@ -150,7 +147,7 @@ def lower_share(model: Grok, state: SlotState) -> jax.stages.Lowered:
 
 def lower_decode(model: Grok, state: SlotState, num_top: int) -> jax.stages.Lowered:
     """The step that decodes all rows, draws from them and finds the `num_top` most probable tokens."""
-    settings = SlotSettings.of((), state.cache.batch_size).packed
+    settings = SlotSettings.of({}, state.cache.batch_size).packed
     packed = jax.ShapeDtypeStruct(settings.shape, settings.dtype)
     return _decode.lower(model, state, packed, num_top=num_top)
 
@@ -223,39 +220,36 @@ def _begin(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) ->
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
 def _decode(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, SlotState]:
-    logits, cache = decode(model, state.tokens, state.cache, active=packed[:, 5] != 0)
+    logits, cache = decode(model, state.tokens, state.cache, active=SlotSettings.unpack(packed).active)
     return _draw(model, dataclasses.replace(state, cache=cache), logits, packed, num_top)
 
 
 def _draw(
     model: Grok, state: SlotState, logits: jax.Array, packed: jax.Array, num_top: int
 ) -> tuple[jax.Array, SlotState]:
-    """Draws for the active rows; gives int32 [B, 2 + 2 K], which `DeviceTokens` takes apart, and the state."""
-    numbers = lax.bitcast_convert_type(packed[:, :3], jnp.float32)
-    active, biased, wants_top = (packed[:, column] != 0 for column in (5, 6, 7))
+    """Draws for the active rows; gives the `DrawnTokens`, packed, and the state."""
+    row = SlotSettings.unpack(packed)
     settings = SampleSettings(
-        temperature=numbers[:, 0],
-        nucleus_p=numbers[:, 1],
-        min_p=numbers[:, 2],
-        top_k=packed[:, 3],
+        temperature=row.temperature,
+        nucleus_p=row.top_p,
+        min_p=row.min_p,
+        top_k=row.top_k,
         mask=None,
-        active=active,
+        active=row.active,
     )
-    keys = jax.vmap(jax.random.key)(lax.bitcast_convert_type(packed[:, 4], jnp.uint32))
     with jax.named_scope("bias"):
         adjusted = lax.cond(
-            (active & biased).any(),
-            lambda: jnp.where(biased[:, None], _biased(logits, state.bias), logits),
+            (row.active & row.biased).any(),
+            lambda: jnp.where(row.biased[:, None], _biased(logits, state.bias), logits),
             lambda: logits,
         )
-    keys = row_keys(keys, state.cache.lengths)
+    keys = row_keys(jax.vmap(jax.random.key)(row.seed), state.cache.lengths)
     drawn = sample_token(keys, adjusted, settings, whole=model.whole_rows(adjusted)).token_id
-    logprob = lax.bitcast_convert_type(log_probs_of(logits, drawn), jnp.int32)
-    columns = [drawn[:, None], logprob[:, None]]
-    if num_top:
-        columns += _most_probable(logits, num_top, (active & wants_top).any())
-    packed_drawn = model.partitioner.constrain(jnp.concatenate(columns, axis=1), (None, None))
-    tokens = jnp.where(active, drawn, state.tokens)
+    top = _most_probable(logits, num_top, (row.active & row.wants_top).any())
+    packed_drawn = model.partitioner.constrain(
+        DrawnTokens(drawn, log_probs_of(logits, drawn), *top).pack(), (None, None)
+    )
+    tokens = jnp.where(row.active, drawn, state.tokens)
     return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
 
 
@@ -264,16 +258,19 @@ def _biased(logits: jax.Array, bias: jax.Array) -> jax.Array:
     return jnp.where(bias <= EXCLUDED, EXCLUDED, logits + bias)
 
 
-def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> list[jax.Array]:
-    """The most probable tokens of each row and the bits of their log-probabilities, int32 [B, K]; zeros if unwanted."""
+def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most probable tokens of each row, int32 [B, K], and their log-probabilities, float32; zeros if unwanted."""
+    shape = logits.shape[0], num_top
+    nothing = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    if not num_top:
+        return nothing
 
     def find() -> tuple[jax.Array, jax.Array]:
         values, ids = lax.top_k(logits, num_top)
-        logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return ids.astype(jnp.int32), lax.bitcast_convert_type(logprobs, jnp.int32)
+        return ids.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
-    nothing = jnp.zeros((logits.shape[0], num_top), jnp.int32)
-    return list(lax.cond(wanted, find, lambda: (nothing, nothing)))
+    found: tuple[jax.Array, jax.Array] = lax.cond(wanted, find, lambda: nothing)
+    return found
 
 
 def _holding(cache: KVCache, lengths: jax.Array, rows: jax.Array) -> KVCache:

@@ -89,7 +89,7 @@ class TestMemory:
         steps = ModelSteps(model, slots=8, max_len=64, num_top=8)
         tokens, numbers = np.zeros((4, 16), np.int32), np.arange(4, dtype=np.int32)
         steps.prefill(tokens, numbers + 1, 0 * numbers, numbers)
-        steps.decode(SlotSettings.of((), 8)).read()
+        steps.decode(SlotSettings.of({}, 8)).read()
         first = devices.devices.flat[0]
         held = sum(
             shard.data.nbytes
