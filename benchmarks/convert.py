@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from grokjax import GrokConfig, plan_conversion
-from grokjax.checkpoint import is_quantizable, parameter_names, parameter_shapes
+from grokjax.checkpoint import find_parameter, parameter_names, parameter_shapes
 from grokjax.testing import write_tensor
 
 CONFIGS = {"tiny": GrokConfig.tiny(), "grok_1": GrokConfig.grok_1().replace(num_layers=1, vocab_size=16384)}
@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path, config: GrokConfig) -> None:
     for file, parameter in parameter_names(config).items():
         shape = shapes[parameter]
         values = np.resize(block, shape)
-        if is_quantizable(parameter):
+        if find_parameter(parameter).is_quantizable:
             blocks = 8 if parameter.endswith(("output", "down")) else 1
             write_tensor(folder / file, values, np.ones((*shape[:-2], blocks, shape[-1]), ml_dtypes.bfloat16))
         else:

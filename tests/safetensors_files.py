@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from grokjax.checkpoint import SafetensorsCheckpoint, parameter_shapes, pieces_of
+from grokjax.checkpoint import SafetensorsCheckpoint, parameter_shapes, parts_of
 from grokjax.config import GrokConfig
 
 # No two of its sizes are the same, so that a matrix the wrong way round has the wrong shape.
@@ -22,13 +22,13 @@ DTYPES = ["float32", "bfloat16"]
 Names = Callable[[str], str]
 
 
-def keyfan_name(piece: str) -> str:
+def keyfan_name(part: str) -> str:
     """The stored name of `layers.3.feed_forward.gate.5`, written down a second time and in another way."""
-    if piece == "embedding.table":
+    if part == "embedding.table":
         return "transformer.in_out_embed.weight"
-    if piece == "final_norm.scale":
+    if part == "final_norm.scale":
         return "transformer.rms_norm.weight"
-    _, layer, block, name, *expert = piece.split(".")
+    _, layer, block, name, *expert = part.split(".")
     inside = {
         "attention": f"multi_head_attention.{'linear' if name == 'output' else name}",
         "pre_attention_norm": "rms_norm",
@@ -43,12 +43,12 @@ def keyfan_name(piece: str) -> str:
     return f"transformer.decoder_layer.{layer}.{inside}.weight"
 
 
-def hpcai_name(piece: str, norm_ending: str = "scale") -> str:
-    if piece == "embedding.table":
+def hpcai_name(part: str, norm_ending: str = "scale") -> str:
+    if part == "embedding.table":
         return "model.embed_tokens.weight"
-    if piece == "final_norm.scale":
+    if part == "final_norm.scale":
         return "model.norm.weight"
-    _, layer, block, name, *expert = piece.split(".")
+    _, layer, block, name, *expert = part.split(".")
     if block == "attention":
         return f"model.layers.{layer}.attn.{name[0]}_proj.weight"
     if block != "feed_forward":
@@ -59,8 +59,8 @@ def hpcai_name(piece: str, norm_ending: str = "scale") -> str:
     return f"model.layers.{layer}.moe_block.experts.{expert[0] if expert else 0}.{linear}.weight"
 
 
-def hpcai_name_with_weights(piece: str) -> str:
-    return hpcai_name(piece, "weight")
+def hpcai_name_with_weights(part: str) -> str:
+    return hpcai_name(part, "weight")
 
 
 SCHEMES: list[Names] = [keyfan_name, hpcai_name, hpcai_name_with_weights]
@@ -76,10 +76,10 @@ def as_stored(config: GrokConfig, weights: Mapping[str, np.ndarray], names: Name
     """Stored name -> stored array."""
     stored = {}
     for parameter, array in weights.items():
-        for piece in pieces_of(parameter, config):
-            part = array[piece.index]
-            flip = part.ndim == 2 and parameter != "embedding.table"
-            stored[names(piece.name)] = np.array(part.T if flip else part, order="C")
+        for part in parts_of(parameter, config):
+            matrix = array[part.index]
+            flip = matrix.ndim == 2 and parameter != "embedding.table"
+            stored[names(part.name)] = np.array(matrix.T if flip else matrix, order="C")
     return stored
 
 

@@ -1,4 +1,4 @@
-"""Builds the model's stacked, sharded parameters from the pieces of a checkpoint, and takes them apart again."""
+"""Builds the model's stacked, sharded parameters from the parts of a checkpoint, and takes them apart again."""
 
 import dataclasses
 import functools
@@ -13,16 +13,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint, read_unit
-from grokjax.checkpoint.stored import (
-    Checkpoint,
-    Piece,
-    Shaped,
-    StoredArray,
-    StoredTensor,
-    TensorSpec,
-    pieces_of,
-    unit_name,
-)
+from grokjax.checkpoint.parameters import Part, parts_of
+from grokjax.checkpoint.stored import Checkpoint, Shaped, StoredArray, StoredTensor, TensorSpec
 from grokjax.quantization import QuantizedArray, Weight, shardable_blocks, specs
 from grokjax.sharding import Axes, Partitioner
 
@@ -57,15 +49,15 @@ class Stack:
 
     @property
     def num_stacked(self) -> int:
-        """Leading axes that a piece does not have."""
+        """Leading axes that a part does not have."""
         return self.is_layered + self.has_experts
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """A piece of the checkpoint and its place in the model."""
+class Placement:
+    """A part of the checkpoint and its place in the model."""
 
-    piece: Piece
+    part: Part
     stack: Stack
     at: tuple[int, ...]
 
@@ -87,7 +79,7 @@ def stack_shapes(stack: Stack, tensors: Mapping[str, StoredTensor | TensorSpec],
 
 
 class Builder:
-    """Fills stacks piece by piece: on the host there is one piece, on a device never more than its own part.
+    """Fills stacks part by part: on the host there is one part, on a device never more than its own share.
 
     Args:
       checkpoint: of any layout.
@@ -99,37 +91,37 @@ class Builder:
         self.checkpoint, self.partitioner, self.max_host_bytes = checkpoint, partitioner, max_host_bytes
 
     def build(
-        self, stacks: Iterable[Stack], fresh: dict[str, Weight], placed: Callable[[Slot], None] | None = None
+        self, stacks: Iterable[Stack], fresh: dict[str, Weight], placed: Callable[[Placement], None] | None = None
     ) -> dict[str, Weight]:
         """The values of all `stacks` by name.
 
         Args:
           stacks: what to fill.
           fresh: starting values, by name, of stacks that keep some; the others start as zeros.
-          placed: called after each piece.
+          placed: called after each part.
         """
         values: dict[str, Weight] = {}
-        slots: dict[str, list[Slot]] = {}
+        placements: dict[str, list[Placement]] = {}
         for stack in stacks:
             values[stack.name] = self._start(stack, fresh.get(stack.name))
-            for slot in self._slots(stack):
-                slots.setdefault(unit_name(slot.piece), []).append(slot)
-        for unit, members in slots.items():
-            for slot, part in zip(members, self._read(unit, members), strict=True):
-                value = values.pop(slot.stack.name)
+            for placement in self._placements(stack):
+                placements.setdefault(placement.part.unit, []).append(placement)
+        for unit, members in placements.items():
+            for placement, arrays in zip(members, self._read(unit, members), strict=True):
+                value = values.pop(placement.stack.name)
                 # Waiting keeps one unit, not many, in the host's memory.
-                values[slot.stack.name] = jax.block_until_ready(self._put(value, part, slot))
+                values[placement.stack.name] = jax.block_until_ready(self._put(value, arrays, placement))
                 if placed is not None:
-                    placed(slot)
+                    placed(placement)
         return values
 
-    def _slots(self, stack: Stack) -> list[Slot]:
-        slots = []
+    def _placements(self, stack: Stack) -> list[Placement]:
+        placements = []
         for layer, source in enumerate(stack.sources):
-            for piece in pieces_of(source, self.checkpoint.config) if source is not None else ():
-                expert = (piece.expert or 0,) if stack.has_experts else ()
-                slots.append(Slot(piece, stack, ((layer,) if stack.is_layered else ()) + expert))
-        return slots
+            for part in parts_of(source, self.checkpoint.config) if source is not None else ():
+                expert = (part.expert or 0,) if stack.has_experts else ()
+                placements.append(Placement(part, stack, ((layer,) if stack.is_layered else ()) + expert))
+        return placements
 
     def _start(self, stack: Stack, fresh: Weight | None) -> Weight:
         if fresh is not None and not any(stack.sources):
@@ -143,22 +135,22 @@ class Builder:
             return started
         return jax.tree.map(lambda leaf, where: jnp.zeros(leaf.shape, leaf.dtype, device=where), shapes, place)
 
-    def _read(self, unit: str, slots: Sequence[Slot]) -> list[dict[str, jax.Array]]:
-        """The pieces of one unit on the devices: `weight` and, where it has any, `scales`."""
-        wanted = [self._targets(slot) for slot in slots]
+    def _read(self, unit: str, placements: Sequence[Placement]) -> list[dict[str, jax.Array]]:
+        """The parts of one unit on the devices: `weight` and, where it has any, `scales`."""
+        wanted = [self._targets(placement) for placement in placements]
         if isinstance(self.checkpoint, OrbaxCheckpoint):
-            names = [slot.piece.name for slot in slots]
+            names = [placement.part.name for placement in placements]
             tree = dict(zip(names, wanted, strict=True))
             manifest = self.checkpoint.manifest
             found = read_unit(self.checkpoint.path, manifest, unit, tree, self.max_host_bytes)
             return [found[name] for name in names]
-        return [self._from_file(slot.piece, targets) for slot, targets in zip(slots, wanted, strict=True)]
+        return [self._from_file(placement.part, targets) for placement, targets in zip(placements, wanted, strict=True)]
 
-    def _targets(self, slot: Slot) -> dict[str, jax.ShapeDtypeStruct]:
-        """What to read of a piece, and which device reads what."""
-        stored = TensorSpec.of(self.checkpoint.tensors[slot.piece.parameter]).piece(slot.piece)
-        spec = _read_spec(self.partitioner, slot.stack, stored.weight.shape)
-        dtype = slot.stack.dtype if stored.scales is None else stored.weight.dtype
+    def _targets(self, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
+        """What to read of a part, and which device reads what."""
+        stored = TensorSpec.of(self.checkpoint.tensors[placement.part.parameter]).part(placement.part)
+        spec = _read_spec(self.partitioner, placement.stack, stored.weight.shape)
+        dtype = placement.stack.dtype if stored.scales is None else stored.weight.dtype
         targets = {"weight": (stored.weight.shape, dtype, spec)}
         if stored.scales is not None:
             # All rows: how many blocks a device needs depends on the mesh, and they are few.
@@ -168,27 +160,27 @@ class Builder:
             for leaf, (shape, dtype, spec) in targets.items()
         }
 
-    def _from_file(self, piece: Piece, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        tensor = self.checkpoint.tensors[piece.parameter]
+    def _from_file(self, part: Part, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        tensor = self.checkpoint.tensors[part.parameter]
         arrays: dict[str, StoredArray | None] = {"weight": tensor.weight, "scales": tensor.scales}
-        return {leaf: _from_slices(array, piece, targets[leaf]) for leaf, array in arrays.items() if array is not None}
+        return {leaf: _from_slices(array, part, targets[leaf]) for leaf, array in arrays.items() if array is not None}
 
-    def _put(self, value: Weight, part: dict[str, jax.Array], slot: Slot) -> Weight:
-        if not slot.stack.is_layered:
-            return part["weight"]
-        piece: Weight = QuantizedArray(part["weight"], part["scales"]) if "scales" in part else part["weight"]
-        at = jnp.asarray(slot.at, jnp.int32)
-        return _put_piece(value, piece, at, axes=slot.stack.axes, partitioner=self.partitioner)
+    def _put(self, value: Weight, arrays: dict[str, jax.Array], placement: Placement) -> Weight:
+        if not placement.stack.is_layered:
+            return arrays["weight"]
+        part: Weight = QuantizedArray(arrays["weight"], arrays["scales"]) if "scales" in arrays else arrays["weight"]
+        at = jnp.asarray(placement.at, jnp.int32)
+        return _put_part(value, part, at, axes=placement.stack.axes, partitioner=self.partitioner)
 
 
 @functools.partial(jax.jit, static_argnames=("num_stacked",))
-def take_piece(value: Weight, at: jax.Array, num_stacked: int) -> Weight:
-    """One piece of a stack; `at` is int32 [num_stacked], the place of the piece."""
+def take_part(value: Weight, at: jax.Array, num_stacked: int) -> Weight:
+    """One part of a stack; `at` is int32 [num_stacked], the place of the part."""
 
     def take(leaf: jax.Array) -> jax.Array:
         index = (*at, *[jnp.zeros((), at.dtype)] * (leaf.ndim - num_stacked))
-        piece = lax.dynamic_slice(leaf, index, (1,) * num_stacked + leaf.shape[num_stacked:])
-        return piece.reshape(leaf.shape[num_stacked:])
+        part = lax.dynamic_slice(leaf, index, (1,) * num_stacked + leaf.shape[num_stacked:])
+        return part.reshape(leaf.shape[num_stacked:])
 
     return jax.tree.map(take, value)
 
@@ -218,23 +210,23 @@ def _read_spec(partitioner: Partitioner, stack: Stack, shape: tuple[int, ...]) -
     return PartitionSpec(*names)
 
 
-def _from_slices(array: StoredArray, piece: Piece, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _from_slices(array: StoredArray, part: Part, target: jax.ShapeDtypeStruct) -> jax.Array:
     """An array whose shards are read from the file, each its own slice, and cast."""
 
     def read(index: Any) -> np.ndarray:
-        whole = all(part in (slice(None), slice(0, size)) for part, size in zip(index, target.shape, strict=True))
-        data = array.read(piece.index if whole else (*piece.index, *index))
+        whole = all(taken in (slice(None), slice(0, size)) for taken, size in zip(index, target.shape, strict=True))
+        data = array.read(part.index if whole else (*part.index, *index))
         return data.astype(target.dtype, copy=False)
 
     return jax.make_array_from_callback(target.shape, target.sharding, read)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("axes", "partitioner"))
-def _put_piece(value: Weight, piece: Weight, at: jax.Array, *, axes: Axes, partitioner: Partitioner) -> Weight:
-    """Writes one piece into its place in the stack, `at` int32 [1] or [2]. DONATES `value`."""
+def _put_part(value: Weight, part: Weight, at: jax.Array, *, axes: Axes, partitioner: Partitioner) -> Weight:
+    """Writes one part into its place in the stack, `at` int32 [1] or [2]. DONATES `value`."""
     if isinstance(value, QuantizedArray):
-        assert isinstance(piece, QuantizedArray)
-        piece = QuantizedArray(piece.weight, piece.refine(value.num_blocks).scales.astype(value.scales.dtype))
+        assert isinstance(part, QuantizedArray)
+        part = QuantizedArray(part.weight, part.refine(value.num_blocks).scales.astype(value.scales.dtype))
     skipped = 2 if axes[1:2] == ("experts",) else 1
     into = specs(value, axes, partitioner)
     whole = jax.tree.map(lambda spec: PartitionSpec(*spec[skipped:]), into, is_leaf=_is_spec)
@@ -252,7 +244,7 @@ def _put_piece(value: Weight, piece: Weight, at: jax.Array, *, axes: Axes, parti
     def write_all(stacks: Weight, news: Weight) -> Weight:
         return jax.tree.map(write, stacks, news)
 
-    written: Weight = partitioner.shard_map(write_all, in_specs=(into, whole), out_specs=into)(value, piece)
+    written: Weight = partitioner.shard_map(write_all, in_specs=(into, whole), out_specs=into)(value, part)
     return written
 
 

@@ -33,19 +33,9 @@ from grokjax.checkpoint.formats.orbax import (
 from grokjax.checkpoint.formats.safetensors_export import write_safetensors
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.loading import Progress, Report
+from grokjax.checkpoint.parameters import Part, Unit, parts_of, units_of
 from grokjax.checkpoint.recipe import Leaves, Recipe, Weights
-from grokjax.checkpoint.stored import (
-    Array,
-    ArraySpec,
-    Checkpoint,
-    CheckpointError,
-    Piece,
-    TensorSpec,
-    Unit,
-    list_problems,
-    pieces_of,
-    units_of,
-)
+from grokjax.checkpoint.stored import Array, ArraySpec, Checkpoint, CheckpointError, TensorSpec, list_problems
 from grokjax.checkpoint.target import done_units, locked, make_manifest
 from grokjax.config import GrokConfig
 from grokjax.distributed import is_first, on_first
@@ -196,11 +186,11 @@ def _stand_ins(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tuple[Un
         yield (
             unit,
             {
-                piece.name: {
+                part.name: {
                     name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-                    for name, leaf in plan.specs[piece.parameter].piece(piece).leaves().items()
+                    for name, leaf in plan.specs[part.parameter].part(part).leaves().items()
                 }
-                for piece in unit.pieces
+                for part in unit.parts
             },
         )
 
@@ -239,12 +229,12 @@ def verify(
     differing: list[str] = []
     done, total = 0, sum(spec.num_bytes for spec in stored.manifest.specs.values())
     for unit in units_of(stored.config):
-        for piece in unit.pieces:
-            found = _checksums(piece, _read_piece(stored, piece))
+        for part in unit.parts:
+            found = _checksums(part, _read_part(stored, part))
             expected = dict(stored.manifest.checksums)
             if original is not None:
-                spec = stored.manifest.specs[piece.parameter].piece(piece)
-                expected = _checksums(piece, _convert_piece(original, piece, recipe, spec))
+                spec = stored.manifest.specs[part.parameter].part(part)
+                expected = _checksums(part, _convert_part(original, part, recipe, spec))
             differing += [name for name in found if found[name] != expected.get(name)]
             checksums |= found
         done += _num_bytes(stored.manifest.specs, unit)
@@ -283,7 +273,7 @@ def export(
       target: a folder that does not exist or is empty.
       config: what the source was made with, where its files cannot tell.
       dtype: of all arrays, float32 or bfloat16.
-      progress: called after each piece, with the bytes that are written.
+      progress: called after each part, with the bytes that are written.
 
     Raises:
       CheckpointError: The source is damaged, the target exists or cannot be written, or the disk is full.
@@ -294,16 +284,16 @@ def export(
     found = {parameter: TensorSpec.of(tensor) for parameter, tensor in checkpoint.tensors.items()}
     total = sum(math.prod(spec.weight.shape) for spec in found.values()) * np.dtype(name).itemsize
 
-    def pieces() -> Iterator[tuple[str, int | None, Array]]:
+    def parts() -> Iterator[tuple[str, int | None, Array]]:
         done = 0
-        for piece in [piece for parameter in found for piece in pieces_of(parameter, checkpoint.config)]:
-            array = _plain(_read_piece(checkpoint, piece), np.dtype(name))
-            yield piece.parameter, piece.expert, array
+        for part in [part for parameter in found for part in parts_of(parameter, checkpoint.config)]:
+            array = _plain(_read_part(checkpoint, part), np.dtype(name))
+            yield part.parameter, part.expert, array
             done += array.nbytes
             if progress is not None:
-                progress(Progress(piece.name, piece.name, done, total))
+                progress(Progress(part.name, part.name, done, total))
 
-    write_safetensors(target, checkpoint.config, pieces(), dtype=name)
+    write_safetensors(target, checkpoint.config, parts(), dtype=name)
 
 
 def _plain(leaves: Leaves, dtype: np.dtype[Any]) -> Array:
@@ -318,8 +308,8 @@ def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tupl
 
     def convert_unit(unit: Unit) -> dict[str, Leaves]:
         return {
-            piece.name: _convert_piece(plan.source, piece, plan.recipe, plan.specs[piece.parameter].piece(piece))
-            for piece in unit.pieces
+            part.name: _convert_part(plan.source, part, plan.recipe, plan.specs[part.parameter].part(part))
+            for part in unit.parts
         }
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as reader:
@@ -330,33 +320,33 @@ def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tupl
             yield unit, arrays
 
 
-def _convert_piece(checkpoint: Checkpoint, piece: Piece, recipe: Recipe, spec: TensorSpec) -> Leaves:
-    tensor = checkpoint.tensors[piece.parameter]
+def _convert_part(checkpoint: Checkpoint, part: Part, recipe: Recipe, spec: TensorSpec) -> Leaves:
+    tensor = checkpoint.tensors[part.parameter]
     if tensor.scales is not None or spec.scales is not None or tensor.weight.dtype == spec.weight.dtype:
-        return recipe.apply(_read_piece(checkpoint, piece), spec)
+        return recipe.apply(_read_part(checkpoint, part), spec)
     # A cast takes some rows at a time, so that the table is not there twice.
     result = np.empty(spec.weight.shape, spec.weight.dtype)
     step = max(1, SLICE_BYTES * len(result) // result.nbytes)
     for start in range(0, len(result), step):
-        result[start : start + step] = tensor.weight.read((*piece.index, slice(start, start + step)))
+        result[start : start + step] = tensor.weight.read((*part.index, slice(start, start + step)))
     return {"weight": result}
 
 
-def _read_piece(checkpoint: Checkpoint, piece: Piece) -> Leaves:
-    tensor = checkpoint.tensors[piece.parameter]
-    leaves = {"weight": tensor.weight.read(piece.index)}
-    return leaves if tensor.scales is None else leaves | {"scales": tensor.scales.read(piece.index)}
+def _read_part(checkpoint: Checkpoint, part: Part) -> Leaves:
+    tensor = checkpoint.tensors[part.parameter]
+    leaves = {"weight": tensor.weight.read(part.index)}
+    return leaves if tensor.scales is None else leaves | {"scales": tensor.scales.read(part.index)}
 
 
-def _checksums(piece: Piece, leaves: Leaves) -> dict[str, str]:
+def _checksums(part: Part, leaves: Leaves) -> dict[str, str]:
     return {
-        f"{piece.name}/{leaf}": f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
+        f"{part.name}/{leaf}": f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
         for leaf, array in leaves.items()
     }
 
 
 def _num_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
-    return sum(specs[piece.parameter].piece(piece).num_bytes for piece in unit.pieces)
+    return sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
 
 
 def peak_bytes(checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> int:

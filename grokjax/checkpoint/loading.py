@@ -13,21 +13,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
-from grokjax.checkpoint.assembly import Builder, Slot, Stack, stack_shapes, take_piece
+from grokjax.checkpoint.assembly import Builder, Placement, Stack, stack_shapes, take_part
 from grokjax.checkpoint.disk import check_room, make_folder
 from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax import commit, prepare_units, write_unit
 from grokjax.checkpoint.layouts import open_checkpoint
-from grokjax.checkpoint.mapping import check_expression, check_layers, check_sources, map_parameters, stack_name
-from grokjax.checkpoint.stored import (
-    ArraySpec,
-    Checkpoint,
-    CheckpointError,
-    Piece,
-    TensorSpec,
-    parameter_shapes,
-    units_of,
-)
+from grokjax.checkpoint.mapping import check_expression, check_layers, check_sources, map_parameters
+from grokjax.checkpoint.parameters import Part, parameter_shapes, stack_name, units_of
+from grokjax.checkpoint.stored import ArraySpec, Checkpoint, CheckpointError, TensorSpec
 from grokjax.config import GrokConfig
 from grokjax.distributed import on_first
 from grokjax.model import Grok, abstract_model, check_dtype, init_parameters, parameter_name, with_quantized_table
@@ -94,7 +87,7 @@ def load(
       exclude: regular expressions; a parameter in whose path one is found keeps its fresh random value.
       seed: of the fresh values.
       max_host_bytes: what reading may hold on the host at once; one matrix is always allowed.
-      progress: called after each piece, and first for each parameter that keeps its fresh value.
+      progress: called after each part, and first for each parameter that keeps its fresh value.
 
     Raises:
       CheckpointError: There is no checkpoint, it is damaged, or it does not fit the model: every mismatch is listed.
@@ -203,8 +196,8 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     together = model.partitioner.mesh.is_multi_process
     on_first(f"the beginning of {folder}", lambda: _begin(folder, manifest, total), together=together)
     for unit in units_of(model.config):
-        write_unit(folder, unit.name, {piece.name: _take(values, piece) for piece in unit.pieces})
-        done += sum(specs[piece.parameter].piece(piece).num_bytes for piece in unit.pieces)
+        write_unit(folder, unit.name, {part.name: _take(values, part) for part in unit.parts})
+        done += sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
         if progress is not None:
             progress(Progress(unit.name, unit.name, done, total))
     on_first(f"the end of {folder}", lambda: commit(folder), together=together)
@@ -307,7 +300,7 @@ def _fresh(
 
 
 class _Reporter:
-    """Turns placed pieces into `Progress`."""
+    """Turns placed parts into `Progress`."""
 
     def __init__(self, checkpoint: Checkpoint, sources: dict[str, str | None], progress: Report | None):
         self.progress, self.done = progress, 0
@@ -316,13 +309,15 @@ class _Reporter:
         for parameter in [parameter for parameter, source in sources.items() if source is None]:
             self._report(parameter, None)
 
-    def __call__(self, slot: Slot) -> None:
-        piece = slot.piece
-        self.done += self.specs[piece.parameter].piece(piece).num_bytes
+    def __call__(self, placement: Placement) -> None:
+        part = placement.part
+        self.done += self.specs[part.parameter].part(part).num_bytes
         name = (
-            slot.stack.name.replace("layers.", f"layers.{slot.at[0]}.", 1) if slot.stack.is_layered else slot.stack.name
+            placement.stack.name.replace("layers.", f"layers.{placement.at[0]}.", 1)
+            if placement.stack.is_layered
+            else placement.stack.name
         )
-        self._report(Piece(name, piece.expert).name, piece.name)
+        self._report(Part(name, part.expert).name, part.name)
 
     def _report(self, parameter: str, source: str | None) -> None:
         if self.progress is not None:
@@ -337,13 +332,13 @@ def _saved_spec(values: dict[str, nnx.Variable], name: str, shape: tuple[int, ..
     return TensorSpec(ArraySpec(shape, value.weight.dtype), ArraySpec(scales, value.scales.dtype))
 
 
-def _take(values: dict[str, nnx.Variable], piece: Piece) -> dict[str, jax.Array]:
-    """The arrays of one piece of a model, in their shards."""
-    param = values[stack_name(piece.parameter)]
+def _take(values: dict[str, nnx.Variable], part: Part) -> dict[str, jax.Array]:
+    """The arrays of one part of a model, in their shards."""
+    param = values[stack_name(part.parameter)]
     value: Weight = param.get_value()
-    if piece.layer is not None:
-        at = (piece.layer, piece.expert or 0) if param.logical_axes[1] == "experts" else (piece.layer,)
-        value = take_piece(value, jnp.asarray(at, jnp.int32), len(at))
+    if part.layer is not None:
+        at = (part.layer, part.expert or 0) if param.logical_axes[1] == "experts" else (part.layer,)
+        value = take_part(value, jnp.asarray(at, jnp.int32), len(at))
     if isinstance(value, QuantizedArray):
         return {"weight": value.weight, "scales": value.scales}
     return {"weight": value}

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, mismatches, parameter_shapes
+from grokjax.checkpoint.parameters import parameter_shapes, stack_name
+from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, mismatches
 from grokjax.config import GrokConfig
 
 
@@ -106,8 +107,3 @@ def check_sources(
             "Pass the configuration that the checkpoint was made with, or rename and exclude what is meant to differ."
         )
         raise CheckpointError(list_problems(checkpoint.path, problems, advice))
-
-
-def stack_name(parameter: str) -> str:
-    """The path without the layer's number, as the model has it."""
-    return re.sub(r"^layers\.\d+\.", "layers.", parameter)

@@ -9,7 +9,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from grokjax.checkpoint.stored import Array, ArraySpec, TensorSpec, is_quantizable
+from grokjax.checkpoint.parameters import find_parameter
+from grokjax.checkpoint.stored import Array, ArraySpec, TensorSpec
 from grokjax.quantization import QuantizedArray, dequantize, quantize
 
 Weights = Literal["keep", "int8", "bfloat16", "float32"]
@@ -51,8 +52,8 @@ class Recipe:
         Raises:
           ValueError: The scale blocks do not divide its rows.
         """
-        shape = spec.weight.shape
-        if self.weights == "int8" and is_quantizable(parameter) and spec.scales is None:
+        shape, row = spec.weight.shape, find_parameter(parameter)
+        if self.weights == "int8" and row.is_quantizable and spec.scales is None:
             if self.scale_blocks < 1 or shape[-2] % self.scale_blocks:
                 raise ValueError(
                     f"scale_blocks={self.scale_blocks} does not divide the {shape[-2]} rows of {parameter}: "
@@ -60,12 +61,12 @@ class Recipe:
                 )
             scales = ArraySpec((*shape[:-2], self.scale_blocks, shape[-1]), np.dtype(np.float32))
             return TensorSpec(ArraySpec(shape, np.dtype(np.int8)), scales)
-        if self.weights in ("bfloat16", "float32") and _is_matrix(parameter):
+        if self.weights in ("bfloat16", "float32") and (row.is_quantizable or row.kind == "table"):
             return TensorSpec(ArraySpec(shape, _BFLOAT16 if self.weights == "bfloat16" else np.dtype(np.float32)), None)
         return spec
 
     def apply(self, leaves: Leaves, spec: TensorSpec) -> Leaves:
-        """Turns the arrays of a piece into those of `spec`."""
+        """Turns the arrays of a part into those of `spec`."""
         if spec.scales is not None and "scales" not in leaves:
             return _by_columns(leaves, spec, functools.partial(_quantize, num_blocks=self.scale_blocks))
         if spec.scales is None and ("scales" in leaves or leaves["weight"].dtype != spec.weight.dtype):
@@ -80,8 +81,8 @@ def _by_columns(leaves: Leaves, spec: TensorSpec, change: Any) -> Leaves:
     step = max(1, SLICE_BYTES // (4 * rows))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for start in range(0, columns, step):
-            part = {name: np.ascontiguousarray(leaf[:, start : start + step]) for name, leaf in leaves.items()}
-            for name, result in change(part).items():
+            block = {name: np.ascontiguousarray(leaf[:, start : start + step]) for name, leaf in leaves.items()}
+            for name, result in change(block).items():
                 results[name][:, start : start + step] = result
     return results
 
@@ -96,7 +97,3 @@ def _quantize(leaves: Mapping[str, jax.Array], *, num_blocks: int) -> dict[str, 
 def _dequantize(leaves: Mapping[str, jax.Array], *, dtype: str) -> dict[str, jax.Array]:
     weight = leaves["weight"]
     return {"weight": dequantize(QuantizedArray(weight, leaves["scales"]) if "scales" in leaves else weight, dtype)}
-
-
-def _is_matrix(parameter: str) -> bool:
-    return is_quantizable(parameter) or parameter == "embedding.table"

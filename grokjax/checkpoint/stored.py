@@ -1,12 +1,11 @@
 """What every checkpoint layout has in common: parameters by our paths, arrays that are read slice by slice.
 
 A layout (`release`, `safetensors`, `orbax`) opens a checkpoint by reading names, shapes and dtypes only.
-Its arrays are then read in pieces: a parameter of the model or of one layer, or the matrix of one expert of one layer.
+Its arrays are then read in parts: a parameter of the model or of one layer, or the matrix of one expert of one layer.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from grokjax.checkpoint.parameters import Part, find_parameter
 from grokjax.config import GrokConfig
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -40,7 +40,7 @@ class StoredArray(Shaped, Protocol):
     """An array on disk, of which nothing has been read."""
 
     def read(self, index: Index = ()) -> Array:
-        """A part of the array in memory of its own, in C order; `index` is as NumPy's, without steps."""
+        """A region of the array in memory of its own, in C order; `index` is as NumPy's, without steps."""
 
 
 class StoredTensor(Protocol):
@@ -105,111 +105,15 @@ class TensorSpec:
         """The arrays by name."""
         return {"weight": self.weight} | ({} if self.scales is None else {"scales": self.scales})
 
-    def piece(self, piece: "Piece") -> "TensorSpec":
-        """What one piece of it is."""
-        skipped = len(piece.index)
+    def part(self, part: Part) -> "TensorSpec":
+        """The shapes and dtypes of one part of it."""
+        skipped = len(part.index)
         leaves = {name: ArraySpec(leaf.shape[skipped:], leaf.dtype) for name, leaf in self.leaves().items()}
         return TensorSpec(leaves["weight"], leaves.get("scales"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What is read, converted or written at once, so that memory is needed for one matrix and not for one layer.
-
-    Attributes:
-      parameter: our path, such as `layers.3.feed_forward.gate`.
-      expert: which of its experts; None for a parameter without an expert axis.
-    """
-
-    parameter: str
-    expert: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The path, with the expert's number behind it."""
-        return self.parameter if self.expert is None else f"{self.parameter}.{self.expert}"
-
-    @property
-    def index(self) -> tuple[int, ...]:
-        """Where the piece lies in the parameter's stored array."""
-        return () if self.expert is None else (self.expert,)
-
-    @property
-    def layer(self) -> int | None:
-        """The layer's number; None for a parameter outside the layers."""
-        found = re.match(r"layers\.(\d+)\.", self.parameter)
-        return int(found[1]) if found else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """Pieces that our own checkpoints keep together: an expert's matrix, the rest of a layer, or another parameter.
-
-    Attributes:
-      name: `layers.3`, `layers.3.feed_forward.gate.5`, `embedding.table` or `final_norm.scale`.
-      pieces: its contents.
-    """
-
-    name: str
-    pieces: tuple[Piece, ...]
-
-
-_EXPERT_MATRIX = re.compile(r"layers\.\d+\.feed_forward\.(gate|up|down)")
-_QUANTIZABLE = re.compile(r"layers\.\d+\.(attention\.\w+|feed_forward\.(gate|up|down))")
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _MOST_LINES = 20
-
-
-def parameter_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each of our parameters as checkpoints store it, layers in numeric order, a dense model without E."""
-    dim, queries = config.model_dim, config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    dense = config.num_experts == 1
-    experts = () if dense else (config.num_experts,)
-    layer: dict[str, tuple[int, ...]] = {
-        "attention.query": (dim, queries),
-        "attention.key": (dim, keys),
-        "attention.value": (dim, keys),
-        "attention.output": (queries, dim),
-        "feed_forward.router": (dim, config.num_experts),
-        "feed_forward.gate": (*experts, dim, config.ffn_dim),
-        "feed_forward.up": (*experts, dim, config.ffn_dim),
-        "feed_forward.down": (*experts, config.ffn_dim, dim),
-        "pre_attention_norm.scale": (dim,),
-        "post_attention_norm.scale": (dim,),
-        "pre_feed_forward_norm.scale": (dim,),
-        "post_feed_forward_norm.scale": (dim,),
-    }
-    if dense:
-        del layer["feed_forward.router"]
-    shapes: dict[str, tuple[int, ...]] = {"embedding.table": (config.vocab_size, dim), "final_norm.scale": (dim,)}
-    return shapes | {f"layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
-
-
-def is_quantizable(parameter: str) -> bool:
-    """Whether the parameter may be int8: attention and expert matrices may, norms, router and embedding not."""
-    return _QUANTIZABLE.fullmatch(parameter) is not None
-
-
-def pieces_of(parameter: str, config: GrokConfig) -> tuple[Piece, ...]:
-    """The pieces of a parameter: one for each expert where it has an expert axis."""
-    if config.num_experts > 1 and _EXPERT_MATRIX.fullmatch(parameter):
-        return tuple(Piece(parameter, expert) for expert in range(config.num_experts))
-    return (Piece(parameter),)
-
-
-def unit_name(piece: Piece) -> str:
-    """The unit that holds a piece: `layers.3` for what is not an expert's matrix, else the piece's own name."""
-    return piece.name if piece.layer is None or _EXPERT_MATRIX.fullmatch(piece.parameter) else f"layers.{piece.layer}"
-
-
-def units_of(config: GrokConfig) -> tuple[Unit, ...]:
-    """All pieces of a model as the units of our own checkpoints, in numeric order of the layers."""
-    units: dict[str, list[Piece]] = {}
-    for parameter in parameter_shapes(config):
-        for piece in pieces_of(parameter, config):
-            units.setdefault(unit_name(piece), []).append(piece)
-    return tuple(Unit(name, tuple(pieces)) for name, pieces in units.items())
 
 
 def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[int, ...]) -> Iterator[str]:
@@ -222,7 +126,7 @@ def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[i
         if weight.dtype not in _FLOATS:
             yield f"the weight is {weight.dtype.name} without scales; only float32 and bfloat16 go without"
         return
-    if len(weight.shape) < 2 or not is_quantizable(parameter):
+    if len(weight.shape) < 2 or not find_parameter(parameter).is_quantizable:
         yield "the weight is quantised; only attention and feed-forward weights are, in a release"
         return
     if weight.dtype != np.int8 or scales.dtype not in _FLOATS:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import struct
 import sys
 import tracemalloc
@@ -26,11 +25,10 @@ from safetensors_files import (
     write,
 )
 
-from grokjax.checkpoint import CheckpointError, parameter_shapes, pieces_of
-from grokjax.checkpoint.formats import safetensors_names
+from grokjax.checkpoint import CheckpointError, parameter_shapes, parts_of
 from grokjax.checkpoint.formats.safetensors import find_safetensors, open_safetensors
 from grokjax.checkpoint.formats.safetensors_names import HPCAI, KEYFAN
-from grokjax.checkpoint.stored import Piece
+from grokjax.checkpoint.parameters import Part
 from grokjax.config import GrokConfig
 
 
@@ -161,31 +159,21 @@ class TestSlices:
 class TestNames:
     @pytest.mark.parametrize(("scheme", "names"), [(KEYFAN, keyfan_name), (HPCAI, hpcai_name)])
     @pytest.mark.parametrize("config", [TWELVE, DENSE], ids=["experts", "dense"])
-    def test_every_piece_has_its_name(self, scheme: Any, names: Names, config: GrokConfig) -> None:
-        pieces = [piece for parameter in parameter_shapes(config) for piece in pieces_of(parameter, config)]
-        assert [scheme.name(piece) for piece in pieces] == [names(piece.name) for piece in pieces]
-        assert len({scheme.name(piece) for piece in pieces}) == len(pieces)
+    def test_every_part_has_its_name(self, scheme: Any, names: Names, config: GrokConfig) -> None:
+        parts = [part for parameter in parameter_shapes(config) for part in parts_of(parameter, config)]
+        assert [scheme.name(part) for part in parts] == [names(part.name) for part in parts]
+        assert len({scheme.name(part) for part in parts}) == len(parts)
 
     def test_names_are_those_of_the_published_files(self) -> None:
         assert (
-            KEYFAN.name(Piece("layers.63.feed_forward.down", 7)) == "transformer.decoder_layer.63.moe.7.linear_1.weight"
+            KEYFAN.name(Part("layers.63.feed_forward.down", 7)) == "transformer.decoder_layer.63.moe.7.linear_1.weight"
         )
         assert (
-            KEYFAN.name(Piece("layers.0.post_feed_forward_norm.scale"))
+            KEYFAN.name(Part("layers.0.post_feed_forward_norm.scale"))
             == "transformer.decoder_layer.0.rms_norm_3.weight"
         )
-        assert (
-            HPCAI.name(Piece("layers.63.feed_forward.up", 7)) == "model.layers.63.moe_block.experts.7.linear_v.weight"
-        )
-        assert HPCAI.name(Piece("layers.0.pre_feed_forward_norm.scale")) == "model.layers.0.pre_moe_norm.scale"
-
-    def test_docstring_tables_are_the_names(self) -> None:
-        rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \|$", safetensors_names.__doc__ or "", re.MULTILINE)
-        prefixes = next(row for row in rows if row[0] == "layers.{i}.")
-        assert prefixes[1:] == tuple(scheme.layer_prefix.replace("{layer}", "{i}") for scheme in (KEYFAN, HPCAI))
-        for column, scheme in ((1, KEYFAN), (2, HPCAI)):
-            table = {row[0]: row[column].replace("{e}", "{expert}") for row in rows if row is not prefixes}
-            assert table == {**scheme.model, **scheme.layer}
+        assert HPCAI.name(Part("layers.63.feed_forward.up", 7)) == "model.layers.63.moe_block.experts.7.linear_v.weight"
+        assert HPCAI.name(Part("layers.0.pre_feed_forward_norm.scale")) == "model.layers.0.pre_moe_norm.scale"
 
 
 class TestFind:
@@ -223,11 +211,11 @@ class TestGrok1:
         config = GrokConfig.grok_1()
         end, header = 0, {}
         for parameter, shape in parameter_shapes(config).items():
-            for piece in pieces_of(parameter, config):
-                part = shape[len(piece.index) :]
-                stored = part[::-1] if parameter != "embedding.table" else part
-                start, end = end, end + 2 * int(np.prod(part))
-                header[names(piece.name)] = {"dtype": "BF16", "shape": stored, "data_offsets": [start, end]}
+            for part in parts_of(parameter, config):
+                matrix = shape[len(part.index) :]
+                stored = matrix[::-1] if parameter != "embedding.table" else matrix
+                start, end = end, end + 2 * int(np.prod(matrix))
+                header[names(part.name)] = {"dtype": "BF16", "shape": stored, "data_offsets": [start, end]}
         data = json.dumps(header).encode()
         with (tmp_path / "model.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(data)) + data)

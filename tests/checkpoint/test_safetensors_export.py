@@ -17,18 +17,18 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors_files import BFLOAT16, DENSE, DTYPES, SMALL, TWELVE, as_stored, assert_holds, draw, keyfan_name
 
-from grokjax.checkpoint import CheckpointError, parameter_shapes, pieces_of
+from grokjax.checkpoint import CheckpointError, parameter_shapes, parts_of
 from grokjax.checkpoint.formats.safetensors import find_safetensors, open_safetensors
 from grokjax.checkpoint.formats.safetensors_export import write_safetensors
 from grokjax.config import GrokConfig
 
-Pieces = Iterator[tuple[str, int | None, np.ndarray]]
+Parts = Iterator[tuple[str, int | None, np.ndarray]]
 
 
-def pieces(config: GrokConfig, weights: dict[str, np.ndarray]) -> Pieces:
+def parts(config: GrokConfig, weights: dict[str, np.ndarray]) -> Parts:
     for parameter, array in weights.items():
-        for piece in pieces_of(parameter, config):
-            yield piece.parameter, piece.expert, array[piece.index]
+        for part in parts_of(parameter, config):
+            yield part.parameter, part.expert, array[part.index]
 
 
 def num_bytes(config: GrokConfig, dtype: str) -> int:
@@ -41,14 +41,14 @@ class TestRoundTrip:
     @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 30_000])
     def test_comes_back_bit_for_bit(self, tmp_path: Path, config: GrokConfig, dtype: str, max_shard_bytes: int) -> None:
         weights = draw(config, dtype)
-        write_safetensors(tmp_path, config, pieces(config, weights), dtype=dtype, max_shard_bytes=max_shard_bytes)
+        write_safetensors(tmp_path, config, parts(config, weights), dtype=dtype, max_shard_bytes=max_shard_bytes)
         checkpoint = open_safetensors(tmp_path)
         assert checkpoint.config == config
         assert_holds(checkpoint, weights)
 
-    def test_comes_back_from_a_file_for_each_piece(self, tmp_path: Path) -> None:
+    def test_comes_back_from_a_file_for_each_part(self, tmp_path: Path) -> None:
         weights = draw(DENSE, "float32")
-        write_safetensors(tmp_path, DENSE, pieces(DENSE, weights), dtype="float32", max_shard_bytes=1)
+        write_safetensors(tmp_path, DENSE, parts(DENSE, weights), dtype="float32", max_shard_bytes=1)
         assert len(list(tmp_path.glob("model-*-of-00024.safetensors"))) == 24
         assert_holds(open_safetensors(tmp_path), weights)
 
@@ -58,27 +58,27 @@ class TestRoundTrip:
     ) -> None:
         monkeypatch.setattr("grokjax.checkpoint.formats.safetensors_export.BLOCK_BYTES", block_bytes)
         weights = draw(SMALL, "bfloat16")
-        write_safetensors(tmp_path, SMALL, pieces(SMALL, weights), dtype="bfloat16")
+        write_safetensors(tmp_path, SMALL, parts(SMALL, weights), dtype="bfloat16")
         assert_holds(open_safetensors(tmp_path), weights)
 
-    def test_pieces_may_come_in_any_order(self, tmp_path: Path) -> None:
+    def test_parts_may_come_in_any_order(self, tmp_path: Path) -> None:
         weights = draw(SMALL, "float32")
-        mixed = list(pieces(SMALL, weights))[::-1]
+        mixed = list(parts(SMALL, weights))[::-1]
         write_safetensors(tmp_path, SMALL, mixed, dtype=np.float32, max_shard_bytes=5000)
         assert_holds(open_safetensors(tmp_path), weights)
 
-    def test_pieces_are_cast_to_the_dtype(self, tmp_path: Path) -> None:
+    def test_parts_are_cast_to_the_dtype(self, tmp_path: Path) -> None:
         weights = draw(SMALL, "float32")
-        write_safetensors(tmp_path / "narrow", SMALL, pieces(SMALL, weights), dtype=BFLOAT16)
+        write_safetensors(tmp_path / "narrow", SMALL, parts(SMALL, weights), dtype=BFLOAT16)
         narrow = {name: array.astype(BFLOAT16) for name, array in weights.items()}
         assert_holds(open_safetensors(tmp_path / "narrow"), narrow)
-        write_safetensors(tmp_path / "wide", SMALL, pieces(SMALL, narrow), dtype="float32")
+        write_safetensors(tmp_path / "wide", SMALL, parts(SMALL, narrow), dtype="float32")
         wide = {name: array.astype(np.float32) for name, array in narrow.items()}
         assert_holds(open_safetensors(tmp_path / "wide"), wide)
 
     def test_arrays_need_not_be_contiguous(self, tmp_path: Path) -> None:
         weights = draw(SMALL, "float32")
-        views = [(name, expert, np.asfortranarray(array)) for name, expert, array in pieces(SMALL, weights)]
+        views = [(name, expert, np.asfortranarray(array)) for name, expert, array in parts(SMALL, weights)]
         write_safetensors(tmp_path, SMALL, views, dtype="float32")
         assert_holds(open_safetensors(tmp_path), weights)
 
@@ -88,7 +88,7 @@ class TestFiles:
         weights = draw(SMALL, "bfloat16")
         folder = tmp_path / "new" / "folder"
         limit = 6000
-        write_safetensors(folder, SMALL, pieces(SMALL, weights), dtype="bfloat16", max_shard_bytes=limit)
+        write_safetensors(folder, SMALL, parts(SMALL, weights), dtype="bfloat16", max_shard_bytes=limit)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         count = len(set(index["weight_map"].values()))
         shards = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -111,7 +111,7 @@ class TestFiles:
     def test_configuration_has_the_published_fields(self, tmp_path: Path) -> None:
         config = GrokConfig.grok_1().replace(**{name: getattr(SMALL, name) for name in ("vocab_size", "model_dim")})
         config = config.replace(num_layers=1, ffn_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
-        write_safetensors(tmp_path, config, pieces(config, draw(config, "float32")), dtype="float32")
+        write_safetensors(tmp_path, config, parts(config, draw(config, "float32")), dtype="float32")
         assert json.loads((tmp_path / "config.json").read_text()) == {
             "vocab_size": 56,
             "hidden_size": 24,
@@ -136,7 +136,7 @@ class TestFiles:
         }
 
     def test_may_be_read_by_whom_other_new_files_may(self, tmp_path: Path) -> None:
-        write_safetensors(tmp_path / "out", SMALL, pieces(SMALL, draw(SMALL, "float32")), dtype="float32")
+        write_safetensors(tmp_path / "out", SMALL, parts(SMALL, draw(SMALL, "float32")), dtype="float32")
         (tmp_path / "new").touch()
         mode = stat.S_IMODE((tmp_path / "new").stat().st_mode)
         assert {stat.S_IMODE(entry.stat().st_mode) for entry in (tmp_path / "out").iterdir()} == {mode}
@@ -146,7 +146,7 @@ class TestFiles:
         write_safetensors(
             tmp_path,
             SMALL,
-            pieces(SMALL, draw(SMALL, "float32")),
+            parts(SMALL, draw(SMALL, "float32")),
             dtype="float32",
             max_shard_bytes=20_000,
             progress=lambda done, total: seen.append((done, total)),
@@ -157,7 +157,7 @@ class TestFiles:
         assert seen[-1] == (total, total)
         assert {whole for _, whole in seen} == {total}
 
-    def test_memory_is_a_shard_and_a_piece(self, tmp_path: Path) -> None:
+    def test_memory_is_a_shard_and_a_part(self, tmp_path: Path) -> None:
         config = DENSE.replace(num_layers=6, model_dim=512, ffn_dim=1024)
         shapes = parameter_shapes(config)
         lazy = ((name, None, np.ones(shape, BFLOAT16)) for name, shape in shapes.items())
@@ -168,7 +168,7 @@ class TestFiles:
         finally:
             tracemalloc.stop()
         assert num_bytes(config, "bfloat16") > 18 << 20
-        # A piece of 1 MiB as it came and as it is stored, besides the shard.
+        # A part of 1 MiB as it came and as it is stored, besides the shard.
         assert peak < (6 << 20) + (1 << 19)
 
 
@@ -182,14 +182,14 @@ class TestInterruption:
 
         weights = draw(SMALL, "float32")
         write_safetensors(
-            tmp_path, SMALL, pieces(SMALL, weights), dtype="float32", max_shard_bytes=20_000, progress=look
+            tmp_path, SMALL, parts(SMALL, weights), dtype="float32", max_shard_bytes=20_000, progress=look
         )
         assert shards == list(range(1, len(shards) + 1))
         assert find_safetensors(tmp_path) == tmp_path
 
     def test_what_was_written_is_removed(self, tmp_path: Path) -> None:
-        def interrupted() -> Pieces:
-            yield from list(pieces(SMALL, draw(SMALL, "float32")))[:-1]
+        def interrupted() -> Parts:
+            yield from list(parts(SMALL, draw(SMALL, "float32")))[:-1]
             assert any(tmp_path.iterdir())
             raise KeyboardInterrupt
 
@@ -217,13 +217,13 @@ class TestInterruption:
         monkeypatch.setattr(os, "fsync", fail_to_flush)
         with pytest.raises(CheckpointError, match=r"cannot be written \(.*Input/output error\), [\d.]+ [GT]B are free"):
             write_safetensors(
-                tmp_path, SMALL, pieces(SMALL, draw(SMALL, "float32")), dtype="float32", max_shard_bytes=20_000
+                tmp_path, SMALL, parts(SMALL, draw(SMALL, "float32")), dtype="float32", max_shard_bytes=20_000
             )
         assert not any(tmp_path.iterdir())
 
     def test_error_of_the_source_stays_what_it_is(self, tmp_path: Path) -> None:
-        def failing() -> Pieces:
-            yield next(pieces(SMALL, draw(SMALL, "float32")))
+        def failing() -> Parts:
+            yield next(parts(SMALL, draw(SMALL, "float32")))
             raise OSError("the source's disk")
 
         with pytest.raises(OSError, match="the source's disk"):
@@ -233,7 +233,7 @@ class TestInterruption:
 
 class TestFolder:
     def export(self, folder: Path) -> None:
-        write_safetensors(folder, SMALL, pieces(SMALL, draw(SMALL, "float32")), dtype="float32")
+        write_safetensors(folder, SMALL, parts(SMALL, draw(SMALL, "float32")), dtype="float32")
 
     def test_one_that_is_not_empty_stays_as_it_is(self, tmp_path: Path) -> None:
         self.export(tmp_path)
@@ -304,25 +304,25 @@ GATE = "layers.1.feed_forward.gate"
 
 
 @pytest.mark.parametrize(
-    ("piece", "message"),
+    ("part", "message"),
     [
         (
             ("lm_head", None, np.ones((56, 24), np.float32)),
-            "lm_head is no piece of the model, or was given before: give",
+            "lm_head is no part of the model, or was given before: give",
         ),
-        ((GATE, None, np.ones((3, 24, 40), np.float32)), f"{GATE} is no piece of the model"),
-        ((GATE, 3, np.ones((24, 40), np.float32)), f"{GATE}.3 is no piece of the model"),
-        ((GATE, 0, np.ones((24, 40), np.float32)), f"{GATE}.0 is no piece of the model, or was given before"),
+        ((GATE, None, np.ones((3, 24, 40), np.float32)), f"{GATE} is no part of the model"),
+        ((GATE, 3, np.ones((24, 40), np.float32)), f"{GATE}.3 is no part of the model"),
+        ((GATE, 0, np.ones((24, 40), np.float32)), f"{GATE}.0 is no part of the model, or was given before"),
         ((GATE, 2, np.ones((40, 24), np.float32)), rf"{GATE}.2 is float32 \[40, 24\]: float32 or bfloat16 \[24, 40\]"),
         (
             (GATE, 2, np.ones((24, 40), np.int8)),
             rf"{GATE}.2 is int8 \[24, 40\]: float32 or bfloat16 \[24, 40\] is needed",
         ),
-        (None, rf"1 of the 38 pieces were not given, such as {GATE}.2\."),
+        (None, rf"1 of the 38 parts were not given, such as {GATE}.2\."),
     ],
 )
-def test_pieces_that_are_not_the_models_are_refused(tmp_path: Path, piece: Any, message: str) -> None:
-    given = [entry for entry in pieces(SMALL, draw(SMALL, "float32")) if entry[:2] != (GATE, 2)]
+def test_parts_that_are_not_the_models_are_refused(tmp_path: Path, part: Any, message: str) -> None:
+    given = [entry for entry in parts(SMALL, draw(SMALL, "float32")) if entry[:2] != (GATE, 2)]
     with pytest.raises(ValueError, match=message):
-        write_safetensors(tmp_path, SMALL, given + ([piece] if piece else []), dtype="float32")
+        write_safetensors(tmp_path, SMALL, given + ([part] if part else []), dtype="float32")
     assert not any(tmp_path.iterdir())

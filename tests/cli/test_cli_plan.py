@@ -45,7 +45,7 @@ def test_the_table_says_whether_it_fits_and_how_fast_it_is(capsys: pytest.Captur
         assert f"  {name} " in out
     assert re.search(r"^  usable +75\.145 GiB  fits$", out, re.MULTILINE)
     assert "5 all-reduce" in out
-    assert out.count("tokens/s, bound by") == 2
+    assert out.count("tokens/s  bound by") == 2
 
 
 def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:

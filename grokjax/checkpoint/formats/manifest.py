@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from grokjax.checkpoint.disk import write_json
-from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, Unit, units_of
+from grokjax.checkpoint.parameters import Unit, units_of
+from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec
 from grokjax.config import GrokConfig
 
 FORMAT_VERSION = 1
@@ -26,7 +27,7 @@ class Manifest:
       config: of the model.
       specs: our parameter path -> shapes and dtypes.
       origin: what it was made from and how; a conversion goes on only where this is the same.
-      checksums: `PIECE/weight` or `PIECE/scales` -> CRC-32 of the array's bytes; empty until it has been verified.
+      checksums: `PART/weight` or `PART/scales` -> CRC-32 of the array's bytes; empty until it has been verified.
     """
 
     config: GrokConfig

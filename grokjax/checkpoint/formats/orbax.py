@@ -1,6 +1,6 @@
 """Our own checkpoints on disk: `grokjax.json` beside `weights/`, which holds one Orbax checkpoint for each unit.
 
-A unit (`stored.units_of`) is one expert's matrix of one layer, the rest of a layer, or a parameter outside the layers.
+A unit (`parameters.Unit`) is one expert's matrix of one layer, the rest of a layer, or a parameter outside the layers.
 Orbax commits each by a rename, so a unit is there or it is not, and writing needs the memory of one matrix. The whole
 is committed by another rename: while it is written, the manifest is called `unfinished.json`.
 
@@ -30,18 +30,8 @@ from orbax.checkpoint import v1 as ocp
 
 from grokjax.checkpoint.disk import free_bytes
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
-from grokjax.checkpoint.stored import (
-    Array,
-    CheckpointError,
-    Index,
-    Piece,
-    StoredTensor,
-    list_problems,
-    mismatches,
-    parameter_shapes,
-    pieces_of,
-    unit_name,
-)
+from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
+from grokjax.checkpoint.stored import Array, CheckpointError, Index, StoredTensor, list_problems, mismatches
 from grokjax.config import GrokConfig
 from grokjax.errors import first_line
 
@@ -80,39 +70,39 @@ class OrbaxArray:
         return self.manifest.specs[self.parameter].leaves()[self.leaf].dtype
 
     def read(self, index: Index = ()) -> Array:
-        """A part of the array; whole pieces are read."""
-        pieces = pieces_of(self.parameter, self.manifest.config)
-        if pieces[0].expert is None:
-            return self._read_rows(pieces[0], index) if index else self._read_piece(pieces[0])
+        """A region of the array; whole parts are read where it spans several."""
+        parts = parts_of(self.parameter, self.manifest.config)
+        if parts[0].expert is None:
+            return self._read_rows(parts[0], index) if index else self._read_part(parts[0])
         if index and isinstance(index[0], int):
-            piece = pieces[index[0]]
-            return self._read_rows(piece, index[1:]) if index[1:] else self._read_piece(piece)
-        chosen = pieces[index[0]] if index else pieces
+            part = parts[index[0]]
+            return self._read_rows(part, index[1:]) if index[1:] else self._read_part(part)
+        chosen = parts[index[0]] if index else parts
         assert isinstance(chosen, tuple)
-        return np.stack([self._read_piece(piece)[index[1:]] for piece in chosen])
+        return np.stack([self._read_part(part)[index[1:]] for part in chosen])
 
-    def _read_rows(self, piece: Piece, index: Index) -> Array:
-        """A part by Orbax's own storage library: Orbax itself reads whole arrays."""
-        array = unit_path(self.folder, unit_name(piece)) / "state" / f"{piece.name}.{self.leaf}"
+    def _read_rows(self, part: Part, index: Index) -> Array:
+        """A region of a part, by Orbax's own storage library: Orbax itself reads whole arrays."""
+        array = unit_path(self.folder, part.unit) / "state" / f"{part.name}.{self.leaf}"
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array)}}
         try:
             stored = tensorstore.open(spec, open=True, read=True).result()
-            parts = [
-                slice(*part.indices(size)[:2]) if isinstance(part, slice) else part
-                for part, size in zip(index, stored.shape, strict=False)
+            taken = [
+                slice(*entry.indices(size)[:2]) if isinstance(entry, slice) else entry
+                for entry, size in zip(index, stored.shape, strict=False)
             ]
-            rows: Array = stored[tuple(parts)].read().result()
+            rows: Array = stored[tuple(taken)].read().result()
         except ValueError as error:
             raise CheckpointError(
                 f"{array}: cannot be read ({_reason(error)}): restore this folder from a copy or convert again."
             ) from error
         return rows
 
-    def _read_piece(self, piece: Piece) -> Array:
-        spec = self.manifest.specs[self.parameter].piece(piece).leaves()[self.leaf]
+    def _read_part(self, part: Part) -> Array:
+        spec = self.manifest.specs[self.parameter].part(part).leaves()[self.leaf]
         # A view of one element tells shape and dtype without memory for all of them.
-        wanted = {piece.name: {self.leaf: np.broadcast_to(np.zeros((), spec.dtype), spec.shape)}}
-        array: Array = read_unit(self.folder, self.manifest, unit_name(piece), wanted)[piece.name][self.leaf]
+        wanted = {part.name: {self.leaf: np.broadcast_to(np.zeros((), spec.dtype), spec.shape)}}
+        array: Array = read_unit(self.folder, self.manifest, part.unit, wanted)[part.name][self.leaf]
         return array
 
 
@@ -172,7 +162,7 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
 
 
 def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes one unit whole or not at all: piece name -> `weight`, `scales` -> NumPy or JAX array.
+    """Writes one unit whole or not at all: part name -> `weight`, `scales` -> NumPy or JAX array.
 
     All processes that work together call it; each writes its own shards, and the first the NumPy arrays.
 
@@ -182,7 +172,7 @@ def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]])
     path = unit_path(folder, name)
     try:
         with _ORBAX, _uninterrupted(), _context():
-            ocp.save(path, {piece: dict(leaves) for piece, leaves in arrays.items()})
+            ocp.save(path, {part: dict(leaves) for part, leaves in arrays.items()})
     except Exception as error:  # Orbax passes on whatever its libraries raise
         raise CheckpointError(
             f"{path}: cannot be written ({_reason(error)}), {naturalsize(free_bytes(folder))} are free: "
@@ -197,7 +187,7 @@ def read_unit(
     wanted: Mapping[str, Mapping[str, Any]],
     max_bytes: int = _READ_BYTES,
 ) -> dict[str, dict[str, Any]]:
-    """Reads arrays of one unit, piece name -> `weight`, `scales` -> as what to read it.
+    """Reads arrays of one unit, part name -> `weight`, `scales` -> as what to read it.
 
     That is a NumPy array of the shape and dtype, or a `jax.ShapeDtypeStruct` with a sharding. At most `max_bytes` are
     in flight on the host, or the largest single array if that is more.
@@ -206,11 +196,11 @@ def read_unit(
       CheckpointError: The unit is missing, damaged, or holds something else.
     """
     path = unit_path(folder, name)
-    # All that is in the unit must be named, so that one in another's place is an error and not a piece of nothing.
+    # All that is in the unit must be named, so that one in another's place is an error.
     tree = {
-        piece.name: dict.fromkeys(manifest.specs[piece.parameter].leaves(), ocp.PLACEHOLDER)
-        | dict(wanted.get(piece.name, {}))
-        for piece in manifest.units[name].pieces
+        part.name: dict.fromkeys(manifest.specs[part.parameter].leaves(), ocp.PLACEHOLDER)
+        | dict(wanted.get(part.name, {}))
+        for part in manifest.units[name].parts
     }
     largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted)), default=0)
     try:
@@ -313,9 +303,9 @@ def _missing_bytes(folder: Path, manifest: Manifest, name: str) -> int:
     """Of the arrays of a unit; a file that describes them and is empty counts as all of them."""
     state = unit_path(folder, name) / "state"
     missing = 0
-    for piece in manifest.units[name].pieces:
-        for leaf, spec in manifest.specs[piece.parameter].piece(piece).leaves().items():
-            array = state / f"{piece.name}.{leaf}"
+    for part in manifest.units[name].parts:
+        for leaf, spec in manifest.specs[part.parameter].part(part).leaves().items():
+            array = state / f"{part.name}.{leaf}"
             needed = math.prod(spec.shape) * spec.dtype.itemsize
             # Zarr keeps the chunks of an array in a folder `c`, all of one size, each with an index behind its values.
             sizes = [file.stat().st_size for file in (array / "c").rglob("*") if file.is_file()]

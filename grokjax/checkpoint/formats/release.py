@@ -2,25 +2,6 @@
 
 Nothing is unpickled (see `release_pickle`) and nothing is loaded: a checkpoint is opened by reading a few hundred bytes
 of each file, and the arrays are memory maps that a caller slices.
-
-The release's names and ours, for layer i (a dense model has no `moe/` in its names and no router):
-
-| ours | the release's |
-|---|---|
-| `embedding.table` | `language_model/in_out_embed embeddings` |
-| `final_norm.scale` | `language_model/rms_norm scale` |
-| `layers.{i}.attention.query` | `transformer/decoder_layer_{i}/multi_head_attention/query w` |
-| `layers.{i}.attention.key` | `transformer/decoder_layer_{i}/multi_head_attention/key w` |
-| `layers.{i}.attention.value` | `transformer/decoder_layer_{i}/multi_head_attention/value w` |
-| `layers.{i}.attention.output` | `transformer/decoder_layer_{i}/multi_head_attention/linear w` |
-| `layers.{i}.feed_forward.router` | `transformer/decoder_layer_{i}/router w` |
-| `layers.{i}.feed_forward.gate` | `transformer/decoder_layer_{i}/moe/linear w` (the GELU branch) |
-| `layers.{i}.feed_forward.up` | `transformer/decoder_layer_{i}/moe/linear_v w` |
-| `layers.{i}.feed_forward.down` | `transformer/decoder_layer_{i}/moe/linear_1 w` |
-| `layers.{i}.pre_attention_norm.scale` | `transformer/decoder_layer_{i}/rms_norm scale` |
-| `layers.{i}.post_attention_norm.scale` | `transformer/decoder_layer_{i}/rms_norm_1 scale` |
-| `layers.{i}.pre_feed_forward_norm.scale` | `transformer/decoder_layer_{i}/rms_norm_2 scale` |
-| `layers.{i}.post_feed_forward_norm.scale` | `transformer/decoder_layer_{i}/rms_norm_3 scale` |
 """
 
 import dataclasses
@@ -34,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
-from grokjax.checkpoint.stored import Array, CheckpointError, Index, list_problems, mismatches, parameter_shapes
+from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes
+from grokjax.checkpoint.stored import Array, CheckpointError, Index, list_problems, mismatches
 from grokjax.config import GrokConfig
 
 
@@ -64,8 +46,8 @@ class Payload:
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
     def read(self, index: Index = ()) -> Array:
-        """A part of the array in memory of its own; leading numbers alone are read without a map."""
-        numbers = [part for part in index if isinstance(part, int)]
+        """A region of the array in memory of its own; leading numbers alone are read without a map."""
+        numbers = [entry for entry in index if isinstance(entry, int)]
         if len(numbers) < len(index):
             return np.array(self.array()[index], order="C")
         shape = self.shape[len(index) :]
@@ -109,27 +91,6 @@ class ReleaseCheckpoint:
     layout: str = "release"
 
 
-# Our names -> the release's. Source: the release's `checkpoint.py` and the module names of its `model.py`.
-_MODEL_NAMES = {
-    "embedding.table": "language_model/in_out_embed embeddings",
-    "final_norm.scale": "language_model/rms_norm scale",
-}
-_LAYER_NAMES = {
-    "attention.query": "multi_head_attention/query w",
-    "attention.key": "multi_head_attention/key w",
-    "attention.value": "multi_head_attention/value w",
-    "attention.output": "multi_head_attention/linear w",
-    "feed_forward.router": "router w",
-    "feed_forward.gate": "moe/linear w",
-    "feed_forward.up": "moe/linear_v w",
-    "feed_forward.down": "moe/linear_1 w",
-    "pre_attention_norm.scale": "rms_norm scale",
-    "post_attention_norm.scale": "rms_norm_1 scale",
-    "pre_feed_forward_norm.scale": "rms_norm_2 scale",
-    "post_feed_forward_norm.scale": "rms_norm_3 scale",
-}
-_ROUTER = "feed_forward.router"
-
 # Five digits, as the release wrote them; a hostile name with more of them would ask for a huge range of numbers.
 _FILE_NAME = re.compile(r"tensor([0-9]{5})_([0-9]{3})")
 # Ranks of the first eight files (embedding, norm, three feed-forward weights, key, output, query) -> files of a layer.
@@ -165,30 +126,10 @@ def find_release(path: str | Path) -> Path | None:
     return None
 
 
-def release_name(parameter: str, config: GrokConfig | None = None) -> str:
-    """The release's module and parameter name of one of our paths.
-
-    Args:
-      parameter: our path, such as `layers.3.feed_forward.gate`.
-      config: tells a dense model from one with experts; the latter when absent.
-
-    Returns:
-      For example `transformer/decoder_layer_3/moe/linear w`.
-
-    Raises:
-      ValueError: There is no such parameter.
-    """
-    if parameter in _MODEL_NAMES:
-        return _MODEL_NAMES[parameter]
-    dense = config is not None and config.num_experts == 1
-    found = re.fullmatch(r"layers\.(\d+)\.(.+)", parameter)
-    if found is None or found[2] not in _LAYER_NAMES or (dense and found[2] == _ROUTER):
-        raise ValueError(
-            f"{parameter!r} is no parameter of the release: use one of {list(_MODEL_NAMES)}, "
-            f"or layers.NUMBER. and one of {list(_LAYER_NAMES)} (a dense model has no router)."
-        )
-    name = _LAYER_NAMES[found[2]]
-    return f"transformer/decoder_layer_{found[1]}/{name.removeprefix('moe/') if dense else name}"
+def release_name(parameter: str, config: GrokConfig) -> str:
+    """The release's name of one of our paths: module and parameter, as in `transformer/decoder_layer_3/router w`."""
+    name = Part(parameter).fill(find_parameter(parameter).release)
+    return name.replace("/moe/", "/") if config.num_experts == 1 else name
 
 
 def parameter_names(config: GrokConfig) -> dict[str, str]:

@@ -28,18 +28,8 @@ from grokjax.checkpoint.formats.safetensors_names import (
     read_config,
     read_object,
 )
-from grokjax.checkpoint.stored import (
-    Array,
-    ArraySpec,
-    CheckpointError,
-    Index,
-    Piece,
-    TensorSpec,
-    list_problems,
-    mismatches,
-    parameter_shapes,
-    pieces_of,
-)
+from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
+from grokjax.checkpoint.stored import Array, ArraySpec, CheckpointError, Index, TensorSpec, list_problems, mismatches
 from grokjax.config import GrokConfig
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -81,16 +71,18 @@ class SafetensorsArray:
     is_transposed: bool
 
     def read(self, index: Index = ()) -> Array:
-        """A part of the array in memory of its own; besides it, 1 MiB or one stored row is held."""
-        parts = (*index, *[slice(None)] * (len(self.shape) - len(index)))
-        bounds = [_bounds(part, size) for part, size in zip(parts, self.shape, strict=True)]
+        """A region of the array in memory of its own; besides it, 1 MiB or one stored row is held."""
+        entries = (*index, *[slice(None)] * (len(self.shape) - len(index)))
+        bounds = [_bounds(entry, size) for entry, size in zip(entries, self.shape, strict=True)]
         result = np.empty([len(bound) for bound in bounds], self.dtype)
         if len(self.shape) == 3:
             for target, expert in zip(result, bounds[0], strict=True):
                 _fill(target, self.sources[expert], bounds[1:], self.is_transposed)
         else:
             _fill(result, self.sources[0], bounds, self.is_transposed)
-        return result.reshape([size for size, part in zip(result.shape, parts, strict=True) if isinstance(part, slice)])
+        return result.reshape(
+            [size for size, entry in zip(result.shape, entries, strict=True) if isinstance(entry, slice)]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +144,14 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
     problems: list[str] = []
     used = {TIED}
     for parameter, shape in parameter_shapes(config).items():
-        names = [scheme.find(piece, headers) for piece in pieces_of(parameter, config)]
+        names = [scheme.find(part, headers) for part in parts_of(parameter, config)]
         used.update(names)
         sources = tuple(headers[name] for name in names if name in headers)
         faults = [f"{name}: missing" for name in names if name not in headers]
         faults += _faults(sources, parameter, shape)
         problems += faults
         if not faults:
-            array = SafetensorsArray(sources, shape, _DTYPES[sources[0].dtype], is_transposed(parameter, shape))
+            array = SafetensorsArray(sources, shape, _DTYPES[sources[0].dtype], is_transposed(parameter))
             tensors[parameter] = SafetensorsTensor(array)
     problems += [f"{name}: surplus" for name in headers if name not in used]
     problems += _tied_faults(headers, (config.vocab_size, config.model_dim))
@@ -169,17 +161,17 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
     return SafetensorsCheckpoint(folder, config, types.MappingProxyType(tensors))
 
 
-def _bounds(part: int | slice, size: int) -> range:
+def _bounds(entry: int | slice, size: int) -> range:
     """What an index takes of an axis."""
-    if isinstance(part, slice):
-        assert part.step in (None, 1), "slices of a stored array have no steps"
-        return range(size)[part]
-    number = range(size)[part]
+    if isinstance(entry, slice):
+        assert entry.step in (None, 1), "slices of a stored array have no steps"
+        return range(size)[entry]
+    number = range(size)[entry]
     return range(number, number + 1)
 
 
 def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bool) -> None:
-    """Reads a part of one stored tensor into `target`, block by block."""
+    """Reads a region of one stored tensor into `target`, block by block."""
     if not target.size:
         return
     # As plain integers: NumPy copies those faster than bfloat16.
@@ -193,7 +185,7 @@ def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bo
             raise CheckpointError(f"{source.file}: the file was replaced after it had been opened: open it again.")
         for start in range(0, len(rows), step):
             block = (rows[start : start + step], *columns)
-            target[start : start + step] = stored[tuple(slice(part.start, part.stop) for part in block)].view(bits)
+            target[start : start + step] = stored[tuple(slice(bound.start, bound.stop) for bound in block)].view(bits)
 
 
 @contextlib.contextmanager
@@ -256,7 +248,9 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 def _read_file(path: Path) -> dict[str, Header]:
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        return {name: Header(path, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return {
+            name: Header(path, name, tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()
+        }
 
 
 def _find_scheme(folder: Path, headers: Mapping[str, Header]) -> Scheme:
@@ -272,7 +266,7 @@ def _find_scheme(folder: Path, headers: Mapping[str, Header]) -> Scheme:
 
 def _faults(sources: Sequence[Header], parameter: str, shape: tuple[int, ...]) -> Iterator[str]:
     """What is wrong with the stored tensors of one parameter of that `shape`."""
-    stored = shape[-2:][::-1] if is_transposed(parameter, shape) else shape
+    stored = shape[-2:][::-1] if is_transposed(parameter) else shape
     for source in sources:
         if source.dtype not in _DTYPES:
             yield f"{source.name}: the dtype is {source.dtype}; {' and '.join(_DTYPES)} are allowed: convert it first"
@@ -312,7 +306,7 @@ def _infer_sizes(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) ->
     """The sizes that names and shapes tell; numbers of heads only as products with the head size."""
     parameters = ("embedding.table", "layers.0.attention.query", "layers.0.attention.key", "layers.0.feed_forward.gate")
     shapes: list[tuple[int, ...]] = []
-    for name in (scheme.name(Piece(parameter)) for parameter in parameters):
+    for name in (scheme.name(Part(parameter)) for parameter in parameters):
         shapes.append(headers[name].shape if name in headers else ())
         if len(shapes[-1]) != 2:
             raise CheckpointError(
@@ -320,9 +314,9 @@ def _infer_sizes(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) ->
                 f"the model's {CONFIG} beside them."
             )
     table, query, key, gate = shapes
-    of_layer = re.escape(scheme.layer_prefix).replace(re.escape("{layer}"), r"(\d{1,6})")
+    of_layer = re.escape(scheme.layer_prefix) + r"(\d{1,6})\."
     layers = {int(found[1]) for name in headers if (found := re.match(of_layer, name))}
-    gates = (scheme.name(Piece(parameters[-1], expert)) for expert in itertools.count())
+    gates = (scheme.name(Part(parameters[-1], expert)) for expert in itertools.count())
     return {
         "vocab_size": table[0],
         "model_dim": table[1],

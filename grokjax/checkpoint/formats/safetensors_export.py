@@ -17,7 +17,8 @@ from humanize import naturalsize
 
 from grokjax.checkpoint.disk import PARTIAL, check_room, free_bytes, make_folder, write_json
 from grokjax.checkpoint.formats.safetensors_names import CONFIG, INDEX, INSTALL, KEYFAN, config_fields, is_transposed
-from grokjax.checkpoint.stored import Array, CheckpointError, Piece, parameter_shapes, pieces_of
+from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
+from grokjax.checkpoint.stored import Array, CheckpointError
 from grokjax.config import GrokConfig
 
 Shard = dict[str, Array]
@@ -30,7 +31,7 @@ BLOCK_BYTES = 1 << 20
 def write_safetensors(
     path: str | Path,
     config: GrokConfig,
-    pieces: Iterable[tuple[str, int | None, Array]],
+    parts: Iterable[tuple[str, int | None, Array]],
     *,
     dtype: npt.DTypeLike,
     max_shard_bytes: int = 1 << 30,
@@ -38,21 +39,21 @@ def write_safetensors(
 ) -> None:
     """Writes a model as safetensors shards with an index and a `config.json`.
 
-    Memory is needed for one shard and the next piece.
+    Memory is needed for one shard and the next part.
 
     Args:
       path: a folder that does not exist, or is empty.
       config: of the model.
-      pieces: every piece of the model once (`stored.pieces_of`), in any order: our parameter path, the expert or None,
+      parts: every part of the model once (`parameters.parts_of`), in any order: our parameter path, the expert or None,
         and the array [C, O], [V, D] or [D], float32 or bfloat16, which must not be changed afterwards.
       dtype: that all of them are written in, norms and router too: float32 or bfloat16.
-      max_shard_bytes: the most that a file holds; a larger piece has a file of its own.
+      max_shard_bytes: the most that a file holds; a larger part has a file of its own.
       progress: called after each shard with the bytes of the arrays written so far, and in all.
 
     Raises:
       CheckpointError: The folder exists and is not empty or cannot be written, the disk is full, or the package
         `safetensors` is absent. What was written is removed.
-      ValueError: `dtype` or `max_shard_bytes` is impossible, or the pieces are not those of the model.
+      ValueError: `dtype` or `max_shard_bytes` is impossible, or the parts are not those of the model.
     """
     dtype = np.dtype(dtype)
     if dtype not in _DTYPES:
@@ -67,7 +68,7 @@ def write_safetensors(
     with _removed_on_failure() as written:
         places: dict[str, int] = {}
         done = 0
-        for number, shard in enumerate(_shards(_tensors(config, pieces, dtype), max_shard_bytes)):
+        for number, shard in enumerate(_shards(_tensors(config, parts, dtype), max_shard_bytes)):
             with _explained(folder):
                 _write_shard(folder / f"shard-{number + 1:05d}{PARTIAL}", shard, written)
             places |= dict.fromkeys(shard, number)
@@ -126,28 +127,28 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _tensors(
-    config: GrokConfig, pieces: Iterable[tuple[str, int | None, Array]], dtype: np.dtype[Any]
+    config: GrokConfig, parts: Iterable[tuple[str, int | None, Array]], dtype: np.dtype[Any]
 ) -> Iterator[tuple[str, Array]]:
-    """Stored names and arrays as they are stored; ends with the error if pieces are left over."""
+    """Stored names and arrays as they are stored; ends with the error if parts are left over."""
     left = {
-        piece: shape[len(piece.index) :]
+        part: shape[len(part.index) :]
         for parameter, shape in parameter_shapes(config).items()
-        for piece in pieces_of(parameter, config)
+        for part in parts_of(parameter, config)
     }
-    num_pieces = len(left)
-    for parameter, expert, array in pieces:
-        piece = Piece(parameter, expert)
-        if piece not in left:
-            raise ValueError(f"{piece.name} is no piece of the model, or was given before: give each of them once.")
-        shape = left.pop(piece)
+    num_parts = len(left)
+    for parameter, expert, array in parts:
+        part = Part(parameter, expert)
+        if part not in left:
+            raise ValueError(f"{part.name} is no part of the model, or was given before: give each of them once.")
+        shape = left.pop(part)
         if array.shape != shape or array.dtype not in _DTYPES:
             raise ValueError(
-                f"{piece.name} is {array.dtype.name} {list(array.shape)}: float32 or bfloat16 {list(shape)} is needed."
+                f"{part.name} is {array.dtype.name} {list(array.shape)}: float32 or bfloat16 {list(shape)} is needed."
             )
-        stored = _transpose(array, dtype) if is_transposed(parameter, shape) else np.ascontiguousarray(array, dtype)
-        yield KEYFAN.name(piece), stored
+        stored = _transpose(array, dtype) if is_transposed(parameter) else np.ascontiguousarray(array, dtype)
+        yield KEYFAN.name(part), stored
     if left:
-        raise ValueError(f"{len(left)} of the {num_pieces} pieces were not given, such as {next(iter(left)).name}.")
+        raise ValueError(f"{len(left)} of the {num_parts} parts were not given, such as {next(iter(left)).name}.")
 
 
 def _transpose(array: Array, dtype: np.dtype[Any]) -> Array:

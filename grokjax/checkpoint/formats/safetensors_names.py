@@ -1,29 +1,6 @@
 """Names of the public safetensors conversions: of their tensors, and of the fields of their `config.json`.
 
-Two sets of tensor names are in use, those of `keyfan/grok-1-hf` and those of `hpcai-tech/grok-1`:
-
-| ours | keyfan's | hpcai's |
-|---|---|---|
-| `embedding.table` | `transformer.in_out_embed.weight` | `model.embed_tokens.weight` |
-| `final_norm.scale` | `transformer.rms_norm.weight` | `model.norm.weight` |
-
-and for layer i and expert e (a dense model has one expert, 0, and no router)
-
-| `layers.{i}.` | `transformer.decoder_layer.{i}.` | `model.layers.{i}.` |
-|---|---|---|
-| `attention.query` | `multi_head_attention.query.weight` | `attn.q_proj.weight` |
-| `attention.key` | `multi_head_attention.key.weight` | `attn.k_proj.weight` |
-| `attention.value` | `multi_head_attention.value.weight` | `attn.v_proj.weight` |
-| `attention.output` | `multi_head_attention.linear.weight` | `attn.o_proj.weight` |
-| `feed_forward.router` | `router.weight` | `moe_block.gate.weight` |
-| `feed_forward.gate` | `moe.{e}.linear.weight` | `moe_block.experts.{e}.linear.weight` |
-| `feed_forward.up` | `moe.{e}.linear_v.weight` | `moe_block.experts.{e}.linear_v.weight` |
-| `feed_forward.down` | `moe.{e}.linear_1.weight` | `moe_block.experts.{e}.linear_1.weight` |
-| `pre_attention_norm.scale` | `rms_norm.weight` | `pre_attn_norm.scale` |
-| `post_attention_norm.scale` | `rms_norm_1.weight` | `post_attn_norm.scale` |
-| `pre_feed_forward_norm.scale` | `rms_norm_2.weight` | `pre_moe_norm.scale` |
-| `post_feed_forward_norm.scale` | `rms_norm_3.weight` | `post_moe_norm.scale` |
-
+Two sets of tensor names are in use, those of `keyfan/grok-1-hf` and those of `hpcai-tech/grok-1` (see `parameters`).
 Norms may end in `.weight` or `.scale`. Matrices are stored [O, C], the other way round than ours; the table is [V, D].
 `lm_head.weight` may stand beside the table and is not read: Grok ties them.
 """
@@ -34,7 +11,8 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from grokjax.checkpoint.stored import CheckpointError, Piece
+from grokjax.checkpoint.parameters import PARAMETERS, Part, find_parameter, stack_name
+from grokjax.checkpoint.stored import CheckpointError
 from grokjax.config import GrokConfig
 
 INDEX = "model.safetensors.index.json"
@@ -49,71 +27,33 @@ class Scheme:
 
     Attributes:
       prefix: what the names begin with.
-      model: our path -> the name.
-      layer_prefix: what the names of a layer begin with.
-      layer: our path inside a layer -> the name inside it.
+      names: the model's path -> the name, with `{layer}` and `{expert}` in it.
     """
 
     prefix: str
-    model: Mapping[str, str]
-    layer_prefix: str
-    layer: Mapping[str, str]
+    names: Mapping[str, str]
 
-    def name(self, piece: Piece) -> str:
-        """The stored name of a piece; a dense block is expert 0."""
-        if piece.layer is None:
-            return self.model[piece.parameter]
-        name = self.layer[piece.parameter.removeprefix(f"layers.{piece.layer}.")]
-        return (self.layer_prefix + name).format(layer=piece.layer, expert=piece.expert or 0)
+    @property
+    def layer_prefix(self) -> str:
+        """What the names of a layer begin with, up to its number."""
+        return self.names["layers.attention.query"].partition("{layer}")[0]
 
-    def find(self, piece: Piece, names: Container[str]) -> str:
+    def name(self, part: Part) -> str:
+        """The stored name of a part; a dense block is expert 0."""
+        return part.fill(self.names[stack_name(part.parameter)])
+
+    def find(self, part: Part, names: Container[str]) -> str:
         """As `name`, but a norm's name ends as it does among `names`."""
-        name = self.name(piece)
-        if name not in names and piece.parameter.endswith("norm.scale"):
+        name = self.name(part)
+        if name not in names and find_parameter(part.parameter).kind == "norm":
             stem, _, ending = name.rpartition(".")
             other = f"{stem}.{'weight' if ending == 'scale' else 'scale'}"
             return other if other in names else name
         return name
 
 
-KEYFAN = Scheme(
-    prefix="transformer.",
-    model={"embedding.table": "transformer.in_out_embed.weight", "final_norm.scale": "transformer.rms_norm.weight"},
-    layer_prefix="transformer.decoder_layer.{layer}.",
-    layer={
-        "attention.query": "multi_head_attention.query.weight",
-        "attention.key": "multi_head_attention.key.weight",
-        "attention.value": "multi_head_attention.value.weight",
-        "attention.output": "multi_head_attention.linear.weight",
-        "feed_forward.router": "router.weight",
-        "feed_forward.gate": "moe.{expert}.linear.weight",
-        "feed_forward.up": "moe.{expert}.linear_v.weight",
-        "feed_forward.down": "moe.{expert}.linear_1.weight",
-        "pre_attention_norm.scale": "rms_norm.weight",
-        "post_attention_norm.scale": "rms_norm_1.weight",
-        "pre_feed_forward_norm.scale": "rms_norm_2.weight",
-        "post_feed_forward_norm.scale": "rms_norm_3.weight",
-    },
-)
-HPCAI = Scheme(
-    prefix="model.",
-    model={"embedding.table": "model.embed_tokens.weight", "final_norm.scale": "model.norm.weight"},
-    layer_prefix="model.layers.{layer}.",
-    layer={
-        "attention.query": "attn.q_proj.weight",
-        "attention.key": "attn.k_proj.weight",
-        "attention.value": "attn.v_proj.weight",
-        "attention.output": "attn.o_proj.weight",
-        "feed_forward.router": "moe_block.gate.weight",
-        "feed_forward.gate": "moe_block.experts.{expert}.linear.weight",
-        "feed_forward.up": "moe_block.experts.{expert}.linear_v.weight",
-        "feed_forward.down": "moe_block.experts.{expert}.linear_1.weight",
-        "pre_attention_norm.scale": "pre_attn_norm.scale",
-        "post_attention_norm.scale": "post_attn_norm.scale",
-        "pre_feed_forward_norm.scale": "pre_moe_norm.scale",
-        "post_feed_forward_norm.scale": "post_moe_norm.scale",
-    },
-)
+KEYFAN = Scheme("transformer.", {path: row.keyfan for path, row in PARAMETERS.items()})
+HPCAI = Scheme("model.", {path: row.hpcai for path, row in PARAMETERS.items()})
 
 # Field of `config.json` -> ours. Source: `Grok1Config` of hpcai-tech/grok-1. `rope_base` is our own addition: the
 # public files hold no base, and some carry an unused `rope_theta` of another value, which must not be believed.
@@ -140,9 +80,9 @@ _FIELDS = {
 }
 
 
-def is_transposed(parameter: str, shape: tuple[int, ...]) -> bool:
+def is_transposed(parameter: str) -> bool:
     """Whether a parameter's matrices are stored the other way round: all but the embedding table."""
-    return len(shape) > 1 and parameter != "embedding.table"
+    return find_parameter(parameter).kind not in ("table", "norm")
 
 
 def config_fields(config: GrokConfig) -> dict[str, int | float]:
