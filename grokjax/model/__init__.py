@@ -6,7 +6,6 @@ the experts), `embedding`, and `layers` for what they share. `steps` has `forwar
 these steps say jit or donate.
 """
 
-from grokjax.model.attention import attend
 from grokjax.model.grok import (
     DecoderLayers,
     Grok,
@@ -34,7 +33,6 @@ __all__ = [
     "SlotSettings",
     "SlotState",
     "abstract_model",
-    "attend",
     "check_dtype",
     "decode",
     "decode_and_sample",

@@ -41,7 +41,22 @@ class SlotState:
     @classmethod
     def abstract(cls, model: Grok, cache: KVCache) -> Self:
         """The state around a cache as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
-        return cls(cache, **_state_shapes(model, cache.batch_size))
+        shape = (cache.batch_size, model.config.vocab_size)
+        wide = model.partitioner.sharding(("batch", "vocab"), shape)
+        whole = model.partitioner.sharding((None,), shape[:1])
+        tokens: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=whole)
+        logits: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=wide)
+        return cls(cache, tokens=tokens, logits=logits, bias=logits)
+
+    @classmethod
+    def create(cls, model: Grok, cache: KVCache) -> Self:
+        """The state around a cache before any step."""
+        shapes = cls.abstract(model, cache)
+
+        def zeros(leaf: jax.Array) -> jax.Array:
+            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
+        return cls(cache, tokens=zeros(shapes.tokens), logits=zeros(shapes.logits), bias=zeros(shapes.bias))
 
 
 class ModelSteps:
@@ -58,9 +73,7 @@ class ModelSteps:
     def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._model = model
-        state = _state_shapes(model, slots)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
-        self._state = SlotState(model.new_cache(slots, max_len, dtype=cache_dtype), **zeros)
+        self._state = SlotState.create(model, model.new_cache(slots, max_len, dtype=cache_dtype))
 
     @property
     def state(self) -> SlotState:
@@ -150,14 +163,6 @@ def lower_decode(model: Grok, state: SlotState, num_top: int) -> jax.stages.Lowe
     settings = SlotSettings.of({}, state.cache.batch_size).packed
     packed = jax.ShapeDtypeStruct(settings.shape, settings.dtype)
     return _decode.lower(model, state, packed, num_top=num_top)
-
-
-def _state_shapes(model: Grok, slots: int) -> dict[str, Any]:
-    """What a state holds beside its cache, by the names of `SlotState`."""
-    shape = (slots, model.config.vocab_size)
-    wide = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=model.partitioner.sharding(("batch", "vocab"), shape))
-    whole = model.partitioner.sharding((None,), (slots,))
-    return {"tokens": jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), "logits": wide, "bias": wide}
 
 
 def _placed(model: Grok, state: SlotState) -> SlotState:
