@@ -129,7 +129,7 @@ def _target(arguments: argparse.Namespace) -> Target:
 
 
 def _simulate_devices(count: int) -> None:
-    """As many CPU devices as the machine has; where JAX runs already, those that it has must do."""
+    """Simulates as many CPU devices as the machine has; where JAX runs already, those that it has must do."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

@@ -56,7 +56,7 @@ class Traffic:
 
     @property
     def route(self) -> Route:
-        """What tells it from others of the step."""
+        """What tells these transfers from the others of a step."""
         return self.kind, self.num_devices, self.is_between_hosts
 
 
@@ -108,11 +108,11 @@ class StepCompiler:
 
     @functools.cached_property
     def weights_bytes(self) -> int:
-        """Of the model on each device."""
+        """Bytes that the model's weights take on each device."""
         return device_bytes(jax.tree.leaves(self._model(self.config, self.dtype)))
 
     def cache_bytes(self, batch_size: int, max_len: int) -> int:
-        """Of a cache on each device.
+        """Bytes that a cache of so many rows takes on each device.
 
         Raises:
           ValueError: A size is out of range.
@@ -120,7 +120,7 @@ class StepCompiler:
         return device_bytes(jax.tree.leaves(self._cache(batch_size, max_len, self.cache_dtype)))
 
     def cost(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None = None) -> StepCost:
-        """Of the step that `compile_step` compiles, in full rows or for the beginnings of prompts."""
+        """What the step that `compile_step` compiles costs, in full rows or for the beginnings of prompts."""
         rows, num_new = prompts or (batch_size, 1)
         return step_cost(
             self._model(self.config, self.dtype),

@@ -106,27 +106,27 @@ class Plan:
 
     @property
     def weights_bytes(self) -> int:
-        """Of the model on each device."""
+        """Bytes that the model's weights take on each device."""
         return self.compiler.weights_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """Of all rows on each device."""
+        """Bytes that the cache of all rows takes on each device."""
         return self.compiler.cache_bytes(self.batch_size, self.max_len)
 
     @property
     def temporary_bytes(self) -> int:
-        """Of the step that allocates more."""
+        """Bytes that the step that allocates more takes for a time on each device."""
         return max(self.decode.temporary_bytes, self.prefill.temporary_bytes)
 
     @property
     def total_bytes(self) -> int:
-        """Of the step that needs more, with the whole cache."""
+        """Bytes that the step that needs more takes on each device, weights and the whole cache included."""
         return self._total_bytes(self.batch_size, self.max_len)
 
     @property
     def other_bytes(self) -> int:
-        """Of the total: logits and biases of all rows, inputs, results, what layouts add to weights and cache."""
+        """The rest of the total: logits and biases, inputs, results, what layouts add to weights and cache."""
         return self.total_bytes - self.weights_bytes - self.cache_bytes - self.temporary_bytes
 
     @property
