@@ -12,7 +12,13 @@ _WINDOW = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Percentiles:
-    """Of the recent values, in seconds; None where there were none."""
+    """How long something took lately: 50, 90 and 99 percent of the recent values are at most so many seconds.
+
+    Attributes:
+      p50: the median; None where there were no values, as are the others.
+      p90: the 90th percentile.
+      p99: the 99th percentile.
+    """
 
     p50: float | None
     p90: float | None
@@ -20,7 +26,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Percentiles":
-        """Those of some values."""
+        """The percentiles of some values in seconds."""
         array = np.fromiter(values, float)
         if not array.size:
             return cls(None, None, None)
@@ -87,13 +93,15 @@ class Meter:
         self.reused_tokens += reused
         self.prefix_hits += reused > 0
 
-    def note_token(self, *, since_submission: float | None, since_last: float | None) -> None:
-        """A token was given out: the first of a sample, or one after another."""
+    def note_token(self, seconds: float, *, is_first: bool) -> None:
+        """A token was given out so long after the submission, if it is the first of a sample, or after the one before.
+
+        Args:
+          seconds: that time.
+          is_first: whether it is the first of a sample.
+        """
         self.new_tokens += 1
-        if since_submission is not None:
-            self._first_token.append(since_submission)
-        if since_last is not None:
-            self._between.append(since_last)
+        (self._first_token if is_first else self._between).append(seconds)
 
     def note_step(self, seconds: float, *, prefilled: bool, decoded: bool) -> None:
         """A step was made; it dispatched these programs."""
@@ -107,7 +115,7 @@ class Meter:
             self._prefill += max(0.0, seconds - usual)
 
     def snapshot(self, *, queue_length: int, active_slots: int, cache_occupancy: float) -> Metrics:
-        """The numbers now."""
+        """What was counted so far, with what the engine does now."""
         busy = self._busy or 1.0
         return Metrics(
             queue_length=queue_length,
