@@ -272,7 +272,7 @@ def _nucleus_limit(logits: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.
 
 
 def _rank_limit(logits: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same for the best [...] int32 of them; 0, V and more are all."""
+    """Weights and limit as of `_nucleus_limit`, to leave the best `top_k` [...] int32; 0, V and more leave all."""
     vocab_size = logits.shape[-1]
     others = vocab_size - jnp.where(top_k == 0, vocab_size, jnp.clip(top_k, 1, vocab_size))
     return jnp.ones(logits.shape, jnp.float32), others[..., None].astype(jnp.float32) + 1  # exact: V < 2^24

@@ -262,7 +262,7 @@ class Engine:
         return self._meter.snapshot(queue_length=waiting, active_slots=running, cache_occupancy=occupancy)
 
     def _advance(self) -> None:
-        """What `step` does."""
+        """Makes one step, and leaves it to its callers to tell which requests have ended."""
         self._check_open()
         start = self._clock()
         with self._failing():

@@ -35,7 +35,7 @@ class Percentiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """An engine at one moment, and since it was made.
+    """What an engine does at one moment, and what it did since it was made.
 
     Attributes:
       queue_length: requests that wait for a slot.
@@ -76,7 +76,7 @@ class Metrics:
 
 
 class Meter:
-    """Counts for `Metrics`; its memory does not grow."""
+    """Counts what `Metrics` tells; its memory does not grow."""
 
     def __init__(self) -> None:
         self.steps = self.prompts = self.prompt_tokens = self.reused_tokens = self.prefix_hits = self.new_tokens = 0
@@ -87,24 +87,24 @@ class Meter:
         self._between: collections.deque[float] = collections.deque(maxlen=_WINDOW)
 
     def note_prompt(self, length: int, reused: int) -> None:
-        """A prompt got a slot."""
+        """Counts a prompt that got a slot, and how many of its tokens were taken from another request's row."""
         self.prompts += 1
         self.prompt_tokens += length
         self.reused_tokens += reused
         self.prefix_hits += reused > 0
 
     def note_token(self, seconds: float, *, is_first: bool) -> None:
-        """A token was given out so long after the submission, if it is the first of a sample, or after the one before.
+        """Counts a token that was given out.
 
         Args:
-          seconds: that time.
-          is_first: whether it is the first of a sample.
+          seconds: after the submission, for the first token of a sample; for others, after the token before.
+          is_first: whether it is the first of its sample.
         """
         self.new_tokens += 1
         (self._first_token if is_first else self._between).append(seconds)
 
     def note_step(self, seconds: float, *, prefilled: bool, decoded: bool) -> None:
-        """A step was made; it dispatched these programs."""
+        """Counts a step, its time, and whether it dispatched a prefill and a decode step."""
         self.steps += 1
         self._busy += seconds
         if decoded and not prefilled:

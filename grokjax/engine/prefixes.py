@@ -33,7 +33,7 @@ class HeldRows:
         self.prompt_lengths = [0] * slots
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets what every row holds."""
         self.lengths = [0] * len(self.lengths)
         self.prompt_lengths = [0] * len(self.lengths)
 

@@ -55,7 +55,7 @@ class Admission(Generic[J]):
     """A job that got a slot.
 
     Attributes:
-      job: it, with its slot and its chunks set.
+      job: the one that got it, with its slot and its chunks set.
       source: slot whose row, up to `job.reused`, and logits the job's row begins with; maybe the job's own slot.
       is_complete: these are the whole prompt and the logits at its end: nothing is left to prefill.
     """
@@ -125,7 +125,7 @@ def plan_chunks(start: int, end: int, buckets: Sequence[int]) -> Iterator[Chunk]
 
 
 class WaitingQueue(Generic[J]):
-    """Jobs by priority, then arrival.
+    """Jobs that wait for a slot, by priority, then arrival.
 
     Args:
       max_queue: jobs that wait at most, 1 or more; `check_room` says when there are as many.
@@ -300,7 +300,7 @@ class Scheduler(Generic[J]):
         return admissions
 
     def next_prefill(self) -> PrefillGroup[J] | None:
-        """The chunks to prefill now.
+        """Takes the chunks to prefill now; None where no prompt has any left.
 
         A new prompt goes first, so that it waits for one chunk of a long one at most; but a long one that had to wait
         has the next turn, so that new prompts cannot keep it waiting for ever.
