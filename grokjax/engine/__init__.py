@@ -1,9 +1,10 @@
 """Continuous batching: many requests share the rows of one batch, each as if it were alone.
 
-Read `engine` first, the loop. `protocol` is what it asks of a model; `scheduler` decides who runs where and when;
-`intake` makes samples of a request, `sample` is one of them on its way, `stopping` ends it at a stop string.
-`shared_steps` are the steps of a model that spans processes; `warm_up` compiles all steps beforehand; `metrics` counts.
-`async_engine` puts the engine behind an event loop; `text` continues one prompt at a time, with an engine of one slot.
+Read `engine` first, the loop. `protocol` is what it asks of a model; `scheduler` decides who runs where and when, and
+`prefixes` what a prompt shares with the rows. `intake` makes samples of a request, `sample` is one of them on its way,
+`stopping` ends it at a stop string. `shared_steps` are the steps of a model that spans processes; `warm_up` compiles
+all steps beforehand; `metrics` counts. `async_engine` puts the engine behind an event loop; `text` continues one prompt
+at a time, with an engine of one slot.
 """
 
 from grokjax.engine.async_engine import AsyncEngine

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from grokjax.config import GrokConfig
 from grokjax.engine.sample import Handle, LiveSample
-from grokjax.request import bias_row, check_prompt, check_stop_ids, is_integer
+from grokjax.request import Request, bias_row, check_prompt, check_stop_ids, is_integer
 from grokjax.tokenizer import Tokenizer
 
 
@@ -90,3 +92,40 @@ class Intake:
             submitted=now,
         )
         return [make(sample=number) for number in range(request.n)]
+
+
+def check_request(request: object) -> None:
+    """Refuses what is no request.
+
+    Raises:
+      ValueError: It is something else, such as a prompt.
+    """
+    if not isinstance(request, Request):
+        raise ValueError(f"submit takes a request, not {reprlib.repr(request)}: make one with Request(prompt).")
+
+
+def iterate_requests(requests: object) -> Iterator[Any]:
+    """What several requests are taken from, one by one.
+
+    Raises:
+      ValueError: It is nothing to take requests from.
+    """
+    if not isinstance(requests, Iterable):
+        raise ValueError(f"as_completed takes requests in a list, not {reprlib.repr(requests)}.")
+    return iter(requests)
+
+
+def list_prompts(prompts: object) -> list[Any]:
+    """Several prompts in a list.
+
+    Raises:
+      ValueError: It is one prompt alone, each of whose letters or tokens would be taken for a prompt.
+    """
+    if not isinstance(prompts, str) and isinstance(prompts, Iterable):
+        listed = list(prompts)
+        if not any(is_integer(prompt) for prompt in listed):
+            return listed
+    raise ValueError(
+        f"generate takes a list of prompts, not {reprlib.repr(prompts)}: put the text, or the list of token ids, into "
+        "a list."
+    )

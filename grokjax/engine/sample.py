@@ -1,6 +1,7 @@
 """One sample of a request on its way: its tokens, the text they make, when it ends, and what is reported of it."""
 
 import dataclasses
+import reprlib
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Handle:
 
     @property
     def completion(self) -> Completion:
-        """That of the first sample.
+        """The completion of the first sample.
 
         Raises:
           ValueError: It has not ended.
@@ -44,8 +45,18 @@ class Handle:
 
     @property
     def samples(self) -> tuple[Completion, ...]:
-        """Those of all samples that have ended, sample 0 first."""
+        """The completions of all samples that have ended, sample 0 first."""
         return tuple(sorted(self.completions, key=lambda completion: completion.sample))
+
+
+def check_handle(name: str, handle: object) -> None:
+    """Refuses what no `submit` returned.
+
+    Raises:
+      ValueError: This is no `Handle`; `name` is the method that was given it.
+    """
+    if not isinstance(handle, Handle):
+        raise ValueError(f"{name} takes what submit returned, not {reprlib.repr(handle)}: submit the request first.")
 
 
 @dataclasses.dataclass
@@ -58,7 +69,7 @@ class Times:
     last_token: float | None = None
 
     def until(self, end: float) -> Timings:
-        """The seconds between them, for a sample that ends now."""
+        """The seconds between these moments, for a sample that ends at `end`."""
         started, first = self.admitted, self.first_token
         return Timings(
             queue=None if started is None else started - self.submitted,

@@ -14,7 +14,7 @@ from grokjax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedText:
-    """One continuation.
+    """One continuation of a prompt.
 
     Attributes:
       text: decoded, without the end-of-sequence token or the stop string.

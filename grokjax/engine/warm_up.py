@@ -41,7 +41,7 @@ def warm_up(
 
     Args:
       steps: those of an idle engine.
-      buckets: lengths of pieces of prompts.
+      buckets: padded lengths of chunks of prompts.
       row_counts: how many of them may be prefilled together.
       cache_dir: directory of the persistent compilation cache; None leaves JAX's setting as it is.
       clock: seconds.

@@ -1,4 +1,4 @@
-"""The compiled steps of an engine: a batch whose rows are slots, each with its own sequence, settings and key."""
+"""The compiled steps of an engine: a batch whose rows are slots, each with its own sample, settings and key."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
 
-# Positions of a prompt whose logits are there at once: a piece of 1024 would need half a gigabyte of them.
+# Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
 
 
@@ -236,7 +236,7 @@ def _draw(
     row = SlotSettings.unpack(packed)
     settings = SampleSettings(
         temperature=row.temperature,
-        nucleus_p=row.top_p,
+        top_p=row.top_p,
         min_p=row.min_p,
         top_k=row.top_k,
         mask=None,

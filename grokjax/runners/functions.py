@@ -57,7 +57,7 @@ def sample_token(
     batch = logits.shape[0]
     ours = sampling.SampleSettings(
         temperature=jnp.asarray(settings.temperature, jnp.float32),
-        nucleus_p=jnp.asarray(settings.nucleus_p, jnp.float32),
+        top_p=jnp.asarray(settings.nucleus_p, jnp.float32),
         top_k=jnp.zeros(batch, jnp.int32),
         min_p=jnp.zeros(batch, jnp.float32),
         mask=jnp.asarray(settings.mask, bool),

@@ -174,7 +174,7 @@ class InferenceRunner:
       tokenizer_path: the release's `tokenizer.model`.
       local_mesh_config: (data, model) devices of this host.
       between_hosts_config: (data, model) hosts.
-      pad_sizes: padded lengths of prompts; a longer prompt is taken in pieces.
+      pad_sizes: padded lengths of prompts; a longer prompt is taken in chunks.
     """
 
     name: str

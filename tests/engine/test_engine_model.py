@@ -64,7 +64,7 @@ def alone(text: int, length: int, seed: int, temperature: float) -> list[int]:
         np.pad(texts()[text, :length], (0, LONGEST - length))[None],
         np.array([length]),
         max_new_tokens=NEW,
-        settings=SampleSettings.create(1, temperature=temperature, nucleus_p=0.95 if temperature else 1.0),
+        settings=SampleSettings.create(1, temperature=temperature, top_p=0.95 if temperature else 1.0),
         keys=jax.random.key(seed)[None],
     )
     return np.asarray(drawn.tokens)[0].tolist()
@@ -179,7 +179,7 @@ def test_a_mask_draws_as_in_generate() -> None:
 
 
 def test_an_int8_cache_gives_what_generate_gives() -> None:
-    """Rows that are prefilled together, in pieces, and from a shared prefix; a float32 cache is off by 2e-3 or more."""
+    """Rows that are prefilled together, in chunks, and from a shared prefix; a float32 cache is off by 2e-3 or more."""
     prompts = [texts()[text, :length] for text, length in ((0, 20), (1, 7), (3, 20), (4, 14))]
     options = {"max_new_tokens": NEW, "temperature": 0, "logprobs": 0}
     made = new_engine(cache_dtype="int8").generate([prompt.tolist() for prompt in prompts], **options)

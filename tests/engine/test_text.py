@@ -53,7 +53,7 @@ def test_pieces_join_to_the_text(generator: TextGenerator) -> None:
 def test_same_tokens_as_generate(generator: TextGenerator) -> None:
     """The host's loop and the device's loop draw the same tokens from the same key."""
     ids = np.array([generator.tokenizer.encode("hello")])
-    settings = SampleSettings.create(1, temperature=0.8, nucleus_p=0.9)
+    settings = SampleSettings.create(1, temperature=0.8, top_p=0.9)
     keys = jax.random.key(5)[None]
     lengths = np.array([ids.shape[1]])
     on_device = generate(generator.model, ids, lengths, max_new_tokens=12, settings=settings, keys=keys)

@@ -105,7 +105,7 @@ def test_a_drawn_continuation_is_the_rows_own(texts: list[int], lengths: list[in
 def draw_continuations(piece: np.ndarray, lengths: list[int], seeds: list[int]) -> np.ndarray:
     """Four tokens for each row [ROWS, 4], drawn with the keys of `seeds`."""
     keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
-    drawing = SampleSettings.create(ROWS, temperature=0.8, nucleus_p=0.95)
+    drawing = SampleSettings.create(ROWS, temperature=0.8, top_p=0.95)
     made = generate(model((1, 1)), piece, lengths, max_new_tokens=4, settings=drawing, keys=keys)
     return np.asarray(made.tokens)
 
