@@ -15,8 +15,8 @@ must read, then medians, and last one JSON line with the keys `config`, `layers`
 * `all_at_once` and `poisson`: requests of mixed lengths, up to `prompt` and `new` tokens, all there at the start or
   arriving at random at 0.7 of the rate that all at once were served at; waiting times are those of the latter.
 * `chunks_later`: how much later than on an idle engine the first token of a short request comes, one that arrives at a
-  random moment while a long prompt is being prefilled in pieces of `chunk` tokens; in times of a piece, the median and
-  the most. `chunks_later_beside_decoding`: the same when another request runs, in times of a piece and a decode step.
+  random moment while a long prompt is being prefilled in chunks of `chunk` tokens; in times of a chunk, the median and
+  the most. `chunks_later_beside_decoding`: the same when another request runs, in times of a chunk and a decode step.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=24, help="of mixed lengths")
     parser.add_argument("--prompt", type=int, default=128, help="longest prompt")
     parser.add_argument("--new", type=int, default=32, help="longest continuation")
-    parser.add_argument("--chunk", type=int, default=64, help="largest piece of a prompt")
+    parser.add_argument("--chunk", type=int, default=64, help="largest chunk of a prompt")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
     parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement")
@@ -190,7 +190,7 @@ class Bench:
         return late + handle.completion.timings.first_token
 
     def chunk_seconds(self) -> float:
-        """Seconds that one piece of a long prompt takes."""
+        """Seconds that one chunk of a long prompt takes."""
         handle = self.engine.submit(self.request(4 * self.chunk, 1))
         self.engine.run()
         return handle.completion.timings.prefill / 4
@@ -286,7 +286,7 @@ def print_card(arguments: argparse.Namespace, bench: Bench, bandwidth: float) ->
 
 
 def times(median_and_most: list[float]) -> str:
-    return "{:.2f} pieces, at most {:.2f},".format(*median_and_most)
+    return "{:.2f} chunks, at most {:.2f},".format(*median_and_most)
 
 
 def print_results(record: dict) -> None:

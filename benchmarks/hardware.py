@@ -58,7 +58,7 @@ def row(one: Plan, many: Plan, rules: str) -> tuple[str, ...]:
         f"{one.weights_bytes / 2**30:.1f} GiB",
         f"{one.total_bytes / 2**30:.1f} GiB",
         "yes" if one.fits else "no",
-        str(one.largest_batch_size),
+        str(one.find_largest_batch_size()),
         _speed(one.decode.tokens_per_second, one.fits),
         _speed(many.decode.tokens_per_second, many.fits),
         _speed(one.prefill.tokens_per_second, one.fits),

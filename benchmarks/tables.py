@@ -1,8 +1,9 @@
-"""The tables of docs/performance.md, made from stored results.
+"""The tables of the README, docs/performance.md and the notebook, made from stored results.
 
-`benchmarks/results/NAME.jsonl` holds last lines of `benchmarks/NAME.py`, one a run. In the page a table stands between
-`<!-- results NAME -->` and `<!-- end -->`. `python benchmarks/tables.py --write` renews them; without `--write` it only
-says whether they are new. To add a run: `python benchmarks/decode.py | tail -1 >> benchmarks/results/decode.jsonl`.
+`benchmarks/results/NAME.jsonl` holds last lines of `benchmarks/NAME.py`, one a run. In a page a table stands between
+`<!-- results NAME -->` and `<!-- end -->`, or between `<!-- results NAME: COLUMN; COLUMN -->` and the same end, with
+these columns alone. `python benchmarks/tables.py --write` renews them; without `--write` it only says whether they are
+new. To add a run: `python benchmarks/decode.py | tail -1 >> benchmarks/results/decode.jsonl`.
 """
 
 import argparse
@@ -12,9 +13,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-MARKED = re.compile(r"(<!-- results (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    *(ROOT / "benchmarks" / "notebook" / name for name in ("engine.md", "gpu.md", "llama-cpp.md")),
+)
+MARKED = re.compile(r"(<!-- results (\w+)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # A figure of a record, as text.
 Column = Callable[[dict], str]
@@ -49,9 +55,9 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "decode tokens/s": number("decode_tokens_per_second", 1),
         "percent of the bandwidth": number("percent_of_bandwidth"),
         "llama.cpp: prefill": number("peer_prefill_tokens_per_second"),
-        "decode": number("peer_decode_tokens_per_second", 1),
-        "ours / llama.cpp: prefill ": number("prefill_ratio", 2),
-        "decode ": number("decode_ratio", 2),
+        "llama.cpp: decode": number("peer_decode_tokens_per_second", 1),
+        "ours / llama.cpp: prefill": number("prefill_ratio", 2),
+        "ours / llama.cpp: decode": number("decode_ratio", 2),
     },
     "prefill": {
         "jax": lambda record: record["jax"],
@@ -122,17 +128,27 @@ COLUMNS: dict[str, dict[str, Column]] = {
 }
 
 
-def make_table(name: str, records: list[dict]) -> str:
-    """A Markdown table, a row for each record.
+def choose_columns(name: str, chosen: str | None) -> dict[str, Column]:
+    """The columns of a table by their headings: all, or those that a page names between semicolons.
 
     Raises:
-      SystemExit: No such table is known.
+      SystemExit: No such table is known, or it has no such column.
     """
     if name not in COLUMNS:
         raise SystemExit(f"There is no table '{name}': choose one of {', '.join(COLUMNS)}.")
     columns = COLUMNS[name]
+    if chosen is None:
+        return columns
+    headings = chosen.split("; ")
+    if unknown := [heading for heading in headings if heading not in columns]:
+        raise SystemExit(f"The table '{name}' has no column '{unknown[0]}': choose from {'; '.join(columns)}.")
+    return {heading: columns[heading] for heading in headings}
+
+
+def make_table(columns: dict[str, Column], records: list[dict]) -> str:
+    """A Markdown table, a row for each record."""
     rows = [list(columns), ["---"] * len(columns), *([make(record) for make in columns.values()] for record in records)]
-    return "".join(f"| {' | '.join(cell.strip() for cell in row)} |\n" for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def read_records(name: str) -> list[dict]:
@@ -144,19 +160,25 @@ def read_records(name: str) -> list[dict]:
 
 def renew(page: str) -> str:
     """The page with all its tables made anew."""
-    return MARKED.sub(lambda found: found[1] + make_table(found[2], read_records(found[2])) + found[3], page)
+
+    def table(found: re.Match) -> str:
+        opening, name, chosen, end = found.groups()
+        return opening + make_table(choose_columns(name, chosen), read_records(name)) + end
+
+    return MARKED.sub(table, page)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="changes docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="changes the pages")
     arguments = parser.parse_args()
-    page = PAGE.read_text()
-    renewed = renew(page)
-    if arguments.write:
-        PAGE.write_text(renewed)
-    elif renewed != page:
-        sys.exit("The tables of docs/performance.md are not those of the results: run benchmarks/tables.py --write.")
+    for path in PAGES:
+        page = path.read_text()
+        renewed = renew(page)
+        if arguments.write:
+            path.write_text(renewed)
+        elif renewed != page:
+            sys.exit(f"The tables of {path.name} are not those of the results: run benchmarks/tables.py --write.")
 
 
 if __name__ == "__main__":

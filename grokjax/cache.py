@@ -38,12 +38,12 @@ class QuantizedEntries:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[L, B, K, S, H]."""
+        """The shape of the numbers, [L, B, K, S, H]."""
         return self.numbers.shape
 
     @property
     def dtype(self) -> jnp.dtype:
-        """int8."""
+        """The dtype of the numbers, int8."""
         return self.numbers.dtype
 
 
@@ -139,12 +139,12 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
-        """B, rows."""
+        """How many rows there are, B."""
         return self.keys.shape[1]
 
     @property
     def max_len(self) -> int:
-        """S, entries that each row can hold."""
+        """How many entries each row can hold, S."""
         return self.keys.shape[3]
 
     def insert(self, row_cache: "KVCache", row: jax.Array | int) -> "KVCache":

@@ -164,7 +164,7 @@ class Channel:
 
     @classmethod
     def open(cls) -> Self:
-        """This process's end of the next channel."""
+        """Opens this process's end of the next channel."""
         client = coordination_client()
         with _gone_before(_STEP):
             number = client.key_value_increment(f"grokjax/channels/{jax.process_index()}", 1)

@@ -69,7 +69,7 @@ class Request:
             _check_number(name, getattr(self, name), largest)
         for name in ("ignore_eos", "prompt_logprobs"):
             object.__setattr__(self, name, _boolean(name, getattr(self, name)))
-        object.__setattr__(self, "stop", stop_strings(self.stop))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers, such as {{42: -1.5}}.")
@@ -207,7 +207,7 @@ def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
 
 
 def _token_array(prompt: object) -> np.ndarray:
-    """Integers [n], of any size."""
+    """A prompt as an array [n] of integers of any size."""
     array = _array(prompt)
     if array.ndim != 1:
         raise ValueError(f"the prompt must be text or a list of token ids, not {reprlib.repr(prompt)}.")
@@ -291,7 +291,7 @@ def _integers(name: str, values: object) -> tuple[int, ...]:
     return tuple(int(value) for value in listed)
 
 
-def stop_strings(stop: object) -> tuple[str, ...]:
+def _stop_strings(stop: object) -> tuple[str, ...]:
     """Stop strings, given as one or several.
 
     Raises:

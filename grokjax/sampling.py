@@ -30,7 +30,7 @@ class SampleSettings:
 
     Attributes:
       temperature: divisor of the logits [B] float32, finite and 0 or more; 0 is greedy.
-      nucleus_p: top-p, the probability mass kept [B] float32 in [0, 1]; 1 keeps all.
+      top_p: probability mass kept [B] float32 in [0, 1]; 1 keeps all.
       top_k: number of tokens kept [B] int32, 0 or more; 0 keeps all.
       min_p: least probability kept, as a fraction of the largest [B] float32 in [0, 1]; 0 keeps all.
       mask: allowed tokens [B, V] bool, at least one a row; None allows all (and is a different pytree structure,
@@ -39,7 +39,7 @@ class SampleSettings:
     """
 
     temperature: jax.Array
-    nucleus_p: jax.Array
+    top_p: jax.Array
     top_k: jax.Array
     min_p: jax.Array
     mask: jax.Array | None
@@ -51,7 +51,7 @@ class SampleSettings:
         batch_size: int,
         *,
         temperature: ArrayLike = 1.0,
-        nucleus_p: ArrayLike = 1.0,
+        top_p: ArrayLike = 1.0,
         top_k: ArrayLike = 0,
         min_p: ArrayLike = 0.0,
         mask: ArrayLike | None = None,
@@ -62,7 +62,7 @@ class SampleSettings:
         Args:
           batch_size: B, 1 or more.
           temperature: scalar or [B], finite, 0 (greedy) or more.
-          nucleus_p: scalar or [B], from 0 to 1.
+          top_p: scalar or [B], from 0 to 1.
           top_k: scalar or [B], integers, 0 (off) or more.
           min_p: scalar or [B], from 0 (off) to 1.
           mask: [V] or [B, V], bool or 0 and 1; true where a token is allowed.
@@ -75,7 +75,7 @@ class SampleSettings:
             raise ValueError(f"batch_size={batch_size} must be 1 or more: settings describe the rows of a batch.")
         return cls(
             temperature=_real_rows("temperature", temperature, batch_size, high=_LARGEST),
-            nucleus_p=_real_rows("nucleus_p", nucleus_p, batch_size, high=1.0),
+            top_p=_real_rows("top_p", top_p, batch_size, high=1.0),
             top_k=_count_rows("top_k", top_k, batch_size),
             min_p=_real_rows("min_p", min_p, batch_size, high=1.0),
             mask=None if mask is None else _mask_rows(mask, batch_size),
@@ -110,7 +110,7 @@ def row_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
 
     Args:
       keys: the requests' keys, typed [B] or raw uint32 [B, 2].
-      positions: index in its sequence of the token to draw [B] int32.
+      positions: of the tokens to draw, each counted from the beginning of its row's prompt [B] int32.
 
     Returns:
       Keys of the same kind and shape as `keys`.
@@ -233,14 +233,14 @@ def _scale(logits: jax.Array, mask: jax.Array | None, temperature: jax.Array) ->
 def _filter(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sharding | None) -> jax.Array:
     """All filters on [B, V] float32; looks for ranks, or for a nucleus, only if an active row asks for one."""
     needs_rank = jnp.any(settings.active & (settings.top_k > 0))
-    needs_nucleus = jnp.any(settings.active & (settings.nucleus_p < 1.0))
+    needs_nucleus = jnp.any(settings.active & (settings.top_p < 1.0))
 
     def raised(least: jax.Array) -> jax.Array:
         gathered = scaled if whole is None else lax.with_sharding_constraint(scaled, whole)
 
         def search(kind: jax.Array, threshold: jax.Array) -> jax.Array:
             kept = _keep_from(gathered, threshold)
-            limits = _rank_limit(kept, settings.top_k), _nucleus_limit(kept, settings.nucleus_p)
+            limits = _rank_limit(kept, settings.top_k), _nucleus_limit(kept, settings.top_p)
             weights, limit = (jnp.where(kind == 0, rank, nucleus) for rank, nucleus in zip(*limits, strict=True))
             return jnp.maximum(threshold, find_threshold(kept, weights, limit))
 
@@ -272,7 +272,7 @@ def _nucleus_limit(logits: jax.Array, top_p: jax.Array) -> tuple[jax.Array, jax.
 
 
 def _rank_limit(logits: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same for the best [...] int32 of them; 0, V and more are all."""
+    """Weights and limit as of `_nucleus_limit`, to leave the best `top_k` [...] int32; 0, V and more leave all."""
     vocab_size = logits.shape[-1]
     others = vocab_size - jnp.where(top_k == 0, vocab_size, jnp.clip(top_k, 1, vocab_size))
     return jnp.ones(logits.shape, jnp.float32), others[..., None].astype(jnp.float32) + 1  # exact: V < 2^24

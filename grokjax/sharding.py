@@ -106,12 +106,12 @@ class ShardingRules:
 
     @classmethod
     def tensor_parallel(cls) -> Self:
-        """Heads, expert hidden and vocabulary over `model`, rows over `data`: the default."""
+        """The default rules: heads, expert hidden and vocabulary over `model`, rows over `data`."""
         return cls()
 
     @classmethod
     def expert_parallel(cls) -> Self:
-        """As tensor parallel, but whole experts are spread over `model`."""
+        """The rules of `tensor_parallel`, but with whole experts spread over `model`."""
         return cls(experts="model", ffn=None)
 
     def replace(self, **changes: str | None) -> Self:
@@ -147,7 +147,7 @@ class Partitioner:
         return partitioner
 
     def without_embed(self) -> "Partitioner":
-        """The same, with D of the weights whole: how they are used, gathered where the `embed` rule shards them."""
+        """This translator with D of the weights whole, as they are used: gathered where the rule `embed` shards it."""
         return dataclasses.replace(self, rules=self.rules.replace(embed=None))
 
     @property
@@ -156,7 +156,7 @@ class Partitioner:
         return self.mesh.devices.flat[0].platform
 
     def shards(self, axis: str) -> int:
-        """How many pieces the logical `axis` is cut into."""
+        """How many shards the logical `axis` is cut into."""
         name = self._mesh_axis(axis)
         return 1 if name is None else self.mesh.shape[name]
 
@@ -195,7 +195,7 @@ class Partitioner:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """Runs `function` on each device's own pieces; collectives inside name mesh axes."""
+        """Runs `function` on each device's own shards; collectives inside name mesh axes."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def psum(self, x: jax.Array, *axes: str) -> jax.Array:
@@ -204,12 +204,12 @@ class Partitioner:
         return jax.lax.psum(x, tuple(sorted(names))) if names else x
 
     def index(self, axis: str) -> jax.Array | int:
-        """Inside `shard_map`: this device's piece number, int32 [], along the logical `axis`."""
+        """Inside `shard_map`: the number of this device's shard, int32 [], along the logical `axis`."""
         name = self._mesh_axis(axis)
         return 0 if name is None else jax.lax.axis_index(name)
 
     def all_gather(self, x: jax.Array, axis: str, *, dimension: int) -> jax.Array:
-        """Inside `shard_map`: the pieces along the logical `axis`, joined along `dimension`."""
+        """Inside `shard_map`: the shards along the logical `axis`, joined along `dimension`."""
         name = self._mesh_axis(axis)
         return x if name is None else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
 

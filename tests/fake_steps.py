@@ -65,7 +65,7 @@ class FakePending:
 
 @dataclasses.dataclass
 class FakeScores:
-    """The scores of a piece of a prompt; `read` notes the same."""
+    """The scores of a chunk of a prompt; `read` notes the same."""
 
     steps: "FakeSteps"
     scores: np.ndarray
@@ -103,8 +103,8 @@ class FakeSteps:
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         self._dispatch("prefill", tokens.shape)
         assert len(set(rows.tolist())) == len(rows)
-        for piece, count, start, row in zip(tokens, counts, starts, rows, strict=True):
-            self._fill(piece, int(count), int(start), int(row))
+        for chunk, count, start, row in zip(tokens, counts, starts, rows, strict=True):
+            self._fill(chunk, int(count), int(start), int(row))
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> FakeScores:
         number = self._dispatch("score", tokens.shape)
@@ -128,7 +128,7 @@ class FakeSteps:
     def decode(self, settings: SlotSettings) -> FakePending:
         number = self._dispatch("decode", settings)
         ends = [0] * self.slots
-        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
+        for row in np.flatnonzero(settings.active).tolist():
             assert 0 < len(self.rows[row]) < self.max_len
             self.rows[row].append(entry_after(self.rows[row][-1], self.tokens[row]))
             ends[row] = self.rows[row][-1]
@@ -138,10 +138,9 @@ class FakeSteps:
         """The next token of each active row, which ends with the entry of `ends`; what a test lets a model draw."""
         self.unread.add(number)
         ids = np.zeros(self.slots, np.int32)
-        for row in np.flatnonzero(settings.packed[:, 5]).tolist():
-            seed, is_biased = int(settings.packed[row, 4]), settings.packed[row, 6]
-            bias = self.bias[row] if is_biased else None
-            ids[row] = self.tokens[row] = draw(ends[row], seed, len(self.rows[row]), bias)
+        for row in np.flatnonzero(settings.active).tolist():
+            bias = self.bias[row] if settings.biased[row] else None
+            ids[row] = self.tokens[row] = draw(ends[row], int(settings.seed[row]), len(self.rows[row]), bias)
         top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
         logprobs = -(ids / 8).astype(np.float32)
         return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)
@@ -164,12 +163,12 @@ class FakeSteps:
         del self.log[:-50]
         return self.programs
 
-    def _fill(self, piece: np.ndarray, count: int, start: int, row: int) -> None:
-        assert 1 <= count <= len(piece)
+    def _fill(self, chunk: np.ndarray, count: int, start: int, row: int) -> None:
+        assert 1 <= count <= len(chunk)
         assert start + count <= self.max_len
         assert len(self.rows[row]) >= start
         del self.rows[row][start:]
-        for token in piece[:count].tolist():
+        for token in chunk[:count].tolist():
             self.rows[row].append(entry_after(self.rows[row][-1] if self.rows[row] else 1, token))
         self.prompt_ends[row] = self.rows[row][-1]
 

@@ -31,7 +31,7 @@ from grokjax.sharding import ShardingRules, make_mesh
 
 CASE = "tiny-moe-s8"
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
-ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,)}
+ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,), "prefill_rows": 1}
 GENERATE = ["generate", "--dtype", "float32", "--ignore-eos", "--random"]
 PROMPT = ["abc", "--max-new-tokens", "4"]
 PREFIX = list(range(5, 16))
@@ -124,12 +124,11 @@ def counted_bytes() -> Iterator[list[int]]:
     release.Payload.read = read
 
 
-# Job -> whose function it is and at which of its calls a process dies: before all meet, between steps, between pieces
-# (before each of them is shown, `is_first` is asked).
+# Job -> whose function it is and at which of its calls a process dies: before all meet, or between steps.
 DEATHS: dict[str, tuple[Any, str, int]] = {
     "meeting": (generate, "on_first", 1),
     "batch": (ModelSteps, "decode", 10),
-    "prompt": (generate, "is_first", 10),
+    "prompt": (ModelSteps, "decode", 10),
 }
 
 

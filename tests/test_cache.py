@@ -1,5 +1,6 @@
 """The cache: its making, its one way of writing, and the rows that come and go."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from grokjax.cache import KVCache, QuantizedEntries, entry_bytes
 from grokjax.config import GrokConfig
-from grokjax.kernels import copy_row, scatter_entries, write
+from grokjax.kernels import CachePlace, copy_row, scatter_entries, write
 from grokjax.sharding import Partitioner, make_mesh
 
 TINY = GrokConfig.tiny()
@@ -43,6 +44,11 @@ def test_impossible_caches_are_refused(batch_size: int, max_len: int, message: s
         KVCache.create(TINY, batch_size, max_len)
 
 
+def place_at(layer: int, start: list[int], count: list[int]) -> CachePlace:
+    """All rows in order."""
+    return CachePlace(layer=jnp.int32(layer), start=jnp.array(start, jnp.int32), count=jnp.array(count, jnp.int32))
+
+
 @functools.cache
 def compiled_write():
     return jax.jit(write)
@@ -70,22 +76,21 @@ def test_write_does_what_a_loop_would(num_new: int, layer: int, start: list[int]
         for i in range(count[row]):
             if start[row] + i < LENGTH:
                 expected[layer, row, :, start[row] + i] = new[row, :, i]
-    place = {"layer": jnp.int32(layer), "start": jnp.array(start, jnp.int32), "count": jnp.array(count, jnp.int32)}
-    np.testing.assert_array_equal(compiled_write()(jnp.asarray(stack), jnp.asarray(new), **place), expected)
+    place = place_at(layer, start, count)
+    np.testing.assert_array_equal(compiled_write()(jnp.asarray(stack), jnp.asarray(new), place), expected)
     order = rng.permutation(ROWS)
-    moved = {"rows": jnp.asarray(order), "layer": place["layer"]}
-    moved |= {name: place[name][order] for name in ("start", "count")}
-    for_gpus = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new[order]), **moved)
+    moved = dataclasses.replace(place, rows=jnp.asarray(order), start=place.start[order], count=place.count[order])
+    for_gpus = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new[order]), moved)
     np.testing.assert_array_equal(for_gpus, expected)
-    scales = compiled_scatter()(jnp.asarray(stack[..., 0]), jnp.asarray(new[order, ..., 0]), **moved)
+    scales = compiled_scatter()(jnp.asarray(stack[..., 0]), jnp.asarray(new[order, ..., 0]), moved)
     np.testing.assert_array_equal(scales, expected[..., 0])
 
 
 def test_rows_held_elsewhere_are_not_written() -> None:
     """For GPUs: of rows that stand twice, those without new entries change nothing."""
     stack, new = np.zeros((1, 2, 1, 3, 1), np.float32), np.ones((3, 1, 1, 1), np.float32)
-    place = {"layer": jnp.int32(0), "rows": jnp.array([0, 0, 1]), "start": jnp.array([0, 1, 0])}
-    found = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new), **place, count=jnp.array([0, 1, 0]))
+    place = dataclasses.replace(place_at(0, [0, 1, 0], [0, 1, 0]), rows=jnp.array([0, 0, 1]))
+    found = compiled_scatter()(jnp.asarray(stack), jnp.asarray(new), place)
     np.testing.assert_array_equal(found[0, :, 0, :, 0], [[0, 1, 0], [0, 0, 0]])
 
 
@@ -194,9 +199,9 @@ class TestInt8:
         rng = np.random.default_rng(0)
         old = rng.standard_normal((LAYERS, ROWS, HEADS, LENGTH, DIM)).astype(np.float32)
         new = rng.standard_normal((ROWS, HEADS, NEW, DIM)).astype(np.float32)
-        place = {"layer": jnp.int32(1), "start": jnp.array(start, jnp.int32), "count": jnp.array(count, jnp.int32)}
-        written = compiled_write()(QuantizedEntries.of(jnp.asarray(old)), jnp.asarray(new), **place)
-        expected = QuantizedEntries.of(compiled_write()(jnp.asarray(old), jnp.asarray(new), **place))
+        place = place_at(1, start, count)
+        written = compiled_write()(QuantizedEntries.of(jnp.asarray(old)), jnp.asarray(new), place)
+        expected = QuantizedEntries.of(compiled_write()(jnp.asarray(old), jnp.asarray(new), place))
         np.testing.assert_array_equal(written.numbers, expected.numbers)
         np.testing.assert_array_equal(written.scales, expected.scales)
 

@@ -147,7 +147,7 @@ TOLD = {
         "batch",
         1,
     ): r"error: the model failed: .* Another process may have died: see its messages\. The results so far are",
-    ("prompt", 0): rf"{BY_JAX}|error in process 1: the model failed: .* Another process may have died",
+    ("prompt", 0): rf"{BY_JAX}|error in process 1: a step of all processes failed: .* Another process may have died",
     ("prompt", 1): r"error: the model failed: .* Another process may have died: see its messages\. If memory was short",
 }
 
@@ -329,7 +329,7 @@ def test_a_failed_step_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelSteps, "decode", fail)
     model = small_model(monkeypatch, dtype=np.float32)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        SharedSteps(model, **SIZES).decode(SlotSettings.of((), 1))
+        SharedSteps(model, **SIZES).decode(SlotSettings.of({}, 1))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(DistributedError, match=r"a step of all processes failed: .* reset by peer\. Another process"):
         follow(model)

@@ -1,11 +1,11 @@
 """What the documents show is run: Python blocks, commands, the examples in docstrings; links lead somewhere.
 
-`docs/contributing.md` describes the convention.
+`docs/contributing.md` describes the convention. `docs/make_site.py` makes a site of the documents.
 """
 
 import dataclasses
 import doctest
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -17,7 +17,12 @@ from builders import ROOT
 
 from grokjax import cli
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+sys.path.append(str(ROOT / "docs"))
+import draw
+import make_site
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks" / "notebook").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *PAGES]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "grokjax").rglob("*.py")
@@ -104,6 +109,43 @@ def test_prose_fits_in_a_line(document: Path) -> None:
     """120 characters, as in the code; tables and blocks are as wide as they must be."""
     prose = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("document", PAGES, ids=name)
+def test_a_page_begins_with_what_its_reader_can_do_after_it(document: Path) -> None:
+    assert re.match(r"# .+\n\nAfter reading this page you ", document.read_text())
+
+
+def test_the_readme_s_tree_has_every_department() -> None:
+    tree = re.findall(r"^  (\w+)/ ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(tree) == sorted(path.parent.name for path in (ROOT / "grokjax").glob("*/__init__.py"))
+
+
+def test_the_notebook_s_index_has_every_page() -> None:
+    folder = ROOT / "benchmarks" / "notebook"
+    listed = re.findall(r"^\| \[.+\]\((.+)\) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    assert sorted([*listed, "README.md"]) == sorted(path.name for path in folder.iterdir())
+
+
+def test_the_site_has_every_document_and_every_department_s_public_names() -> None:
+    rows = draw.read_rows(draw.PAGE.read_text())
+    modules = ["grokjax", *(f"grokjax.{name}" for _, name, _ in rows if not name.startswith("__"))]
+    pages = [*map(name, DOCUMENTS), "CHANGELOG.md", "tests/golden/README.md"]
+    assert sorted(make_site.read_pages()) == sorted([*pages, *(f"reference/{module}.md" for module in modules)])
+
+
+def test_the_site_has_the_files_that_its_pages_link_to(tmp_path: Path) -> None:
+    make_site.gather(["README.md", "docs/fidelity.md", "reference/grokjax.engine.md"], tmp_path)
+    for file in ("README.md", "LICENSE", "grokjax/model/steps.py", "docs/fidelity.md", "tests/reference.py"):
+        assert (tmp_path / file).read_bytes() == (ROOT / file).read_bytes()
+    assert not (tmp_path / "tests" / "golden").exists()  # a page, which comes by its own name
+    assert "\n::: grokjax.engine\n" in (tmp_path / "reference" / "grokjax.engine.md").read_text()
+
+
+def test_a_site_without_its_extra_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", {"mkdocstrings": object()}.get)
+    with pytest.raises(SystemExit, match=r"not installed \(zensical\): pip install -e '\.\[docs\]'"):
+        make_site.main()
 
 
 def test_blocks_know_their_line_and_whether_they_run() -> None:

@@ -3,13 +3,16 @@
 import ast
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from builders import ROOT
 
-PACKAGE = ROOT / "grokjax"
-NOUNS = 1  # the order whose modules may import from those above them in the table
+sys.path.append(str(ROOT / "docs"))
+import draw
+from draw import NOUNS, PACKAGE, find_module, module_name, read_imports, read_names
+
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 # Who imports an inner module of a department from outside, and why: they replace something where it is looked up, or
 # count its calls, and serve tests of several departments.
@@ -22,10 +25,9 @@ INSIDE = {
 
 def read_table(text: str) -> dict[str, int]:
     """Package or module -> order, of the rows `| order | package or module | holds |`, as they follow each other."""
-    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| .+ \|$", text, re.MULTILINE)
-    names = [name for _, name in rows]
+    names = [name for _, name, _ in draw.read_rows(text)]
     assert len(names) == len(set(names)), "a name stands twice in the table"
-    return {name: int(order) for order, name in rows}
+    return {name: order for order, name, _ in draw.read_rows(text)}
 
 
 def read_lists(text: str) -> dict[str, list[str]]:
@@ -35,36 +37,6 @@ def read_lists(text: str) -> dict[str, list[str]]:
         package: re.findall(r"^\* `([\w.]+)`: ", re.split(r"^#", part, maxsplit=1, flags=re.MULTILINE)[0], re.MULTILINE)
         for package, part in zip(parts[::2], parts[1::2], strict=True)
     }
-
-
-def module_name(path: Path) -> str:
-    """`config` for grokjax/config.py, `__init__` for the package itself, `kernels` for grokjax/kernels/__init__.py."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
-def read_names(source: str) -> set[str]:
-    """What a source imports of the package, without its name; anywhere: inside functions and TYPE_CHECKING too."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import; write grokjax in full"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.removeprefix("grokjax").lstrip(".") for name in names if name.split(".")[0] == "grokjax"}
-
-
-def find_module(name: str, modules: set[str]) -> str:
-    """The module that `name` lies in: the longest prefix that is one, else the package's own `__init__`."""
-    while name and name not in modules:
-        name = name.rpartition(".")[0]
-    return name or "__init__"
-
-
-def read_imports(source: str, modules: set[str]) -> set[str]:
-    """The modules of the package that a source imports."""
-    return {find_module(name, modules) for name in read_names(source)}
 
 
 def find_trespasses(source: str, own: str | None, doors: dict[str, set[str]]) -> set[str]:
@@ -102,7 +74,7 @@ def department_of(path: Path) -> str | None:
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
 ORDERS, LISTS = read_table(TEXT), read_lists(TEXT)
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-IMPORTS = {module: read_imports(path.read_text(), set(SOURCES)) for module, path in SOURCES.items()}
+IMPORTS = draw.read_package()
 DEPARTMENTS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 DOORS = {name: set(importlib.import_module(f"grokjax.{name}").__all__) for name in DEPARTMENTS}
 FILES = [path for folder in ("grokjax", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -174,6 +146,42 @@ def test_a_front_door_says_what_is_behind_it(department: str) -> None:
 @pytest.mark.parametrize("module", SOURCES)
 def test_module_is_named_for_what_it_holds(module: str) -> None:
     assert not EMPTY_NAMES & set(module.split("."))
+
+
+def test_the_picture_is_what_the_command_draws() -> None:
+    assert draw.DRAWN.search(TEXT)
+    assert draw.renew(TEXT) == TEXT, "run docs/draw.py --write"
+
+
+def test_an_old_picture_is_told_and_drawn_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(draw.DRAWN.sub(r"\1old\n\2", TEXT))
+    monkeypatch.setattr(draw, "PAGE", page)
+    monkeypatch.setattr(sys, "argv", ["draw.py"])
+    with pytest.raises(SystemExit, match=r"is not that of the imports: run docs/draw\.py --write"):
+        draw.main()
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--write"])
+    draw.main()
+    assert page.read_text() == TEXT
+
+
+def test_a_picture_shows_each_department_and_only_lines_that_do_not_follow_from_others() -> None:
+    rows = "| 1 | `config` | sizes |\n| 1 | `cache` | keys |\n| 2 | `model` | `init` |\n| 8 | `__main__` | runs |\n"
+    imports = {"config": set(), "cache": {"config"}, "model": {"cache", "model.x"}, "model.x": {"config"}}
+    imports["__main__"] = {"model", "config"}
+    assert (
+        draw.draw(rows, imports)
+        == """\
+```mermaid
+flowchart TD
+  main["<b>__main__</b><br>runs"]
+  model["<b>model</b><br>init"]
+  nouns["<b>the nouns</b><br>config, cache"]
+  main --> model
+  model --> nouns
+```
+"""
+    )
 
 
 def test_every_form_of_import_is_seen() -> None:

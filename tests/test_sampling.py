@@ -105,13 +105,13 @@ def test_top_p_keeps_the_exact_count_at_the_full_vocabulary(case: dict) -> None:
 @pytest.mark.parametrize("case", SAMPLE_CASES, ids=lambda case: f"{case['i']}-{case['rng']}")
 def test_sample_token_gives_the_release_s_tokens_for_its_keys(case: dict, typed: bool) -> None:
     arrays, name = load_pure().arrays, case["i"]
-    controls = {field: arrays[f"{name}_{field}"] for field in ("temperature", "nucleus_p", "mask")}
+    temperature, top_p, mask = (arrays[f"{name}_{field}"] for field in ("temperature", "nucleus_p", "mask"))
     keys = jnp.asarray(arrays[f"{name}_keys"])
     with threefry_partitionable(case["rng"] == "part"):
         output = sample(
             jax.random.wrap_key_data(keys) if typed else keys,
             arrays[f"{name}_logits"][:, 0],
-            SampleSettings.create(case["B"], **controls),
+            SampleSettings.create(case["B"], temperature=temperature, top_p=top_p, mask=mask),
             num_top=8,
         )
     for kind in ("jit", "eager"):
@@ -127,8 +127,8 @@ def test_the_release_s_degenerate_settings_give_its_intended_token() -> None:
     logits = load_pure().arrays["degenerate_logits"][:, 0]
     cases = [case for case in load_pure().tables["sample_degenerate"] if case["temperature"] >= 0]
     for case in cases:
-        controls = {name: case[name] for name in ("temperature", "nucleus_p")}
-        output = sample(keys_of(1), logits, SampleSettings.create(1, **controls), num_top=8)
+        settings = SampleSettings.create(1, temperature=case["temperature"], top_p=case["nucleus_p"])
+        output = sample(keys_of(1), logits, settings, num_top=8)
         assert output.token_id.item() == case["argmax"]
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(output))
     assert len(cases) == 10
@@ -186,7 +186,7 @@ def test_min_p_is_its_definition(logits: np.ndarray, min_p: float) -> None:
 @given(
     logits=rows_of_logits,
     temperature=st.sampled_from([0.0, 1e-40, 1e-30, 1e-6, 0.3, 1.0, 50.0, 1e38]),
-    nucleus_p=fractions,
+    top_p=fractions,
     top_k=st.integers(0, 45),
     min_p=fractions,
     seed=st.integers(0, 2**31 - 1),
@@ -251,7 +251,7 @@ def test_a_masked_token_is_never_drawn(temperature: float) -> None:
 
 def test_draws_follow_the_filtered_distribution() -> None:
     logits, draws = normal(12, seed=3), 4000
-    output = draw_many(logits, draws, temperature=0.8, nucleus_p=0.9, top_k=9, min_p=0.01)
+    output = draw_many(logits, draws, temperature=0.8, top_p=0.9, top_k=9, min_p=0.01)
     scaled = logits / np.float32(0.8)
     filtered = np.where(np.asarray(top_k_filter(scaled, 9)) > -1e9, scaled, EXCLUDED)
     filtered = np.asarray(top_p_filter(min_p_filter(filtered, 0.01), 0.9))
@@ -287,7 +287,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     logits, keys = normal(4, 64), keys_of(4)
     controls = {
         "temperature": np.array([0.0, 0.7, 1.0, 1.3]),
-        "nucleus_p": np.array([1.0, 0.9, 1.0, 0.5]),
+        "top_p": np.array([1.0, 0.9, 1.0, 0.5]),
         "top_k": np.array([0, 5, 0, 0]),
         "min_p": np.array([0.0, 0.0, 0.05, 0.0]),
     }
@@ -358,9 +358,9 @@ def test_ranks_and_random_numbers_only_inside_a_condition_and_nothing_is_sorted(
         ({}, 0),
         ({"min_p": 0.1}, 0),
         ({"top_k": [0, 5]}, 1),
-        ({"nucleus_p": [1.0, 0.5]}, 1),
-        ({"top_k": 5, "nucleus_p": 0.5}, 2),
-        ({"top_k": 5, "nucleus_p": 0.5, "active": [False, False]}, 0),
+        ({"top_p": [1.0, 0.5]}, 1),
+        ({"top_k": 5, "top_p": 0.5}, 2),
+        ({"top_k": 5, "top_p": 0.5, "active": [False, False]}, 0),
     ],
 )
 def test_ranks_are_looked_for_only_if_an_active_row_asks(
@@ -381,7 +381,7 @@ def test_ranks_are_looked_for_only_if_an_active_row_asks(
 @pytest.mark.parametrize("spec", [("rows", None), (None, "vocab"), ("rows", "vocab")])
 def test_sharded_logits_give_the_same_tokens(spec: tuple[str | None, str | None]) -> None:
     logits, keys = normal(4, 64), keys_of(4)
-    controls = SampleSettings.create(4, nucleus_p=0.9, top_k=20, mask=np.arange(64) > 3)
+    controls = SampleSettings.create(4, top_p=0.9, top_k=20, mask=np.arange(64) > 3)
     expected = sample(keys, logits, controls, num_top=4)
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("rows", "vocab"))
     sharded = jax.device_put(logits, NamedSharding(mesh, PartitionSpec(*spec)))

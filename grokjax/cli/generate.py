@@ -19,9 +19,9 @@ from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_b
 from grokjax.cli.console import BatchProgress, ByteProgress, say
 from grokjax.cli.options import add_processes, choose_mesh, join_processes, named_config, read_config
 from grokjax.distributed import is_first, on_first
-from grokjax.engine import Engine, check_limits, encode_prompt, follow
+from grokjax.engine import Engine, Intake, follow
 from grokjax.errors import first_line
-from grokjax.request import Request
+from grokjax.request import Request, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
     """Refuses now what would be refused after the model has loaded, which takes minutes."""
-    check_limits(max_new_tokens=arguments.max_new_tokens, seed=arguments.seed)
+    check_integer("max_new_tokens", arguments.max_new_tokens, 1)
     Request([], **_settings(arguments))
     if arguments.slots < 1:
         raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
@@ -188,12 +188,16 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
 
 
 def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
+    """Of several processes, the first has the text, and the others step the model with it."""
     max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
-    encode_prompt(source.tokenizer, arguments.prompt, max_len=max_len, add_bos=add_bos)
+    intake = Intake(source.tokenizer, config=source.config, max_len=max_len, max_logprobs=0, add_bos=add_bos)
+    intake.encode(arguments.prompt)  # refused now, not after the model has loaded
+    model = source.make()
+    if not is_first():
+        follow(model)
+        return 0
     cache_dtype = arguments.cache_dtype
-    generator = TextGenerator(
-        source.make(), source.tokenizer, max_len=max_len, add_bos=add_bos, cache_dtype=cache_dtype
-    )
+    generator = TextGenerator(model, source.tokenizer, max_len=max_len, add_bos=add_bos, cache_dtype=cache_dtype)
     _stream(generator, arguments)
     return 0
 
@@ -214,9 +218,8 @@ def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
 
 
 def _show(text: str) -> None:
-    if is_first():
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _random_source(arguments: argparse.Namespace) -> _Source:

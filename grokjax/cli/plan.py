@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,24 +79,26 @@ def _run(arguments: argparse.Namespace) -> None:
     _simulate_devices(target.num_devices)
     if target.missing:
         say(f"without {target.missing}, the compiler for CPUs stands in for that of {target}")
-    options: dict[str, Any] = {
-        "target": target,
-        "max_len": arguments.max_len,
-        "prompt_len": arguments.prompt,
-        "prefill_rows": arguments.prefill_rows,
-        "dtype": arguments.dtype,
-        "cache_dtype": arguments.cache_dtype,
-        "quantized": not arguments.plain,
-        "collective_latency": arguments.latency_us / 1e6,
-    }
+    ask: Callable[..., Any] = functools.partial(
+        suggest if arguments.suggest else plan,
+        config,
+        target=target,
+        max_len=arguments.max_len,
+        prompt_len=arguments.prompt,
+        prefill_rows=arguments.prefill_rows,
+        dtype=arguments.dtype,
+        cache_dtype=arguments.cache_dtype,
+        quantized=not arguments.plain,
+        collective_latency=arguments.latency_us / 1e6,
+    )
     if arguments.batch is not None:
-        options["batch_size"] = arguments.batch
+        ask = functools.partial(ask, batch_size=arguments.batch)
     if arguments.suggest:
-        found = suggest(config, **options, progress=_say_suggestion)
+        found = ask(progress=_say_suggestion)
         records = [_suggestion_record(one) for one in found]
         print(json.dumps(records) if arguments.json else table_text(_suggestions_table(found)))
         return
-    made = plan(config, **options, mesh=mesh, rules=RULES[arguments.rules or "tensor"])
+    made = ask(mesh=mesh, rules=RULES[arguments.rules or "tensor"])
     print(json.dumps(plan_record(made)) if arguments.json else f"{_title(made)}\n{table_text(_plan_table(made))}")
     if arguments.plot is not None:
         _draw(made, arguments.plot)
@@ -125,7 +129,7 @@ def _target(arguments: argparse.Namespace) -> Target:
 
 
 def _simulate_devices(count: int) -> None:
-    """As many CPU devices as the machine has; where JAX runs already, those that it has must do."""
+    """Simulates as many CPU devices as the machine has; where JAX runs already, those that it has must do."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
@@ -151,8 +155,8 @@ def plan_record(made: Plan) -> dict[str, Any]:
         "memory_bytes_per_device": made.target.accelerator.memory_bytes,
         "usable_bytes_per_device": made.target.accelerator.usable_bytes,
         "fits": made.fits,
-        "largest_batch_size": made.largest_batch_size,
-        "largest_max_len": made.largest_max_len,
+        "largest_batch_size": made.find_largest_batch_size(),
+        "largest_max_len": made.find_largest_max_len(),
         "decode": _step_record(made.decode),
         "prefill": _step_record(made.prefill),
     }
@@ -228,8 +232,8 @@ def _add_memory(table: Table, made: Plan) -> None:
     usable = made.target.accelerator.usable_bytes
     if usable is not None:
         table.add_row("  usable", _memory(usable), "fits" if made.fits else "does not fit")
-        table.add_row(f"  most rows of {made.max_len}", str(made.largest_batch_size))
-        table.add_row("  most tokens a row", str(made.largest_max_len))
+        table.add_row(f"  most rows of {made.max_len}", str(made.find_largest_batch_size()))
+        table.add_row("  most tokens a row", str(made.find_largest_max_len()))
 
 
 def _add_step(table: Table, name: str, step: StepPlan) -> None:

@@ -79,7 +79,7 @@ class AsyncEngine:
         return self._pieces(request, [])
 
     async def metrics(self) -> Metrics:
-        """The engine's, between two steps."""
+        """What the engine does now and did so far, as it is between two steps."""
         return await self._between_steps(self._engine.metrics)
 
     async def _pieces(self, request: Request, handles: list[Handle]) -> AsyncIterator[Piece]:
@@ -87,9 +87,8 @@ class AsyncEngine:
         try:
             handle = await self._between_steps(lambda: self._submit(request, handles))
             while True:
-                is_done = (
-                    handle.is_done
-                )  # before the pieces are looked at: the thread that steps adds the last ones first
+                # Before the pieces are looked at: the thread that steps adds the last ones first.
+                is_done = handle.is_done
                 while number < len(handle.pieces):
                     yield handle.pieces[number]
                     number += 1

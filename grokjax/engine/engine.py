@@ -5,21 +5,21 @@ import contextlib
 import functools
 import itertools
 import os
-import reprlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from jax.typing import DTypeLike
 
+from grokjax.engine.intake import Intake, check_request, iterate_requests, list_prompts
 from grokjax.engine.metrics import Meter, Metrics
-from grokjax.engine.protocol import Pending, Steps
-from grokjax.engine.sample import Handle, Intake, LiveSample
+from grokjax.engine.protocol import MakeSteps, Pending
+from grokjax.engine.sample import Handle, LiveSample, check_handle
 from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets
 from grokjax.engine.shared_steps import make_steps as steps_of_model
 from grokjax.engine.warm_up import WarmedStep, warm_up
-from grokjax.model import Drawn, SlotSettings
-from grokjax.request import Completion, FinishReason, Piece, Request, is_integer
+from grokjax.model import Drawn, Grok, SlotSettings
+from grokjax.request import Completion, FinishReason, Piece, Request
 from grokjax.tokenizer import Tokenizer
 
 _Rows = tuple[tuple[int, LiveSample], ...]
@@ -39,10 +39,10 @@ class Engine:
         give and get token ids, and the token that the configuration names ends them.
       slots: B, requests that run at once.
       max_len: S, tokens of prompt and continuation together; by default the model's longest sequence.
-      prefill_buckets: padded lengths of prompts. A longer prompt is taken in pieces of the largest, a decode step
+      prefill_buckets: padded lengths of prompts. A longer prompt is taken in chunks of the largest, a decode step
         between two of them. By default those of 16, 64, 256 and 1024 that fit.
       prefill_rows: prompts of one bucket that are prefilled together at most; of those waiting, a power of two is. A
-        prompt of several pieces goes alone.
+        prompt of several chunks goes alone.
       max_queue: no request is taken while so many samples wait for a slot, and none of more samples than that.
       max_logprobs: most probable tokens that a request may ask for.
       reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
@@ -59,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: Grok,
         tokenizer: Tokenizer | None = None,
         *,
         slots: int = 8,
@@ -72,7 +72,7 @@ class Engine:
         add_bos: bool = False,
         cache_dtype: DTypeLike | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        make_steps: Callable[..., Steps] = steps_of_model,
+        make_steps: MakeSteps = steps_of_model,
     ):
         max_len = model.config.max_seq_len if max_len is None else max_len
         self._intake = Intake(
@@ -86,11 +86,11 @@ class Engine:
             max_queue=max_queue,
             reuse_prefixes=reuse_prefixes,
         )
-        sizes = {"slots": len(self._scheduler.running), "max_len": max_len, "num_top": max_logprobs}
-        self._steps = make_steps(model, **sizes, cache_dtype=cache_dtype)
+        self._steps = make_steps(
+            model, slots=self._scheduler.slots, max_len=max_len, num_top=max_logprobs, cache_dtype=cache_dtype
+        )
         self._clock, self._meter = clock, Meter()
         self._live: dict[LiveSample, None] = {}
-        self._siblings: dict[Handle, tuple[int, list[LiveSample]]] = {}  # until the first sample's prefill is under way
         self._in_flight: collections.deque[Callable[[], None]] = collections.deque()
         self._ended: list[Handle] = []
         self._last_settings: tuple[_Rows, SlotSettings] | None = None
@@ -105,7 +105,7 @@ class Engine:
     @property
     def has_room(self) -> bool:
         """Whether the queue takes another request."""
-        return self._scheduler.queue.has_room
+        return self._scheduler.has_room
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +130,7 @@ class Engine:
         if self._live or self._in_flight:
             raise ValueError("requests are running: warm the engine up before the first, or after the last.")
         scheduler = self._scheduler
-        scheduler.held.clear()
+        scheduler.forget_rows()
         with self._failing():
             return warm_up(
                 self._steps, scheduler.buckets, scheduler.group_sizes, cache_dir=cache_dir, clock=self._clock
@@ -147,22 +147,17 @@ class Engine:
           ValueError: A step of the model failed before: the engine is over. Or this is no `Request`.
         """
         self._check_open()
-        if not isinstance(request, Request):
-            raise ValueError(f"submit takes a request, not {reprlib.repr(request)}: make one with Request(prompt).")
-        self._scheduler.queue.check_room()
+        check_request(request)
+        self._scheduler.check_room()
         handle, now = Handle(request), self._clock()
         try:
-            self._scheduler.queue.check_count(request.n)
-            first, *others = self._intake.samples(handle, now)
+            samples = self._intake.samples(handle, now)
+            self._scheduler.submit(*samples)
         except Exception as error:  # a tokenizer may raise anything
             for number in range(request.n):
                 self._finish(LiveSample(handle, number, submitted=now), "error", error)
             return handle
-        self._live.update(dict.fromkeys([first, *others]))
-        arrival = self._scheduler.queue.push(first)
-        if others:
-            self._scheduler.queue.hold(others)
-            self._siblings[handle] = (arrival, others)
+        self._live.update(dict.fromkeys(samples))
         return handle
 
     def cancel(self, handle: Handle) -> None:
@@ -171,15 +166,15 @@ class Engine:
         Raises:
           ValueError: This is no `Handle`.
         """
-        _check_handle("cancel", handle)
+        check_handle("cancel", handle)
         for sample in [sample for sample in self._live if sample.handle is handle]:
             self._finish(sample, "cancelled")
 
     def step(self) -> list[Handle]:
-        """Fills free slots, prefills at most one group of pieces, decodes one token for each running request.
+        """Fills free slots, prefills at most one group of chunks, decodes one token for each running request.
 
         The tokens that it dispatches are read in the next step, when the device already works on those after them; or
-        in this one, while further pieces of prompts wait.
+        in this one, while further chunks of prompts wait.
 
         Returns:
           The requests that have ended and were not reported yet, by this or as the end of their `stream`.
@@ -201,7 +196,7 @@ class Engine:
         Raises:
           ValueError: The request is not of this engine, or this is no `Handle`.
         """
-        _check_handle("stream", handle)
+        check_handle("stream", handle)
         if not handle.is_done and not any(sample.handle is handle for sample in self._live):
             raise ValueError("this request is not in this engine: stream it from the engine it was given to.")
         for number in itertools.count():
@@ -218,9 +213,7 @@ class Engine:
         Raises:
           ValueError: This is nothing to take requests from, or what `submit` says of one of them.
         """
-        if not isinstance(requests, Iterable):
-            raise ValueError(f"as_completed takes requests in a list, not {reprlib.repr(requests)}.")
-        source, running = iter(requests), dict[Handle, None]()
+        source, running = iterate_requests(requests), dict[Handle, None]()
         exhausted = False
         try:
             while running or not exhausted:
@@ -248,7 +241,7 @@ class Engine:
         Raises:
           ValueError: An option is out of range, or `prompts` is one prompt.
         """
-        requests = [Request(prompt, **options) for prompt in _listed(prompts)]
+        requests = [Request(prompt, **options) for prompt in list_prompts(prompts)]
         handles = {handle.request: handle for handle in self.as_completed(requests)}
         return [sample for request in requests for sample in handles[request].samples]
 
@@ -264,15 +257,12 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """What the engine does now and did so far."""
-        scheduler = self._scheduler
-        return self._meter.snapshot(
-            queue_length=len(scheduler.queue),
-            active_slots=sum(sample is not None for sample in scheduler.running),
-            cache_occupancy=scheduler.occupancy,
-        )
+        waiting, running = self._scheduler.num_waiting, len(self._scheduler.running)
+        occupancy = self._scheduler.occupancy
+        return self._meter.snapshot(queue_length=waiting, active_slots=running, cache_occupancy=occupancy)
 
     def _advance(self) -> None:
-        """What `step` does."""
+        """Makes one step, and leaves it to its callers to tell which requests have ended."""
         self._check_open()
         start = self._clock()
         with self._failing():
@@ -280,8 +270,8 @@ class Engine:
             prefilled = self._prefill()
             self._begin(ready + [sample for sample in prefilled if not sample.chunks])
             decoded = self._decode()
-            # While pieces of prompts wait nothing is dispatched ahead: whoever comes now waits for this piece alone.
-            is_ahead = decoded and not self._scheduler.has_pieces
+            # While chunks of prompts wait nothing is dispatched ahead: whoever comes now waits for this chunk alone.
+            is_ahead = decoded and not self._scheduler.has_chunks
             while len(self._in_flight) > is_ahead:
                 self._in_flight.popleft()()
             if prefilled and not is_ahead:
@@ -306,7 +296,7 @@ class Engine:
         return [admission.job for admission in admissions if admission.is_complete]
 
     def _prefill(self) -> tuple[LiveSample, ...]:
-        """Dispatches one group of pieces; returns the samples that they belong to."""
+        """Dispatches one group of chunks; returns the samples that they belong to."""
         group = self._scheduler.next_prefill()
         if group is None:
             return ()
@@ -324,36 +314,34 @@ class Engine:
         self._in_flight.append(lambda: sample.push_scores(pending.read()[: chunk.count]))
 
     def _begin(self, samples: list[LiveSample]) -> None:
-        """Draws the first tokens of samples whose prompts are prefilled, and lets the samples beside them follow."""
+        """Draws the first tokens of samples whose prompts are prefilled."""
         for sample in samples:
-            arrival, siblings = self._siblings.pop(sample.handle, (0, []))
-            for sibling in siblings:
-                self._scheduler.queue.push(sibling, arrival=arrival)
             if not sample.limit:
                 self._scheduler.release(sample)
                 self._in_flight.append(functools.partial(self._finish, sample, "length"))
-        rows = _rows(sample for sample in samples if sample.limit)
-        if rows:
-            self._dispatched(self._steps.begin(SlotSettings.of(rows, self._steps.slots)), rows)
+        self._dispatch(self._steps.begin, [sample for sample in samples if sample.limit])
 
     def _decode(self) -> bool:
-        """Dispatches a decode step for the running samples that have another token to come."""
-        running = (sample for sample in self._scheduler.running if sample is not None)
-        rows = _rows(sample for sample in running if sample.dispatched)
+        """Dispatches a decode step for the running samples that have another token to come, if there are any."""
+        running = [sample for sample in self._scheduler.running if sample.dispatched]
+        return self._dispatch(self._steps.decode, running)
+
+    def _dispatch(self, step: Callable[[SlotSettings], Pending], samples: list[LiveSample]) -> bool:
+        """Dispatches a step that draws a token for each of some running samples; says whether there are any."""
+        rows = tuple((sample.slot, sample) for sample in samples if sample.slot is not None)
         if not rows:
             return False
         if self._last_settings is None or self._last_settings[0] != rows:
-            self._last_settings = (rows, SlotSettings.of(rows, self._steps.slots))
-        self._dispatched(self._steps.decode(self._last_settings[1]), rows)
-        return True
-
-    def _dispatched(self, pending: Pending, rows: _Rows) -> None:
+            settings = SlotSettings.of({slot: sample.row for slot, sample in rows}, self._steps.slots)
+            self._last_settings = rows, settings
+        pending = step(self._last_settings[1])
         self._in_flight.append(functools.partial(self._take_tokens, pending, rows))
         for _, sample in rows:
             sample.dispatched += 1
             if sample.dispatched == sample.limit:
                 # Nothing more comes from its row, so another may have it before the last tokens are read.
                 self._scheduler.release(sample)
+        return True
 
     def _take_tokens(self, pending: Pending, rows: _Rows) -> None:
         drawn, now = pending.read(), self._clock()
@@ -369,13 +357,10 @@ class Engine:
         except Exception as error:  # a tokenizer may raise anything
             self._finish(sample, "error", error)
             return
-        self._meter.note_token(
-            since_submission=now - sample.times.submitted if last is None else None,
-            since_last=None if last is None else now - last,
-        )
-        if sample.slot is not None and last is not None:
+        self._meter.note_token(now - (sample.times.submitted if last is None else last), is_first=last is None)
+        if last is not None:
             # That a token was drawn after it shows that the last one's keys and values are in the row.
-            self._scheduler.held.extend(sample.slot, sample.token_ids[-2])
+            self._scheduler.note_token(sample, sample.token_ids[-2])
         if reason is not None:
             self._finish(sample, reason)
 
@@ -389,9 +374,6 @@ class Engine:
         self._meter.finished[completion.finish_reason] += 1
         if sample.handle.is_done:
             self._ended.append(sample.handle)
-        _, siblings = self._siblings.pop(sample.handle, (0, []))
-        for sibling in siblings:
-            self._finish(sibling, reason, error)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -415,24 +397,3 @@ class Engine:
                 f"a step of this engine failed ({type(self._failure).__name__}: {self._failure}) and its cache is lost "
                 "with it: make a new engine."
             ) from self._failure
-
-
-def _listed(prompts: object) -> list[Any]:
-    """Several prompts; one alone is refused, or each of its letters or tokens would be taken for one."""
-    if not isinstance(prompts, str) and isinstance(prompts, Iterable):
-        listed = list(prompts)
-        if not any(is_integer(prompt) for prompt in listed):
-            return listed
-    raise ValueError(
-        f"generate takes a list of prompts, not {reprlib.repr(prompts)}: put the text, or the list of token ids, into "
-        "a list."
-    )
-
-
-def _check_handle(name: str, handle: object) -> None:
-    if not isinstance(handle, Handle):
-        raise ValueError(f"{name} takes what submit returned, not {reprlib.repr(handle)}: submit the request first.")
-
-
-def _rows(samples: Iterable[LiveSample]) -> _Rows:
-    return tuple((sample.slot, sample) for sample in samples if sample.slot is not None)

@@ -12,7 +12,13 @@ _WINDOW = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Percentiles:
-    """Of the recent values, in seconds; None where there were none."""
+    """How long something took lately: 50, 90 and 99 percent of the recent values are at most so many seconds.
+
+    Attributes:
+      p50: the median; None where there were no values, as are the others.
+      p90: the 90th percentile.
+      p99: the 99th percentile.
+    """
 
     p50: float | None
     p90: float | None
@@ -20,7 +26,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Percentiles":
-        """Those of some values."""
+        """The percentiles of some values in seconds."""
         array = np.fromiter(values, float)
         if not array.size:
             return cls(None, None, None)
@@ -29,7 +35,7 @@ class Percentiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """An engine at one moment, and since it was made.
+    """What an engine does at one moment, and what it did since it was made.
 
     Attributes:
       queue_length: requests that wait for a slot.
@@ -70,7 +76,7 @@ class Metrics:
 
 
 class Meter:
-    """Counts for `Metrics`; its memory does not grow."""
+    """Counts what `Metrics` tells; its memory does not grow."""
 
     def __init__(self) -> None:
         self.steps = self.prompts = self.prompt_tokens = self.reused_tokens = self.prefix_hits = self.new_tokens = 0
@@ -81,22 +87,24 @@ class Meter:
         self._between: collections.deque[float] = collections.deque(maxlen=_WINDOW)
 
     def note_prompt(self, length: int, reused: int) -> None:
-        """A prompt got a slot."""
+        """Counts a prompt that got a slot, and how many of its tokens were taken from another request's row."""
         self.prompts += 1
         self.prompt_tokens += length
         self.reused_tokens += reused
         self.prefix_hits += reused > 0
 
-    def note_token(self, *, since_submission: float | None, since_last: float | None) -> None:
-        """A token was given out: the first of a sample, or one after another."""
+    def note_token(self, seconds: float, *, is_first: bool) -> None:
+        """Counts a token that was given out.
+
+        Args:
+          seconds: after the submission, for the first token of a sample; for others, after the token before.
+          is_first: whether it is the first of its sample.
+        """
         self.new_tokens += 1
-        if since_submission is not None:
-            self._first_token.append(since_submission)
-        if since_last is not None:
-            self._between.append(since_last)
+        (self._first_token if is_first else self._between).append(seconds)
 
     def note_step(self, seconds: float, *, prefilled: bool, decoded: bool) -> None:
-        """A step was made; it dispatched these programs."""
+        """Counts a step, its time, and whether it dispatched a prefill and a decode step."""
         self.steps += 1
         self._busy += seconds
         if decoded and not prefilled:
@@ -107,7 +115,7 @@ class Meter:
             self._prefill += max(0.0, seconds - usual)
 
     def snapshot(self, *, queue_length: int, active_slots: int, cache_occupancy: float) -> Metrics:
-        """The numbers now."""
+        """What was counted so far, with what the engine does now."""
         busy = self._busy or 1.0
         return Metrics(
             queue_length=queue_length,

@@ -3,26 +3,27 @@
 from typing import Protocol
 
 import numpy as np
+from jax.typing import DTypeLike
 
-from grokjax.model import DrawnTokens, SlotSettings
+from grokjax.model import DrawnTokens, Grok, SlotSettings
 
 
 class Pending(Protocol):
-    """Tokens that a dispatched step draws."""
+    """The tokens that a dispatched step draws."""
 
     def read(self) -> DrawnTokens:
-        """Waits for them."""
+        """Waits for the step; gives what its rows drew."""
 
 
 class PendingScores(Protocol):
-    """Log-probabilities of a piece of a prompt, which a dispatched step computes."""
+    """Log-probabilities of a chunk of a prompt, which a dispatched step computes."""
 
     def read(self) -> np.ndarray:
-        """Waits for them; float32 [T]."""
+        """Waits for the step; gives the log-probabilities, float32 [T]."""
 
 
 class Steps(Protocol):
-    """What an engine asks of a model: rows that hold sequences, and steps that are dispatched and read later."""
+    """What an engine asks of a model: rows that hold samples, and steps that are dispatched and read later."""
 
     slots: int
     max_len: int
@@ -30,17 +31,17 @@ class Steps(Protocol):
     num_top: int
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
-        """Cuts some rows back to `starts` and adds pieces of prompts; keeps the logits at each piece's end.
+        """Cuts some rows back to `starts` and adds chunks of prompts; keeps the logits at each chunk's end.
 
         Args:
           tokens: int32 [P, T], right-padded.
-          counts: int32 [P], real tokens of each piece.
+          counts: int32 [P], real tokens of each chunk.
           starts: int32 [P], entries that the row holds before.
           rows: int32 [P], different slots.
         """
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> PendingScores:
-        """`prefill` of one piece [T] that also gives the log-probability of a target [T] at each of its positions."""
+        """`prefill` of one chunk [T] that also gives the log-probability of a target [T] at each of its positions."""
 
     def share(self, source: int, target: int, length: int) -> None:
         """Makes row `target` hold the first `length` entries of row `source` and its logits; they may be one row."""
@@ -59,3 +60,10 @@ class Steps(Protocol):
 
     def close(self) -> None:
         """Ends what the steps hold beyond this process; nothing is called after it."""
+
+
+class MakeSteps(Protocol):
+    """What makes the steps of a model for an engine."""
+
+    def __call__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None) -> Steps:
+        """The steps of a model; the arguments are those of `ModelSteps`."""

@@ -1,27 +1,14 @@
 """One sample of a request on its way: its tokens, the text they make, when it ends, and what is reported of it."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+import reprlib
 
 import numpy as np
 
-from grokjax.config import GrokConfig
 from grokjax.engine.scheduler import Job
 from grokjax.engine.stopping import StopFilter
-from grokjax.model import Drawn
-from grokjax.request import (
-    Completion,
-    FinishReason,
-    Piece,
-    Request,
-    Timings,
-    TokenLogprob,
-    bias_row,
-    check_prompt,
-    check_stop_ids,
-    is_integer,
-)
+from grokjax.model import Drawn, RowSettings
+from grokjax.request import Completion, FinishReason, Piece, Request, Timings, TokenLogprob
 from grokjax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -46,7 +33,7 @@ class Handle:
 
     @property
     def completion(self) -> Completion:
-        """That of the first sample.
+        """The completion of the first sample.
 
         Raises:
           ValueError: It has not ended.
@@ -58,8 +45,18 @@ class Handle:
 
     @property
     def samples(self) -> tuple[Completion, ...]:
-        """Those of all samples that have ended, sample 0 first."""
+        """The completions of all samples that have ended, sample 0 first."""
         return tuple(sorted(self.completions, key=lambda completion: completion.sample))
+
+
+def check_handle(name: str, handle: object) -> None:
+    """Refuses what no `submit` returned.
+
+    Raises:
+      ValueError: This is no `Handle`; `name` is the method that was given it.
+    """
+    if not isinstance(handle, Handle):
+        raise ValueError(f"{name} takes what submit returned, not {reprlib.repr(handle)}: submit the request first.")
 
 
 @dataclasses.dataclass
@@ -72,7 +69,7 @@ class Times:
     last_token: float | None = None
 
     def until(self, end: float) -> Timings:
-        """The seconds between them, for a sample that ends now."""
+        """The seconds between these moments, for a sample that ends at `end`."""
         started, first = self.admitted, self.first_token
         return Timings(
             queue=None if started is None else started - self.submitted,
@@ -101,6 +98,7 @@ class LiveSample(Job):
       submitted: when the request came.
 
     Attributes:
+      row: how the row that it runs in draws.
       dispatched: tokens that the dispatched steps draw, read or not.
       ended: whether its completion is made.
     """
@@ -121,7 +119,16 @@ class LiveSample(Job):
         request = handle.request
         super().__init__(prompt, priority=request.priority, is_scored=request.prompt_logprobs and sample == 0)
         self.handle, self.sample, self.limit, self.stop_ids, self.bias = handle, sample, limit, stop_ids, bias
-        self.seed = (request.seed + sample) % 2**32
+        self.row = RowSettings(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            top_k=request.top_k,
+            seed=(request.seed + sample) % 2**32,
+            active=True,
+            biased=bias is not None,
+            wants_top=bool(request.logprobs),
+        )
         self.times = Times(submitted)
         self.dispatched, self.ended = 0, False
         self.token_ids: list[int] = []
@@ -195,76 +202,3 @@ class LiveSample(Job):
         if checked.stopped:
             return checked.text, "stop" if reason == "length" else reason
         return checked.text + self._stop.flush(), reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Intake:
-    """Turns requests into samples: what depends on the tokenizer and the model is checked here.
-
-    Attributes:
-      tokenizer: None where requests give and get token ids.
-      config: of the model.
-      max_len: S, tokens that a slot holds.
-      max_logprobs: most probable tokens that a request may ask for.
-      add_bos: whether prompts that are text begin with the beginning-of-sequence token.
-
-    Raises:
-      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
-    """
-
-    tokenizer: Tokenizer | None
-    _: dataclasses.KW_ONLY
-    config: GrokConfig
-    max_len: int
-    max_logprobs: int
-    add_bos: bool
-
-    def __post_init__(self) -> None:
-        config, tokenizer = self.config, self.tokenizer
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
-            )
-        if not is_integer(self.max_len) or not 2 <= self.max_len <= config.max_seq_len:
-            raise ValueError(f"max_len={self.max_len!r} must be between 2 and max_seq_len={config.max_seq_len}.")
-        if not is_integer(self.max_logprobs) or not 0 <= self.max_logprobs <= config.vocab_size:
-            raise ValueError(
-                f"max_logprobs={self.max_logprobs!r} must be between 0 and the {config.vocab_size} tokens there are."
-            )
-
-    def samples(self, handle: Handle, now: float) -> list[LiveSample]:
-        """The samples of a request that came now.
-
-        Raises:
-          ValueError: The prompt, the mask, the bias or a stop id does not fit, or something needs a tokenizer.
-          Exception: Whatever the tokenizer raises.
-        """
-        request = handle.request
-        if request.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`.")
-        if request.logprobs is not None and request.logprobs > self.max_logprobs:
-            raise ValueError(
-                f"logprobs={request.logprobs} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer."
-            )
-        vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
-        prompt = check_prompt(self._encode(request.prompt), vocab_size=vocab_size, max_len=self.max_len)
-        ends = frozenset() if request.ignore_eos else frozenset({eos_id})
-        make = functools.partial(
-            LiveSample,
-            handle,
-            prompt=prompt,
-            limit=min(request.max_new_tokens, self.max_len - len(prompt)),
-            stop_ids=check_stop_ids(request.stop_ids, vocab_size) | ends,
-            bias=bias_row(request, vocab_size),
-            tokenizer=self.tokenizer,
-            prompt_logprobs=[None],
-            submitted=now,
-        )
-        return [make(sample=number) for number in range(request.n)]
-
-    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer is None:
-            raise ValueError("the prompt is text and the engine has no tokenizer: give it one, or token ids.")
-        return [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)

@@ -1,4 +1,4 @@
-"""Who runs where and when: a bounded queue, slots, pieces of prompts, shared prefixes. Plain Python, no device."""
+"""Who runs where and when: a bounded queue, slots, prompts in chunks, shared prefixes. Plain Python."""
 
 import collections
 import dataclasses
@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from grokjax.engine.prefixes import HeldRows, PrefixMatch
 from grokjax.request import check_integer, is_integer
 
 
@@ -18,7 +19,7 @@ class QueueFullError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a prompt: `count` tokens from position `start`, padded to `bucket`."""
+    """A part of a prompt: `count` tokens from position `start`, padded to `bucket`."""
 
     start: int
     count: int
@@ -27,15 +28,15 @@ class Chunk:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One sequence to run, as far as scheduling is concerned.
+    """One sample to run, as far as scheduling is concerned.
 
     Attributes:
       prompt: token ids [n] int32, at least one.
       priority: larger goes first.
-      is_scored: every position of the prompt is computed for it, alone: no shared pieces, no reused prefix.
+      is_scored: every position of the prompt is computed for it, alone: in no group, with no reused prefix.
       slot: where it runs; None while it waits and after it has ended.
-      chunks: pieces of the prompt that are still to be prefilled.
-      reused: tokens of the prompt whose keys and values another sequence left.
+      chunks: those of the prompt that are still to be prefilled.
+      reused: tokens of the prompt whose keys and values another sample left.
     """
 
     prompt: np.ndarray
@@ -54,7 +55,7 @@ class Admission(Generic[J]):
     """A job that got a slot.
 
     Attributes:
-      job: it, with its slot and its chunks set.
+      job: the one that got it, with its slot and its chunks set.
       source: slot whose row, up to `job.reused`, and logits the job's row begins with; maybe the job's own slot.
       is_complete: these are the whole prompt and the logits at its end: nothing is left to prefill.
     """
@@ -66,29 +67,29 @@ class Admission(Generic[J]):
 
 @dataclasses.dataclass(frozen=True)
 class PrefillGroup(Generic[J]):
-    """Pieces of one bucket that are prefilled together: `chunks[i]` of `jobs[i]`."""
+    """Chunks of one bucket that are prefilled together: `chunks[i]` of `jobs[i]`."""
 
     jobs: tuple[J, ...]
     chunks: tuple[Chunk, ...]
     bucket: int
 
     def tokens(self, *, offset: int = 0) -> np.ndarray:
-        """The pieces, int32 [P, T], zeros behind the end of a prompt; each shifted left by `offset` tokens."""
+        """The tokens of the chunks, int32 [P, T], each `offset` further on; zeros behind the end of a prompt."""
         padded = np.zeros((len(self.jobs), self.bucket), np.int32)
         for row, job, chunk in zip(padded, self.jobs, self.chunks, strict=True):
-            piece = job.prompt[chunk.start + offset :][: self.bucket]
-            row[: len(piece)] = piece
+            tokens = job.prompt[chunk.start + offset :][: self.bucket]
+            row[: len(tokens)] = tokens
         return padded
 
     def place(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Real tokens of each piece, the position of its first, and its slot, each int32 [P]."""
+        """Real tokens of each chunk, the position of its first, and its slot, each int32 [P]."""
         counts, starts = [chunk.count for chunk in self.chunks], [chunk.start for chunk in self.chunks]
         slots = [job.slot for job in self.jobs]
         return np.array(counts, np.int32), np.array(starts, np.int32), np.array(slots, np.int32)
 
 
 def check_buckets(buckets: Sequence[int], max_len: int) -> tuple[int, ...]:
-    """The padded lengths of pieces, ascending.
+    """The padded lengths of chunks, ascending.
 
     Raises:
       ValueError: There are none, one is no length, or one exceeds the cache.
@@ -107,12 +108,12 @@ def check_buckets(buckets: Sequence[int], max_len: int) -> tuple[int, ...]:
 
 
 def default_buckets(max_len: int) -> tuple[int, ...]:
-    """Padded lengths for sequences of at most `max_len` tokens: few, for a program is compiled for each."""
+    """Padded lengths of chunks for samples of at most `max_len` tokens: few, for a program is compiled for each."""
     return tuple(bucket for bucket in (16, 64, 256, 1024) if bucket <= max_len) or (max_len,)
 
 
 def plan_chunks(start: int, end: int, buckets: Sequence[int]) -> Iterator[Chunk]:
-    """Cuts positions `start` to `end` into pieces of the largest bucket and a rest in the smallest that holds it.
+    """Cuts positions `start` to `end` into chunks of the largest bucket and a rest in the smallest that holds it.
 
     Example:
       >>> [(chunk.count, chunk.bucket) for chunk in plan_chunks(0, 21, (4, 8))]
@@ -124,7 +125,7 @@ def plan_chunks(start: int, end: int, buckets: Sequence[int]) -> Iterator[Chunk]
 
 
 class WaitingQueue(Generic[J]):
-    """Jobs by priority, then arrival.
+    """Jobs that wait for a slot, by priority, then arrival.
 
     Args:
       max_queue: jobs that wait at most, 1 or more; `check_room` says when there are as many.
@@ -137,7 +138,8 @@ class WaitingQueue(Generic[J]):
         # A request waits at least until the next step.
         self._max_queue = check_integer("max_queue", max_queue, 1)
         self._heap: list[tuple[int, int, int, J]] = []
-        self._waiting: set[J] = set()  # what was taken out stays in the heap until it comes up; what is held is not in
+        self._waiting: set[J] = set()  # what was removed stays in the heap until it comes up
+        self._siblings: dict[J, tuple[int, tuple[J, ...]]] = {}  # job -> its place, and who may not go before it
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -149,7 +151,7 @@ class WaitingQueue(Generic[J]):
         return len(self) < self._max_queue
 
     def check_room(self) -> None:
-        """Says so where another job has no room; `push` itself never refuses.
+        """Says so where another job has no room; `push` takes it all the same.
 
         Raises:
           QueueFullError: As many jobs wait as may.
@@ -160,29 +162,29 @@ class WaitingQueue(Generic[J]):
                 "first, send the request later, or make the engine with a longer queue."
             )
 
-    def check_count(self, count: int) -> None:
-        """Says so where so many samples of one request do not fit even an empty queue.
+    def push(self, job: J, *siblings: J) -> None:
+        """Adds a job; its siblings wait as it does and cannot go before `let_follow`, then stand where it stood.
 
         Raises:
-          ValueError: They are more than may wait.
+          ValueError: Together they are more than may wait.
         """
+        count = 1 + len(siblings)
         if count > self._max_queue:
             raise ValueError(
                 f"n={count} samples exceed the engine's max_queue={self._max_queue}: ask for fewer, or make the engine "
                 "with a longer queue."
             )
+        self._waiting.update((job, *siblings))
+        arrival = next(self._numbers)
+        heapq.heappush(self._heap, (-job.priority, arrival, arrival, job))
+        if siblings:
+            self._siblings[job] = arrival, siblings
 
-    def push(self, job: J, *, arrival: int | None = None) -> int:
-        """Adds a job and returns its arrival number; one that is given an earlier number stands at that place."""
-        number = next(self._numbers)
-        arrival = number if arrival is None else arrival
-        self._waiting.add(job)
-        heapq.heappush(self._heap, (-job.priority, arrival, number, job))
-        return arrival
-
-    def hold(self, jobs: Iterable[J]) -> None:
-        """Counts jobs as waiting that cannot go yet; each is pushed later, or removed."""
-        self._waiting.update(jobs)
+    def let_follow(self, job: J) -> None:
+        """Lets the siblings of a job go that have not been removed; harmless where it has none."""
+        arrival, siblings = self._siblings.pop(job, (0, ()))
+        for sibling in siblings:
+            heapq.heappush(self._heap, (-sibling.priority, arrival, next(self._numbers), sibling))
 
     def pop(self) -> J | None:
         """Takes the next job out; None if there is none."""
@@ -194,68 +196,22 @@ class WaitingQueue(Generic[J]):
         return None
 
     def remove(self, job: J) -> None:
-        """Takes a job out, if it is in."""
+        """Takes a job out, if it is in; siblings that have not followed it stay until they are removed themselves."""
         self._waiting.discard(job)
+        self._siblings.pop(job, None)
         if len(self._heap) > 2 * len(self._waiting) + 16:
             self._heap = [entry for entry in self._heap if entry[-1] in self._waiting]
             heapq.heapify(self._heap)
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefixMatch:
-    """The first `length` tokens of a prompt lie in row `slot`; `is_complete`: all of it, and the logits at its end."""
-
-    slot: int
-    length: int
-    is_complete: bool
-
-
-class HeldRows:
-    """Which tokens' keys and values each slot's row holds: what later prompts may share, at no memory of its own."""
-
-    def __init__(self, slots: int, max_len: int):
-        self.tokens = np.zeros((slots, max_len), np.int32)
-        self.lengths = [0] * slots
-        self.prompt_lengths = [0] * slots  # of the prompt whose last logits are kept; 0 for none
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.lengths = [0] * len(self.lengths)
-        self.prompt_lengths = [0] * len(self.lengths)
-
-    def share(self, match: PrefixMatch, target: int) -> None:
-        """Notes that row `target` holds what matches, copied from another row or its own, and nothing else."""
-        self.tokens[target, : match.length] = self.tokens[match.slot, : match.length]
-        self.lengths[target] = match.length
-        self.prompt_lengths[target] = match.length if match.is_complete else 0
-
-    def extend(self, slot: int, tokens: np.ndarray | int, count: int = 1) -> None:
-        """Notes that `count` more tokens went into the row."""
-        start = self.lengths[slot]
-        self.tokens[slot, start : start + count] = tokens
-        self.lengths[slot] = start + count
-
-    def find(self, prompt: np.ndarray) -> list[PrefixMatch]:
-        """What each slot shares with a prompt: at most all but its last token, whose logits must be computed."""
-        matches = []
-        for slot, held in enumerate(self.lengths):
-            if self.prompt_lengths[slot] == len(prompt) and np.array_equal(self.tokens[slot, : len(prompt)], prompt):
-                matches.append(PrefixMatch(slot, len(prompt), is_complete=True))
-                continue
-            most = min(held, len(prompt) - 1)
-            differs = np.flatnonzero(self.tokens[slot, :most] != prompt[:most])
-            matches.append(PrefixMatch(slot, int(differs[0]) if differs.size else most, is_complete=False))
-        return matches
-
-
 class Scheduler(Generic[J]):
-    """Gives slots to jobs and decides which pieces of prompts come next.
+    """Gives slots to jobs and decides which chunks of prompts come next.
 
     Args:
       slots: B, jobs that run at once.
       max_len: S, tokens that a slot holds.
-      buckets: padded lengths of pieces of prompts; `check_buckets` made them.
-      prefill_rows: pieces that are prefilled together at most; a power of two is always taken.
+      buckets: padded lengths of chunks, in any order.
+      prefill_rows: chunks that are prefilled together at most; a power of two is always taken.
       max_queue: jobs that wait at most.
       reuse_prefixes: begin from another job's row where at least the smallest bucket is shared; a row that holds the
         very same prompt is shared in any case.
@@ -274,46 +230,79 @@ class Scheduler(Generic[J]):
         max_queue: int = 1024,
         reuse_prefixes: bool = True,
     ):
-        slots = check_integer("slots", slots, 1)
+        self.slots = check_integer("slots", slots, 1)
         self.prefill_rows = check_integer("prefill_rows", prefill_rows, 1)
         self.max_len, self.buckets = max_len, check_buckets(buckets, max_len)
         self.reuse_prefixes = reuse_prefixes
-        self.queue: WaitingQueue[J] = WaitingQueue(max_queue)
-        self.running: list[J | None] = [None] * slots
-        self.held = HeldRows(slots, max_len)
-        self._free = collections.deque(range(slots))  # the longest unused first
-        self._fresh: collections.deque[J] = collections.deque()  # admitted, no piece prefilled yet
-        self._begun: collections.deque[J] = collections.deque()  # some pieces prefilled, not all
+        self.held = HeldRows(self.slots, max_len)
+        self._queue: WaitingQueue[J] = WaitingQueue(max_queue)
+        self._running: dict[int, J] = {}
+        self._free = collections.deque(range(self.slots))  # the longest unused first
+        self._fresh: collections.deque[J] = collections.deque()  # admitted, no chunk prefilled yet
+        self._begun: collections.deque[J] = collections.deque()  # some chunks prefilled, not all
         self._begun_has_turn = False
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """How many pieces may be prefilled together: powers of two."""
-        most = min(self.prefill_rows, len(self.running))
+        """How many chunks may be prefilled together: powers of two."""
+        most = min(self.prefill_rows, self.slots)
         return tuple(1 << power for power in range(most.bit_length()))
 
     @property
-    def has_pieces(self) -> bool:
-        """Whether a running job has pieces left to prefill."""
+    def has_room(self) -> bool:
+        """Whether fewer jobs wait than may."""
+        return self._queue.has_room
+
+    @property
+    def num_waiting(self) -> int:
+        """How many jobs wait for a slot."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> list[J]:
+        """The jobs that have a slot, in the order of their slots."""
+        return [self._running[slot] for slot in sorted(self._running)]
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether a running job has chunks left to prefill."""
         return bool(self._fresh or self._begun)
 
     @property
     def occupancy(self) -> float:
         """The part of all rows that running jobs have filled."""
-        filled = sum(length for length, job in zip(self.held.lengths, self.running, strict=True) if job is not None)
-        return filled / (len(self.running) * self.max_len)
+        return sum(self.held.lengths[slot] for slot in self._running) / (self.slots * self.max_len)
+
+    def check_room(self) -> None:
+        """Says so where another job has no room.
+
+        Raises:
+          QueueFullError: As many jobs wait as may.
+        """
+        self._queue.check_room()
+
+    def submit(self, job: J, *siblings: J) -> None:
+        """Puts a job into the queue, and siblings with the same prompt, which go once its prefill is under way.
+
+        Raises:
+          ValueError: They are more than may ever wait.
+        """
+        self._queue.push(job, *siblings)
 
     def admit(self) -> list[Admission[J]]:
         """Gives free slots to waiting jobs; the copies that this asks for must be made in the order of the list."""
         admissions = []
-        while self._free and (job := self.queue.pop()) is not None:
+        while self._free and (job := self._queue.pop()) is not None:
             admissions.append(self._place(job))
+        for admission in admissions:
+            if admission.is_complete:
+                self._queue.let_follow(admission.job)
         return admissions
 
     def next_prefill(self) -> PrefillGroup[J] | None:
-        """The pieces to prefill now.
+        """Takes the chunks to prefill now; None where no prompt has any left.
 
-        A new prompt goes first, so that it waits for one piece of a long one at most; but a long one that had to wait
+        A new prompt goes first, so that it waits for one chunk of a long one at most; but a long one that had to wait
         has the next turn, so that new prompts cannot keep it waiting for ever.
         """
         queues = (self._begun, self._fresh) if self._begun_has_turn else (self._fresh, self._begun)
@@ -327,15 +316,24 @@ class Scheduler(Generic[J]):
             self._advance(job, chunk)
         return PrefillGroup(tuple(jobs), chunks, chunks[0].bucket)
 
+    def note_token(self, job: J, token: int) -> None:
+        """Notes that the keys and values of a drawn token went into a job's row; harmless where it has none."""
+        if job.slot is not None:
+            self.held.extend(job.slot, token)
+
+    def forget_rows(self) -> None:
+        """Forgets what the rows hold: something else was written into them."""
+        self.held.clear()
+
     def release(self, job: J) -> None:
         """Takes a job out of its slot or of the queue; harmless where it is in neither."""
-        self.queue.remove(job)
+        self._queue.remove(job)
         if job.slot is None:
             return
         for waiting in (self._fresh, self._begun):
             if job in waiting:
                 waiting.remove(job)
-        self.running[job.slot] = None
+        del self._running[job.slot]
         self._free.append(job.slot)
         job.slot = None
 
@@ -346,7 +344,7 @@ class Scheduler(Generic[J]):
         self.held.share(match, slot)
         job.slot, job.reused = slot, match.length
         job.chunks = collections.deque(plan_chunks(match.length, len(job.prompt), self.buckets))
-        self.running[slot] = job
+        self._running[slot] = job
         if job.chunks:
             self._fresh.append(job)
         return Admission(job, match.slot, match.is_complete)
@@ -362,7 +360,7 @@ class Scheduler(Generic[J]):
         return max(useful, key=lambda match: (match.length, match.slot in self._free), default=nothing)
 
     def _group(self, first: J) -> list[J]:
-        """It and others whose one piece has the same bucket; a piece of a long prompt goes alone, to stall no more."""
+        """A job and others whose one chunk has its bucket; a chunk of a long prompt goes alone, to stall no more."""
         if first.is_scored or first in self._begun or len(first.chunks) > 1:
             return [first]
         others = [job for job in self._fresh if job is not first and not job.is_scored and len(job.chunks) == 1]
@@ -377,4 +375,5 @@ class Scheduler(Generic[J]):
         if job.chunks:
             self._begun.append(job)
         else:
-            self.held.prompt_lengths[job.slot] = len(job.prompt)
+            self.held.keep_logits(job.slot)
+            self._queue.let_follow(job)

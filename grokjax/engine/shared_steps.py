@@ -121,9 +121,9 @@ def follow(model: Grok) -> None:
 def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> DeviceTokens | None:
     match name:
         case "begin":
-            return steps.begin(SlotSettings(values[0]))
+            return steps.begin(SlotSettings.unpack(values[0]))
         case "decode":
-            return steps.decode(SlotSettings(values[0]))
+            return steps.decode(SlotSettings.unpack(values[0]))
         case "prefill":
             steps.prefill(*values)
         case "score":

@@ -41,7 +41,7 @@ def warm_up(
 
     Args:
       steps: those of an idle engine.
-      buckets: lengths of pieces of prompts.
+      buckets: padded lengths of chunks of prompts.
       row_counts: how many of them may be prefilled together.
       cache_dir: directory of the persistent compilation cache; None leaves JAX's setting as it is.
       clock: seconds.
@@ -52,7 +52,7 @@ def warm_up(
             start = clock()
             run()
             # The steps wait for each other, so what is read from this one comes after the one before.
-            steps.begin(SlotSettings.of((), steps.slots)).read()
+            steps.begin(SlotSettings.of({}, steps.slots)).read()
             warmed.append(WarmedStep(name, shape, clock() - start))
     return tuple(warmed)
 
@@ -86,7 +86,7 @@ def _runs(
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], object]]]:
     """Name, shape and a run of each step; `begin`, which ends each of them, is the first."""
     yield "begin", (steps.slots,), lambda: None
-    yield "decode", (steps.slots,), functools.partial(steps.decode, SlotSettings.of((), steps.slots))
+    yield "decode", (steps.slots,), functools.partial(steps.decode, SlotSettings.of({}, steps.slots))
     yield "share", (), functools.partial(steps.share, 0, 0, 0)
     yield "set_bias", (), functools.partial(steps.set_bias, 0, np.zeros(steps.vocab_size, np.float32))
     for bucket in buckets:

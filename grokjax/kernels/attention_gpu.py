@@ -1,5 +1,6 @@
 """Attention over the cache on GPUs, a kernel in Triton: JAX has none that knows the cap of the scores."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from grokjax.cache import Entries
+from grokjax.kernels.entries import CachePlace
 from grokjax.kernels.matmul_gpu import has_safe_offsets, tile_rows
 
 # Keys that one step handles, and programs that keep the multiprocessors of the largest GPUs busy.
@@ -29,11 +31,8 @@ def attend(
     query: jax.Array,
     keys: Entries,
     values: Entries,
+    place: CachePlace,
     *,
-    layer: jax.Array,
-    rows: jax.Array | None = None,
-    start: jax.Array,
-    count: jax.Array,
     multiplier: float,
     softcap: float,
     interpret: bool = False,
@@ -48,10 +47,7 @@ def attend(
       query: bfloat16 [P, T, N, H], after RoPE; H 64 or 128.
       keys: bfloat16 or int8 [L, B, K, S, H]; S at least 64.
       values: [L, B, K, S, H], of the same dtype.
-      layer: int32 [], which layer of the cache.
-      rows: int32 [P], rows of the cache that the queries belong to; all B in order by default.
-      start: int32 [P], position of each row's first query.
-      count: int32 [P], real queries of each row; the others' results mean nothing.
+      place: of the queries; results of those that are not real mean nothing.
       multiplier: factor on the scores.
       softcap: c in `c * tanh(score / c)`, at most 30.
       interpret: run it as plain JAX, on any device.
@@ -61,9 +57,6 @@ def attend(
 
     Source: Dao et al., FlashAttention (arXiv 2205.14135); Dao et al., Flash-Decoding for long-context inference.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
     batch, num_new, num_heads, head_dim = query.shape
     kv_heads, max_len = keys.shape[2:4]
     group = num_heads // kv_heads
@@ -71,26 +64,63 @@ def attend(
     packed = query.reshape(batch, num_new, kv_heads, group, head_dim).swapaxes(1, 2)
     packed = packed.reshape(batch * kv_heads, num_new * group, head_dim)
     packed = jnp.pad(packed, ((0, 0), (0, -num_new * group % tile), (0, 0)))
+    splits = choose_num_splits(max_len, programs=batch * kv_heads * packed.shape[1] // tile)
+    scheme = _Scheme(tile, kv_heads, group, splits, multiplier, softcap)
+    mixed, total = _run_programs(packed, keys, values, place, scheme, interpret=interpret)
+    # A row without any keys has the total 0; its result, never read, is 0 too.
+    out = mixed.sum(axis=0) / jnp.maximum(total.sum(axis=0), jnp.finfo(jnp.float32).tiny)[..., None]
+    out = out.astype(query.dtype)[:, : num_new * group].reshape(batch, kv_heads, num_new, group * head_dim)
+    return out.swapaxes(1, 2).reshape(batch, num_new, num_heads * head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheme:
+    """How the work is cut into programs, and what each does with its scores.
+
+    Attributes:
+      tile: queries of one program, of all heads that share a kv head.
+      kv_heads: K.
+      group: G, query heads that share a kv head.
+      splits: programs that share the keys of a tile of queries.
+      multiplier: factor on the scores.
+      softcap: c in `c * tanh(score / c)`.
+    """
+
+    tile: int
+    kv_heads: int
+    group: int
+    splits: int
+    multiplier: float
+    softcap: float
+
+
+def _run_programs(
+    packed: jax.Array, keys: Entries, values: Entries, place: CachePlace, scheme: _Scheme, *, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel, for queries [P * K, T * G, H] in whole tiles.
+
+    Returns:
+      Weighted sums of values, float32 [splits, P * K, T * G, H], and sums of weights, float32 [splits, P * K, T * G].
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    (heads, _, head_dim), tile = packed.shape, scheme.tile
     tiles = packed.shape[1] // tile
-    splits = choose_num_splits(max_len, programs=batch * kv_heads * tiles)
-    whole = [jnp.arange(batch) if rows is None else rows, start, count, layer.reshape(1)]
-    entries = [*jax.tree.leaves(keys), *jax.tree.leaves(values)]
-    kernel = functools.partial(
-        _attend_tile,
-        kv_heads=kv_heads,
-        group=group,
-        splits=splits,
-        multiplier=multiplier,
-        softcap=softcap,
-    )
-    shape = (splits, *packed.shape)
+    rows = jnp.arange(heads // scheme.kv_heads) if place.rows is None else place.rows
+    numbers = tuple(a.astype(jnp.int32) for a in (rows, place.start, place.count, place.layer.reshape(1)))
+    shape = (scheme.splits, *packed.shape)
+
+    def whole(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+
     mixed, total = pl.pallas_call(
-        kernel,
+        functools.partial(_attend_tile, scheme=scheme),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:-1], jnp.float32)],
-        grid=(batch * kv_heads, tiles, splits),  # the last queries, which have most keys, come first
+        grid=(heads, tiles, scheme.splits),  # the last queries, which have most keys, come first
         in_specs=[
             pl.BlockSpec((1, tile, head_dim), lambda head, i, _: (head, tiles - 1 - i, 0)),
-            *(pl.BlockSpec(array.shape, lambda *_, rank=array.ndim: (0,) * rank) for array in whole + entries),
+            *jax.tree.map(whole, (numbers, keys, values)),
         ],
         out_specs=[
             pl.BlockSpec((1, 1, tile, head_dim), lambda head, i, split: (split, head, tiles - 1 - i, 0)),
@@ -99,11 +129,8 @@ def attend(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3 if tile <= 16 else 2),
         interpret=interpret,
         name="attend",
-    )(packed, *[array.astype(jnp.int32) for array in whole], *entries)
-    # A row without any keys has the total 0; its result, never read, is 0 too.
-    out = mixed.sum(axis=0) / jnp.maximum(total.sum(axis=0), jnp.finfo(jnp.float32).tiny)[..., None]
-    out = out.astype(query.dtype)[:, : num_new * group].reshape(batch, kv_heads, num_new, group * head_dim)
-    return out.swapaxes(1, 2).reshape(batch, num_new, num_heads * head_dim)
+    )(packed, numbers, keys, values)
+    return mixed, total
 
 
 def choose_num_splits(max_len: int, *, programs: int) -> int:
@@ -118,37 +145,24 @@ def choose_num_splits(max_len: int, *, programs: int) -> int:
 
 
 def _attend_tile(
-    query_ref: Any,
-    rows_ref: Any,
-    start_ref: Any,
-    count_ref: Any,
-    layer_ref: Any,
-    *entries_and_outs: Any,
-    kv_heads: int,
-    group: int,
-    splits: int,
-    multiplier: float,
-    softcap: float,
+    query_ref: Any, number_refs: Any, keys: Any, values: Any, mixed_ref: Any, total_ref: Any, *, scheme: _Scheme
 ) -> None:
     """The weighted sum of values of one tile of queries over the keys of one split, and the sum of the weights."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    *entries, mixed_ref, total_ref = entries_and_outs
-    (keys_ref, *key_scales), (values_ref, *value_scales) = (
-        entries[: len(entries) // 2],
-        entries[len(entries) // 2 :],
-    )
-    number, head = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
+    (keys_ref, *key_scales), (values_ref, *value_scales) = jax.tree.leaves(keys), jax.tree.leaves(values)
+    rows_ref, start_ref, count_ref, layer_ref = number_refs
+    number, head = pl.program_id(0) // scheme.kv_heads, pl.program_id(0) % scheme.kv_heads
     place = (layer_ref[0], rows_ref[number], head)
-    tile, max_len = query_ref.shape[1], keys_ref.shape[3]
-    first = (pl.num_programs(1) - 1 - pl.program_id(1)) * tile
+    max_len = keys_ref.shape[3]
+    first = (pl.num_programs(1) - 1 - pl.program_id(1)) * scheme.tile
     start = start_ref[number]
-    positions = start + (first + jnp.arange(tile)) // group
+    positions = start + (first + jnp.arange(scheme.tile)) // scheme.group
     count = count_ref[number]
-    filled = jnp.where(count > 0, start + jnp.minimum((first + tile - 1) // group + 1, count), 0)
+    filled = jnp.where(count > 0, start + jnp.minimum((first + scheme.tile - 1) // scheme.group + 1, count), 0)
     num_blocks = (filled + _KEYS - 1) // _KEYS
-    share = (num_blocks + splits - 1) // splits
+    share = (num_blocks + scheme.splits - 1) // scheme.splits
     query = query_ref[0]
 
     def add_keys(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -159,7 +173,7 @@ def _attend_tile(
         for scales_ref in key_scales:
             scores = scores * scales_ref[these][None]
         # score - c for score = c * tanh(x) is -2 c / (exp(2 x) + 1).
-        scores = -2 * softcap / (jnp.exp(scores * (2 * multiplier / softcap)) + 1)
+        scores = -2 * scheme.softcap / (jnp.exp(scores * (2 * scheme.multiplier / scheme.softcap)) + 1)
         entry = begin + jnp.arange(_KEYS)
         is_seen = (entry[None] <= positions[:, None]) & (entry >= i * _KEYS)[None]
         weights = jnp.where(is_seen, jnp.exp(scores), 0)
@@ -170,5 +184,5 @@ def _attend_tile(
         return total, mixed + triton.dot(weights.astype(query.dtype), value)
 
     begin = pl.program_id(2) * share
-    empty = (jnp.zeros(tile, jnp.float32), jnp.zeros(query.shape, jnp.float32))
+    empty = (jnp.zeros(scheme.tile, jnp.float32), jnp.zeros(query.shape, jnp.float32))
     total_ref[0, 0], mixed_ref[0, 0] = lax.fori_loop(begin, jnp.minimum(begin + share, num_blocks), add_keys, empty)

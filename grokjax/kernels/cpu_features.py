@@ -14,7 +14,7 @@ def product_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which CPUs should multiply numbers of `dtype`.
 
     Where processors have no instruction for it, XLA imitates products of bfloat16 at a ninth to a half of the speed of
-    float32, in which they are exact too. See docs/performance.md.
+    float32, in which they are exact too. See benchmarks/notebook/cpu-without-bfloat16.md.
     """
     dtype = jnp.dtype(dtype)
     return jnp.dtype(jnp.float32) if dtype == jnp.bfloat16 and not has_bfloat16() else dtype

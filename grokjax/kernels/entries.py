@@ -1,5 +1,7 @@
 """Reads, writes and copies entries of the cache: rows of one layer, in place, on any device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,15 +13,25 @@ from grokjax.cache import CACHE_AXES, Entries, QuantizedEntries
 from grokjax.sharding import Partitioner
 
 
-def write(
-    stack: Entries,
-    new: jax.Array,
-    *,
-    layer: jax.Array,
-    rows: jax.Array | None = None,
-    start: jax.Array,
-    count: jax.Array,
-) -> Entries:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePlace:
+    """Where in a cache of B rows the new tokens [P, T] of a call lie, in one of its layers.
+
+    Attributes:
+      layer: int32 [], the layer of the cache.
+      rows: int32 [P], rows of the cache that the tokens are for, each once; all B in order if None.
+      start: int32 [P], filled entries of each row before, and so the position of its first new token.
+      count: int32 [P], real new tokens of each row, 0 to T.
+    """
+
+    layer: jax.Array
+    rows: jax.Array | None = None
+    start: jax.Array
+    count: jax.Array
+
+
+def write(stack: Entries, new: jax.Array, place: CachePlace) -> Entries:
     """Writes new entries of one layer into the stack, in place where the stack is a loop's carry.
 
     Entries that would lie beyond the end are dropped; everything else stays as it was. Each row is one
@@ -29,10 +41,7 @@ def write(
     Args:
       stack: [L, B, K, S, H].
       new: float [P, K, T, H] with T at most S; of each row the first `count` entries are written.
-      layer: int32 [].
-      rows: int32 [P], the stack's rows that they belong to; all B in order by default.
-      start: int32 [P], position of each row's first new entry.
-      count: int32 [P], 0 to T.
+      place: where they lie.
 
     Returns:
       The stack [L, B, K, S, H].
@@ -40,26 +49,19 @@ def write(
     parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
 
     def put(stack: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.platform_dependent(stack, new, layer, rows, start, count, cuda=scatter_entries, default=_write_rows)
+        return lax.platform_dependent(stack, new, place, cuda=scatter_entries, default=_write_rows)
 
     return jax.tree.map(put, stack, parts)
 
 
 def read(
-    stack: Entries,
-    *,
-    layer: jax.Array,
-    rows: jax.Array | None = None,
-    begin: jax.Array,
-    size: int,
-    dtype: DTypeLike,
+    stack: Entries, place: CachePlace, *, begin: jax.Array, size: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array | None]:
     """A block of one layer's entries, and what they have to be multiplied with.
 
     Args:
       stack: [L, B, K, S, H].
-      layer: int32 [].
-      rows: int32 [P], the stack's rows to read; all B in order by default.
+      place: the layer and the rows to read.
       begin: int32 [], position of the first entry.
       size: entries.
       dtype: to cast them to; int8 is exact in any.
@@ -67,11 +69,11 @@ def read(
     Returns:
       The entries [P, K, size, H] in `dtype`, and their scales, float32 [P, K, size], or None for factors of 1.
     """
-    zero = jnp.zeros((), jnp.int32)
+    zero, rows = jnp.zeros((), jnp.int32), place.rows
     stack = jax.tree.map(_row_major, stack)
 
     def take_rows(stack: jax.Array, first: jax.Array, num_rows: int) -> jax.Array:
-        index = (layer, first, zero, begin) + (zero,) * (stack.ndim - 4)
+        index = (place.layer, first, zero, begin) + (zero,) * (stack.ndim - 4)
         return lax.dynamic_slice(stack, index, (1, num_rows, stack.shape[2], size, *stack.shape[4:]))[0]
 
     def take(stack: jax.Array) -> jax.Array:
@@ -100,7 +102,7 @@ def copy_row(stack: Entries, partitioner: Partitioner, *, source: jax.Array, tar
 
     def copy(stack: jax.Array, rows: jax.Array) -> jax.Array:
         is_split = stack.shape[1] < num_rows
-        own, is_held = own_rows(rows, stack.shape[1], partitioner) if is_split else (rows, jnp.ones(2, bool))
+        own, is_held = _own_rows(rows, stack.shape[1], partitioner) if is_split else (rows, jnp.ones(2, bool))
 
         def copy_layer(layer: jax.Array, stack: jax.Array) -> jax.Array:
             places = [(layer, own[i]) + (jnp.zeros((), jnp.int32),) * (stack.ndim - 2) for i in range(2)]
@@ -121,34 +123,37 @@ def copy_row(stack: Entries, partitioner: Partitioner, *, source: jax.Array, tar
     return copied
 
 
-def own_rows(rows: jax.Array, num_held: int, partitioner: Partitioner) -> tuple[jax.Array, jax.Array]:
-    """Inside `shard_map`, of a cache whose rows are split: this device's numbers of some rows, and which it holds.
+def own_place(place: CachePlace, num_held: int, partitioner: Partitioner) -> tuple[CachePlace, jax.Array]:
+    """Inside `shard_map`, of a cache whose rows are split: the place as this device knows it, and which rows it holds.
 
     Args:
-      rows: int32 [P], of the whole cache.
+      place: in the whole cache, its rows given.
       num_held: rows that the device holds.
       partitioner: of the model.
 
     Returns:
-      int32 [P], 0 for rows held elsewhere, and bool [P].
+      The place, without any tokens for rows held elsewhere, and bool [P].
     """
+    assert place.rows is not None
+    rows, is_held = _own_rows(place.rows, num_held, partitioner)
+    start, count = jnp.where(is_held, place.start, 0), jnp.where(is_held, place.count, 0)
+    return dataclasses.replace(place, rows=rows, start=start, count=count), is_held
+
+
+def _own_rows(rows: jax.Array, num_held: int, partitioner: Partitioner) -> tuple[jax.Array, jax.Array]:
+    """This device's numbers of rows [P] of the whole cache, 0 for those held elsewhere, and whether it holds each."""
     own = rows - partitioner.index("batch") * num_held
     is_held = (own >= 0) & (own < num_held)
     return jnp.where(is_held, own, 0), is_held
 
 
-def scatter_entries(
-    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
-) -> jax.Array:
+def scatter_entries(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Array:
     """Writes new entries of one layer into one array by a scatter, which on GPUs is one kernel for all rows.
 
     Args:
       stack: [L, B, K, S, ...], keys, values or their scales.
       new: [P, K, T, ...] with T at most S.
-      layer: int32 [].
-      rows: int32 [P], as in `write`; all B in order if None.
-      start: int32 [P].
-      count: int32 [P].
+      place: where they lie.
 
     Returns:
       The stack [L, B, K, S, ...].
@@ -157,27 +162,25 @@ def scatter_entries(
     number = jnp.arange(num_new)[None]
     # What is not to be written goes behind the end, each to a place of its own.
     behind = stack.shape[3] + jnp.arange(num_rows * num_new).reshape(num_rows, num_new)
-    position = jnp.where(number < count[:, None], start[:, None] + number, behind)  # [P, T]
+    position = jnp.where(number < place.count[:, None], place.start[:, None] + number, behind)  # [P, T]
     moved = new.swapaxes(1, 2).astype(stack.dtype)
-    rows = jnp.arange(num_rows) if rows is None else rows
-    return stack.at[layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
+    rows = jnp.arange(num_rows) if place.rows is None else place.rows
+    return stack.at[place.layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
 
 
-def _write_rows(
-    stack: jax.Array, new: jax.Array, layer: jax.Array, rows: jax.Array | None, start: jax.Array, count: jax.Array
-) -> jax.Array:
+def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Array:
     """What `scatter_entries` does, row by row."""
     num_rows, heads, num_new, *rest = new.shape
     zero = jnp.zeros((), jnp.int32)
 
     def write_row(i: jax.Array, stack: jax.Array) -> jax.Array:
         # Near the end of the cache the window slides left, and the new entries slide right inside it.
-        first = jnp.minimum(start[i], stack.shape[3] - num_new)
-        shift = start[i] - first
-        index = (layer, i if rows is None else rows[i], zero, first) + (zero,) * len(rest)
+        first = jnp.minimum(place.start[i], stack.shape[3] - num_new)
+        shift = place.start[i] - first
+        index = (place.layer, i if place.rows is None else place.rows[i], zero, first) + (zero,) * len(rest)
         old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
         number = jnp.arange(num_new) - shift
-        fresh = (number >= 0) & (number < count[i])
+        fresh = (number >= 0) & (number < place.count[i])
         moved = jnp.roll(lax.dynamic_index_in_dim(new, i, keepdims=False), shift, axis=1)
         window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])
         return _row_major(lax.dynamic_update_slice(_row_major(stack), window[None, None], index))

@@ -42,7 +42,7 @@ class Tile:
 def choose_tile(num_rows: int, weights: Weights) -> Tile:
     """The tile with which `stack_matmul` multiplies groups of `num_rows` rows with these weights.
 
-    It is the fastest of those tried on an H100, with int8 weights; see docs/performance.md.
+    It is the fastest of those tried on an H100, with int8 weights; see benchmarks/notebook/gpu.md.
 
     Args:
       num_rows: M, of each group.

@@ -6,7 +6,6 @@ the experts), `embedding`, and `layers` for what they share. `steps` has `forwar
 these steps say jit or donate.
 """
 
-from grokjax.model.attention import attend
 from grokjax.model.grok import (
     DecoderLayers,
     Grok,
@@ -18,7 +17,7 @@ from grokjax.model.grok import (
     with_quantized_table,
 )
 from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
-from grokjax.model.slots import Drawn, DrawnTokens, SlotSettings
+from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
 from grokjax.model.steps import Generated, decode, decode_and_sample, forward, generate, prefill
 
 __all__ = [
@@ -30,10 +29,10 @@ __all__ = [
     "Generated",
     "Grok",
     "ModelSteps",
+    "RowSettings",
     "SlotSettings",
     "SlotState",
     "abstract_model",
-    "attend",
     "check_dtype",
     "decode",
     "decode_and_sample",

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.kernels import KERNEL_ROWS, matmul, matmul_gpu, matmuls, numbers_and_scales
-from grokjax.model.layers import gather_embed, weight_param
-from grokjax.quantization import Weight, specs
+from grokjax.model.weights import LayerWeights, weight_param
+from grokjax.quantization import Weight
 from grokjax.sharding import Partitioner
 
 # Numbers of rows for which a CPU has programs of their own; at the largest a product is fastest, a row.
@@ -56,17 +56,14 @@ class FeedForward(nnx.Module):
           [B, T, D] in the compute dtype.
         """
         gates, experts = self.route(x, layer=layer)
-        partitioner = self.partitioner.without_embed()
-        params = (self.gate, self.up, self.down)
-        weights, indices = zip(*(gather_embed(param, layer, self.partitioner) for param in params), strict=True)
-        weight_specs = tuple(specs(w, p.logical_axes, partitioner) for w, p in zip(weights, params, strict=True))
-        rows = partitioner.spec(("batch", None, None), x.shape)
-        run = partitioner.shard_map(
+        weights = LayerWeights.of((self.gate, self.up, self.down), layer, self.partitioner)
+        rows = self.partitioner.without_embed().spec(("batch", None, None), x.shape)
+        run = self.partitioner.shard_map(
             self._local,
-            in_specs=(rows, rows, rows, PartitionSpec(*rows[:2]), weight_specs, PartitionSpec()),
+            in_specs=(rows, rows, rows, PartitionSpec(*rows[:2]), weights.partition_specs, PartitionSpec()),
             out_specs=rows,
         )
-        return run(x, gates, experts, valid, weights, indices[0])
+        return run(x, gates, experts, valid, weights.stacks, weights.layer)
 
     def route(self, x: jax.Array, *, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, best first, and their gates: softmax over all E, not renormalised.

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import Entries, KVCache
 from grokjax.config import GrokConfig
+from grokjax.kernels import CachePlace
 from grokjax.model.attention import Attention
 from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
@@ -31,12 +32,11 @@ class DecoderLayers(nnx.Module):
         self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
     ):
         self.num_layers = config.num_layers
-        options: dict[str, Any] = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner, "rngs": rngs}
         self.pre_attention_norm = RMSNorm(config, num_layers=config.num_layers)
-        self.attention = Attention(config, **options)
+        self.attention = Attention(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.post_attention_norm = RMSNorm(config, num_layers=config.num_layers)
         self.pre_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
-        self.feed_forward = FeedForward(config, **options)
+        self.feed_forward = FeedForward(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.post_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
 
     def __getitem__(self, index: int) -> "DecoderLayers":
@@ -49,25 +49,15 @@ class DecoderLayers(nnx.Module):
         return view
 
     def __call__(
-        self,
-        x: jax.Array,
-        keys: Entries,
-        values: Entries,
-        *,
-        layer: jax.Array,
-        slot: jax.Array,
-        rows: jax.Array | None = None,
-        start: jax.Array,
-        count: jax.Array,
+        self, x: jax.Array, keys: Entries, values: Entries, *, layer: jax.Array, place: CachePlace
     ) -> tuple[jax.Array, Entries, Entries]:
         """One layer, number `layer`; arguments and results as those of `Attention`."""
         with jax.named_scope("attention"):
             normed = self.pre_attention_norm(x, layer)
-            place: dict[str, Any] = {"layer": layer, "slot": slot, "rows": rows, "start": start, "count": count}
-            mixed, keys, values = self.attention(normed, keys, values, **place)
+            mixed, keys, values = self.attention(normed, keys, values, layer=layer, place=place)
             x = x + self.post_attention_norm(mixed, layer)
         with jax.named_scope("feed_forward"):
-            valid = jnp.arange(x.shape[1])[None] < count[:, None]
+            valid = jnp.arange(x.shape[1])[None] < place.count[:, None]
             mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer)
             return x + self.post_feed_forward_norm(mixed, layer), keys, values
 
@@ -87,9 +77,8 @@ class Grok(nnx.Module):
         self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
     ):
         self.config, self.dtype, self.partitioner = config, check_dtype(dtype), partitioner
-        options: dict[str, Any] = {"dtype": dtype, "partitioner": partitioner, "rngs": rngs}
-        self.embedding = Embedding(config, **options)
-        self.layers = DecoderLayers(config, quantized=quantized, **options)
+        self.embedding = Embedding(config, dtype=dtype, partitioner=partitioner, rngs=rngs)
+        self.layers = DecoderLayers(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.final_norm = RMSNorm(config)
 
     def __call__(
@@ -114,9 +103,9 @@ class Grok(nnx.Module):
             layer: jax.Array, carry: tuple[jax.Array, Entries, Entries]
         ) -> tuple[jax.Array, Entries, Entries]:
             x, keys, values = carry
-            slot = jnp.zeros_like(layer) if is_scratch else layer
-            place: dict[str, Any] = {"layer": layer, "slot": slot, "rows": rows, "start": start, "count": count}
-            x, keys, values = self.layers(x, keys, values, **place)
+            cache_layer = jnp.zeros_like(layer) if is_scratch else layer
+            place = CachePlace(layer=cache_layer, rows=rows, start=start, count=count)
+            x, keys, values = self.layers(x, keys, values, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
         x = self.partitioner.constrain(self.embedding.encode(tokens), ("batch", None, None))
@@ -248,10 +237,14 @@ def parameter_maker(
     config: GrokConfig, partitioner: Partitioner, name: str, *, dtype: jnp.dtype, quantized: bool
 ) -> jax.stages.Wrapped:
     """The compiled function that makes one parameter of `init` from a key, in its shards; a second model reuses it."""
-    options: dict[str, Any] = {"dtype": dtype, "quantized": quantized, "partitioner": partitioner}
     abstract = _values(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda key: _values(Grok(config, rngs=nnx.Rngs(key), **options))[name], out_shardings=shardings)
+
+    def make(key: jax.Array) -> Weight:
+        rngs = nnx.Rngs(key)
+        return _values(Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs))[name]
+
+    return jax.jit(make, out_shardings=shardings)
 
 
 def _values(model: Grok) -> dict[str, Weight]:

@@ -1,4 +1,4 @@
-"""The compiled steps of an engine: a batch whose rows are slots, each with its own sequence, settings and key."""
+"""The compiled steps of an engine: a batch whose rows are slots, each with its own sample, settings and key."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
 
-# Positions of a prompt whose logits are there at once: a piece of 1024 would need half a gigabyte of them.
+# Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
 
 
@@ -41,7 +41,22 @@ class SlotState:
     @classmethod
     def abstract(cls, model: Grok, cache: KVCache) -> Self:
         """The state around a cache as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
-        return cls(cache, **_state_shapes(model, cache.batch_size))
+        shape = (cache.batch_size, model.config.vocab_size)
+        wide = model.partitioner.sharding(("batch", "vocab"), shape)
+        whole = model.partitioner.sharding((None,), shape[:1])
+        tokens: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=whole)
+        logits: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=wide)
+        return cls(cache, tokens=tokens, logits=logits, bias=logits)
+
+    @classmethod
+    def create(cls, model: Grok, cache: KVCache) -> Self:
+        """The state around a cache before any step."""
+        shapes = cls.abstract(model, cache)
+
+        def zeros(leaf: jax.Array) -> jax.Array:
+            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
+        return cls(cache, tokens=zeros(shapes.tokens), logits=zeros(shapes.logits), bias=zeros(shapes.bias))
 
 
 class ModelSteps:
@@ -58,9 +73,7 @@ class ModelSteps:
     def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._model = model
-        state = _state_shapes(model, slots)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), state)
-        self._state = SlotState(model.new_cache(slots, max_len, dtype=cache_dtype), **zeros)
+        self._state = SlotState.create(model, model.new_cache(slots, max_len, dtype=cache_dtype))
 
     @property
     def state(self) -> SlotState:
@@ -112,10 +125,7 @@ class DeviceTokens:
 
     def read(self) -> DrawnTokens:
         """Waits for the step."""
-        packed = np.asarray(self._packed)
-        num_top = packed.shape[1] // 2 - 1
-        numbers = packed.view(np.float32)
-        return DrawnTokens(packed[:, 0], numbers[:, 1], packed[:, 2 : 2 + num_top], numbers[:, 2 + num_top :])
+        return DrawnTokens.unpack(np.asarray(self._packed))
 
 
 class DeviceScores:
@@ -150,17 +160,9 @@ def lower_share(model: Grok, state: SlotState) -> jax.stages.Lowered:
 
 def lower_decode(model: Grok, state: SlotState, num_top: int) -> jax.stages.Lowered:
     """The step that decodes all rows, draws from them and finds the `num_top` most probable tokens."""
-    settings = SlotSettings.of((), state.cache.batch_size).packed
+    settings = SlotSettings.of({}, state.cache.batch_size).packed
     packed = jax.ShapeDtypeStruct(settings.shape, settings.dtype)
     return _decode.lower(model, state, packed, num_top=num_top)
-
-
-def _state_shapes(model: Grok, slots: int) -> dict[str, Any]:
-    """What a state holds beside its cache, by the names of `SlotState`."""
-    shape = (slots, model.config.vocab_size)
-    wide = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=model.partitioner.sharding(("batch", "vocab"), shape))
-    whole = model.partitioner.sharding((None,), (slots,))
-    return {"tokens": jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole), "logits": wide, "bias": wide}
 
 
 def _placed(model: Grok, state: SlotState) -> SlotState:
@@ -223,39 +225,36 @@ def _begin(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) ->
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
 def _decode(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, SlotState]:
-    logits, cache = decode(model, state.tokens, state.cache, active=packed[:, 5] != 0)
+    logits, cache = decode(model, state.tokens, state.cache, active=SlotSettings.unpack(packed).active)
     return _draw(model, dataclasses.replace(state, cache=cache), logits, packed, num_top)
 
 
 def _draw(
     model: Grok, state: SlotState, logits: jax.Array, packed: jax.Array, num_top: int
 ) -> tuple[jax.Array, SlotState]:
-    """Draws for the active rows; gives int32 [B, 2 + 2 K], which `DeviceTokens` takes apart, and the state."""
-    numbers = lax.bitcast_convert_type(packed[:, :3], jnp.float32)
-    active, biased, wants_top = (packed[:, column] != 0 for column in (5, 6, 7))
+    """Draws for the active rows; gives the `DrawnTokens`, packed, and the state."""
+    row = SlotSettings.unpack(packed)
     settings = SampleSettings(
-        temperature=numbers[:, 0],
-        nucleus_p=numbers[:, 1],
-        min_p=numbers[:, 2],
-        top_k=packed[:, 3],
+        temperature=row.temperature,
+        top_p=row.top_p,
+        min_p=row.min_p,
+        top_k=row.top_k,
         mask=None,
-        active=active,
+        active=row.active,
     )
-    keys = jax.vmap(jax.random.key)(lax.bitcast_convert_type(packed[:, 4], jnp.uint32))
     with jax.named_scope("bias"):
         adjusted = lax.cond(
-            (active & biased).any(),
-            lambda: jnp.where(biased[:, None], _biased(logits, state.bias), logits),
+            (row.active & row.biased).any(),
+            lambda: jnp.where(row.biased[:, None], _biased(logits, state.bias), logits),
             lambda: logits,
         )
-    keys = row_keys(keys, state.cache.lengths)
+    keys = row_keys(jax.vmap(jax.random.key)(row.seed), state.cache.lengths)
     drawn = sample_token(keys, adjusted, settings, whole=model.whole_rows(adjusted)).token_id
-    logprob = lax.bitcast_convert_type(log_probs_of(logits, drawn), jnp.int32)
-    columns = [drawn[:, None], logprob[:, None]]
-    if num_top:
-        columns += _most_probable(logits, num_top, (active & wants_top).any())
-    packed_drawn = model.partitioner.constrain(jnp.concatenate(columns, axis=1), (None, None))
-    tokens = jnp.where(active, drawn, state.tokens)
+    top = _most_probable(logits, num_top, (row.active & row.wants_top).any())
+    packed_drawn = model.partitioner.constrain(
+        DrawnTokens(drawn, log_probs_of(logits, drawn), *top).pack(), (None, None)
+    )
+    tokens = jnp.where(row.active, drawn, state.tokens)
     return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
 
 
@@ -264,16 +263,19 @@ def _biased(logits: jax.Array, bias: jax.Array) -> jax.Array:
     return jnp.where(bias <= EXCLUDED, EXCLUDED, logits + bias)
 
 
-def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> list[jax.Array]:
-    """The most probable tokens of each row and the bits of their log-probabilities, int32 [B, K]; zeros if unwanted."""
+def _most_probable(logits: jax.Array, num_top: int, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most probable tokens of each row, int32 [B, K], and their log-probabilities, float32; zeros if unwanted."""
+    shape = logits.shape[0], num_top
+    nothing = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    if not num_top:
+        return nothing
 
     def find() -> tuple[jax.Array, jax.Array]:
         values, ids = lax.top_k(logits, num_top)
-        logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return ids.astype(jnp.int32), lax.bitcast_convert_type(logprobs, jnp.int32)
+        return ids.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
-    nothing = jnp.zeros((logits.shape[0], num_top), jnp.int32)
-    return list(lax.cond(wanted, find, lambda: (nothing, nothing)))
+    found: tuple[jax.Array, jax.Array] = lax.cond(wanted, find, lambda: nothing)
+    return found
 
 
 def _holding(cache: KVCache, lengths: jax.Array, rows: jax.Array) -> KVCache:

@@ -1,36 +1,89 @@
-"""Between an engine and the steps of its slots, as arrays: how rows are to draw, and what they drew."""
+"""Between an engine and the steps of its slots: how rows are to draw, and what they drew."""
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Protocol, Self
+import functools
+from collections.abc import Mapping
+from typing import Generic, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from grokjax.request import Request
+# What lies on the host, or on the devices.
+A = TypeVar("A", np.ndarray, jax.Array)
 
 
-class HasRequest(Protocol):
-    """Something that was made for a request."""
-
-    @property
-    def request(self) -> Request:
-        """The request."""
-
-
-class RunningSample(Protocol):
-    """A sample that runs in a slot, as far as its draws depend on it.
+class RowSettings(NamedTuple):
+    """How one row draws; by default it does not.
 
     Attributes:
-      seed: of its draws.
-      bias: what is added to its logits, float32 [V]; None for nothing.
+      temperature: finite, 0 or more; 0 is greedy.
+      top_p: probability mass kept, 0 to 1.
+      min_p: least probability kept, as a fraction of the largest, 0 to 1.
+      top_k: tokens kept, 0 to 2**31 - 1; 0 keeps all.
+      seed: of the draws, 0 to 2**32 - 1.
+      active: whether the row draws at all.
+      biased: whether the row's bias is added to its logits.
+      wants_top: whether the most probable tokens are asked for.
     """
 
-    seed: int
-    bias: np.ndarray | None
+    temperature: float = 0.0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    top_k: int = 0
+    seed: int = 0
+    active: bool = False
+    biased: bool = False
+    wants_top: bool = False
 
-    @property
-    def handle(self) -> HasRequest:
-        """Whose sample it is."""
+
+# Column by column, the dtypes of the fields of `RowSettings`; each value has four bytes, or is 0 or 1.
+_DTYPES = (np.float32, np.float32, np.float32, np.int32, np.uint32, np.bool_, np.bool_, np.bool_)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotSettings(Generic[A]):
+    """How B rows draw: the fields of `RowSettings` as arrays, on the host or unpacked on the devices.
+
+    Attributes:
+      temperature: float32 [B].
+      top_p: float32 [B].
+      min_p: float32 [B].
+      top_k: int32 [B].
+      seed: uint32 [B].
+      active: bool [B].
+      biased: bool [B].
+      wants_top: bool [B].
+    """
+
+    temperature: A
+    top_p: A
+    min_p: A
+    top_k: A
+    seed: A
+    active: A
+    biased: A
+    wants_top: A
+
+    @classmethod
+    def of(cls, rows: Mapping[int, RowSettings], slots: int) -> "SlotSettings[np.ndarray]":
+        """Those of some of B slots; the others are not active."""
+        columns = zip(*(rows.get(slot, RowSettings()) for slot in range(slots)), strict=True)
+        return SlotSettings(*(np.array(column, dtype) for column, dtype in zip(columns, _DTYPES, strict=True)))
+
+    @functools.cached_property
+    def packed(self) -> np.ndarray:
+        """The columns side by side, int32 [B, 8]: one small array, so that a step takes one copy to the devices."""
+        columns = [np.asarray(getattr(self, name)) for name in RowSettings._fields]
+        as_bits = [column.astype(np.int32) if column.dtype == bool else column.view(np.int32) for column in columns]
+        return np.stack(as_bits, axis=1)
+
+    @classmethod
+    def unpack(cls, packed: A) -> "SlotSettings[A]":
+        """What `packed` holds, wherever it lies."""
+        columns = [packed[:, number] for number in range(len(_DTYPES))]
+        typed = zip(columns, _DTYPES, strict=True)
+        return SlotSettings(*(column != 0 if dtype == np.bool_ else column.view(dtype) for column, dtype in typed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,32 +97,8 @@ class Drawn:
 
 
 @dataclasses.dataclass(frozen=True)
-class SlotSettings:
-    """How the slots draw; one small array, so that a step takes one copy to the device.
-
-    Attributes:
-      packed: int32 [B, 8], bits of: temperature, top-p, min-p (float32), top-k, seed (uint32), and 0 or 1 for: active,
-        biased, most probable tokens wanted.
-    """
-
-    packed: np.ndarray
-
-    @classmethod
-    def of(cls, samples: Iterable[tuple[int, RunningSample]], slots: int) -> Self:
-        """Those of running samples in their slots; the other slots are inactive."""
-        numbers, integers = np.zeros((slots, 3), np.float32), np.zeros((slots, 5), np.int64)
-        for slot, sample in samples:
-            request = sample.handle.request
-            numbers[slot] = request.temperature, request.top_p, request.min_p
-            switches = True, sample.bias is not None, bool(request.logprobs)
-            integers[slot] = request.top_k, sample.seed, *switches
-        bits = integers.astype(np.uint32).view(np.int32)
-        return cls(np.concatenate([numbers.view(np.int32), bits], axis=1))
-
-
-@dataclasses.dataclass(frozen=True)
-class DrawnTokens:
-    """What one step drew, on the host; rows that were not active mean nothing.
+class DrawnTokens(Generic[A]):
+    """What one step drew, on the devices or unpacked on the host; rows that were not active mean nothing.
 
     Attributes:
       token_ids: int32 [B].
@@ -78,11 +107,23 @@ class DrawnTokens:
       top_logprobs: float32 [B, K], theirs.
     """
 
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
+    token_ids: A
+    logprobs: A
+    top_ids: A
+    top_logprobs: A
 
-    def of(self, slot: int) -> Drawn:
-        """That of one row."""
+    def of(self: "DrawnTokens[np.ndarray]", slot: int) -> Drawn:
+        """What one row drew."""
         return Drawn(int(self.token_ids[slot]), float(self.logprobs[slot]), self.top_ids[slot], self.top_logprobs[slot])
+
+    def pack(self) -> jax.Array:
+        """The arrays side by side, int32 [B, 2 + 2 K]: one array, so that a step takes one copy to the host."""
+        columns = self.token_ids[:, None], self.logprobs[:, None], self.top_ids, self.top_logprobs
+        return jnp.concatenate([column.view(np.int32) for column in columns], axis=1)
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray) -> "DrawnTokens[np.ndarray]":
+        """What `pack` holds, on the host."""
+        token_ids, logprobs, rest = packed[:, 0], packed[:, 1], packed[:, 2:]
+        top_ids, top_logprobs = np.split(rest, 2, axis=1)
+        return DrawnTokens(token_ids, logprobs.view(np.float32), top_ids, top_logprobs.view(np.float32))

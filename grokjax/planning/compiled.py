@@ -63,7 +63,7 @@ class Collective:
 
     @property
     def num_devices(self) -> int:
-        """Of the largest group."""
+        """How many devices the largest group has."""
         return max(map(len, self.groups))
 
     def is_between(self, size: int) -> bool:

@@ -56,7 +56,7 @@ class Traffic:
 
     @property
     def route(self) -> Route:
-        """What tells it from others of the step."""
+        """What tells these transfers from the others of a step."""
         return self.kind, self.num_devices, self.is_between_hosts
 
 
@@ -108,11 +108,11 @@ class StepCompiler:
 
     @functools.cached_property
     def weights_bytes(self) -> int:
-        """Of the model on each device."""
+        """Bytes that the model's weights take on each device."""
         return device_bytes(jax.tree.leaves(self._model(self.config, self.dtype)))
 
     def cache_bytes(self, batch_size: int, max_len: int) -> int:
-        """Of a cache on each device.
+        """Bytes that a cache of so many rows takes on each device.
 
         Raises:
           ValueError: A size is out of range.
@@ -120,7 +120,7 @@ class StepCompiler:
         return device_bytes(jax.tree.leaves(self._cache(batch_size, max_len, self.cache_dtype)))
 
     def cost(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None = None) -> StepCost:
-        """Of the step that `measure` compiles, in full rows or for the beginnings of prompts."""
+        """What the step that `compile_step` compiles costs, in full rows or for the beginnings of prompts."""
         rows, num_new = prompts or (batch_size, 1)
         return step_cost(
             self._model(self.config, self.dtype),
@@ -138,30 +138,22 @@ class StepCompiler:
         config = self.config if config is None else config
         return KVCache.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
 
-    def measure_both(self, batch_size: int, max_len: int, prompts: tuple[int, int]) -> tuple[Measured, Measured]:
+    def compile_both(self, batch_size: int, max_len: int, prompts: tuple[int, int]) -> tuple[Measured, Measured]:
         """A decode step of all rows and a prefill of (P, T) tokens, compiled side by side."""
         with ThreadPoolExecutor(2) as threads:
-            decode = threads.submit(self.measure, batch_size, max_len, None)
-            prefill = threads.submit(self._measure_prefill, batch_size, max_len, prompts)
+            decode = threads.submit(compile_step, self, batch_size, max_len, None)
+            prefill = threads.submit(self._compile_prefill, batch_size, max_len, prompts)
             return decode.result(), prefill.result()
 
-    def _measure_prefill(self, batch_size: int, max_len: int, prompts: tuple[int, int]) -> Measured:
+    def _compile_prefill(self, batch_size: int, max_len: int, prompts: tuple[int, int]) -> Measured:
         """A prefill of (P, T) tokens; the same for any number of rows, as those that it leaves alone add bytes only."""
         data = self.partitioner.mesh.devices.shape[0]
-        return self.measure(min(batch_size, -(-prompts[0] // data) * data), max_len, prompts)
+        return compile_step(self, min(batch_size, -(-prompts[0] // data) * data), max_len, prompts)
 
-    @functools.cache  # noqa: B019  # some numbers for each program, the same for equal compilers
-    def measure(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None) -> Measured:
-        """A step of an engine of so many rows: for P prompts' T tokens, given as (P, T), else a decode step of all."""
-        compile_layers = functools.partial(self._compile, batch_size, max_len, prompts)
-        try:
-            return compile_layers(self.config.num_layers)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise ValueError(f"the compiler failed: {first_line(error)}") from error
-            return extrapolate(*[compile_layers(few) for few in _FEW_LAYERS], num_layers=self.config.num_layers)
-
-    def _compile(self, batch_size: int, max_len: int, prompts: tuple[int, int] | None, num_layers: int) -> Measured:
+    def compile_layers(
+        self, num_layers: int, batch_size: int, max_len: int, prompts: tuple[int, int] | None
+    ) -> Measured:
+        """A step of an engine of so many rows, of a model of so many layers: what its compiler said."""
         config = self.config.replace(num_layers=num_layers)
         # What old compilers for CPUs do to bfloat16 stacks, converting them whole, says nothing of other targets.
         as_float32 = self.stands_in and not self.quantized
@@ -175,6 +167,23 @@ class StepCompiler:
         counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
         traffic = _traffic(program, num_layers, self.target.accelerator.group_size)
         return Measured(program.temporary_bytes, program.peak_bytes - counted, traffic)
+
+
+@functools.cache  # some numbers for each program, the same for equal compilers
+def compile_step(compiler: StepCompiler, batch_size: int, max_len: int, prompts: tuple[int, int] | None) -> Measured:
+    """A step of an engine of so many rows: for P prompts' T tokens, given as (P, T), else a decode step of all.
+
+    Raises:
+      ValueError: The compiler fails. Where it only lacks memory, the step is extrapolated from models of few layers.
+    """
+    num_layers = compiler.config.num_layers
+    try:
+        return compiler.compile_layers(num_layers, batch_size, max_len, prompts)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise ValueError(f"the compiler failed: {first_line(error)}") from error
+        few = [compiler.compile_layers(number, batch_size, max_len, prompts) for number in _FEW_LAYERS]
+        return extrapolate(*few, num_layers=num_layers)
 
 
 def _compile_quickly(lowered: jax.stages.Lowered, compiler: str) -> jax.stages.Compiled:

@@ -97,7 +97,7 @@ def _read_fraction(model: Grok, tokens: float) -> float:
 
 
 def _operations(model: Grok, rows: float, num_new: int, seen: float) -> float:
-    """On a device, for `num_new` tokens a row that attend to `seen` entries on average; logits of the last one."""
+    """Operations on a device for `num_new` tokens a row that see `seen` entries on average; logits of the last one."""
     config, partitioner = model.config, model.partitioner
     heads, kv_heads = config.num_heads, config.num_kv_heads
     projections = 2 * config.model_dim * config.head_dim * (heads + kv_heads) / partitioner.shards("heads")

@@ -76,7 +76,7 @@ class Plan:
     """What a model needs on each device of a machine, and how fast it could be there.
 
     Attributes:
-      steps: what has compiled the programs, for which model, machine and mesh.
+      compiler: what has compiled the programs, for which model, machine and mesh.
       batch_size: rows of the cache.
       max_len: tokens that each row holds.
       prompt_len: tokens of each prompt that the prefill takes.
@@ -85,7 +85,7 @@ class Plan:
       prefill: prompts of an engine that has as many.
     """
 
-    steps: StepCompiler
+    compiler: StepCompiler
     batch_size: int
     max_len: int
     prompt_len: int
@@ -96,37 +96,37 @@ class Plan:
     @property
     def target(self) -> Target:
         """The machine."""
-        return self.steps.target
+        return self.compiler.target
 
     @property
     def mesh(self) -> tuple[int, int]:
         """(data, model) devices."""
-        data, model = self.steps.partitioner.mesh.devices.shape
+        data, model = self.compiler.partitioner.mesh.devices.shape
         return data, model
 
     @property
     def weights_bytes(self) -> int:
-        """Of the model on each device."""
-        return self.steps.weights_bytes
+        """Bytes that the model's weights take on each device."""
+        return self.compiler.weights_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """Of all rows on each device."""
-        return self.steps.cache_bytes(self.batch_size, self.max_len)
+        """Bytes that the cache of all rows takes on each device."""
+        return self.compiler.cache_bytes(self.batch_size, self.max_len)
 
     @property
     def temporary_bytes(self) -> int:
-        """Of the step that allocates more."""
+        """Bytes that the step that allocates more takes for a time on each device."""
         return max(self.decode.temporary_bytes, self.prefill.temporary_bytes)
 
     @property
     def total_bytes(self) -> int:
-        """Of the step that needs more, with the whole cache."""
+        """Bytes that the step that needs more takes on each device, weights and the whole cache included."""
         return self._total_bytes(self.batch_size, self.max_len)
 
     @property
     def other_bytes(self) -> int:
-        """Of the total: logits and biases of all rows, inputs, results, what layouts add to weights and cache."""
+        """The rest of the total: logits and biases, inputs, results, what layouts add to weights and cache."""
         return self.total_bytes - self.weights_bytes - self.cache_bytes - self.temporary_bytes
 
     @property
@@ -135,9 +135,11 @@ class Plan:
         usable = self.target.accelerator.usable_bytes
         return None if usable is None else self.total_bytes <= usable
 
-    @functools.cached_property
-    def largest_batch_size(self) -> int | None:
-        """Rows that fit with `max_len`, 0 if none do; None if the memory is unknown. Compiles some more programs."""
+    def find_largest_batch_size(self) -> int | None:
+        """Compiles some more programs to find how many rows fit with `max_len`.
+
+        0 if none do; None if the memory is unknown.
+        """
         usable, data = self.target.accelerator.usable_bytes, self.mesh[0]
         if usable is None:
             return None
@@ -145,15 +147,17 @@ class Plan:
         start, guess = -(-self.batch_size // data), self._likely_rows(usable) if self.fits else 0
         return data * find_largest(lambda n: total(n * data), usable, start, _MOST_ROWS // data, guess)
 
-    @functools.cached_property
-    def largest_max_len(self) -> int | None:
-        """Tokens a row that fit with `batch_size`, at most the model's longest sequence; otherwise likewise."""
+    def find_largest_max_len(self) -> int | None:
+        """Compiles some more programs to find how many tokens a row fit with `batch_size`.
+
+        At most the model's longest sequence, 0 if none do; None if the memory is unknown.
+        """
         usable = self.target.accelerator.usable_bytes
         if usable is None:
             return None
         total = functools.partial(self._least_bytes, usable, self.batch_size)
-        guess = self.max_len + (usable - self.total_bytes) // self.steps.cache_bytes(self.batch_size, 1)
-        return find_largest(total, usable, self.max_len, self.steps.config.max_seq_len, guess)
+        guess = self.max_len + (usable - self.total_bytes) // self.compiler.cache_bytes(self.batch_size, 1)
+        return find_largest(total, usable, self.max_len, self.compiler.config.max_seq_len, guess)
 
     def _likely_rows(self, usable: int) -> int:
         """Rows of each replica that fit if a prefill's temporaries grow with its prompts, and a decode step's less.
@@ -166,19 +170,19 @@ class Plan:
         now, most = (-(-number // data) for number in prompts)
         temporary = max(self.decode.temporary_bytes, self.prefill.temporary_bytes * most // now)
         other = self.other_bytes // -(-self.batch_size // data)
-        return (usable - self.weights_bytes - temporary) // (self.steps.cache_bytes(data, self.max_len) + other)
+        return (usable - self.weights_bytes - temporary) // (self.compiler.cache_bytes(data, self.max_len) + other)
 
     def _least_bytes(self, usable: int, batch_size: int, max_len: int) -> int:
         """The total, or if weights and cache alone are too many bytes, these: no program need be compiled then."""
-        held = self.weights_bytes + self.steps.cache_bytes(batch_size, max_len)
+        held = self.weights_bytes + self.compiler.cache_bytes(batch_size, max_len)
         return held if held > usable else self._total_bytes(batch_size, max_len)
 
     def _total_bytes(self, batch_size: int, max_len: int) -> int:
-        steps = self.steps
+        compiler = self.compiler
         prompts = _prompts(batch_size, min(self.prompt_len, max_len), self.prefill_rows)
-        decode, prefill = steps.measure_both(batch_size, max_len, prompts)
+        decode, prefill = compiler.compile_both(batch_size, max_len, prompts)
         beside = max(decode.temporary_bytes, prefill.temporary_bytes) + decode.other_bytes
-        return steps.weights_bytes + steps.cache_bytes(batch_size, max_len) + beside
+        return compiler.weights_bytes + compiler.cache_bytes(batch_size, max_len) + beside
 
 
 def plan(
@@ -219,19 +223,19 @@ def plan(
       ValueError: The target is unknown or has another number of devices, the mesh or the rules do not fit the
         configuration, a size is out of range, or the compiler fails.
     """
-    steps = StepCompiler.create(
+    compiler = StepCompiler.create(
         config, target, mesh=mesh, rules=rules, dtype=dtype, cache_dtype=cache_dtype, quantized=quantized
     )
-    max_len = steps.config.max_seq_len if max_len is None else max_len
+    max_len = compiler.config.max_seq_len if max_len is None else max_len
     prompt_len = min(prompt_len, max_len)
     for rows, length in ((batch_size, max_len), (1, prompt_len)):
-        steps.cache_bytes(rows, length)  # refuses sizes that are out of range, before anything is compiled
+        compiler.cache_bytes(rows, length)  # refuses sizes that are out of range, before anything is compiled
     if prefill_rows < 1:
         raise ValueError(f"prefill_rows={prefill_rows} must be 1 or more: so many prompts are prefilled together.")
     prompts = _prompts(batch_size, prompt_len, prefill_rows)
-    roofline = functools.partial(_roofline, steps, batch_size, max_len, latency=collective_latency)
-    decode, prefill = steps.measure_both(batch_size, max_len, prompts)
-    return Plan(steps, batch_size, max_len, prompt_len, prefill_rows, roofline(decode), roofline(prefill, prompts))
+    roofline = functools.partial(_roofline, compiler, batch_size, max_len, latency=collective_latency)
+    decode, prefill = compiler.compile_both(batch_size, max_len, prompts)
+    return Plan(compiler, batch_size, max_len, prompt_len, prefill_rows, roofline(decode), roofline(prefill, prompts))
 
 
 def _prompts(batch_size: int, prompt_len: int, prefill_rows: int) -> tuple[int, int]:
@@ -240,7 +244,7 @@ def _prompts(batch_size: int, prompt_len: int, prefill_rows: int) -> tuple[int, 
 
 
 def _roofline(
-    steps: StepCompiler,
+    compiler: StepCompiler,
     batch_size: int,
     max_len: int,
     measured: Measured,
@@ -248,8 +252,8 @@ def _roofline(
     *,
     latency: float,
 ) -> StepPlan:
-    cost = steps.cost(batch_size, max_len, prompts)
-    traffic, accelerator = tuple(measured.traffic.values()), steps.target.accelerator
+    cost = compiler.cost(batch_size, max_len, prompts)
+    traffic, accelerator = tuple(measured.traffic.values()), compiler.target.accelerator
     times = [_ring_seconds(one, accelerator, latency) for one in traffic]
     return StepPlan(
         temporary_bytes=measured.temporary_bytes,

@@ -1,12 +1,14 @@
 """Which mesh and which rules suit a machine: every one that is possible, planned and put in order."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
+import jax.numpy as jnp
 from humanize import naturalsize
+from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.planning.compiler import StepCompiler
@@ -42,8 +44,13 @@ def suggest(
     target: Target | str,
     batch_size: int = 8,
     max_len: int | None = None,
+    prompt_len: int = 1024,
+    prefill_rows: int = 4,
+    dtype: DTypeLike = jnp.bfloat16,
+    cache_dtype: DTypeLike | None = None,
+    quantized: bool = True,
+    collective_latency: float = 0.0,
     progress: Callable[[Suggestion, int, int], None] | None = None,
-    **options: Any,
 ) -> tuple[Suggestion, ...]:
     """Plans every mesh and every rule that a machine and a model allow.
 
@@ -52,8 +59,13 @@ def suggest(
       target: a machine of known memory.
       batch_size: rows that are to run at once.
       max_len: tokens of each; by default the configuration's longest sequence.
+      prompt_len: as in `grokjax.plan`, and so are those that follow.
+      prefill_rows: prompts that are prefilled together at most.
+      dtype: compute dtype.
+      cache_dtype: of keys and values; bfloat16 by default, on a CPU float32.
+      quantized: int8 weights in attention and experts.
+      collective_latency: seconds that each transfer takes besides its bytes.
       progress: called with each as soon as it is planned, how many are, and how many there will be.
-      **options: further ones of `grokjax.plan`, but for `mesh` and `rules`.
 
     Returns:
       Those that fit first, the fastest decoding first; then the others, the smallest first.
@@ -65,20 +77,34 @@ def suggest(
     if target.accelerator.usable_bytes is None:
         raise ValueError(f"the memory of {target} is unknown: state it, or choose an accelerator of the table.")
     config = GrokConfig.grok_1() if config is None else config
-    sizes = {"batch_size": batch_size, "max_len": max_len}
-    kinds: dict[str, Any] = {"dtype": "bfloat16", "cache_dtype": None, "quantized": True}
-    kinds |= {name: options[name] for name in kinds if name in options}
-    allowed = _allowed(config, target, kinds)
+    create = functools.partial(
+        StepCompiler.create, config, target, dtype=dtype, cache_dtype=cache_dtype, quantized=quantized
+    )
+    make_plan = functools.partial(
+        plan,
+        config,
+        target=target,
+        batch_size=batch_size,
+        max_len=max_len,
+        prompt_len=prompt_len,
+        prefill_rows=prefill_rows,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        quantized=quantized,
+        collective_latency=collective_latency,
+    )
+    allowed = _allowed(config, target, create)
     found: list[Suggestion] = []
-    for (mesh, rules), steps in allowed.items():
-        found.append(_suggestion(steps, mesh, rules, sizes | options))
+    for (mesh, rules), compiler in allowed.items():
+        cache_bytes = compiler.cache_bytes(batch_size, max_len or config.max_seq_len)
+        found.append(_suggestion(compiler, mesh, rules, cache_bytes, make_plan))
         if progress is not None:
             progress(found[-1], len(found), len(allowed))
     return tuple(sorted(found, key=_rank))
 
 
 def _allowed(
-    config: GrokConfig, target: Target, kinds: dict[str, Any]
+    config: GrokConfig, target: Target, create: Callable[..., StepCompiler]
 ) -> dict[tuple[tuple[int, int], str], StepCompiler]:
     """(mesh, rules) -> compiler of it, but for those that the sizes do not allow or that differ in nothing."""
     allowed = {}
@@ -87,7 +113,7 @@ def _allowed(
         if _is_alike(config, mesh, rules):
             continue
         try:
-            allowed[mesh, rules] = StepCompiler.create(config, target, mesh=mesh, rules=RULES[rules], **kinds)
+            allowed[mesh, rules] = create(mesh=mesh, rules=RULES[rules])
         except ValueError as error:
             problem = error  # of sizes that this mesh does not divide, or of all of them
     if not allowed:
@@ -105,14 +131,15 @@ def _is_alike(config: GrokConfig, mesh: tuple[int, int], rules: str) -> bool:
     return (rules == "fsdp" and mesh[0] == 1) or (rules == "expert" and (mesh[1] == 1 or config.num_experts == 1))
 
 
-def _suggestion(steps: StepCompiler, mesh: tuple[int, int], rules: str, options: dict[str, Any]) -> Suggestion:
-    max_len = options["max_len"] or steps.config.max_seq_len
-    weights_bytes, cache_bytes = steps.weights_bytes, steps.cache_bytes(options["batch_size"], max_len)
-    least, usable = weights_bytes + cache_bytes, steps.target.accelerator.usable_bytes or 0
+def _suggestion(
+    compiler: StepCompiler, mesh: tuple[int, int], rules: str, cache_bytes: int, make_plan: Callable[..., Plan]
+) -> Suggestion:
+    weights_bytes, usable = compiler.weights_bytes, compiler.target.accelerator.usable_bytes or 0
+    least = weights_bytes + cache_bytes
     if least > usable:
         reason = f"weights and cache take {_size(least)} of {_size(usable)} a device."
         return Suggestion(mesh, rules, weights_bytes, cache_bytes, None, reason)
-    made = plan(steps.config, target=steps.target, mesh=mesh, rules=RULES[rules], **options)
+    made = make_plan(mesh=mesh, rules=RULES[rules])
     return Suggestion(mesh, rules, weights_bytes, cache_bytes, made, _reason(made))
 
 

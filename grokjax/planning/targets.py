@@ -53,7 +53,7 @@ class Target:
         return cls(accelerator, num_devices, extents if accelerator.kind == "tpu" else ())
 
     def __str__(self) -> str:
-        """As `parse` takes it."""
+        """The target's name, as `parse` takes it."""
         return f"{self.accelerator.name}:{'x'.join(map(str, self.topology)) or self.num_devices}"
 
     @property

@@ -1,13 +1,13 @@
-"""The release's surface, thin over the engine: its `run.py` needs other imports and nothing else.
+"""The release's surface, thin over the engine and the model's steps: its `run.py` needs other imports and nothing else.
 
-`runner` has the runners; `parts` the release's configuration classes and pure functions. The names are the release's.
+Read `configs` first: what a caller writes down. `functions` has the pure functions, `runner` the runners. The names are
+the release's.
 """
 
-from grokjax.runners.parts import (
-    LanguageModelConfig,
+from grokjax.runners.configs import LanguageModelConfig, Request, TransformerConfig
+from grokjax.runners.functions import (
     SampleOutput,
     SampleSettings,
-    TransformerConfig,
     get_pad_bucket,
     insert_slice,
     pad_to_size,
@@ -19,7 +19,6 @@ from grokjax.runners.runner import (
     ModelRunner,
     OutputText,
     QuantizedWeight8bit,
-    Request,
     sample_from_model,
 )
 from grokjax.sharding import make_mesh

@@ -1,74 +1,30 @@
-"""The release's surface, thin over the engine: its `run.py` needs other imports and nothing else."""
+"""The release's runners, by its names: `ModelRunner`, and `InferenceRunner` over the engine."""
 
 import collections
 import dataclasses
 import os
-from collections.abc import Callable, Generator, Sequence
-from typing import Self
+from collections.abc import Callable, Generator, Mapping
+from typing import NamedTuple, Self
 
+import jax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from grokjax import request as engine_request
 from grokjax.checkpoint import load
 from grokjax.engine import Engine, Handle
-from grokjax.model import Grok, ModelSteps, init
+from grokjax.model import Grok, ModelSteps, abstract_model, forward, init
 from grokjax.quantization import QuantizedArray
 from grokjax.request import Completion
-from grokjax.runners.parts import TOP_K, LanguageModelConfig, get_pad_bucket
-from grokjax.sharding import make_mesh
+from grokjax.runners import functions
+from grokjax.runners.configs import LanguageModelConfig, Request
+from grokjax.sharding import Partitioner, make_mesh
 from grokjax.tokenizer import Tokenizer, load_tokenizer
+
+# A batch, from which the release learns shapes: accepted in its places, and nothing here depends on it.
+InitData = Mapping[str, ArrayLike] | None
 
 # The release's name of it, which its `run.py` imports.
 QuantizedWeight8bit = QuantizedArray
-
-
-@dataclasses.dataclass
-class Request:
-    """One job.
-
-    Attributes:
-      prompt: text.
-      temperature: 0 is greedy.
-      nucleus_p: probability mass kept.
-      rng_seed: of the draws; its low 32 bits count, as in the release.
-      max_len: tokens to generate at most; the prompt does not count.
-      mask: bool [V], tokens that may be drawn; all by default.
-      stop: strings that end the text.
-      ignore_eos: go on past the end-of-sequence token, as the release does.
-      logprobs: report log-probabilities in the output's `completion`, with so many most probable tokens.
-
-    Raises:
-      ValueError: A number is out of its range.
-    """
-
-    prompt: str
-    temperature: float
-    nucleus_p: float
-    rng_seed: int
-    max_len: int
-    _: dataclasses.KW_ONLY
-    mask: ArrayLike | None = None
-    stop: str | Sequence[str] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        self.to_engine()
-
-    def to_engine(self) -> engine_request.Request:
-        """The same for an `Engine`."""
-        return engine_request.Request(
-            self.prompt,
-            max_new_tokens=self.max_len,
-            temperature=self.temperature,
-            top_p=self.nucleus_p,
-            seed=self.rng_seed % 2**32,
-            allowed_tokens=self.mask,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-            logprobs=self.logprobs,
-        )
 
 
 class OutputText(str):
@@ -83,9 +39,25 @@ class OutputText(str):
         return text
 
 
+class ForwardFn(NamedTuple):
+    """The forward pass as two pure functions, the pair that the release's `make_forward_fn` gives.
+
+    Attributes:
+      init: from a key, typed [] or raw uint32 [2], and tokens, which no weight depends on: a model with fresh weights.
+        The key's last word is their seed.
+      apply: from a model, a key or None, and tokens, integers [B, T]: logits, float32 [B, T, V]. It draws nothing.
+    """
+
+    init: Callable[[jax.Array, ArrayLike | None], Grok]
+    apply: Callable[[Grok, jax.Array | None, ArrayLike], jax.Array]
+
+
 @dataclasses.dataclass
 class ModelRunner:
-    """A model on a mesh, from a checkpoint or fresh.
+    """A model on a mesh, from a checkpoint or fresh. Its state is the model, whose pytree's leaves are the parameters.
+
+    `initialize` adds `config`, `mesh`, `batch_size`, `local_batch_size` (this process's share of it), `forward` (the
+    `make_forward_fn` of the mesh) and `state_sharding`.
 
     Attributes:
       model: its configuration.
@@ -94,6 +66,7 @@ class ModelRunner:
         first pattern found in it decides under which path it is looked up in the checkpoint.
       load_exclude_rules: patterns; a parameter whose path has one of them keeps its fresh value.
       rng_seed: of fresh weights.
+      transform_forward: accepted as in the release; the forward pass is pure either way.
       checkpoint_path: directory of the checkpoint, or its parent.
     """
 
@@ -106,13 +79,22 @@ class ModelRunner:
     checkpoint_path: str = ""
 
     def initialize(
-        self, local_mesh_config: tuple[int, int] = (1, 1), between_hosts_config: tuple[int, int] = (1, 1)
+        self,
+        init_data: InitData = None,
+        local_mesh_config: tuple[int, int] = (1, 1),
+        between_hosts_config: tuple[int, int] = (1, 1),
     ) -> None:
-        """Builds `mesh`, `config` and `batch_size`.
+        """Builds the mesh and what follows from it; see the class.
 
         Raises:
-          ValueError: There are not as many devices as the mesh needs, or no row is left for the batch.
+          ValueError: There are not as many devices as the mesh needs, no row is left for the batch, or `init_data` is
+            no batch.
         """
+        if init_data is not None and not isinstance(init_data, Mapping):
+            raise ValueError(
+                f"init_data={init_data!r} must be a mapping of arrays or None: name the mesh, as in "
+                "local_mesh_config=(1, 8)."
+            )
         self.config = self.model.to_config()
         self.mesh: Mesh = make_mesh(local_mesh_config, between_hosts_config)
         self.batch_size = int(self.bs_per_device * self.mesh.size)
@@ -121,19 +103,47 @@ class ModelRunner:
                 f"bs_per_device={self.bs_per_device} on {self.mesh.size} devices is a batch of no rows: set it to at "
                 f"least {1 / self.mesh.size:g}."
             )
+        self.local_batch_size = self.batch_size // jax.process_count()
+        self.forward = self.make_forward_fn(self.mesh)
+        self.state_sharding = self.get_state_sharding(init_data)
 
-    def init(self) -> Grok:
-        """A model with fresh weights."""
-        return init(self.config, seed=self.rng_seed, mesh=self.mesh, dtype=self.model.fprop_dtype)
+    def make_forward_fn(self, mesh: Mesh) -> ForwardFn:
+        """The forward pass of the configuration: `init` makes its models on `mesh`."""
+        config, dtype = self.model.to_config(), self.model.fprop_dtype
+        return ForwardFn(
+            init=lambda rng, tokens: init(config, seed=int(jax.random.key_data(rng)[-1]), mesh=mesh, dtype=dtype),
+            apply=lambda params, rng, tokens: forward(params, tokens),
+        )
 
-    def load_or_init(self, *, from_checkpoint: bool = True, init_fn: Callable[[], Grok] | None = None) -> Grok:
+    def get_state_sharding(self, init_data: InitData = None) -> Grok:
+        """Where `init` puts each parameter: a tree like the model, of `NamedSharding`s. Nothing is computed for it.
+
+        The scales of a checkpoint's int8 weights may come in more blocks than fresh ones and be divided otherwise.
+        """
+        partitioner = Partitioner.create(self.config, self.mesh)
+        shapes = abstract_model(self.config, partitioner, dtype=self.model.fprop_dtype, quantized=True)
+        return _shardings(shapes)
+
+    def init(self, rng: jax.Array | None = None, init_data: InitData = None) -> Grok:
+        """A model with fresh weights, from a key as in `ForwardFn`; by default from that of `rng_seed`."""
+        return self.forward.init(jax.random.key(self.rng_seed) if rng is None else rng, None)
+
+    # The release's name of its compiled `init`; here that is compiled already.
+    init_fn = init
+
+    def load_or_init(
+        self,
+        init_data: InitData = None,
+        from_checkpoint: bool = True,
+        init_fn: Callable[[jax.Array, InitData], Grok] | None = None,
+    ) -> Grok:
         """The model: from `init_fn` if given, else from the checkpoint, else fresh.
 
         Raises:
           CheckpointError: The checkpoint does not fit the configuration, or a renamed parameter is not in it.
         """
         if init_fn is not None:
-            return init_fn()
+            return init_fn(jax.random.PRNGKey(self.rng_seed), init_data)
         if not (from_checkpoint and self.checkpoint_path):
             return self.init()
         return load(
@@ -153,6 +163,10 @@ class InferenceRunner:
 
     Over several hosts, each runs the same script, with the same requests in the same order.
 
+    `initialize` adds `tokenizer`, `vocab_size`, `params` (the model), `params_sharding` (a tree like it, of
+    `NamedSharding`s) and `engine`. For loops of one's own there are the release's pure functions, which take the
+    model and the cache and give the cache back: `new_memory`, `prefill_memory`, `sample_step`.
+
     Attributes:
       name: of the runner.
       runner: the model's.
@@ -160,7 +174,7 @@ class InferenceRunner:
       tokenizer_path: the release's `tokenizer.model`.
       local_mesh_config: (data, model) devices of this host.
       between_hosts_config: (data, model) hosts.
-      pad_sizes: padded lengths of prompts; a longer prompt is taken in pieces.
+      pad_sizes: padded lengths of prompts; a longer prompt is taken in chunks.
     """
 
     name: str
@@ -171,9 +185,13 @@ class InferenceRunner:
     between_hosts_config: tuple[int, int] = (1, 1)
     pad_sizes: tuple[int, ...] = (1024,)
 
+    new_memory = staticmethod(functions.new_memory)
+    prefill_memory = staticmethod(functions.prefill_memory)
+    sample_step = staticmethod(functions.sample_step)
+
     def get_pad_bucket(self, size: int) -> int:
         """The smallest of `pad_sizes` that holds `size` tokens, else the largest."""
-        return get_pad_bucket(size, self.pad_sizes)
+        return functions.get_pad_bucket(size, self.pad_sizes)
 
     def initialize(self) -> None:
         """Reads the tokenizer, loads the model and makes the `engine`.
@@ -183,15 +201,17 @@ class InferenceRunner:
         """
         runner = self.runner
         self.tokenizer: Tokenizer = load_tokenizer(self.tokenizer_path)
-        runner.initialize(self.local_mesh_config, self.between_hosts_config)
+        runner.initialize(None, self.local_mesh_config, self.between_hosts_config)
         runner.checkpoint_path = runner.checkpoint_path or self.load
-        model = runner.load_or_init()
+        self.vocab_size = runner.config.vocab_size
+        self.params: Grok = runner.load_or_init()
+        self.params_sharding: Grok = _shardings(self.params)
         self.engine = Engine(
-            model,
+            self.params,
             self.tokenizer,
             slots=runner.batch_size,
             prefill_buckets=self.pad_sizes,
-            max_logprobs=TOP_K,
+            max_logprobs=functions.TOP_K,
             make_steps=ModelSteps,
         )
 
@@ -225,6 +245,11 @@ class InferenceRunner:
                 self.engine.cancel(handle)
             while self.engine.has_work:
                 self.engine.step()
+
+
+def _shardings(model: Grok) -> Grok:
+    """The model with the sharding of each leaf in its place."""
+    return jax.tree.map(lambda leaf: leaf.sharding, model)
 
 
 def sample_from_model(

@@ -1,5 +1,6 @@
 """The parts of the benchmarks that compute without timing: what the peer is given, the tables of the page."""
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,10 +79,17 @@ def test_a_model_that_the_peer_cannot_run_is_refused(monkeypatch) -> None:
         peer.LlamaCpp(init(GrokConfig.tiny()), rows=1, max_len=32)
 
 
-def test_the_page_is_what_the_command_makes() -> None:
-    page = tables.PAGE.read_text()
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
+def test_a_page_is_what_the_command_makes(path: Path) -> None:
+    page = path.read_text()
     assert tables.MARKED.search(page)
     assert tables.renew(page) == page
+
+
+def test_no_page_with_tables_is_forgotten() -> None:
+    folders = (ROOT.glob("*.md"), (ROOT / "docs").rglob("*.md"), (ROOT / "benchmarks").rglob("*.md"))
+    written = [path for path in itertools.chain(*folders) if tables.MARKED.search(path.read_text())]
+    assert sorted(tables.PAGES) == sorted(written)
 
 
 def test_a_changed_table_is_made_anew(monkeypatch, tmp_path: Path) -> None:
@@ -93,6 +101,28 @@ def test_a_changed_table_is_made_anew(monkeypatch, tmp_path: Path) -> None:
     assert "| 0.12 | 10.0 | 4.0 | 1.50 | 1.25 |\n<!-- end -->\nafter" in page
     assert "old" not in page
     assert tables.renew(page) == page
+
+
+def test_old_tables_are_told_and_made_anew(monkeypatch, tmp_path: Path) -> None:
+    page = tmp_path / "gpu.md"
+    page.write_text("<!-- results moe: rows -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(tables, "PAGES", (page,))
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    with pytest.raises(SystemExit, match=r"of gpu\.md are not those of the results: run benchmarks/tables\.py --w"):
+        tables.main()
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--write"])
+    tables.main()
+    assert page.read_text() == "<!-- results moe: rows -->\n| rows |\n| --- |\n| 1, 8, 128, 512 |\n<!-- end -->\n"
+
+
+def test_a_page_chooses_columns(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "startup.jsonl").write_text('{"jax": "0.12", "cold_seconds": 9.96}\n')
+    page = tables.renew("<!-- results startup: first token, nothing compiled; jax -->\n<!-- end -->")
+    assert "-->\n| first token, nothing compiled | jax |\n| --- | --- |\n| 10.0 | 0.12 |\n<!--" in page
+    assert tables.renew(page) == page
+    with pytest.raises(SystemExit, match=r"table 'startup' has no column 'python': choose from jax; first token, noth"):
+        tables.renew("<!-- results startup: jax; python -->\n<!-- end -->")
 
 
 @pytest.mark.parametrize(

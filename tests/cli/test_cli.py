@@ -96,7 +96,7 @@ def test_a_tokenizer_beside_the_checkpoint_is_found(
     write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
     (tmp_path / "config.json").write_text(SMALL.to_json())
     command = ["generate", "--checkpoint", str(tmp_path), "--config", str(tmp_path / "config.json")]
-    command += ["--max-new-tokens", "2", "--mesh", "1,1", "--dtype", "float32", "--add-bos", "hello"]
+    command += ["--max-new-tokens", "2", "--mesh", "1,1", "--add-bos", "hello"]
     assert main(command) == 2
     assert "name the release's tokenizer.model with --tokenizer" in capsys.readouterr().err
     (tmp_path / "tokenizer.model").write_bytes(trained_tokenizer_path.read_bytes())
@@ -134,8 +134,8 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["hi", "--seed", "4294967296"], "seed=4294967296 must be between"),
-        (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be 1 or more"),
+        (["hi", "--seed", "4294967296"], "seed=4294967296 must be an integer between 0 and"),
+        (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be an integer, 1 or more"),
         (["hi", "--top-k", "-1"], "top_k=-1"),
         (["hi", "--stop", ""], "stop=[''] must be strings of at least one character"),
         (["hi", "--top-p", "2"], "top_p=2.0 must be a number, from 0 to 1"),

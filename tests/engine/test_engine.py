@@ -99,10 +99,7 @@ class TestResults:
         engine = make_engine(slots=2, reuse_prefixes=False)
         done = engine.generate([prompt], max_new_tokens=6, n=5, seed=2**32 - 2, ignore_eos=True)
         seeds = [(2**32 - 2 + i) % 2**32 for i in range(5)]
-        # The packed seed is read as int32 by the fake.
-        assert [list(d.token_ids) for d in done] == [
-            continuation(prompt, 6, seed=seed - 2**32 if seed >= 2**31 else seed) for seed in seeds
-        ]
+        assert [list(d.token_ids) for d in done] == [continuation(prompt, 6, seed=seed) for seed in seeds]
         assert [d.sample for d in done] == list(range(5))
         metrics = engine.metrics()
         assert metrics.prefix_hits == 4
@@ -119,7 +116,7 @@ class TestResults:
         [done] = engine.generate([[3, 4]], max_new_tokens=2, logprobs=0)
         assert all(entry.top == () for entry in done.logprobs)
 
-    def test_prompt_logprobs_join_over_pieces_and_are_every_samples(self) -> None:
+    def test_prompt_logprobs_join_over_chunks_and_are_every_samples(self) -> None:
         prompt = list(range(3, 24))
         engine = make_engine(model=(model := FakeModel()))
         engine.generate([prompt], max_new_tokens=1)  # a prefix that must not be reused
@@ -188,29 +185,29 @@ class TestSchedule:
         late = engine.submit(Request([5], max_new_tokens=3, ignore_eos=True))
         while not late.is_done:
             engine.step()
-        decodes = [int(entry[2].packed[:, 5].sum()) for entry in model.steps.log if entry[0] == "decode"]
+        decodes = [int(entry[2].active.sum()) for entry in model.steps.log if entry[0] == "decode"]
         assert decodes == [2, 2, 2, 2, 1]  # two tokens after the first for each of the short ones, side by side
 
-    @pytest.mark.parametrize("pieces", [1, 2, 3])
-    def test_a_long_prompt_stalls_nobody_for_more_than_a_piece(self, pieces: int) -> None:
+    @pytest.mark.parametrize("chunks", [1, 2, 3])
+    def test_a_long_prompt_stalls_nobody_for_more_than_a_chunk(self, chunks: int) -> None:
         engine = make_engine(model=(model := FakeModel()), slots=3)
         running = engine.submit(Request([3], max_new_tokens=40, ignore_eos=True))
         engine.step()
         engine.submit(Request([5] * 50, max_new_tokens=2))
-        for _ in range(pieces):
+        for _ in range(chunks):
             engine.step()
         short = engine.submit(Request([7, 8], max_new_tokens=2, ignore_eos=True))
         before = len(running.pieces)
         engine.step()
         assert short.pieces
         engine.run()
-        assert before == 2 + pieces  # its first, the one that was under way, and one beside each piece
+        assert before == 2 + chunks  # its first, the one that was under way, and one beside each chunk
         names = [entry[0] for entry in model.steps.log]
         assert ("prefill", "prefill") not in itertools.pairwise(names)
 
     @pytest.mark.parametrize("is_decoding", [False, True])
     @pytest.mark.parametrize("max_new_tokens", [0, 2])
-    def test_the_device_has_one_piece_of_a_prompt_at_a_time(self, is_decoding: bool, max_new_tokens: int) -> None:
+    def test_the_device_has_one_chunk_of_a_prompt_at_a_time(self, is_decoding: bool, max_new_tokens: int) -> None:
         """So that whoever comes next waits for no more than that: each is done before another is dispatched."""
         engine = make_engine(model=(model := FakeModel()), slots=4, reuse_prefixes=False)
         if is_decoding:
@@ -222,8 +219,8 @@ class TestSchedule:
         assert len([name for name in names if name == "prefill"]) == 6 + is_decoding
         assert ("prefill", "prefill") not in itertools.pairwise(names)
 
-    def test_a_piece_of_a_long_prompt_goes_alone(self) -> None:
-        """Beside a running request, which would else wait for the pieces of all of them."""
+    def test_a_chunk_of_a_long_prompt_goes_alone(self) -> None:
+        """Beside a running request, which would else wait for the chunks of all of them."""
         engine = make_engine(model=(model := FakeModel()), slots=6)
         for token in range(3, 7):
             engine.submit(Request([token] * 21, max_new_tokens=2))

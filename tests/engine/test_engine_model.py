@@ -64,7 +64,7 @@ def alone(text: int, length: int, seed: int, temperature: float) -> list[int]:
         np.pad(texts()[text, :length], (0, LONGEST - length))[None],
         np.array([length]),
         max_new_tokens=NEW,
-        settings=SampleSettings.create(1, temperature=temperature, nucleus_p=0.95 if temperature else 1.0),
+        settings=SampleSettings.create(1, temperature=temperature, top_p=0.95 if temperature else 1.0),
         keys=jax.random.key(seed)[None],
     )
     return np.asarray(drawn.tokens)[0].tolist()
@@ -166,8 +166,9 @@ def test_logprobs_are_the_models() -> None:
 def test_a_mask_draws_as_in_generate() -> None:
     prompt, allowed = texts()[1, :9], np.arange(CONFIG.vocab_size) % 7 == 3
     drawing = SampleSettings.create(1, temperature=0.9, top_k=20, min_p=0.01, mask=allowed)
+    padded = np.pad(prompt, (0, LONGEST - len(prompt)))
     drawn = generate(
-        model(), prompt[None], np.array([9]), max_new_tokens=NEW, settings=drawing, keys=jax.random.key(5)[None]
+        model(), padded[None], np.array([9]), max_new_tokens=NEW, settings=drawing, keys=jax.random.key(5)[None]
     )
     options = {"temperature": 0.9, "top_k": 20, "min_p": 0.01, "seed": 5, "ignore_eos": True, "max_new_tokens": NEW}
     [done] = engine().generate([prompt.tolist()], allowed_tokens=allowed, **options)
@@ -178,14 +179,13 @@ def test_a_mask_draws_as_in_generate() -> None:
 
 
 def test_an_int8_cache_gives_what_generate_gives() -> None:
-    """Rows that are prefilled together, in pieces, and from a shared prefix; a float32 cache is off by 2e-3 or more."""
+    """Rows that are prefilled together, in chunks, and from a shared prefix; a float32 cache is off by 2e-3 or more."""
     prompts = [texts()[text, :length] for text, length in ((0, 20), (1, 7), (3, 20), (4, 14))]
     options = {"max_new_tokens": NEW, "temperature": 0, "logprobs": 0}
     made = new_engine(cache_dtype="int8").generate([prompt.tolist() for prompt in prompts], **options)
     for prompt, done in zip(prompts, made, strict=True):
-        alone = generate(
-            model(), prompt[None], np.array([len(prompt)]), max_new_tokens=NEW, cache_dtype="int8", eos_id=CONFIG.eos_id
-        )
+        padded, length = np.pad(prompt, (0, LONGEST - len(prompt))), np.array([len(prompt)])
+        alone = generate(model(), padded[None], length, max_new_tokens=NEW, cache_dtype="int8", eos_id=CONFIG.eos_id)
         count = len(done.token_ids)
         assert list(done.token_ids) == np.asarray(alone.tokens)[0, :count].tolist()
         logprobs = [entry.logprob for entry in done.logprobs]

@@ -1,4 +1,4 @@
-"""Scheduling by hand: who gets a slot, which pieces are prefilled together, what a prompt shares with a row."""
+"""Scheduling by hand: who gets a slot, which chunks are prefilled together, what a prompt shares with a row."""
 
 import weakref
 
@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from grokjax.engine import QueueFullError
-from grokjax.engine.scheduler import (
-    Chunk,
-    HeldRows,
-    Job,
-    PrefixMatch,
-    Scheduler,
-    WaitingQueue,
-    check_buckets,
-    plan_chunks,
-)
+from grokjax.engine.prefixes import HeldRows, PrefixMatch
+from grokjax.engine.scheduler import Chunk, Job, Scheduler, WaitingQueue, check_buckets, plan_chunks
 
 
 def job(length: int = 3, *, first: int = 0, **options) -> Job:
@@ -32,12 +24,12 @@ def scheduler(slots: int = 2, **options) -> Scheduler[Job]:
 
 def submit(plan: Scheduler[Job], *jobs: Job) -> None:
     for one in jobs:
-        plan.queue.push(one)
+        plan.submit(one)
 
 
 class TestChunks:
     @given(start=st.integers(0, 40), length=st.integers(1, 40))
-    def test_pieces_join_and_fit_their_buckets(self, start: int, length: int) -> None:
+    def test_chunks_join_and_fit_their_buckets(self, start: int, length: int) -> None:
         chunks = list(plan_chunks(start, start + length, (4, 8, 16)))
         position = start
         for chunk in chunks:
@@ -72,11 +64,11 @@ class TestQueue:
     def test_priority_goes_before_arrival(self) -> None:
         queue: WaitingQueue[Job] = WaitingQueue(9)
         first, second, urgent, late = job(), job(), job(priority=1), job(priority=-1)
-        arrival = queue.push(first)
+        sibling = job()
+        queue.push(first, sibling)
         for one in (second, late, urgent):
             queue.push(one)
-        sibling = job()
-        queue.push(sibling, arrival=arrival)
+        queue.let_follow(first)
         assert [queue.pop() for _ in range(6)] == [urgent, first, sibling, second, late, None]
 
     def test_a_full_queue_refuses(self) -> None:
@@ -111,16 +103,32 @@ class TestQueue:
         with pytest.raises(ValueError, match=r"max_queue=2\.5 must be an integer"):
             WaitingQueue(2.5)
 
-    def test_what_is_held_counts_and_does_not_come(self) -> None:
+    def test_siblings_count_and_do_not_come_before_they_may(self) -> None:
         queue: WaitingQueue[Job] = WaitingQueue(3)
         first, later, dropped = job(), job(), job()
-        queue.push(first)
-        queue.hold([later, dropped])
+        queue.push(first, later, dropped)
         assert not queue.has_room
         assert [queue.pop(), queue.pop()] == [first, None]
-        queue.push(later)
         queue.remove(dropped)
-        assert (len(queue), queue.pop(), len(queue)) == (1, later, 0)
+        queue.let_follow(first)
+        queue.let_follow(first)
+        assert (len(queue), queue.pop(), queue.pop(), len(queue)) == (1, later, None, 0)
+
+    def test_siblings_of_one_that_was_removed_never_come(self) -> None:
+        queue: WaitingQueue[Job] = WaitingQueue(2)
+        first, sibling = job(), job()
+        queue.push(first, sibling)
+        queue.remove(first)
+        queue.let_follow(first)
+        assert (len(queue), queue.pop()) == (1, None)
+        queue.remove(sibling)
+        assert len(queue) == 0
+
+    def test_more_than_may_ever_wait_are_refused(self) -> None:
+        queue: WaitingQueue[Job] = WaitingQueue(2)
+        with pytest.raises(ValueError, match="n=3 samples exceed the engine's max_queue=2: ask for fewer"):
+            queue.push(job(), job(), job())
+        assert (len(queue), queue.pop()) == (0, None)
 
 
 class TestPlaces:
@@ -144,6 +152,37 @@ class TestPlaces:
         assert plan.next_prefill() is None
         submit(plan, job())
         assert len(plan.admit()) == 1
+
+    def test_siblings_get_their_slots_after_the_prefill_they_share(self) -> None:
+        plan, long, sibling, other = scheduler(3), job(20), job(20), job(3, first=50)
+        plan.submit(long, sibling)
+        submit(plan, other)
+        assert [admission.job for admission in plan.admit()] == [long, other]
+        for _ in range(4):  # one chunk of the other, three of the long one
+            assert plan.admit() == []
+            plan.next_prefill()
+        assert [(a.job, a.source, a.is_complete) for a in plan.admit()] == [(sibling, long.slot, True)]
+
+    def test_siblings_of_a_prompt_that_a_row_holds_come_with_the_next_admission(self) -> None:
+        plan = scheduler(3)
+        submit(plan, job(6))
+        plan.admit()
+        plan.next_prefill()
+        first, sibling = job(6), job(6)
+        plan.submit(first, sibling)
+        assert [admission.job for admission in plan.admit()] == [first]
+        assert [admission.job for admission in plan.admit()] == [sibling]
+
+    def test_rows_that_are_forgotten_are_not_shared(self) -> None:
+        plan = scheduler(2)
+        submit(plan, job(6))
+        plan.admit()
+        plan.next_prefill()
+        plan.forget_rows()
+        again = job(6)
+        submit(plan, again)
+        assert [admission.is_complete for admission in plan.admit()] == [False]
+        assert again.reused == 0
 
     @pytest.mark.parametrize("name", ["slots", "prefill_rows"])
     def test_numbers_out_of_range_are_refused(self, name: str) -> None:
@@ -203,7 +242,7 @@ class TestPrefixes:
         held = HeldRows(3, 16)
         held.extend(0, np.array([5, 6, 7, 8]), 4)
         held.extend(1, np.array([5, 6, 9]), 3)
-        held.prompt_lengths[1] = 3
+        held.keep_logits(1)
         assert held.find(np.array([5, 6, 7, 1])) == [
             PrefixMatch(0, 3, is_complete=False),
             PrefixMatch(1, 2, is_complete=False),
@@ -318,7 +357,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def admit(self) -> None:
-        free, waiting = self.plan.running.count(None), len(self.waiting)
+        free, waiting = self.plan.slots - len(self.plan.running), len(self.waiting)
         admitted = {admission.job for admission in self.plan.admit()}
         assert admitted <= self.waiting
         assert len(admitted) == min(free, waiting)
@@ -341,7 +380,7 @@ class AnyOrder(RuleBasedStateMachine):
         """A token that was drawn for a job goes into its row."""
         one = data.draw(st.sampled_from([one for one in self.jobs if one in self.running]))
         if not one.chunks and self.plan.held.lengths[one.slot] < self.plan.max_len:
-            self.plan.held.extend(one.slot, token)
+            self.plan.note_token(one, token)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
@@ -358,14 +397,15 @@ class AnyOrder(RuleBasedStateMachine):
     def slots_and_rows_are_consistent(self) -> None:
         if not hasattr(self, "plan"):
             return
-        in_slots = [one for one in self.plan.running if one is not None]
-        assert len(in_slots) == len(self.running)
-        assert set(in_slots) == self.running
-        assert all(one is None or one.slot == slot for slot, one in enumerate(self.plan.running))
+        assert len(self.plan.running) == len(self.running)
+        assert set(self.plan.running) == self.running
+        slots = [one.slot for one in self.plan.running]
+        assert slots == sorted(set(slots))
+        assert set(slots) <= set(range(self.plan.slots))
         assert all(one.slot is None for one in self.jobs if one not in self.running)
         assert all(0 <= length <= self.plan.max_len for length in self.plan.held.lengths)
-        assert self.plan.has_pieces == any(one.chunks for one in self.running)
-        assert len(self.plan.queue) == len(self.waiting)
+        assert self.plan.has_chunks == any(one.chunks for one in self.running)
+        assert self.plan.num_waiting == len(self.waiting)
 
     def teardown(self) -> None:
         """Every slot can be had again, and every prompt be prefilled to its end."""
@@ -373,11 +413,11 @@ class AnyOrder(RuleBasedStateMachine):
             return
         for one in list(self.running):
             self.leave(one)
-        for _ in self.plan.running:
+        for _ in range(self.plan.slots):
             self.submit(length=20, first=0, priority=0, is_scored=False)
         self.admit()
-        assert None not in self.plan.running
-        while self.plan.has_pieces:
+        assert len(self.plan.running) == self.plan.slots
+        while self.plan.has_chunks:
             self.prefill()
         self.slots_and_rows_are_consistent()
 

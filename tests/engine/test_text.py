@@ -7,6 +7,7 @@ import pytest
 from goldens import load_e2e
 
 from grokjax import ByteTokenizer, GrokConfig, TextGenerator, generate, init, load, load_tokenizer, make_mesh
+from grokjax.model import ModelSteps
 from grokjax.sampling import SampleSettings
 
 CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=64)
@@ -18,7 +19,7 @@ def generator() -> TextGenerator:
 
 
 @pytest.mark.release_tokenizer
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.thorough)])
 def test_greedy_texts_of_the_release(release_tokenizer_path, dtype: str) -> None:
     golden = load_e2e()
     model = load(golden.checkpoint, golden.config, make_mesh((1, 2)), jnp.dtype(dtype))
@@ -52,7 +53,7 @@ def test_pieces_join_to_the_text(generator: TextGenerator) -> None:
 def test_same_tokens_as_generate(generator: TextGenerator) -> None:
     """The host's loop and the device's loop draw the same tokens from the same key."""
     ids = np.array([generator.tokenizer.encode("hello")])
-    settings = SampleSettings.create(1, temperature=0.8, nucleus_p=0.9)
+    settings = SampleSettings.create(1, temperature=0.8, top_p=0.9)
     keys = jax.random.key(5)[None]
     lengths = np.array([ids.shape[1]])
     on_device = generate(generator.model, ids, lengths, max_new_tokens=12, settings=settings, keys=keys)
@@ -105,14 +106,57 @@ class _EndsAt:
         return getattr(self.tokenizer, name)
 
 
-def test_long_prompts_are_taken_in_pieces(generator: TextGenerator) -> None:
-    """A prompt of several buckets continues as the device's one-piece prefill does."""
+def test_long_prompts_are_taken_in_chunks(generator: TextGenerator) -> None:
+    """A prompt of several buckets continues as the device's prefill of all of it does."""
     prompt = "abcdefghij" * 4
     short = TextGenerator(generator.model, generator.tokenizer)
     ids = np.array([generator.tokenizer.encode(prompt)])
     expected = generate(generator.model, ids, np.array([40]), max_new_tokens=4)
     result = short.generate(prompt, max_new_tokens=4, temperature=0, ignore_eos=True)
     np.testing.assert_array_equal(expected.tokens[0], result.token_ids)
+
+
+def test_a_stream_that_is_left_or_interrupted_leaves_a_usable_generator(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_new_tokens": 6, "seed": 3, "ignore_eos": True}
+    whole = generator.generate("hello", **options)
+    left, beside = generator.stream("hello", **options), generator.stream("hello", **options)
+    first = next(left)
+    assert next(beside) == first
+    left.close()
+    assert first + "".join(beside) == whole.text
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelSteps, "decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generator.generate("hello", **options)
+    assert generator.generate("hello", **options) == whole
+
+
+def test_a_step_is_under_way_while_a_piece_is_shown(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next token is being computed while its reader has the last one; after the last of all nothing is."""
+    dispatched = []
+    decode = ModelSteps.decode
+    monkeypatch.setattr(ModelSteps, "decode", lambda *arguments: dispatched.append(1) or decode(*arguments))
+    counts = [len(dispatched) for _ in generator.stream("hello", max_new_tokens=5, ignore_eos=True)]
+    assert counts == [1, 2, 3, 4, 4, 4]
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    model = init(CONFIG, dtype=jnp.float32)
+    model.final_norm.scale.set_value(model.final_norm.scale.get_value() * np.nan)
+    broken = TextGenerator(model, ByteTokenizer(CONFIG.vocab_size))
+    message = "the model's logits are not finite: look at its weights"
+    with pytest.raises(ValueError, match=message):
+        broken.generate("hello")
+    pieces = broken.stream("hello")
+    assert next(pieces) == ""
+    with pytest.raises(ValueError, match=message):
+        next(pieces)
 
 
 def test_ends_where_the_cache_ends(generator: TextGenerator) -> None:
@@ -133,10 +177,10 @@ def test_errors_before_any_work(generator: TextGenerator) -> None:
         generator.stream("")
     with pytest.raises(ValueError, match="the prompt has 64 tokens and at most 63 leave room"):
         generator.stream("a" * 64)
-    with pytest.raises(ValueError, match="max_new_tokens=0 must be 1 or more"):
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be an integer, 1 or more"):
         generator.stream("a", max_new_tokens=0)
     for seed in (-1, 2**32):
-        with pytest.raises(ValueError, match=rf"seed={seed} must be between 0 and 2\*\*32 - 1"):
+        with pytest.raises(ValueError, match=f"seed={seed} must be an integer between 0 and 4294967295"):
             generator.stream("a", seed=seed)
     with pytest.raises(ValueError, match=r"stop=\[''\] must be strings of at least one character"):
         generator.stream("a", stop=[""])

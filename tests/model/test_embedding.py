@@ -46,7 +46,7 @@ def test_every_form_of_the_product_is_its_definition(num_rows: int, dtype: str) 
         np.testing.assert_allclose(out, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
 
 
-@pytest.mark.parametrize("rules", [TENSOR, FULLY], ids=["tp", "fsdp"])
+@pytest.mark.parametrize("rules", [pytest.param(TENSOR, marks=pytest.mark.thorough), FULLY], ids=["tp", "fsdp"])
 def test_a_quantised_table_gives_its_logits_on_a_mesh(rules: ShardingRules) -> None:
     """The same tokens and logits as with the table that the int8 one stands for."""
     config = GrokConfig.tiny()

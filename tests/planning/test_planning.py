@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from grokjax.planning import (
     Plan,
     StepCompiler,
     Target,
+    compiler,
     plan,
     read_program,
     step_cost,
@@ -32,7 +34,7 @@ from grokjax.planning import (
     suggestions,
 )
 from grokjax.planning.accelerators import find_accelerator
-from grokjax.planning.compiler import extrapolate
+from grokjax.planning.compiler import Measured, compile_step
 from grokjax.planning.costs import device_bytes
 from grokjax.planning.plans import find_largest
 from grokjax.sharding import RULES, Partitioner, make_mesh
@@ -53,6 +55,26 @@ def compiler_of(config: GrokConfig, mesh: tuple[int, int] = (1, 8), rules: str =
     )
 
 
+def refusing(message: str, num_layers: int) -> Callable[..., Compiled]:
+    """`Lowered.compile`, but for programs of so many layers, which it refuses."""
+    compile_lowered = Lowered.compile
+
+    def refuse(step: Lowered, *options: Any) -> Compiled:
+        if any(array.shape[:1] == (num_layers,) for array in jax.tree.leaves(step.in_avals)):
+            raise jax.errors.JaxRuntimeError(message)
+        return compile_lowered(step, *options)
+
+    return refuse
+
+
+def made_up_step(steps: StepCompiler, batch_size: int, max_len: int, prompts: tuple[int, int] | None) -> Measured:
+    """A compiler whose temporaries grow with the rows of a decode step, and little with the prompts of a prefill."""
+    data = steps.partitioner.mesh.devices.shape[0]
+    if prompts is None:
+        return Measured(4096 + 512 * batch_size // data, 64 * batch_size // data, {})
+    return Measured(20_000 + 100 * prompts[0], 0, {})
+
+
 class TestMemory:
     @pytest.mark.parametrize(
         ("mesh", "rules"), or_thorough([((2, 4), "tensor"), ((4, 2), "fsdp")], [((2, 4), "tensor")])
@@ -67,7 +89,7 @@ class TestMemory:
         steps = ModelSteps(model, slots=8, max_len=64, num_top=8)
         tokens, numbers = np.zeros((4, 16), np.int32), np.arange(4, dtype=np.int32)
         steps.prefill(tokens, numbers + 1, 0 * numbers, numbers)
-        steps.decode(SlotSettings.of((), 8)).read()
+        steps.decode(SlotSettings.of({}, 8)).read()
         first = devices.devices.flat[0]
         held = sum(
             shard.data.nbytes
@@ -128,50 +150,39 @@ class TestTraffic:
         assert 0 < drawing < 4 * 131072 * 4  # some rows of logits
 
     @pytest.mark.parametrize("prompts", [None, pytest.param((4, 16), marks=pytest.mark.thorough)])
-    def test_a_program_too_large_to_compile_is_extrapolated(self, prompts: tuple[int, int] | None) -> None:
+    def test_a_program_too_large_to_compile_is_extrapolated(
+        self, prompts: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """From 2 and 4 layers to 7: what the compiler says of 7."""
         steps = compiler_of(TINY.replace(num_layers=7))
-        measured = steps.measure(8, 64, prompts)
-        few = [compiler_of(TINY.replace(num_layers=few)).measure(8, 64, prompts) for few in (2, 4)]
-        guessed = extrapolate(*few, num_layers=7)
+        measured = compile_step(steps, 8, 64, prompts)
+        compile_step.cache_clear()  # so that the compiler is asked again
+        monkeypatch.setattr(Lowered, "compile", refusing("RESOURCE_EXHAUSTED: 1G", num_layers=7))
+        guessed = compile_step(steps, 8, 64, prompts)
         assert guessed.traffic == measured.traffic
         assert guessed.temporary_bytes == pytest.approx(measured.temporary_bytes, rel=0.02)
         assert guessed.other_bytes == pytest.approx(measured.other_bytes, abs=1024)
 
     def test_only_want_of_memory_is_extrapolated(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A program that is too large is guessed from smaller ones; any other error is the user's to know."""
-        compile_step, full = Lowered.compile, TINY.num_layers * 3
-        message = "RESOURCE_EXHAUSTED: 1G"
-
-        def refuse(step: Lowered, *options: Any) -> Compiled:
-            if any(array.shape[:1] == (full,) for array in jax.tree.leaves(step.in_avals)):
-                raise jax.errors.JaxRuntimeError(message)
-            return compile_step(step, *options)
-
-        config = TINY.replace(num_layers=full)
-        monkeypatch.setattr(Lowered, "compile", refuse)
-        traffic = {
-            one.kind: one.count for one in plan(config, target="cpu:8", max_len=32, prompt_len=8).prefill.traffic
-        }
-        assert traffic["all-reduce"] == 1 + 2 * full
-        message = "INTERNAL: broken"
+        """Any other error of the compiler is the user's to know."""
+        monkeypatch.setattr(Lowered, "compile", refusing("INTERNAL: broken", num_layers=7))
         with pytest.raises(ValueError, match="the compiler failed: INTERNAL: broken"):
-            plan(config, target="cpu:8", max_len=33, prompt_len=8)
+            plan(TINY.replace(num_layers=7), target="cpu:8", max_len=33, prompt_len=8)
 
     @pytest.mark.parametrize("options", [{}, {"xla_option_of_another_version": "1"}])
     def test_quick_machine_code_changes_nothing(self, options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         """Nor do options that the compiler does not know."""
-        compile_step, given = Lowered.compile, []
+        compile_lowered, given = Lowered.compile, []
 
         def replace_options(step: Lowered, *quick: dict[str, str]) -> Compiled:
             given.extend(quick)
-            return compile_step(step, *[options for _ in quick])
+            return compile_lowered(step, *[options for _ in quick])
 
         steps, sizes = compiler_of(TINY), (2, 64, (2, 16))
-        quick = steps.measure(*sizes)
-        StepCompiler.measure.cache_clear()  # so that the compiler is asked again
+        quick = compile_step(steps, *sizes)
+        compile_step.cache_clear()  # so that the compiler is asked again
         monkeypatch.setattr(Lowered, "compile", replace_options)
-        assert steps.measure(*sizes) == quick
+        assert compile_step(steps, *sizes) == quick
         assert any(given), "no options ask for quick machine code"
 
 
@@ -280,7 +291,7 @@ class TestRoofline:
 
     def test_unknown_figures_say_nothing(self) -> None:
         made = real_plan("cpu:8")
-        assert made.fits is made.largest_batch_size is made.largest_max_len is None
+        assert made.fits is made.find_largest_batch_size() is made.find_largest_max_len() is None
         assert made.decode.seconds is made.decode.tokens_per_second is made.decode.bound is None
 
 
@@ -297,8 +308,8 @@ class TestFits:
     def test_grok_1_in_int8_fits(self, target: str, rows: int) -> None:
         made = real_plan(target)
         assert made.fits
-        assert made.largest_batch_size == pytest.approx(rows, rel=0.03)
-        assert made.largest_max_len == 8192
+        assert made.find_largest_batch_size() == pytest.approx(rows, rel=0.03)
+        assert made.find_largest_max_len() == 8192
 
     def test_grok_1_fits_on_32_chips_of_v5e(self) -> None:
         """If fully sharded. In a process of as many devices: what is exact whoever compiles, weights and cache.
@@ -328,20 +339,22 @@ class TestFits:
     def test_grok_1_does_not_fit_on_two_gpus(self) -> None:
         made = real_plan("h100:2")
         assert made.fits is False
-        assert made.largest_batch_size == 0
+        assert made.find_largest_batch_size() == 0
 
-    def test_the_largest_batch_and_context_are_the_largest(self) -> None:
-        memory = 2 * MIB
-        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=memory)
+    def test_the_largest_batch_and_context_are_the_largest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compiler, "compile_step", made_up_step)
+        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=2 * MIB)
         sizes = functools.partial(plan, TINY, target=Target(accelerator, 8), mesh=(2, 4), prompt_len=8)
-        best = sizes(batch_size=4, max_len=128).largest_batch_size
+        best = sizes(batch_size=4, max_len=128).find_largest_batch_size()
         assert best > 4
-        assert best % 2 == 0
+        assert best % 2 == 0  # the data axis divides no odd number
         assert sizes(batch_size=best, max_len=128).fits
-        longer = sizes(batch_size=2 * round(best * 0.55), max_len=128)  # even, as the data axis divides no other
+        assert not sizes(batch_size=best + 2, max_len=128).fits
+        longer = sizes(batch_size=2 * round(best * 0.55), max_len=128)
         assert not longer.fits
-        assert 100 < longer.largest_max_len < 128
-        assert sizes(batch_size=longer.batch_size, max_len=longer.largest_max_len).fits
+        assert 100 < longer.find_largest_max_len() < 128
+        assert sizes(batch_size=longer.batch_size, max_len=longer.find_largest_max_len()).fits
+        assert not sizes(batch_size=longer.batch_size, max_len=longer.find_largest_max_len() + 1).fits
 
     @pytest.mark.parametrize(
         ("start", "guess", "usable", "best", "most_asked"),
@@ -369,18 +382,23 @@ class TestFits:
         assert find_largest(total, usable, start, 4096, guess) == best
         assert len(asked) <= most_asked
 
-    def test_more_rows_fit_than_are_asked_about(self) -> None:
+    def test_more_rows_fit_than_are_asked_about(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also where a prefill of 16 prompts takes far less than 16 of one prompt, and the first guess is below 0."""
+        monkeypatch.setattr(compiler, "compile_step", made_up_step)
         accelerator = find_accelerator("h100")
         sizes = functools.partial(plan, TINY, mesh=(1, 1), max_len=64, prompt_len=32, prefill_rows=16)
         needed = sizes(target=Target(accelerator, 1)).total_bytes
-        roomy = dataclasses.replace(accelerator, memory_bytes=3 * needed)
-        assert sizes(target=Target(roomy, 1)).largest_batch_size >= 4
+        roomy = Target(dataclasses.replace(accelerator, memory_bytes=3 * needed), 1)
+        best = sizes(target=roomy).find_largest_batch_size()
+        assert best >= 4
+        assert sizes(target=roomy, batch_size=best).fits
+        assert not sizes(target=roomy, batch_size=best + 1).fits
 
 
 class TestSuggestions:
-    def test_what_fits_comes_first_and_the_fastest_of_it(self) -> None:
-        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=400 << 10)
+    def test_what_fits_comes_first_and_the_fastest_of_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compiler, "compile_step", made_up_step)
+        accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=280 << 10)
         config = TINY.replace(num_layers=1)
         found = suggest(config, target=Target(accelerator, 2), max_len=32, prompt_len=8)
         assert {(one.mesh, one.rules) for one in found} == {

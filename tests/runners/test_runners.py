@@ -1,4 +1,4 @@
-"""The release's surface: its goldens through its names, its `run.py` with other imports, its generator at any batch."""
+"""The release's runners: its goldens and its `run.py` by its names, its generator, and what its own loop is made of."""
 
 import dataclasses
 import subprocess
@@ -10,22 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from goldens import GOLDEN_DIR, load_e2e, load_pure
+from goldens import ATOL_LOGITS, GOLDEN_DIR, load_e2e
+from jax.sharding import PartitionSpec
 
-from grokjax import CheckpointError, GrokConfig, KVCache, load_tokenizer, runners
+from grokjax import CheckpointError, Grok, GrokConfig, init, load_tokenizer, make_mesh, prefill, runners
 from grokjax.runners import (
     InferenceRunner,
     LanguageModelConfig,
     ModelRunner,
     Request,
+    SampleOutput,
     SampleSettings,
     TransformerConfig,
-    get_pad_bucket,
-    insert_slice,
     pad_to_size,
     sample_from_model,
-    sample_token,
-    top_p_filter,
 )
 from grokjax.testing import write_release_checkpoint
 
@@ -71,11 +69,11 @@ def golden_requests() -> list[dict]:
 def test_one_by_one_the_texts_are_the_release_s(release_tokenizer_path: Path) -> None:
     runner = InferenceRunner(
         pad_sizes=(8, 16),
-        runner=ModelRunner(model=golden_model(), bs_per_device=0.5, checkpoint_path=str(GOLDEN_DIR / "e2e")),
+        runner=ModelRunner(model=golden_model(), bs_per_device=0.25, checkpoint_path=str(GOLDEN_DIR / "e2e")),
         name="local",
         load="",
         tokenizer_path=str(release_tokenizer_path),
-        local_mesh_config=(1, 2),
+        local_mesh_config=(1, 4),
     )
     runner.initialize()
     server = runner.run()
@@ -149,7 +147,7 @@ def main():
         ),
     )
     inference_runner = InferenceRunner(
-        pad_sizes=(64,),
+        pad_sizes=(8, 16),
         runner=ModelRunner(
             model=grok_1_model,
             bs_per_device=0.25,
@@ -175,7 +173,7 @@ if __name__ == "__main__":
 
 @pytest.mark.release_tokenizer
 def test_run_py_needs_other_imports_only(release_tokenizer_path: Path, tmp_path: Path) -> None:
-    """The release's script, its numbers those of the golden model, in a process of its own."""
+    """The release's script in a process of its own, with the golden model's numbers and the first test's programs."""
     (tmp_path / "checkpoints").symlink_to(GOLDEN_DIR / "e2e")
     (tmp_path / "tokenizer.model").symlink_to(release_tokenizer_path)
     (tmp_path / "run.py").write_text(RUN_PY)
@@ -183,66 +181,6 @@ def test_run_py_needs_other_imports_only(release_tokenizer_path: Path, tmp_path:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     golden = next(r for r in golden_requests() if r["prompt"] == "E = mc^2")
     assert done.stdout == f"Output for prompt: E = mc^2 {golden['text']}\n"
-
-
-class TestPureGoldens:
-    @pytest.mark.parametrize("case", [c for c in load_pure().tables["sample"] if c["dtype"] == "float32"], ids=str)
-    def test_sample_token_draws_as_the_release(self, case: dict) -> None:
-        arrays, name = load_pure().arrays, case["i"]
-        recorded = {f: arrays[f"{name}_{f}"] for f in ("keys", "logits", "temperature", "nucleus_p", "mask")}
-        settings = SampleSettings(
-            recorded["temperature"], recorded["nucleus_p"], recorded["mask"], np.ones(case["B"], bool)
-        )
-        with jax.threefry_partitionable(case["rng"] == "part"):
-            drawn = sample_token(jnp.asarray(recorded["keys"]), jnp.asarray(recorded["logits"]), settings)
-        np.testing.assert_array_equal(drawn.token_id, arrays[f"{name}_jit_token_id"])
-        np.testing.assert_allclose(drawn.prob, arrays[f"{name}_jit_prob"], rtol=1e-5)
-        np.testing.assert_allclose(drawn.top_k_probs, arrays[f"{name}_jit_top_k_probs"], rtol=1e-5, atol=1e-12)
-        assert drawn.top_k_token_ids.shape == (case["B"], 8)
-
-    def test_sample_token_takes_outputs_with_logits(self) -> None:
-        @dataclasses.dataclass
-        class Outputs:
-            logits: jax.Array
-
-        logits = jnp.array([[[0.0, 3.0, 1.0]]])
-        settings = SampleSettings(np.zeros(1), np.ones(1), np.ones((1, 3)), np.ones(1))
-        drawn = sample_token(jax.random.split(jax.random.key(0), 1), Outputs(logits), settings, num_top=2)
-        assert drawn.token_id.tolist() == [[1]]
-        assert drawn.top_k_token_ids.tolist() == [[1, 2]]
-
-    def test_top_p_filter_keeps_what_the_release_keeps(self) -> None:
-        arrays = load_pure().arrays
-        logits, p, expected = (arrays[f"topp0_{name}"] for name in ("logits", "p", "jit"))
-        # At p = 0 and below, the release may keep everything; sampling's own tests hold the definition.
-        rows = [row for row in range(len(p)) if p[row].item() > 0]
-        np.testing.assert_array_equal(top_p_filter(jnp.asarray(logits), jnp.asarray(p))[rows,], expected[rows,])
-
-    def test_pad_to_size_pads_as_the_release(self) -> None:
-        for case in load_pure().tables["pad_to_size"]:
-            padded = pad_to_size(np.array(case["x"], case["dtype"]), case["size"])
-            assert padded.tokens.tolist() == case["out"]
-            assert padded.length == min(len(case["x"]), case["size"])
-
-    def test_get_pad_bucket_chooses_as_the_release(self) -> None:
-        for case in load_pure().tables["get_pad_bucket"]:
-            assert get_pad_bucket(case["size"], case["pad_sizes"]) == case["out"]
-
-    @pytest.mark.parametrize("row", range(3))
-    def test_insert_slice_inserts_as_the_release(self, row: int) -> None:
-        arrays = load_pure().arrays
-
-        def ours(entries: np.ndarray) -> jax.Array:
-            return jnp.asarray(entries.swapaxes(2, 3))  # [L, B, S, K, H] -> [L, B, K, S, H]
-
-        memory = KVCache(
-            ours(arrays["insert_mem_k"]), ours(arrays["insert_mem_v"]), jnp.asarray(arrays["insert_mem_step"][0])
-        )
-        one = KVCache(ours(arrays["insert_slice_k"]), ours(arrays["insert_slice_v"]), jnp.array([99]))
-        made = insert_slice(memory, one, 7, row)
-        np.testing.assert_array_equal(made.keys, ours(arrays[f"insert_out{row}_k"]))
-        np.testing.assert_array_equal(made.values, ours(arrays[f"insert_out{row}_v"]))
-        np.testing.assert_array_equal(made.lengths, arrays[f"insert_out{row}_step"][0])
 
 
 @pytest.fixture(scope="module")
@@ -253,12 +191,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, trained_tokenizer_path:
     return path
 
 
-def inference_runner(checkpoint: Path, *, rows: float = 2, **changes) -> InferenceRunner:
+@pytest.fixture(scope="module")
+def runner(checkpoint: Path) -> InferenceRunner:
+    """Two rows on two devices; each test leaves its engine idle."""
     runner = InferenceRunner(
         name="local",
-        runner=ModelRunner(model=language_model(SMALL), bs_per_device=rows, **changes),
+        runner=ModelRunner(model=language_model(SMALL), bs_per_device=1),
         load=str(checkpoint),
         tokenizer_path=checkpoint / "tokenizer.model",
+        local_mesh_config=(1, 2),
         pad_sizes=(16,),
     )
     runner.initialize()
@@ -266,9 +207,8 @@ def inference_runner(checkpoint: Path, *, rows: float = 2, **changes) -> Inferen
 
 
 class TestGenerator:
-    def test_texts_come_by_the_release_s_protocol(self, checkpoint: Path) -> None:
+    def test_texts_come_by_the_release_s_protocol(self, runner: InferenceRunner) -> None:
         """None while rows are free, then texts; `next` runs what there is; a bad request hurts nobody."""
-        runner = inference_runner(checkpoint)
         server = runner.run()
         assert next(server) is None
         assert next(server) is None
@@ -286,15 +226,14 @@ class TestGenerator:
         [alone] = runner.engine.generate(["the License"], temperature=0.0, max_new_tokens=9, ignore_eos=True)
         assert alone.text in texts
 
-    def test_gives_exactly_as_many_tokens_as_were_asked_for(self, checkpoint: Path) -> None:
-        server = inference_runner(checkpoint, rows=1).run()
+    def test_gives_exactly_as_many_tokens_as_were_asked_for(self, runner: InferenceRunner) -> None:
+        server = runner.run()
         for count in (0, 1, 2):
             assert len(sample_from_model(server, "the", count, 1.0).completion.token_ids) == count
         with pytest.raises(ValueError, match="the prompt is empty"):
             sample_from_model(server, "", 3, 1.0)
 
-    def test_one_that_is_left_early_makes_way(self, checkpoint: Path) -> None:
-        runner = inference_runner(checkpoint)
+    def test_one_that_is_left_early_makes_way(self, runner: InferenceRunner) -> None:
         server = runner.run()
         next(server)
         assert server.send(Request("the License", 0.0, 1.0, 1, 9, ignore_eos=True)) is None
@@ -303,16 +242,116 @@ class TestGenerator:
         again = runner.run()
         assert sample_from_model(again, "the", 2, 1.0).completion.finish_reason == "length"
 
-    def test_a_request_may_ask_for_more_than_the_release_s(self, checkpoint: Path) -> None:
-        server = inference_runner(checkpoint, rows=1).run()
+    def test_a_request_may_ask_for_more_than_the_release_s(self, runner: InferenceRunner) -> None:
+        server = runner.run()
         next(server)
         mask = np.arange(SMALL.vocab_size) == 70
         options = {"mask": mask, "ignore_eos": True, "logprobs": 2}
-        text = server.send(Request("the", 1.0, 1.0, 2**40 + 5, 4, **options))
+        assert server.send(Request("the", 1.0, 1.0, 2**40 + 5, 4, **options)) is None
+        text = next(server)
         assert text.completion.token_ids == (70,) * 4
         assert len(text.completion.logprobs[0].top) == 2
         with pytest.raises(ValueError, match="temperature=-1 must be a number, finite, 0"):
             Request("the", -1, 1.0, 0, 4)
+
+
+class Batch:
+    """What the release's own loop keeps beside the parameters of a runner: the arguments of its three functions."""
+
+    def __init__(self, runner: InferenceRunner):
+        rows, vocab = runner.runner.batch_size, runner.vocab_size
+        self.runner = runner
+        self.rngs = jax.random.split(jax.random.PRNGKey(1), rows)
+        self.memory = runner.new_memory(runner.params, rows, runner.runner.model.sequence_len)
+        zeros = np.zeros(rows, np.float32)
+        self.settings = SampleSettings(zeros, zeros, np.ones((rows, vocab), bool), np.zeros(rows, bool))
+        top = np.zeros((rows, 8), np.int32), np.zeros((rows, 8), np.float32)
+        self.last_output = SampleOutput(np.zeros((rows, 1), np.int32), zeros[:, None], *top)
+
+    def prefill(self, i: int, request: Request, *, size: int | None = None, length: int | None = None) -> int:
+        """The first token of a request in row `i`."""
+        ids = self.runner.tokenizer.encode(request.prompt)
+        prompt = pad_to_size(ids, size or self.runner.get_pad_bucket(len(ids))).tokens
+        mask = np.ones(self.runner.vocab_size, bool) if request.mask is None else request.mask
+        self.rngs, self.last_output, self.memory, self.settings = self.runner.prefill_memory(
+            self.runner.params,
+            self.rngs,
+            self.memory,
+            self.settings,
+            self.last_output,
+            prompt,
+            len(ids) if length is None else length,
+            np.uint64(request.rng_seed),
+            SampleSettings(request.temperature, request.nucleus_p, mask, np.True_),
+            i,
+        )
+        return self.last_output.token_id[i, 0].item()
+
+    def step(self) -> list[int]:
+        """The next token of every row."""
+        self.rngs, self.last_output, self.memory = self.runner.sample_step(
+            self.runner.params, self.rngs, self.last_output, self.memory, self.settings
+        )
+        return self.last_output.token_id[:, 0].tolist()
+
+
+class TestFunctionsOfABatch:
+    def test_a_loop_over_them_draws_what_the_engine_draws(self, runner: InferenceRunner) -> None:
+        """A greedy request, and a drawn one that comes to the other row two steps later, and there once more."""
+        greedy = Request("the License", 0.0, 1.0, 1, 6, ignore_eos=True)
+        drawn = Request("and the", 1.0, 0.9, 2**40 + 5, 3, ignore_eos=True)
+        lengths = [len(runner.tokenizer.encode(request.prompt)) for request in (drawn, greedy)]
+        batch = Batch(runner)
+        others = [batch.prefill(1, greedy), batch.step()[1], batch.step()[1]]
+        assert batch.memory.lengths.tolist() == [0, lengths[1] + 2]
+        ours = [batch.prefill(0, drawn)]
+        for _ in range(2):
+            for row, token in zip((ours, others), batch.step(), strict=True):
+                row.append(token)
+        assert batch.prefill(0, drawn) == ours[0]
+        again, last = batch.step()
+        assert again == ours[1]
+        assert batch.memory.lengths.tolist() == [lengths[0] + 1, lengths[1] + 5]
+        handles = [runner.engine.submit(request.to_engine()) for request in (drawn, greedy)]
+        runner.engine.run()
+        assert [list(handle.completion.token_ids) for handle in handles] == [ours, [*others, last]]
+
+    def test_a_draw_comes_with_its_probability_and_the_most_probable(self, runner: InferenceRunner) -> None:
+        batch = Batch(runner)
+        best = batch.prefill(0, Request("the License", 0.0, 1.0, 1, 6))
+        only = batch.prefill(1, Request("and the", 1.0, 1.0, 1, 6, mask=np.arange(SMALL.vocab_size) == 70))
+        for _ in range(2):
+            output = batch.last_output
+            assert output.top_k_token_ids.shape == (2, 8)
+            assert output.top_k_token_ids[:, 0].tolist() == [best, only]
+            np.testing.assert_allclose(output.prob[:, 0], output.top_k_probs[:, 0], rtol=1e-6)
+            assert (only, output.prob[1, 0]) == (70, 1)
+            best, only = batch.step()
+
+    def test_a_request_that_does_not_fit_is_refused(self, runner: InferenceRunner) -> None:
+        batch, request = Batch(runner), Request("the License", 0.0, 1.0, 1, 6)
+        with pytest.raises(ValueError, match="length=0 leaves the prompt empty: give at least one token"):
+            batch.prefill(0, request, length=0)
+        with pytest.raises(ValueError, match="row 2 is outside the cache's 2 rows"):
+            batch.prefill(2, request)
+        with pytest.raises(ValueError, match="49 tokens a row exceed the cache's max_len=48"):
+            batch.prefill(0, request, size=49)
+        with pytest.raises(ValueError, match="max_len=49 must be between 1 and max_seq_len=48"):
+            runner.new_memory(runner.params, 2, 49)
+        batch.memory = runner.new_memory(runner.params, 1, 48)
+        with pytest.raises(ValueError, match=r"the cache holds keys of shape .* and with 2 rows"):
+            batch.step()
+
+    def test_parameters_can_be_placed_by_their_shardings(self, runner: InferenceRunner) -> None:
+        copy = jax.device_put(jax.tree.map(np.asarray, runner.params), runner.params_sharding)
+        for ours, theirs in zip(jax.tree.leaves(copy), jax.tree.leaves(runner.params), strict=True):
+            assert ours.sharding == theirs.sharding
+            np.testing.assert_array_equal(ours, theirs)
+        assert runner.params.embedding.table.shape[0] == runner.vocab_size
+
+
+# What the release makes to find out shapes.
+INIT_DATA = {"inputs": np.zeros((1, 256), np.int32), "targets": np.zeros((1, 256), np.int32)}
 
 
 class TestModelRunner:
@@ -321,38 +360,72 @@ class TestModelRunner:
         with pytest.raises(
             ValueError, match=r"bs_per_device=0\.125 on 4 devices is a batch of no rows: set it to at l"
         ):
-            runner.initialize((1, 4))
-        runner.initialize((2, 4))
+            runner.initialize(local_mesh_config=(1, 4))
+        runner.initialize(local_mesh_config=(2, 4))
         assert runner.batch_size == 1
 
     def test_devices_that_are_not_there_are_refused(self) -> None:
         with pytest.raises(ValueError, match="needs 16 devices and there are 8"):
-            ModelRunner(model=language_model(SMALL)).initialize((2, 8))
+            ModelRunner(model=language_model(SMALL)).initialize(INIT_DATA, (2, 8), (1, 1))
 
-    def test_a_pad_size_beyond_the_sequence_is_refused(self, checkpoint: Path) -> None:
+    def test_a_mesh_in_the_place_of_the_data_is_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"init_data=\(1, 4\) must be a mapping of arrays or None: name the mesh"):
+            ModelRunner(model=language_model(SMALL)).initialize((1, 4))
+
+    def test_each_process_has_its_share_of_the_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        runner = ModelRunner(model=language_model(SMALL), bs_per_device=1.5)
+        runner.initialize(INIT_DATA, (1, 4), (1, 1))
+        assert runner.batch_size == runner.local_batch_size == 6
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        runner.initialize(INIT_DATA, (1, 4), (1, 1))
+        assert (runner.batch_size, runner.local_batch_size) == (6, 3)
+
+    def test_a_pad_size_beyond_the_sequence_is_refused(self, runner: InferenceRunner) -> None:
         with pytest.raises(ValueError, match="the prefill bucket 64 must be an integer between 1 and the 48 entries"):
-            dataclasses.replace(inference_runner(checkpoint), pad_sizes=(64,)).initialize()
+            dataclasses.replace(runner, pad_sizes=(64,)).initialize()
 
-    def test_the_model_is_loaded_made_or_given(self, checkpoint: Path) -> None:
-        runner = ModelRunner(model=language_model(SMALL), checkpoint_path=str(checkpoint))
-        runner.initialize()
+    def test_the_state_lies_where_its_sharding_says(self, runner: InferenceRunner) -> None:
+        model_runner, state = runner.runner, runner.params
+        assert model_runner.state_sharding.embedding.table.get_value().spec == PartitionSpec("model", None)
+        for shardings in (model_runner.state_sharding, model_runner.get_state_sharding(INIT_DATA)):
+            assert jax.tree.structure(shardings) == jax.tree.structure(state)
+            for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+                assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
-        def table(model) -> np.ndarray:
+    def test_the_model_is_loaded_made_or_given(self, runner: InferenceRunner) -> None:
+        model_runner = runner.runner
+
+        def table(model: Grok) -> np.ndarray:
             return np.asarray(model.embedding.table[...])
 
-        loaded, fresh = runner.load_or_init(), runner.load_or_init(from_checkpoint=False)
-        np.testing.assert_array_equal(table(fresh), table(runner.init()))
+        loaded, fresh = model_runner.load_or_init(INIT_DATA), model_runner.load_or_init(from_checkpoint=False)
+        np.testing.assert_array_equal(table(loaded), table(runner.params))
+        np.testing.assert_array_equal(table(fresh), table(model_runner.init()))
         assert (table(loaded) != table(fresh)).any()
-        assert runner.load_or_init(init_fn=lambda: fresh) is fresh
+        given = []
+        made = model_runner.load_or_init(INIT_DATA, init_fn=lambda *arguments: given.append(arguments) or fresh)
+        assert made is fresh
+        [(rng, data)] = given
+        assert data is INIT_DATA
+        np.testing.assert_array_equal(table(model_runner.init_fn(rng, data)), table(fresh))
 
-    def test_parameters_are_renamed_and_excluded(self, checkpoint: Path) -> None:
+    def test_the_forward_pass_is_a_pair_of_pure_functions(self, runner: InferenceRunner) -> None:
+        model_runner, tokens = runner.runner, np.arange(16)[None] + 70
+        forward = model_runner.make_forward_fn(model_runner.mesh)
+        made = forward.init(jax.random.PRNGKey(7), tokens)
+        expected = init(SMALL, seed=7, mesh=model_runner.mesh, dtype=jnp.float32)
+        np.testing.assert_array_equal(made.embedding.table[...], expected.embedding.table[...])
+        logits, memory = forward.apply(runner.params, None, tokens), runner.new_memory(runner.params, 2, 48)
+        last, _ = prefill(runner.params, tokens, [16], memory.reset(0), rows=np.array([0]))
+        np.testing.assert_allclose(logits[:, -1], last, rtol=0, atol=ATOL_LOGITS)
+        with pytest.raises(ValueError, match="the mesh axis 'model' of 3 devices does not divide"):
+            model_runner.make_forward_fn(make_mesh((1, 3))).init(jax.random.PRNGKey(7), tokens)
+
+    def test_parameters_are_renamed_and_excluded(self, runner: InferenceRunner) -> None:
         rules = {"load_exclude_rules": ["^embedding"], "load_rename_rules": [(r"attention\.key$", "attention.value")]}
-        runner = ModelRunner(model=language_model(SMALL), checkpoint_path=str(checkpoint), **rules)
-        runner.initialize()
-        made, fresh = runner.load_or_init(), runner.init()
-        loaded = dataclasses.replace(runner, load_exclude_rules=None, load_rename_rules=None)
-        loaded.initialize()
-        loaded = loaded.load_or_init()
+        ruled = dataclasses.replace(runner.runner, **rules)
+        ruled.initialize(INIT_DATA, (1, 2), (1, 1))
+        made, fresh, loaded = ruled.load_or_init(), ruled.init(), runner.params
 
         def leaves(param: nnx.Param) -> list[np.ndarray]:
             return [np.asarray(leaf) for leaf in jax.tree.leaves(param.get_value())]
@@ -365,9 +438,9 @@ class TestModelRunner:
         ):
             for mine, their in zip(leaves(ours), leaves(theirs), strict=True):
                 np.testing.assert_array_equal(mine, their)
-        runner.load_rename_rules = [("query", "nowhere")]
+        ruled.load_rename_rules = [("query", "nowhere")]
         with pytest.raises(CheckpointError, match=r"the checkpoint has no layers\.0\.attention\.nowhere"):
-            runner.load_or_init()
+            ruled.load_or_init()
 
 
 def test_the_configuration_is_the_releases() -> None:

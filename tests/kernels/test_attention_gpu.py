@@ -1,5 +1,6 @@
 """Attention for GPUs, run as plain JAX, against NumPy in float64; and the whole model with all kernels for GPUs."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,8 +13,7 @@ from reference import attend_row
 
 from grokjax import GrokConfig, decode, init, prefill
 from grokjax.cache import Entries, QuantizedEntries
-from grokjax.kernels import attention_gpu, matmul_gpu
-from grokjax.model import attend
+from grokjax.kernels import CachePlace, attend, attention_gpu, matmul_gpu
 from grokjax.sharding import Partitioner
 
 MULTIPLIER = 0.125
@@ -36,10 +36,12 @@ def expected(query: jax.Array, keys: jax.Array, values: jax.Array, softcap: floa
     return np.stack([attend_row(q, k, v, start=start, **scoring) for q, k, v, start in rows])
 
 
-def place(num_new: int, softcap: float = 5.0) -> dict[str, Any]:
+def place(num_new: int) -> CachePlace:
     count = jnp.full(2, num_new, jnp.int32)
-    where = {"layer": jnp.int32(1), "rows": jnp.asarray(ROWS), "start": jnp.asarray(START), "count": count}
-    return where | {"multiplier": MULTIPLIER, "softcap": softcap}
+    return CachePlace(layer=jnp.int32(1), rows=jnp.asarray(ROWS), start=jnp.asarray(START), count=count)
+
+
+run = functools.partial(attention_gpu.attend, multiplier=MULTIPLIER, softcap=5.0, interpret=True)
 
 
 @pytest.mark.parametrize(("num_new", "max_len"), [(1, 192), (1, 1000), (5, 200), (50, 320)])
@@ -53,15 +55,15 @@ def test_attention_is_its_definition(num_new: int, max_len: int, is_quantized: b
         stacks: list[Entries] = [QuantizedEntries.of(stack) for stack in stacks]
         exact = expected(query, *(s.numbers.astype(jnp.float32) * s.scales[..., None] for s in stacks), softcap)
     assert attention_gpu.fits(query, stacks[0], softcap)
-    found = attention_gpu.attend(query, *stacks, **place(num_new, softcap), interpret=True)
+    found = run(query, *stacks, place(num_new), softcap=softcap)
     assert (found.shape, found.dtype) == ((2, num_new, 384), jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02, rtol=0)
 
 
 def test_takes_all_rows_in_order_and_rows_of_nothing() -> None:
     query, keys, values = make(3, 160)
-    where = place(3) | {"rows": None, "count": jnp.array([0, 3])}
-    found = attention_gpu.attend(query, keys[:, ROWS], values[:, ROWS], **where, interpret=True)
+    where = dataclasses.replace(place(3), rows=None, count=jnp.array([0, 3]))
+    found = run(query, keys[:, ROWS], values[:, ROWS], where)
     np.testing.assert_allclose(np.asarray(found[1]), expected(query, keys, values, 5.0)[1], atol=0.02, rtol=0)
     assert np.isfinite(np.asarray(found, np.float32)).all()
 
@@ -97,11 +99,11 @@ def test_caches_whose_offsets_are_not_safe_do_not_fit(rows: int, fits: bool) -> 
 def test_scores_at_the_cap_lose_nothing(is_quantized: bool) -> None:
     """Where every score is the least there can be, and values are small, the weights are far from nothing."""
     query, keys, values = make(1, 192)
-    where = place(1, softcap=30.0) | {"start": jnp.zeros(2, jnp.int32), "multiplier": 50.0}
+    where = dataclasses.replace(place(1), start=jnp.zeros(2, jnp.int32))
     keys, values = -jnp.broadcast_to(query[0, 0, :1] * 10, keys.shape), values * 1e-3
     query = jnp.broadcast_to(query[0, 0, :1] * 10, query.shape)
     stacks = [QuantizedEntries.of(stack) if is_quantized else stack for stack in (keys, values)]
-    found = attention_gpu.attend(query, *stacks, **where, interpret=True)
+    found = run(query, *stacks, where, multiplier=50.0, softcap=30.0)
     alone = np.asarray(values[1, ROWS, :, 0], np.float64)  # the only entry that each sees
     exact = np.repeat(alone, 3, axis=1).reshape(2, 1, -1)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02 * np.abs(exact).max(), rtol=0)
@@ -112,7 +114,8 @@ def test_scores_at_the_cap_lose_nothing(is_quantized: bool) -> None:
 def test_programs_for_gpus_hold_the_kernel(num_new: int, is_quantized: bool) -> None:
     query, keys, values = make(num_new, 320)
     stacks = [QuantizedEntries.of(stack) if is_quantized else stack for stack in (keys, values)]
-    text = program_for("gpu", functools.partial(attend, **place(num_new), platform="gpu"), query, *stacks)
+    on_gpu = functools.partial(attend, place=place(num_new), multiplier=MULTIPLIER, softcap=5.0, platform="gpu")
+    text = program_for("gpu", on_gpu, query, *stacks)
     assert text.count("__gpu$xla.gpu.triton") == 1
 
 

@@ -1,0 +1,131 @@
+"""How requests come in: what depends on the tokenizer and the model is checked, and samples are made of them."""
+
+import dataclasses
+import functools
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from grokjax.config import GrokConfig
+from grokjax.engine.sample import Handle, LiveSample
+from grokjax.request import Request, bias_row, check_prompt, check_stop_ids, is_integer
+from grokjax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Intake:
+    """Turns requests into samples: what depends on the tokenizer and the model is checked here.
+
+    Attributes:
+      tokenizer: None where requests give and get token ids.
+      config: of the model.
+      max_len: S, tokens that a slot holds.
+      max_logprobs: most probable tokens that a request may ask for.
+      add_bos: whether prompts that are text begin with the beginning-of-sequence token.
+
+    Raises:
+      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
+    """
+
+    tokenizer: Tokenizer | None
+    _: dataclasses.KW_ONLY
+    config: GrokConfig
+    max_len: int
+    max_logprobs: int
+    add_bos: bool
+
+    def __post_init__(self) -> None:
+        config, tokenizer = self.config, self.tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
+            )
+        if not is_integer(self.max_len) or not 2 <= self.max_len <= config.max_seq_len:
+            raise ValueError(f"max_len={self.max_len!r} must be between 2 and max_seq_len={config.max_seq_len}.")
+        if not is_integer(self.max_logprobs) or not 0 <= self.max_logprobs <= config.vocab_size:
+            raise ValueError(
+                f"max_logprobs={self.max_logprobs!r} must be between 0 and the {config.vocab_size} tokens there are."
+            )
+
+    def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """The tokens of a prompt, int32 [n]; those of a text begin with the beginning-of-sequence token if `add_bos`.
+
+        Raises:
+          ValueError: There are none, or more than leave room for a continuation; one is outside the vocabulary; or the
+            prompt is text and there is no tokenizer.
+          Exception: Whatever the tokenizer raises.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the prompt is text and the engine has no tokenizer: give it one, or token ids.")
+            prompt = [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)
+        return check_prompt(prompt, vocab_size=self.config.vocab_size, max_len=self.max_len)
+
+    def samples(self, handle: Handle, now: float) -> list[LiveSample]:
+        """The samples of a request that came now.
+
+        Raises:
+          ValueError: The prompt, the mask, the bias or a stop id does not fit, or something needs a tokenizer.
+          Exception: Whatever the tokenizer raises.
+        """
+        request = handle.request
+        if request.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`.")
+        if request.logprobs is not None and request.logprobs > self.max_logprobs:
+            raise ValueError(
+                f"logprobs={request.logprobs} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer."
+            )
+        vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
+        prompt = self.encode(request.prompt)
+        ends = frozenset() if request.ignore_eos else frozenset({eos_id})
+        make = functools.partial(
+            LiveSample,
+            handle,
+            prompt=prompt,
+            limit=min(request.max_new_tokens, self.max_len - len(prompt)),
+            stop_ids=check_stop_ids(request.stop_ids, vocab_size) | ends,
+            bias=bias_row(request, vocab_size),
+            tokenizer=self.tokenizer,
+            prompt_logprobs=[None],
+            submitted=now,
+        )
+        return [make(sample=number) for number in range(request.n)]
+
+
+def check_request(request: object) -> None:
+    """Refuses what is no request.
+
+    Raises:
+      ValueError: It is something else, such as a prompt.
+    """
+    if not isinstance(request, Request):
+        raise ValueError(f"submit takes a request, not {reprlib.repr(request)}: make one with Request(prompt).")
+
+
+def iterate_requests(requests: object) -> Iterator[Any]:
+    """What several requests are taken from, one by one.
+
+    Raises:
+      ValueError: It is nothing to take requests from.
+    """
+    if not isinstance(requests, Iterable):
+        raise ValueError(f"as_completed takes requests in a list, not {reprlib.repr(requests)}.")
+    return iter(requests)
+
+
+def list_prompts(prompts: object) -> list[Any]:
+    """Several prompts in a list.
+
+    Raises:
+      ValueError: It is one prompt alone, each of whose letters or tokens would be taken for a prompt.
+    """
+    if not isinstance(prompts, str) and isinstance(prompts, Iterable):
+        listed = list(prompts)
+        if not any(is_integer(prompt) for prompt in listed):
+            return listed
+    raise ValueError(
+        f"generate takes a list of prompts, not {reprlib.repr(prompts)}: put the text, or the list of token ids, into "
+        "a list."
+    )
