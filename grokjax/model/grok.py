@@ -108,7 +108,7 @@ class Grok(nnx.Module):
             x, keys, values = self.layers(x, keys, values, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
-        x = self.partitioner.constrain(self.embedding.encode(tokens), ("batch", None, None))
+        x = self.partitioner.constrain(self.embedding.embed(tokens), ("batch", None, None))
         x, keys, values = lax.fori_loop(0, self.config.num_layers, run_layer, (x, cache.keys, cache.values))
         lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
         return self.final_norm(x), KVCache(keys, values, lengths)
@@ -141,7 +141,7 @@ class Grok(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
         with jax.named_scope("unembed"):
-            return self.embedding.decode(hidden)
+            return self.embedding.unembed(hidden)
 
     def whole_rows(self, logits: jax.Array) -> NamedSharding:
         """Where logits [B, V] lie if no row of them is divided over devices."""
