@@ -19,6 +19,7 @@ from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
 from grokjax.model.layers import RMSNorm
 from grokjax.quantization import QuantizedTable, Weight, quantize_table, specs
+from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import Partitioner, ShardingRules
 
 
@@ -142,6 +143,19 @@ class Grok(nnx.Module):
         """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
         with jax.named_scope("unembed"):
             return self.embedding.unembed(hidden)
+
+    def sample(
+        self, logits: jax.Array, settings: SampleSettings, *, keys: jax.Array, positions: jax.Array
+    ) -> SampleOutput:
+        """Draws one token for each row.
+
+        Args:
+          logits: float32 [B, V].
+          settings: how each row draws.
+          keys: of the rows' requests, [B].
+          positions: int32 [B], of the drawn tokens; the draw at position p uses `fold_in(key, p)`.
+        """
+        return sample_token(row_keys(keys, positions), logits, settings, whole=self.whole_rows(logits))
 
     def whole_rows(self, logits: jax.Array) -> NamedSharding:
         """Where logits [B, V] lie if no row of them is divided over devices."""

@@ -15,7 +15,7 @@ from grokjax.kernels import copy_row
 from grokjax.model.grok import Grok
 from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
-from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
+from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of
 
 # Positions of a prompt whose logits are there at once: a piece of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
@@ -253,8 +253,7 @@ def _draw(
             lambda: jnp.where(biased[:, None], _biased(logits, state.bias), logits),
             lambda: logits,
         )
-    keys = row_keys(keys, state.cache.lengths)
-    drawn = sample_token(keys, adjusted, settings, whole=model.whole_rows(adjusted)).token_id
+    drawn = model.sample(adjusted, settings, keys=keys, positions=state.cache.lengths).token_id
     logprob = lax.bitcast_convert_type(log_probs_of(logits, drawn), jnp.int32)
     columns = [drawn[:, None], logprob[:, None]]
     if num_top:
