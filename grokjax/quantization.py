@@ -105,6 +105,9 @@ class QuantizedTable:
         return self.weight.shape
 
 
+Table = jax.Array | QuantizedTable
+
+
 def quantize_table(table: jax.Array) -> QuantizedTable:
     """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale."""
     scales = jnp.abs(table).max(axis=1).astype(jnp.float32) / 127

@@ -51,7 +51,7 @@ def place_at(layer: int, start: list[int], count: list[int]) -> CachePlace:
 
 @functools.cache
 def compiled_write():
-    return jax.jit(write)
+    return jax.jit(functools.partial(write, platform="cpu"))
 
 
 @functools.cache

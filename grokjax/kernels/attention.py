@@ -11,7 +11,7 @@ from grokjax.cache import Entries
 from grokjax.kernels import attention_gpu, attention_tpu
 from grokjax.kernels.cpu_features import product_dtype
 from grokjax.kernels.entries import CachePlace, read
-from grokjax.kernels.products import float_precision
+from grokjax.kernels.slices import float_precision
 
 
 def attend(

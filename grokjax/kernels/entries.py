@@ -31,7 +31,7 @@ class CachePlace:
     count: jax.Array
 
 
-def write(stack: Entries, new: jax.Array, place: CachePlace) -> Entries:
+def write(stack: Entries, new: jax.Array, place: CachePlace, *, platform: str) -> Entries:
     """Writes new entries of one layer into the stack, in place where the stack is a loop's carry.
 
     Entries that would lie beyond the end are dropped; everything else stays as it was. Each row is one
@@ -42,16 +42,14 @@ def write(stack: Entries, new: jax.Array, place: CachePlace) -> Entries:
       stack: [L, B, K, S, H].
       new: float [P, K, T, H] with T at most S; of each row the first `count` entries are written.
       place: where they lie.
+      platform: "cpu", "gpu" or "tpu", where it will run.
 
     Returns:
       The stack [L, B, K, S, H].
     """
     parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
-
-    def put(stack: jax.Array, new: jax.Array) -> jax.Array:
-        return lax.platform_dependent(stack, new, place, cuda=scatter_entries, default=_write_rows)
-
-    return jax.tree.map(put, stack, parts)
+    form = scatter_entries if platform == "gpu" else _write_rows
+    return jax.tree.map(lambda stack, new: form(stack, new, place), stack, parts)
 
 
 def read(

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Numbers and scales of some weights.
-Weights = Sequence[tuple[jax.Array, jax.Array | None]]
+from grokjax.kernels.slices import num_scale_blocks, weight_and_scales
+from grokjax.quantization import QuantizedArray, Weight
 
 # So many programs keep the multiprocessors of the largest GPUs busy to the end, four each.
 ENOUGH_PROGRAMS = 512
@@ -39,17 +39,17 @@ class Tile:
     stages: int = 3
 
 
-def choose_tile(num_rows: int, weights: Weights) -> Tile:
+def choose_tile(num_rows: int, weights: Sequence[Weight]) -> Tile:
     """The tile with which `stack_matmul` multiplies groups of `num_rows` rows with these weights.
 
     It is the fastest of those tried on an H100, with int8 weights; see benchmarks/notebook/gpu.md.
 
     Args:
       num_rows: M, of each group.
-      weights: numbers and scales of each; only shapes and dtypes are looked at.
+      weights: only their shapes and dtypes are looked at.
     """
     rows = tile_rows(num_rows)
-    are_wide = all(weight.shape[-1] % 256 == 0 and weight.dtype == jnp.int8 for weight, _ in weights)
+    are_wide = all(w.shape[-1] % 256 == 0 and isinstance(w, QuantizedArray) for w in weights)
     is_wide = rows < _ROWS[-1] and are_wide
     return Tile(rows, outputs=256 if is_wide else 128, stages=4 if is_wide or rows == _ROWS[-1] else 3)
 
@@ -59,20 +59,18 @@ def tile_rows(num_rows: int) -> int:
     return next((rows for rows in _ROWS if num_rows <= rows), _ROWS[-1])
 
 
-def fits(x: jax.Array, weights: Weights) -> bool:
+def fits(x: jax.Array, weights: Sequence[Weight]) -> bool:
     """Whether `stack_matmul` takes these: bfloat16 and int8 or bfloat16, sizes that its tiles divide."""
-    have_same_blocks = len({_num_blocks(scales) for _, scales in weights}) == 1
-    return x.dtype == jnp.bfloat16 and have_same_blocks and all(_fits(*w) for w in weights)
+    have_same_blocks = len(set(map(num_scale_blocks, weights))) == 1
+    return x.dtype == jnp.bfloat16 and have_same_blocks and all(map(_fits, weights))
 
 
-def _fits(weight: jax.Array, scales: jax.Array | None) -> bool:
-    contracted, outputs = weight.shape[-2:]
+def _fits(w: Weight) -> bool:
+    """Whether the tiles divide this weight, and the kernel knows its dtype and finds its elements."""
+    (weight, scales), (contracted, outputs) = weight_and_scales(w), w.shape[-2:]
     is_known = weight.dtype == (jnp.bfloat16 if scales is None else jnp.int8)
-    return is_known and has_safe_offsets(weight) and outputs % 128 == 0 and contracted // _num_blocks(scales) % 64 == 0
-
-
-def _num_blocks(scales: jax.Array | None) -> int:
-    return 1 if scales is None else scales.shape[-2]
+    is_divided = outputs % 128 == 0 and contracted // num_scale_blocks(w) % 64 == 0
+    return is_known and has_safe_offsets(weight) and is_divided
 
 
 def has_safe_offsets(array: jax.Array) -> bool:
@@ -82,7 +80,7 @@ def has_safe_offsets(array: jax.Array) -> bool:
 
 def stack_matmul(
     x: jax.Array,
-    weights: Weights,
+    weights: Sequence[Weight],
     at: jax.Array,
     *,
     is_wanted: jax.Array | None = None,
@@ -96,8 +94,7 @@ def stack_matmul(
 
     Args:
       x: bfloat16 [N, M, C], N groups of rows, or [1, M, C], the same rows for all.
-      weights: numbers and scales of each: int8 [*stack, C, O] and bfloat16 or float32 [*stack, Q, O], or bfloat16 and
-        None; the sizes O are multiples of 128, C / Q is one of 64.
+      weights: each quantised or bfloat16 [*stack, C, O]; the sizes O are multiples of 128, C / Q is one of 64.
       at: int32 [N, stack axes], what each group is multiplied with.
       is_wanted: bool [N], groups to compute, by default all; the results of the others mean nothing.
       num_wanted: how many of them to expect, by default all.
@@ -111,22 +108,24 @@ def stack_matmul(
     from jax.experimental.pallas import triton
 
     num_rows, contracted = x.shape[1:]
-    num_groups, outputs = len(at), [weight.shape[-1] for weight, _ in weights]
-    num_blocks = _num_blocks(weights[0][1])
+    num_groups, outputs = len(at), [w.shape[-1] for w in weights]
+    num_blocks = num_scale_blocks(weights[0])
     tile = choose_tile(num_rows, weights)
     tiles, columns = -(-num_rows // tile.rows), sum(outputs) // tile.outputs
     programs = (num_groups if num_wanted is None else num_wanted) * tiles * columns
     parts = choose_num_parts(contracted, num_blocks, tile=tile, num_rows=num_rows, programs=programs)
     wanted = jnp.ones(num_groups, jnp.int32) if is_wanted is None else is_wanted.astype(jnp.int32)
-    operands = [x, wanted, at, *jax.tree.leaves(weights)]
+    operands = (x, wanted, at, list(weights))
     out_shape = (parts, num_groups, num_rows, sum(outputs))
+
+    def whole(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
+
     partial = pl.pallas_call(
-        functools.partial(
-            _multiply_tile, tile=tile, tiles=tiles, part=contracted // parts, scale_rows=contracted // num_blocks
-        ),
+        functools.partial(_multiply_tile, tile=tile, part=contracted // parts, scale_rows=contracted // num_blocks),
         out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32),
         grid=(num_groups * tiles, columns, parts),
-        in_specs=[pl.BlockSpec(array.shape, lambda *_, rank=array.ndim: (0,) * rank) for array in operands],
+        in_specs=jax.tree.map(whole, operands),
         out_specs=pl.BlockSpec(out_shape, lambda *_: (0, 0, 0, 0)),
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
@@ -159,9 +158,10 @@ def _multiply_tile(
     x_ref: Any,
     wanted_ref: Any,
     at_ref: Any,
-    *weights_and_out: Any,
+    weights: Sequence[Any],
+    out_ref: Any,
+    *,
     tile: Tile,
-    tiles: int,
     part: int,
     scale_rows: int,
 ) -> None:
@@ -169,7 +169,7 @@ def _multiply_tile(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    *weights, out_ref = weights_and_out
+    tiles = -(-x_ref.shape[1] // tile.rows)
     group, number = pl.program_id(0) // tiles, pl.program_id(1)
     rows = pl.program_id(0) % tiles * tile.rows + jnp.arange(tile.rows)
     if x_ref.shape[1] % tile.rows:
@@ -178,7 +178,8 @@ def _multiply_tile(
     piece = math.gcd(part, scale_rows)
     zeros = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
 
-    def multiply(weight_ref: Any, scales_refs: list[Any], first_column: jax.Array) -> jax.Array:
+    def multiply(w: Any, first_column: jax.Array) -> jax.Array:
+        weight_ref, scales_ref = weight_and_scales(w)
         at = tuple(at_ref[group, i] for i in range(at_ref.shape[1]))
         columns = pl.ds(first_column, tile.outputs)
 
@@ -191,22 +192,20 @@ def _multiply_tile(
                 return total + triton.dot(x, weight_ref[(*at, pl.ds(begin, tile.step), columns)].astype(x.dtype))
 
             total = lax.fori_loop(0, piece // tile.step, add_step, zeros)
-            for scales_ref in scales_refs:
+            if scales_ref is not None:
                 total = total * scales_ref[(*at, pl.ds(start // scale_rows, 1), columns)].astype(jnp.float32)
             return out + total
 
         return lax.fori_loop(0, part // piece, add_piece, zeros)
 
     first = 0  # column tiles of the weights before
-    while weights:
-        weight_ref, *weights = weights
-        scales_refs = [weights.pop(0)] if weight_ref.dtype == jnp.int8 else []
-        end = first + weight_ref.shape[-1] // tile.outputs
+    for w in weights:
+        end = first + w.shape[-1] // tile.outputs
 
         @pl.when((wanted_ref[group] != 0) & (number >= first) & (number < end))
-        def compute(first: int = first, weight_ref: Any = weight_ref, scales_refs: list[Any] = scales_refs) -> None:
+        def compute(first: int = first, w: Any = w) -> None:
             columns = number * tile.outputs + jnp.arange(tile.outputs)
-            out = multiply(weight_ref, scales_refs, (number - first) * tile.outputs)
+            out = multiply(w, (number - first) * tile.outputs)
             out_ref[number_of_part, group, rows[:, None], columns[None]] = out
 
         first = end

@@ -82,9 +82,10 @@ class Attention(nnx.Module):
         is_held = None
         if place.rows is not None and keys.shape[1] < num_rows:
             place, is_held = own_place(place, keys.shape[1], self.partitioner)
+        platform = self.partitioner.platform
         with jax.named_scope("cache_write"):
-            keys = write(keys, key.astype(self.dtype).swapaxes(1, 2), place)
-            values = write(values, value.astype(self.dtype).swapaxes(1, 2), place)
+            keys = write(keys, key.astype(self.dtype).swapaxes(1, 2), place, platform=platform)
+            values = write(values, value.astype(self.dtype).swapaxes(1, 2), place, platform=platform)
         mixed = attend(
             query,
             keys,
@@ -92,11 +93,11 @@ class Attention(nnx.Module):
             place,
             multiplier=self.config.attention_multiplier,
             softcap=self.config.attention_softcap,
-            platform=self.partitioner.platform,
+            platform=platform,
         )
         if is_held is not None:
             mixed = self.partitioner.psum(jnp.where(is_held[:, None, None], mixed, 0), "batch")
-        out = matmul(mixed, weights[3], at=(layer,), platform=self.partitioner.platform)
+        out = matmul(mixed, weights[3], at=(layer,), platform=platform)
         return self.partitioner.psum(out, "heads").astype(self.dtype), keys, values
 
     def _project(

@@ -11,11 +11,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.kernels import float_precision, pad_rows, product_dtype
-from grokjax.quantization import QuantizedTable, specs
+from grokjax.kernels import unembed
+from grokjax.quantization import QuantizedTable, Table, specs
 from grokjax.sharding import Partitioner
-
-Table = jax.Array | QuantizedTable
 
 
 class Embedding(nnx.Module):
@@ -25,7 +23,7 @@ class Embedding(nnx.Module):
         self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
         self.table = nnx.Param(_random_table(rngs, config, dtype), logical_axes=("vocab", "embed"))
 
-    def encode(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens, int32 [B, T], into the compute dtype [B, T, D], multiplier applied.
 
         Each device looks up the tokens of its own rows of the table: left to the compiler, XLA:GPU gathers the table.
@@ -44,14 +42,15 @@ class Embedding(nnx.Module):
         embedded = partitioner.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))(table, tokens)
         return (embedded * self.config.embedding_multiplier).astype(self.dtype)
 
-    def decode(self, x: jax.Array) -> jax.Array:
+    def unembed(self, x: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype, multiplier applied."""
         partitioner = self.partitioner.without_embed()
         rows = partitioner.spec(("batch", *(None,) * (x.ndim - 1)), x.shape)
         table: Table = self.table.get_value()
         in_specs = (rows, specs(table, ("vocab", "embed"), partitioner))
         out_spec = PartitionSpec(*rows[:-1], partitioner.spec(("vocab", "embed"), table.shape)[0])
-        logits = partitioner.shard_map(_unembed, in_specs=in_specs, out_specs=out_spec)(x, table)
+        product = functools.partial(unembed, platform=partitioner.platform)
+        logits = partitioner.shard_map(product, in_specs=in_specs, out_specs=out_spec)(x, table)
         return logits * self.config.output_multiplier
 
 
@@ -76,75 +75,3 @@ def _table_rows(table: Table, indices: jax.Array) -> jax.Array:
     if isinstance(table, QuantizedTable):
         return table.weight[indices].astype(jnp.float32) * table.scales[indices][..., None]
     return table[indices].astype(jnp.float32)
-
-
-def _unembed(x: jax.Array, table: Table) -> jax.Array:
-    """`x [..., D] @ table [V, D].T` in float32."""
-    rows = x.reshape(-1, x.shape[-1])
-    if isinstance(table, QuantizedTable):
-        integers = functools.partial(lax.platform_dependent, cpu=integer_unembed, default=direct_unembed)
-        out = integers(rows, table.weight) * table.scales[None]
-    else:
-        out = lax.platform_dependent(rows, table, cpu=padded_unembed, default=direct_unembed)
-    return out.reshape(*x.shape[:-1], table.shape[0])
-
-
-def direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`x @ table.T` as one product: compilers for accelerators fuse the cast into it.
-
-    Args:
-      x: float32 or bfloat16 [M, D].
-      table: plain or int8 [V, D], without its scales.
-
-    Returns:
-      float32 [M, V].
-    """
-    product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(x.dtype))
-    return product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`x @ table.T` with rows enough for XLA's CPU backend to multiply the table as it is, not a float32 copy of it.
-
-    Arguments and result are those of `direct_unembed`.
-    """
-    return direct_unembed(pad_rows(x), table)[: x.shape[0]]
-
-
-# Most rows that are written as int8 ones, and the rows of an int8 table that are cast together for more.
-_INTEGER_ROWS, _CAST_ROWS = 16, 1024
-
-
-def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`x @ table.T` with an int8 table, of which XLA's CPU backend would make a whole copy in the dtype of x.
-
-    A few rows are written as sums of int8 rows, each 254 times finer than the one before, and multiplied as integers:
-    two for bfloat16, with an error of 2e-5 of a row's largest element, and three for float32. For more rows the table
-    is cast block by block. Arguments and result are those of `direct_unembed`.
-    """
-    if x.shape[0] > _INTEGER_ROWS:
-        return _blocked_unembed(x.astype(product_dtype(x.dtype)), table)
-    digits = 2 if x.dtype == jnp.bfloat16 else 3
-    wide = x.astype(jnp.float32)
-    largest = jnp.abs(wide).max(axis=1, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest) / 127
-    rest, rows = wide / scale, []
-    for _ in range(digits):
-        level = jnp.round(rest)
-        rows.append(level.astype(jnp.int8))
-        rest = (rest - level) * 254
-    products = jnp.einsum("md,vd->mv", jnp.concatenate(rows), table, preferred_element_type=jnp.int32)
-    parts = products.astype(jnp.float32).reshape(digits, x.shape[0], -1)
-    return sum((part / 254**i for i, part in enumerate(parts)), jnp.zeros(())) * scale
-
-
-def _blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    num_rows = table.shape[0]
-    block = min(_CAST_ROWS, num_rows)
-
-    def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
-        start = jnp.minimum(i * block, num_rows - block)  # the last block slides left and repeats what was done
-        part = direct_unembed(x, lax.dynamic_slice_in_dim(table, start, block))
-        return lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
-
-    return lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros((x.shape[0], num_rows), jnp.float32))

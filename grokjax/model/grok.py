@@ -19,6 +19,7 @@ from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
 from grokjax.model.layers import RMSNorm
 from grokjax.quantization import QuantizedTable, Weight, quantize_table, specs
+from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import Partitioner, ShardingRules
 
 
@@ -108,7 +109,7 @@ class Grok(nnx.Module):
             x, keys, values = self.layers(x, keys, values, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
-        x = self.partitioner.constrain(self.embedding.encode(tokens), ("batch", None, None))
+        x = self.partitioner.constrain(self.embedding.embed(tokens), ("batch", None, None))
         x, keys, values = lax.fori_loop(0, self.config.num_layers, run_layer, (x, cache.keys, cache.values))
         lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
         return self.final_norm(x), KVCache(keys, values, lengths)
@@ -141,7 +142,20 @@ class Grok(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
         with jax.named_scope("unembed"):
-            return self.embedding.decode(hidden)
+            return self.embedding.unembed(hidden)
+
+    def sample(
+        self, logits: jax.Array, settings: SampleSettings, *, keys: jax.Array, positions: jax.Array
+    ) -> SampleOutput:
+        """Draws one token for each row.
+
+        Args:
+          logits: float32 [B, V].
+          settings: how each row draws.
+          keys: of the rows' requests, [B].
+          positions: int32 [B], of the drawn tokens; the draw at position p uses `fold_in(key, p)`.
+        """
+        return sample_token(row_keys(keys, positions), logits, settings, whole=self.whole_rows(logits))
 
     def whole_rows(self, logits: jax.Array) -> NamedSharding:
         """Where logits [B, V] lie if no row of them is divided over devices."""

@@ -15,7 +15,7 @@ from grokjax.kernels import copy_row
 from grokjax.model.grok import Grok
 from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
-from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, row_keys, sample_token
+from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of
 
 # Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
@@ -248,8 +248,8 @@ def _draw(
             lambda: jnp.where(row.biased[:, None], _biased(logits, state.bias), logits),
             lambda: logits,
         )
-    keys = row_keys(jax.vmap(jax.random.key)(row.seed), state.cache.lengths)
-    drawn = sample_token(keys, adjusted, settings, whole=model.whole_rows(adjusted)).token_id
+    keys = jax.vmap(jax.random.key)(row.seed)
+    drawn = model.sample(adjusted, settings, keys=keys, positions=state.cache.lengths).token_id
     top = _most_probable(logits, num_top, (row.active & row.wants_top).any())
     packed_drawn = model.partitioner.constrain(
         DrawnTokens(drawn, log_probs_of(logits, drawn), *top).pack(), (None, None)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.cache import KVCache, check_cache_dtype
 from grokjax.model.grok import Grok
-from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
+from grokjax.sampling import SampleOutput, SampleSettings
 
 
 def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
@@ -115,7 +115,7 @@ def decode_and_sample(
       The drawn tokens and the cache.
     """
     logits, cache = _decode_step(model, tokens, cache, settings.active)
-    return sample_token(row_keys(keys, cache.lengths), logits, settings, whole=model.whole_rows(logits)), cache
+    return model.sample(logits, settings, keys=keys, positions=cache.lengths), cache
 
 
 @jax.tree_util.register_dataclass
@@ -243,15 +243,9 @@ def _generate(
     def draw(
         step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated
     ) -> tuple[jax.Array, jax.Array, Generated]:
-        drawn = sample_token(row_keys(keys, lengths + step), logits, settings, whole=model.whole_rows(logits))
+        drawn = model.sample(logits, settings, keys=keys, positions=lengths + step)
         token = jnp.where(active, drawn.token_id, model.config.pad_id)
-        logprob = jnp.where(active, drawn.logprob, 0)
-        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
-        out = Generated(
-            tokens=write(out.tokens, token[:, None]),
-            lengths=out.lengths + active.astype(jnp.int32),
-            logprobs=write(out.logprobs, logprob[:, None]),
-        )
+        out = _append(out, step, active, token, jnp.where(active, drawn.logprob, 0))
         return token, active if eos_id is None else active & (token != eos_id), out
 
     def is_running(state: tuple[Any, ...]) -> jax.Array:
@@ -268,6 +262,16 @@ def _generate(
     state = (jnp.ones((), jnp.int32), token, active, cache, out)
     generated: Generated = lax.while_loop(is_running, advance, state)[-1]
     return generated
+
+
+def _append(out: Generated, step: jax.Array, active: jax.Array, token: jax.Array, logprob: jax.Array) -> Generated:
+    """The continuations with number `step` of each row's tokens [B], which only active rows count."""
+    write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
+    return Generated(
+        tokens=write(out.tokens, token[:, None]),
+        lengths=out.lengths + active.astype(jnp.int32),
+        logprobs=write(out.logprobs, logprob[:, None]),
+    )
 
 
 def _is_concrete(*arrays: jax.Array) -> bool:

@@ -90,7 +90,7 @@ def inner_values(model: Grok, tokens: jax.Array, lengths: jax.Array) -> dict[str
         values[name].append(value)
         return value
 
-    x = keep("embed", model.embedding.encode(tokens))
+    x = keep("embed", model.embedding.embed(tokens))
     for i in range(model.config.num_layers):
         layer = jnp.asarray(i, jnp.int32)
         scratch = model.new_cache(*tokens.shape)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from builders import program_for
 
-from grokjax.kernels import KERNEL_ROWS, matmul, matmul_gpu, matmuls, numbers_and_scales
+from grokjax.kernels import KERNEL_ROWS, matmul, matmul_gpu, matmuls
 from grokjax.kernels.products import direct_matmul, gpu_matmuls
 from grokjax.quantization import QuantizedArray, dequantize
 
@@ -39,8 +39,8 @@ def assert_close(found: jax.Array, exact: np.ndarray) -> None:
 def test_product_is_its_definition(num_rows: int, contracted: int, outputs: int, blocks: int) -> None:
     x, w = make_rows(1, num_rows, contracted), make_weight(contracted, outputs, blocks)
     at = jnp.array([[2, 1]], jnp.int32)
-    assert matmul_gpu.fits(x[0], [numbers_and_scales(w)])
-    (found,) = matmul_gpu.stack_matmul(x, [numbers_and_scales(w)], at, interpret=True)
+    assert matmul_gpu.fits(x[0], [w])
+    (found,) = matmul_gpu.stack_matmul(x, [w], at, interpret=True)
     assert_close(found, expected(x, w, at))
 
 
@@ -51,9 +51,8 @@ def test_groups_are_multiplied_with_weights_of_their_own(is_shared: bool) -> Non
     weights = [make_weight(128, outputs, 1, seed=outputs) for outputs in (256, 128)]
     weights[1] = dequantize(weights[1], jnp.bfloat16)
     wanted = jnp.array([True, False, True, True])
-    arrays = [numbers_and_scales(w) for w in weights]
-    assert matmul_gpu.fits(x[0], arrays)
-    found = matmul_gpu.stack_matmul(x, arrays, at, is_wanted=wanted, num_wanted=3, interpret=True)
+    assert matmul_gpu.fits(x[0], weights)
+    found = matmul_gpu.stack_matmul(x, weights, at, is_wanted=wanted, num_wanted=3, interpret=True)
     for out, w in zip(found, weights, strict=True):
         assert out.shape == (4, 20, w.shape[-1])
         assert_close(out[wanted], expected(x, w, at)[wanted])
@@ -68,9 +67,8 @@ def test_few_and_many_rows_give_the_same_product(num_rows: int, blocks: int, mon
     x, at = make_rows(num_rows, 128), (jnp.int32(2), jnp.int32(1))
     weights = [make_weight(128, outputs, blocks, seed=outputs) for outputs in (128, 256)]
     weights += [dequantize(weights[0], jnp.bfloat16)] if blocks == 1 else []
-    arrays = [numbers_and_scales(w) for w in weights]
-    for found, array in zip(gpu_matmuls(x, arrays, at), arrays, strict=True):
-        assert_close(found, np.asarray(direct_matmul(x, *array, at), np.float64))
+    for found, w in zip(gpu_matmuls(x, weights, at), weights, strict=True):
+        assert_close(found, np.asarray(direct_matmul(x, w, at), np.float64))
 
 
 def test_cast_is_exact() -> None:
@@ -91,9 +89,9 @@ def test_cast_is_exact() -> None:
 def test_fits_says_which_sizes_the_kernel_takes(change: dict[str, int], fits: bool) -> None:
     w = make_weight(**({"contracted": 128, "outputs": 128, "blocks": 2} | change))
     x = make_rows(16, w.shape[-2])
-    assert matmul_gpu.fits(x, [numbers_and_scales(w)]) == fits
-    assert not matmul_gpu.fits(x.astype(jnp.float32), [numbers_and_scales(w)])
-    assert not matmul_gpu.fits(x, [numbers_and_scales(w), numbers_and_scales(w.refine(w.shape[-2]))])
+    assert matmul_gpu.fits(x, [w]) == fits
+    assert not matmul_gpu.fits(x.astype(jnp.float32), [w])
+    assert not matmul_gpu.fits(x, [w, w.refine(w.shape[-2])])
 
 
 @pytest.mark.parametrize(
@@ -104,8 +102,9 @@ def test_stacks_whose_offsets_are_not_safe_do_not_fit(layers: int, dtype: type, 
     """Between 2 and 4 GiB of int8 an offset has the sign of a negative number, and a kernel would read elsewhere."""
     stack = jax.ShapeDtypeStruct((layers, 2**14, 2**14), dtype)
     assert matmul_gpu.has_safe_offsets(stack) == is_safe
-    scales = jax.ShapeDtypeStruct((layers, 1, 2**14), jnp.bfloat16) if dtype == jnp.int8 else None
-    assert matmul_gpu.fits(jax.ShapeDtypeStruct((1, 2**14), jnp.bfloat16), [(stack, scales)]) == is_safe
+    scales = jax.ShapeDtypeStruct((layers, 1, 2**14), jnp.bfloat16)
+    w = QuantizedArray(stack, scales) if dtype == jnp.int8 else stack
+    assert matmul_gpu.fits(jax.ShapeDtypeStruct((1, 2**14), jnp.bfloat16), [w]) == is_safe
 
 
 @pytest.mark.parametrize(("contracted", "blocks"), [(6144, 1), (6144, 8), (4096, 1), (768, 1), (64, 1), (448, 7)])
@@ -113,7 +112,7 @@ def test_stacks_whose_offsets_are_not_safe_do_not_fit(layers: int, dtype: type, 
 @pytest.mark.parametrize("programs", [1, 32, 1000])
 def test_parts_are_whole_and_few(contracted: int, blocks: int, num_rows: int, programs: int) -> None:
     """Each is whole steps of one scale block, or whole scale blocks, and their sums are not many."""
-    tile = matmul_gpu.choose_tile(num_rows, [(jax.ShapeDtypeStruct((contracted, 128), jnp.int8), None)])
+    tile = matmul_gpu.choose_tile(num_rows, [make_weight(contracted, 128, blocks)])
     number = matmul_gpu.choose_num_parts(contracted, blocks, tile=tile, num_rows=num_rows, programs=programs)
     part, scale_rows = contracted // number, contracted // blocks
     assert number * part == contracted

@@ -1,0 +1,58 @@
+"""What the forms of a product share: slices of a stack of weights, the precision, and rows enough."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from grokjax.quantization import QuantizedArray, Weight
+
+
+def weight_and_scales(w: Weight) -> tuple[jax.Array, jax.Array | None]:
+    """What a weight is stored as: int8 and its scales, or plain numbers and None."""
+    return (w.weight, w.scales) if isinstance(w, QuantizedArray) else (w, None)
+
+
+def num_scale_blocks(w: Weight) -> int:
+    """Q, the scale blocks along the contracting axis; a plain weight is one block."""
+    return w.num_blocks if isinstance(w, QuantizedArray) else 1
+
+
+def float_precision(dtype: DTypeLike) -> lax.Precision | None:
+    """Full precision for float32 operands (TPUs would round them to bfloat16), the default for others."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def pad_rows(x: jax.Array) -> jax.Array:
+    """At least two rows [M, C] if they are bfloat16: for one, XLA's CPU backend casts the whole other factor first."""
+    missing = 2 - x.shape[0] if x.dtype == jnp.bfloat16 else 0
+    return jnp.pad(x, ((0, max(0, missing)), (0, 0)))
+
+
+def select(
+    stack: jax.Array,
+    at: tuple[jax.Array, ...],
+    start: jax.Array | int,
+    size: int,
+    *,
+    column: jax.Array | int = 0,
+    width: int | None = None,
+) -> jax.Array:
+    """Some rows and columns of one matrix of a stack, in one slice.
+
+    Args:
+      stack: [*stack, C, O].
+      at: one index, int32 [], for each stack axis.
+      start: int32 [], the first row.
+      size: rows.
+      column: int32 [], the first column.
+      width: columns, by default all O.
+
+    Returns:
+      [size, width] in the dtype of the stack.
+    """
+    width = stack.shape[-1] if width is None else width
+    index = (*at, jnp.asarray(start, jnp.int32), jnp.asarray(column, jnp.int32))
+    sizes = (1,) * len(at) + (size, width)
+    # Without the arithmetic for negative indices: jax 0.10 would carry its results, slice by slice, into every loop.
+    return lax.dynamic_slice(stack, index, sizes, allow_negative_indices=False).reshape(size, width)

@@ -1,0 +1,92 @@
+"""The product of hidden states with the embedding table, plain or int8, in the form that suits the device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grokjax.kernels.cpu_features import product_dtype
+from grokjax.kernels.slices import float_precision, pad_rows
+from grokjax.quantization import QuantizedTable, Table
+
+
+def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
+    """`x @ table.T`, never holding a converted copy of the table.
+
+    Args:
+      x: float32 or bfloat16 [..., D].
+      table: plain or quantised [V, D].
+      platform: "cpu", "gpu" or "tpu", where it will run.
+
+    Returns:
+      float32 [..., V].
+    """
+    rows, is_cpu = x.reshape(-1, x.shape[-1]), platform == "cpu"
+    if isinstance(table, QuantizedTable):
+        out = (integer_unembed if is_cpu else direct_unembed)(rows, table.weight) * table.scales[None]
+    else:
+        out = (padded_unembed if is_cpu else direct_unembed)(rows, table)
+    return out.reshape(*x.shape[:-1], table.shape[0])
+
+
+def direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x @ table.T` as one product: compilers for accelerators fuse the cast into it.
+
+    Args:
+      x: float32 or bfloat16 [M, D].
+      table: plain or int8 [V, D], without its scales.
+
+    Returns:
+      float32 [M, V].
+    """
+    product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(x.dtype))
+    return product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x @ table.T` with rows enough for XLA's CPU backend to multiply the table as it is, not a float32 copy of it.
+
+    Arguments and result are those of `direct_unembed`.
+    """
+    return direct_unembed(pad_rows(x), table)[: x.shape[0]]
+
+
+# Most rows that are written as int8 ones, and the rows of an int8 table that are cast together for more.
+_INTEGER_ROWS, _CAST_ROWS = 16, 1024
+
+
+def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`x @ table.T` with an int8 table, of which XLA's CPU backend would make a whole copy in the dtype of x.
+
+    A few rows are written as sums of int8 rows, each 254 times finer than the one before, and multiplied as integers:
+    two for bfloat16, with an error of 2e-5 of a row's largest element, and three for float32. For more rows the table
+    is cast block by block. Arguments and result are those of `direct_unembed`.
+    """
+    if x.shape[0] > _INTEGER_ROWS:
+        return _blocked_unembed(x.astype(product_dtype(x.dtype)), table)
+    digits = 2 if x.dtype == jnp.bfloat16 else 3
+    wide = x.astype(jnp.float32)
+    largest = jnp.abs(wide).max(axis=1, keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest) / 127
+    rest, rows = wide / scale, []
+    for _ in range(digits):
+        level = jnp.round(rest)
+        rows.append(level.astype(jnp.int8))
+        rest = (rest - level) * 254
+    products = jnp.einsum("md,vd->mv", jnp.concatenate(rows), table, preferred_element_type=jnp.int32)
+    parts = products.astype(jnp.float32).reshape(digits, x.shape[0], -1)
+    return sum((part / 254**i for i, part in enumerate(parts)), jnp.zeros(())) * scale
+
+
+def _blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`direct_unembed`, block by block of an int8 table: only one is held in the dtype of x."""
+    num_rows = table.shape[0]
+    block = min(_CAST_ROWS, num_rows)
+
+    def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * block, num_rows - block)  # the last block slides left and repeats what was done
+        part = direct_unembed(x, lax.dynamic_slice_in_dim(table, start, block))
+        return lax.dynamic_update_slice_in_dim(out, part, start, axis=1)
+
+    return lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros((x.shape[0], num_rows), jnp.float32))
