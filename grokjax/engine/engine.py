@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from grokjax.engine.intake import Intake, check_request, iterate_requests, list_prompts
 from grokjax.engine.metrics import Meter, Metrics
 from grokjax.engine.protocol import MakeSteps, Pending
-from grokjax.engine.sample import Handle, LiveSample, check_handle
+from grokjax.engine.sample import CheckedRequest, Handle, LiveSample, check_handle
 from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets
 from grokjax.engine.shared_steps import make_steps as steps_of_model
 from grokjax.engine.warm_up import WarmedStep, warm_up
@@ -155,7 +155,7 @@ class Engine:
             self._scheduler.submit(*samples)
         except Exception as error:  # a tokenizer may raise anything
             for number in range(request.n):
-                self._finish(LiveSample(handle, number, submitted=now), "error", error)
+                self._finish(LiveSample(handle, number, CheckedRequest(), submitted=now), "error", error)
             return handle
         self._live.update(dict.fromkeys(samples))
         return handle

@@ -1,7 +1,6 @@
 """How requests come in: what depends on the tokenizer and the model is checked, and samples are made of them."""
 
 import dataclasses
-import functools
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from grokjax.config import GrokConfig
-from grokjax.engine.sample import Handle, LiveSample
+from grokjax.engine.sample import CheckedRequest, Handle, LiveSample
 from grokjax.request import Request, bias_row, check_prompt, check_stop_ids, is_integer
 from grokjax.tokenizer import Tokenizer
 
@@ -80,18 +79,14 @@ class Intake:
         vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
         prompt = self.encode(request.prompt)
         ends = frozenset() if request.ignore_eos else frozenset({eos_id})
-        make = functools.partial(
-            LiveSample,
-            handle,
+        checked = CheckedRequest(
             prompt=prompt,
             limit=min(request.max_new_tokens, self.max_len - len(prompt)),
             stop_ids=check_stop_ids(request.stop_ids, vocab_size) | ends,
             bias=bias_row(request, vocab_size),
             tokenizer=self.tokenizer,
-            prompt_logprobs=[None],
-            submitted=now,
         )
-        return [make(sample=number) for number in range(request.n)]
+        return [LiveSample(handle, number, checked, submitted=now) for number in range(request.n)]
 
 
 def check_request(request: object) -> None:

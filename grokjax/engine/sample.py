@@ -80,7 +80,25 @@ class Times:
         )
 
 
-_NO_PROMPT = np.zeros(0, np.int32)
+@dataclasses.dataclass(frozen=True, eq=False)
+class CheckedRequest:
+    """What all samples of a request share once it is read and checked; by default that of one that cannot be read.
+
+    Attributes:
+      prompt: token ids, int32 [n].
+      limit: tokens that a sample may draw: `max_new_tokens`, or fewer where the slot ends first.
+      stop_ids: tokens that end a sample, the end-of-sequence token among them unless it is ignored.
+      bias: added to the logits, float32 [V]; None for nothing.
+      tokenizer: for the text; None for none.
+      prompt_logprobs: of the tokens of the prompt, None for the first; the first sample's prefill adds the others.
+    """
+
+    prompt: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    limit: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    bias: np.ndarray | None = None
+    tokenizer: Tokenizer | None = None
+    prompt_logprobs: list[float | None] = dataclasses.field(default_factory=lambda: [None])
 
 
 class LiveSample(Job):
@@ -89,12 +107,7 @@ class LiveSample(Job):
     Args:
       handle: of its request.
       sample: its number in the request.
-      prompt: token ids, int32 [n]; none if the request could not be read.
-      limit: tokens that may be drawn: `max_new_tokens`, or fewer where the slot ends first.
-      stop_ids: tokens that end it, the end-of-sequence token among them unless it is ignored.
-      bias: added to its logits, float32 [V].
-      tokenizer: for its text; None for none.
-      prompt_logprobs: the list of the request's first sample, whose prefill fills it.
+      checked: what it shares with the other samples.
       submitted: when the request came.
 
     Attributes:
@@ -103,22 +116,11 @@ class LiveSample(Job):
       ended: whether its completion is made.
     """
 
-    def __init__(
-        self,
-        handle: Handle,
-        sample: int,
-        *,
-        prompt: np.ndarray = _NO_PROMPT,
-        limit: int = 0,
-        stop_ids: frozenset[int] = frozenset(),
-        bias: np.ndarray | None = None,
-        tokenizer: Tokenizer | None = None,
-        prompt_logprobs: list[float | None] | None = None,
-        submitted: float,
-    ):
+    def __init__(self, handle: Handle, sample: int, checked: CheckedRequest, *, submitted: float):
         request = handle.request
-        super().__init__(prompt, priority=request.priority, is_scored=request.prompt_logprobs and sample == 0)
-        self.handle, self.sample, self.limit, self.stop_ids, self.bias = handle, sample, limit, stop_ids, bias
+        super().__init__(checked.prompt, priority=request.priority, is_scored=request.prompt_logprobs and sample == 0)
+        self.handle, self.sample = handle, sample
+        self.limit, self.stop_ids, self.bias = checked.limit, checked.stop_ids, checked.bias
         self.row = RowSettings(
             temperature=request.temperature,
             top_p=request.top_p,
@@ -126,15 +128,15 @@ class LiveSample(Job):
             top_k=request.top_k,
             seed=(request.seed + sample) % 2**32,
             active=True,
-            biased=bias is not None,
+            biased=checked.bias is not None,
             wants_top=bool(request.logprobs),
         )
         self.times = Times(submitted)
         self.dispatched, self.ended = 0, False
         self.token_ids: list[int] = []
-        self.prompt_logprobs = [None] if prompt_logprobs is None else prompt_logprobs
+        self.prompt_logprobs = checked.prompt_logprobs
         self._logprobs: list[TokenLogprob] = []
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self._decoder = None if checked.tokenizer is None else StreamDecoder(checked.tokenizer)
         self._stop = StopFilter(request.stop)
         self._text: list[str] = []
         self._text_is_over = False
