@@ -139,6 +139,11 @@ class ModelRunner:
     ) -> Grok:
         """The model: from `init_fn` if given, else from the checkpoint, else fresh.
 
+        Args:
+          init_data: what `init_fn` is given; nothing else depends on it.
+          from_checkpoint: read the checkpoint, if `checkpoint_path` names one.
+          init_fn: makes a model from the key of `rng_seed` and `init_data`.
+
         Raises:
           CheckpointError: The checkpoint does not fit the configuration, or a renamed parameter is not in it.
         """

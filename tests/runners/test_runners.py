@@ -299,7 +299,7 @@ class TestFunctionsOfABatch:
     def test_a_loop_over_them_draws_what_the_engine_draws(self, runner: InferenceRunner) -> None:
         """A greedy request, and a drawn one that comes to the other row two steps later, and there once more."""
         greedy = Request("the License", 0.0, 1.0, 1, 6, ignore_eos=True)
-        drawn = Request("and the", 1.0, 0.9, 2**40 + 5, 3, ignore_eos=True)
+        drawn = Request("and the", 50.0, 0.9, 2**40 + 5, 3, ignore_eos=True)  # so hot that the keys decide
         lengths = [len(runner.tokenizer.encode(request.prompt)) for request in (drawn, greedy)]
         batch = Batch(runner)
         others = [batch.prefill(1, greedy), batch.step()[1], batch.step()[1]]
@@ -408,6 +408,7 @@ class TestModelRunner:
         [(rng, data)] = given
         assert data is INIT_DATA
         np.testing.assert_array_equal(table(model_runner.init_fn(rng, data)), table(fresh))
+        assert (table(model_runner.init_fn(jax.random.key(7), data)) != table(fresh)).any()
 
     def test_the_forward_pass_is_a_pair_of_pure_functions(self, runner: InferenceRunner) -> None:
         model_runner, tokens = runner.runner, np.arange(16)[None] + 70
