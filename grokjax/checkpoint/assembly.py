@@ -23,7 +23,7 @@ from grokjax.checkpoint.stored import (
     pieces_of,
     unit_name,
 )
-from grokjax.quantization import QuantizedArray, Weight, shardable_blocks, specs
+from grokjax.quantization import QuantizedArray, Weight, partition_specs, shardable_blocks
 from grokjax.sharding import Axes, Partitioner
 
 
@@ -135,7 +135,7 @@ class Builder:
         if fresh is not None and not any(stack.sources):
             return fresh
         shapes = stack_shapes(stack, self.checkpoint.tensors, self.partitioner)
-        place = self.partitioner.shardings(specs(shapes, stack.axes, self.partitioner))
+        place = self.partitioner.shardings(partition_specs(shapes, stack.axes, self.partitioner))
         if fresh is not None:
             blocks = shapes.num_blocks if isinstance(shapes, QuantizedArray) else None
             cast = functools.partial(_fit_fresh, blocks=blocks, like=shapes)
@@ -236,7 +236,7 @@ def _put_piece(value: Weight, piece: Weight, at: jax.Array, *, axes: Axes, parti
         assert isinstance(piece, QuantizedArray)
         piece = QuantizedArray(piece.weight, piece.refine(value.num_blocks).scales.astype(value.scales.dtype))
     skipped = 2 if axes[1:2] == ("experts",) else 1
-    into = specs(value, axes, partitioner)
+    into = partition_specs(value, axes, partitioner)
     whole = jax.tree.map(lambda spec: PartitionSpec(*spec[skipped:]), into, is_leaf=_is_spec)
 
     def write(stack: jax.Array, new: jax.Array) -> jax.Array:

@@ -31,8 +31,7 @@ from grokjax.checkpoint.stored import (
 from grokjax.config import GrokConfig
 from grokjax.distributed import on_first
 from grokjax.model import Grok, abstract_model, check_dtype, init_parameters, parameter_name, with_quantized_table
-from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
-from grokjax.quantization import specs as partition_specs
+from grokjax.quantization import QuantizedArray, QuantizedTable, Weight, partition_specs
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
 
 HOST_BYTES = 1 << 30
