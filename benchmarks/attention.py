@@ -18,6 +18,7 @@ import numpy as np
 from decode import CACHE_DTYPES, read_config
 
 from grokjax import Grok, init, make_mesh
+from grokjax.kernels import CachePlace
 from grokjax.planning import step_cost
 
 
@@ -40,7 +41,8 @@ def parse_arguments() -> argparse.Namespace:
 @functools.partial(jax.jit, donate_argnums=(2, 3))
 def run_layer(model: Grok, x: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, start: jax.Array):
     count = jnp.ones(len(x), jnp.int32)
-    return model.layers.attention(x, keys, values, layer=layer, slot=layer, start=start, count=count)
+    place = CachePlace(layer=layer, start=start, count=count)
+    return model.layers.attention(x, keys, values, layer=layer, place=place)
 
 
 def read_size(text: str) -> tuple[int, int]:

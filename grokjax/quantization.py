@@ -77,11 +77,11 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
     scales = (jnp.abs(blocks).max(axis=-2) / 127).astype(scale_dtype)
-    return QuantizedArray(_levels(blocks, scales[..., None, :]).reshape(w.shape), scales)
+    return QuantizedArray(_round_to_int8(blocks, scales[..., None, :]).reshape(w.shape), scales)
 
 
-def _levels(w: jax.Array, scales: jax.Array) -> jax.Array:
-    """int8 numbers of scales that come nearest to `w`; 0 where the scale is 0."""
+def _round_to_int8(w: jax.Array, scales: jax.Array) -> jax.Array:
+    """The int8 weight that, with these scales, comes nearest to `w`; 0 where the scale is 0."""
     divisor = jnp.where(scales == 0, jnp.ones_like(scales), scales).astype(jnp.float32)
     return jnp.clip(jnp.round(w.astype(jnp.float32) / divisor), -127, 127).astype(jnp.int8)
 
@@ -111,9 +111,9 @@ Table = jax.Array | QuantizedTable
 def quantize_table(table: jax.Array) -> QuantizedTable:
     """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale."""
     scales = jnp.abs(table).max(axis=1).astype(jnp.float32) / 127
-    # Else XLA's CPU backend casts the table once for scales and levels, and holds all of it in float32 between them.
+    # Else XLA's CPU backend casts the table once for scales and weight, and holds all of it in float32 between them.
     scales, table = lax.optimization_barrier((scales, table))
-    return QuantizedTable(_levels(table, scales[:, None]), scales)
+    return QuantizedTable(_round_to_int8(table, scales[:, None]), scales)
 
 
 def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -133,7 +133,7 @@ def einsum(subscripts: str, x: jax.Array, w: Weight) -> jax.Array:
     return jnp.einsum(subscripts, x.astype(jnp.float32), dequantize(w), precision=lax.Precision.HIGHEST)
 
 
-def specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
+def partition_specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
     """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1."""
     if isinstance(w, QuantizedTable):
         rows: list[Any] = [partitioner.spec(axes, w.shape), partitioner.spec(axes[:1], w.scales.shape)]

@@ -13,10 +13,10 @@ from grokjax.quantization import (
     QuantizedArray,
     dequantize,
     einsum,
+    partition_specs,
     quantize,
     quantize_table,
     shardable_blocks,
-    specs,
 )
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules, make_mesh
 
@@ -84,7 +84,9 @@ def test_shards_hold_whole_scale_blocks(blocks: int, devices: int, refined: int)
     assert shardable_blocks(blocks, axes, partitioner) == refined
     w = quantize(jnp.asarray(random(2, 48, 8)), num_blocks=blocks).refine(refined)
     placed = jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, NamedSharding(partitioner.mesh, spec)), w, specs(w, axes, partitioner)
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(partitioner.mesh, spec)),
+        w,
+        partition_specs(w, axes, partitioner),
     )
     for weight, scales in zip(placed.weight.addressable_shards, placed.scales.addressable_shards, strict=True):
         assert weight.data.shape == (2, 48 // devices, 8)

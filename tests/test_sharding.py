@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.model import Grok, abstract_model, init
-from grokjax.quantization import QuantizedArray, specs
+from grokjax.quantization import QuantizedArray, partition_specs
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
 TINY = GrokConfig.tiny()
@@ -85,7 +85,7 @@ def test_axes_that_cannot_be_are_refused(axes: tuple[str, ...], shape: tuple[int
 def test_scale_blocks_that_the_axis_cuts_are_refused() -> None:
     abstract = QuantizedArray(jnp.zeros((64, 8), jnp.int8), jnp.ones((4, 8)))
     with pytest.raises(ValueError, match="the mesh axis 'model' of 8 devices does not divide heads of size 4"):
-        specs(abstract, ("heads", "embed"), partitioner((1, 8)))
+        partition_specs(abstract, ("heads", "embed"), partitioner((1, 8)))
 
 
 COLLISION = "put two dimensions on one mesh axis .*: change a rule of ShardingRules"

@@ -18,8 +18,7 @@ from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
 from grokjax.checkpoint.stored import Checkpoint, StoredArray, TensorSpec, specs_of
 from grokjax.model import Grok, init_parameters, parameter_name
-from grokjax.quantization import QuantizedArray, Weight
-from grokjax.quantization import specs as partition_specs
+from grokjax.quantization import QuantizedArray, Weight, partition_specs
 from grokjax.sharding import Axes, Partitioner
 
 

@@ -14,7 +14,7 @@ from grokjax.checkpoint.stacks import stack_shapes, stacks_of
 from grokjax.checkpoint.stored import TensorSpec, specs_of
 from grokjax.config import GrokConfig
 from grokjax.model import abstract_model
-from grokjax.quantization import specs as partition_specs
+from grokjax.quantization import partition_specs
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
 
 

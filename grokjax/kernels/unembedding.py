@@ -71,9 +71,9 @@ def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     scale = jnp.where(largest == 0, 1, largest) / 127
     rest, rows = wide / scale, []
     for _ in range(digits):
-        level = jnp.round(rest)
-        rows.append(level.astype(jnp.int8))
-        rest = (rest - level) * 254
+        digit = jnp.round(rest)
+        rows.append(digit.astype(jnp.int8))
+        rest = (rest - digit) * 254
     products = jnp.einsum("md,vd->mv", jnp.concatenate(rows), table, preferred_element_type=jnp.int32)
     parts = products.astype(jnp.float32).reshape(digits, x.shape[0], -1)
     return sum((part / 254**i for i, part in enumerate(parts)), jnp.zeros(())) * scale

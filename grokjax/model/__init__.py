@@ -1,21 +1,13 @@
 """Grok-1: its modules in Flax NNX, and the pure steps that run it.
 
-Read `grok` first: the stack of decoder layers and `init`. Then its parts: `attention`, `feed_forward` (the router and
-the experts), `embedding`, and `layers` for what they share. `steps` has `forward`, `prefill`, `decode` and `generate`;
+Read `grok` first: the stack of decoder layers. Then its parts: `attention`, `feed_forward`, `embedding`, `layers` and
+`weights`, which they share. `building` makes models. `steps` has `forward`, `prefill`, `decode` and `generate`;
 `slot_steps` has the same for a batch whose rows are an engine's slots, and `slots` what both say to each other. Only
 these steps say jit or donate.
 """
 
-from grokjax.model.grok import (
-    DecoderLayers,
-    Grok,
-    abstract_model,
-    check_dtype,
-    init,
-    init_parameters,
-    parameter_name,
-    with_quantized_table,
-)
+from grokjax.model.building import abstract_model, init, init_parameters, parameter_name, with_quantized_table
+from grokjax.model.grok import DecoderLayers, Grok, check_dtype
 from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
 from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
 from grokjax.model.steps import Generated, decode, decode_and_sample, forward, generate, prefill

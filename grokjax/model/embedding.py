@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.kernels import unembed
-from grokjax.quantization import QuantizedTable, Table, specs
+from grokjax.quantization import QuantizedTable, Table, partition_specs
 from grokjax.sharding import Partitioner
 
 
@@ -38,7 +38,7 @@ class Embedding(nnx.Module):
             return partitioner.psum(jnp.where(found[..., None], embedded, 0), "vocab")
 
         table: Table = self.table.get_value()
-        in_specs = (specs(table, ("vocab", "embed"), partitioner), rows)
+        in_specs = (partition_specs(table, ("vocab", "embed"), partitioner), rows)
         embedded = partitioner.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))(table, tokens)
         return (embedded * self.config.embedding_multiplier).astype(self.dtype)
 
@@ -47,7 +47,7 @@ class Embedding(nnx.Module):
         partitioner = self.partitioner.without_embed()
         rows = partitioner.spec(("batch", *(None,) * (x.ndim - 1)), x.shape)
         table: Table = self.table.get_value()
-        in_specs = (rows, specs(table, ("vocab", "embed"), partitioner))
+        in_specs = (rows, partition_specs(table, ("vocab", "embed"), partitioner))
         out_spec = PartitionSpec(*rows[:-1], partitioner.spec(("vocab", "embed"), table.shape)[0])
         product = functools.partial(unembed, platform=partitioner.platform)
         logits = partitioner.shard_map(product, in_specs=in_specs, out_specs=out_spec)(x, table)

@@ -1,14 +1,10 @@
 """The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
 
-import functools
-from collections.abc import Collection
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from grokjax.cache import Entries, KVCache
@@ -18,9 +14,8 @@ from grokjax.model.attention import Attention
 from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
 from grokjax.model.layers import RMSNorm
-from grokjax.quantization import QuantizedTable, Weight, quantize_table, specs
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
-from grokjax.sharding import Partitioner, ShardingRules
+from grokjax.sharding import Partitioner
 
 
 class DecoderLayers(nnx.Module):
@@ -171,119 +166,3 @@ def check_dtype(dtype: DTypeLike) -> jnp.dtype:
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         raise ValueError(f"dtype={jnp.dtype(dtype).name} is not a compute dtype: choose float32 or bfloat16.")
     return jnp.dtype(dtype)
-
-
-def init(
-    config: GrokConfig,
-    *,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-    rules: ShardingRules | None = None,
-    dtype: DTypeLike = jnp.bfloat16,
-    quantized: bool = True,
-    quantized_table: bool = False,
-) -> Grok:
-    """A model with random weights, each shard made on its own device; the same weights on every mesh.
-
-    Args:
-      config: the sizes.
-      seed: of the weights.
-      mesh: from `make_mesh`; one device by default.
-      rules: sharding rules; tensor parallel by default.
-      dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
-      quantized: int8 weights in attention and experts, else plain ones.
-      quantized_table: the embedding table in int8 too, with a scale for each token; see docs/model.md for its error.
-
-    Raises:
-      ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
-    """
-    partitioner = Partitioner.create(config, mesh, rules)
-    graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
-    values = init_parameters(config, partitioner, seed=seed, dtype=dtype, quantized=quantized)
-    params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
-    model = nnx.merge(graphdef, nnx.from_flat_state(params))
-    return with_quantized_table(model) if quantized_table else model
-
-
-def with_quantized_table(model: Grok) -> Grok:
-    """The model with its embedding table in int8, on the same devices; everything else is shared."""
-    param, partitioner = model.embedding.table, model.partitioner
-    shapes = jax.eval_shape(quantize_table, param.get_value())
-    shardings: QuantizedTable = partitioner.shardings(specs(shapes, param.logical_axes, partitioner))
-    table = jax.jit(quantize_table, out_shardings=shardings)(param.get_value())
-    graphdef, state = nnx.split(model)
-    params = [
-        (path, param.replace(table) if parameter_name(path) == "embedding.table" else param)
-        for path, param in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(params))
-
-
-def parameter_name(path: tuple[Any, ...]) -> str:
-    """A parameter's path in the model as text: `layers.attention.query`."""
-    return ".".join(map(str, path))
-
-
-def init_parameters(
-    config: GrokConfig,
-    partitioner: Partitioner,
-    *,
-    seed: int,
-    dtype: DTypeLike,
-    quantized: bool,
-    names: Collection[str] | None = None,
-) -> dict[str, Weight]:
-    """The random values that `init` gives to some parameters, by path (`layers.attention.query`), or to all.
-
-    They are made one after the other, so that the devices hold what one of them takes to make beside the results.
-    """
-    abstract = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[1]
-    made: dict[str, Weight] = {}
-    for name in (parameter_name(path) for path, _ in nnx.to_flat_state(abstract)):
-        if names is None or name in names:
-            maker = parameter_maker(config, partitioner, name, dtype=jnp.dtype(dtype), quantized=quantized)
-            made[name] = jax.block_until_ready(maker(jax.random.key(seed)))
-    return made
-
-
-@functools.cache
-def parameter_maker(
-    config: GrokConfig, partitioner: Partitioner, name: str, *, dtype: jnp.dtype, quantized: bool
-) -> jax.stages.Wrapped:
-    """The compiled function that makes one parameter of `init` from a key, in its shards; a second model reuses it."""
-    abstract = _values(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    def make(key: jax.Array) -> Weight:
-        rngs = nnx.Rngs(key)
-        return _values(Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs))[name]
-
-    return jax.jit(make, out_shardings=shardings)
-
-
-def _values(model: Grok) -> dict[str, Weight]:
-    return {parameter_name(path): param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
-
-
-def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:
-    """A model of `jax.ShapeDtypeStruct`s with shardings: what to load into, or to compile for, without any memory.
-
-    Raises:
-      ValueError: The dtype is not a compute dtype.
-    """
-    check_dtype(dtype)
-
-    def build() -> Grok:
-        return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(0))
-
-    def place(param: nnx.Variable) -> nnx.Variable:
-        value = param.get_value()
-        shardings = partitioner.shardings(specs(value, param.logical_axes, partitioner))
-        return param.replace(
-            jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), value, shardings
-            )
-        )
-
-    graphdef, state = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graphdef, jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from grokjax.quantization import QuantizedArray, Weight, specs
+from grokjax.quantization import QuantizedArray, Weight, partition_specs
 from grokjax.sharding import Axes, Partitioner
 
 
@@ -40,8 +40,8 @@ def _random_int8(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Uniform integers -127 ... 127, four from each random word: large models are made of many."""
     *lead, last = shape
     words = jax.random.bits(key, (*lead, -(-last // 4)), jnp.uint32)
-    levels = lax.bitcast_convert_type(words, jnp.int8).reshape(*lead, -1)[..., :last]
-    return jnp.maximum(levels, -127)
+    weight = lax.bitcast_convert_type(words, jnp.int8).reshape(*lead, -1)[..., :last]
+    return jnp.maximum(weight, -127)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LayerWeights:
         """Those of parameters that are all stacked over the same layers, for layer `layer`, int32 []."""
         stacks, layers = zip(*(_gather_embed(param, layer, partitioner) for param in params), strict=True)
         whole = partitioner.without_embed()
-        split = tuple(specs(w, param.logical_axes, whole) for w, param in zip(stacks, params, strict=True))
+        split = tuple(partition_specs(w, param.logical_axes, whole) for w, param in zip(stacks, params, strict=True))
         return cls(stacks, layers[0], split)
 
 
@@ -78,8 +78,8 @@ def _gather_embed(param: nnx.Param, layer: jax.Array, partitioner: Partitioner) 
     stack: Weight = param.get_value()
     if partitioner.rules.embed is None:
         return stack, layer
-    split = specs(stack, param.logical_axes, partitioner)
-    whole = specs(stack, param.logical_axes, partitioner.without_embed())
+    split = partition_specs(stack, param.logical_axes, partitioner)
+    whole = partition_specs(stack, param.logical_axes, partitioner.without_embed())
 
     def cut(stack: Weight, layer: jax.Array) -> Weight:
         one = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, layer), stack)

@@ -10,7 +10,7 @@ import pytest
 from grokjax import kernels
 from grokjax.kernels.matmul_cpu import blocked_matmul, column_matmul, summed_matmul
 from grokjax.kernels.products import direct_matmul
-from grokjax.quantization import Weight, dequantize, quantize, specs
+from grokjax.quantization import Weight, dequantize, partition_specs, quantize
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh
 
 matmul = functools.partial(kernels.matmul, platform="cpu")
@@ -90,7 +90,7 @@ def test_works_on_a_mesh(axes: tuple[str, str], num_blocks: int) -> None:
     """Each device multiplies its own rows or columns, with its own scales, as inside the model."""
     partitioner = Partitioner(make_mesh((1, 8)), ShardingRules())
     w, x = quantize(jnp.asarray(random(64, 16)), num_blocks=num_blocks), jnp.asarray(random(5, 64))
-    in_specs = (partitioner.spec((None, axes[0]), x.shape), specs(w, axes, partitioner))
+    in_specs = (partitioner.spec((None, axes[0]), x.shape), partition_specs(w, axes, partitioner))
     product = partitioner.shard_map(
         lambda x, w: partitioner.psum(matmul(x, w), axes[0]),
         in_specs=in_specs,

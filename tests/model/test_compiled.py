@@ -14,7 +14,7 @@ from grokjax.checkpoint import parameter_shapes
 from grokjax.config import GrokConfig
 from grokjax.kernels import product_dtype
 from grokjax.model import SlotState, abstract_model, decode, lower_decode, lower_prefill, prefill
-from grokjax.model.grok import parameter_maker
+from grokjax.model.building import parameter_maker
 from grokjax.model.slot_steps import lower_score, lower_share
 from grokjax.planning import Program, Value, read_program
 from grokjax.sharding import Partitioner, ShardingRules, make_mesh

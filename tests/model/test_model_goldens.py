@@ -12,6 +12,7 @@ from builders import EXPERT, FULLY, TENSOR, label, or_thorough
 from goldens import MODEL_CASES, check_generation, check_logits, load_case, real_logits
 
 from grokjax.checkpoint import load
+from grokjax.kernels import CachePlace
 from grokjax.model import Grok, decode, forward, prefill
 from grokjax.sharding import ShardingRules, make_mesh
 
@@ -94,11 +95,9 @@ def inner_values(model: Grok, tokens: jax.Array, lengths: jax.Array) -> dict[str
     for i in range(model.config.num_layers):
         layer = jnp.asarray(i, jnp.int32)
         scratch = model.new_cache(*tokens.shape)
-        start = jnp.zeros_like(lengths)
+        place = CachePlace(layer=layer, start=jnp.zeros_like(lengths), count=lengths)
         normed = keep("norm0_out", layers.pre_attention_norm(x, layer))
-        mixed, _, _ = layers.attention(
-            normed, scratch.keys, scratch.values, layer=layer, slot=layer, start=start, count=lengths
-        )
+        mixed, _, _ = layers.attention(normed, scratch.keys, scratch.values, layer=layer, place=place)
         keep("attn_out", mixed)
         x = x + keep("norm1_out", layers.post_attention_norm(mixed, layer))
         normed = keep("norm2_out", layers.pre_feed_forward_norm(x, layer))
