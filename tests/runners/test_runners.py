@@ -1,8 +1,6 @@
-"""The release's runners: its goldens and its `run.py` by its names, its generator, and what its own loop is made of."""
+"""The release's runners: the generator, what the release's own loop is made of, and the model's runner."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -10,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from goldens import ATOL_LOGITS, GOLDEN_DIR, load_e2e
+from goldens import ATOL_LOGITS
 from jax.sharding import PartitionSpec
 
-from grokjax import CheckpointError, Grok, GrokConfig, init, load_tokenizer, make_mesh, prefill, runners
+from grokjax import CheckpointError, Grok, GrokConfig, init, make_mesh, prefill
 from grokjax.runners import (
     InferenceRunner,
     LanguageModelConfig,
@@ -30,163 +28,35 @@ from grokjax.testing import write_release_checkpoint
 SMALL = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
 
 
-def language_model(config: GrokConfig, **changes) -> LanguageModelConfig:
-    """A small configuration in the release's names; `widening_factor` 3 gives its hidden size."""
+def small_model() -> LanguageModelConfig:
+    """`SMALL` in the release's names; `widening_factor` 3 gives its hidden size."""
     transformer = TransformerConfig(
-        emb_size=config.model_dim,
+        emb_size=SMALL.model_dim,
         widening_factor=3,
-        key_size=config.head_dim,
-        num_q_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        num_layers=config.num_layers,
-        attn_output_multiplier=config.attention_multiplier,
-        num_experts=config.num_experts,
-        num_selected_experts=config.experts_per_token,
+        key_size=SMALL.head_dim,
+        num_q_heads=SMALL.num_heads,
+        num_kv_heads=SMALL.num_kv_heads,
+        num_layers=SMALL.num_layers,
+        attn_output_multiplier=SMALL.attention_multiplier,
+        num_experts=SMALL.num_experts,
+        num_selected_experts=SMALL.experts_per_token,
     )
-    fields = {
-        "vocab_size": config.vocab_size,
-        "pad_token": 0,
-        "eos_token": 2,
-        "sequence_len": config.max_seq_len,
-        "embedding_multiplier_scale": config.embedding_multiplier,
-        "output_multiplier_scale": config.output_multiplier,
-        "fprop_dtype": jnp.float32,
-    }
-    return LanguageModelConfig(model=transformer, **{**fields, **changes})
-
-
-def golden_model() -> LanguageModelConfig:
-    """The e2e golden's configuration, from the release's own field names."""
-    config = load_e2e().release_config
-    return LanguageModelConfig(model=TransformerConfig(**config["model"]), **config["lm"])
-
-
-def golden_requests() -> list[dict]:
-    return [r for r in load_e2e().requests if r["temperature"] == 0.01 and r["strict_identical"]]
-
-
-@pytest.mark.release_tokenizer
-def test_one_by_one_the_texts_are_the_release_s(release_tokenizer_path: Path) -> None:
-    runner = InferenceRunner(
-        pad_sizes=(8, 16),
-        runner=ModelRunner(model=golden_model(), bs_per_device=0.25, checkpoint_path=str(GOLDEN_DIR / "e2e")),
-        name="local",
-        load="",
-        tokenizer_path=str(release_tokenizer_path),
-        local_mesh_config=(1, 4),
-    )
-    runner.initialize()
-    server = runner.run()
-    assert len(golden_requests()) == 7
-    for golden in golden_requests():
-        text = sample_from_model(server, golden["prompt"], max_len=golden["max_len"], temperature=0.01)
-        # The release gives two tokens where one is asked for.
-        expected = golden["token_ids"][: golden["max_len"]]
-        assert list(text.completion.token_ids) == expected
-        assert text == runner.tokenizer.decode(expected)
-
-
-@pytest.mark.release_tokenizer
-def test_side_by_side_the_texts_are_the_release_s(release_tokenizer_path: Path) -> None:
-    """Three rows and seven requests: what the release could not do without mixing them."""
-    runner = InferenceRunner(
-        pad_sizes=(16,),
-        runner=ModelRunner(model=dataclasses.replace(golden_model(), fprop_dtype=jnp.float32), bs_per_device=3),
-        name="local",
-        load=str(GOLDEN_DIR / "e2e"),
-        tokenizer_path=str(release_tokenizer_path),
-    )
-    runner.initialize()
-    server = runner.run()
-    waiting, texts = golden_requests(), []
-    assert next(server) is None
-    while len(texts) < 7:
-        golden = waiting.pop() if waiting else None
-        request = golden and Request(golden["prompt"], 0.01, golden["nucleus_p"], golden["rng_seed"], golden["max_len"])
-        text = server.send(request)
-        while text is not None:
-            texts.append(text)
-            text = next(server) if len(texts) < 7 else None
-    tokenizer = load_tokenizer(release_tokenizer_path)
-    expected = [tokenizer.decode(golden["token_ids"][: golden["max_len"]]) for golden in golden_requests()]
-    assert sorted(texts) == sorted(expected)
-
-
-RUN_PY = """
-from grokjax.runners import LanguageModelConfig, TransformerConfig, QuantizedWeight8bit as QW8Bit
-from grokjax.runners import InferenceRunner, ModelRunner, sample_from_model
-
-
-CKPT_PATH = "./checkpoints/"
-
-
-def main():
-    grok_1_model = LanguageModelConfig(
-        vocab_size=128 * 1024,
+    return LanguageModelConfig(
+        model=transformer,
+        vocab_size=SMALL.vocab_size,
         pad_token=0,
         eos_token=2,
-        sequence_len=128,
-        embedding_init_scale=1.0,
-        output_multiplier_scale=0.5773502691896257,
-        embedding_multiplier_scale=78.38367176906169,
-        model=TransformerConfig(
-            emb_size=24,
-            widening_factor=8,
-            key_size=8,
-            num_q_heads=4,
-            num_kv_heads=2,
-            num_layers=2,
-            attn_output_multiplier=0.35355339059327373,
-            shard_activations=True,
-            # MoE.
-            num_experts=8,
-            num_selected_experts=2,
-            # Activation sharding.
-            data_axis="data",
-            model_axis="model",
-        ),
+        sequence_len=SMALL.max_seq_len,
+        embedding_multiplier_scale=SMALL.embedding_multiplier,
+        output_multiplier_scale=SMALL.output_multiplier,
+        fprop_dtype=jnp.float32,
     )
-    inference_runner = InferenceRunner(
-        pad_sizes=(8, 16),
-        runner=ModelRunner(
-            model=grok_1_model,
-            bs_per_device=0.25,
-            checkpoint_path=CKPT_PATH,
-        ),
-        name="local",
-        load=CKPT_PATH,
-        tokenizer_path="./tokenizer.model",
-        local_mesh_config=(1, 4),
-        between_hosts_config=(1, 1),
-    )
-    inference_runner.initialize()
-    gen = inference_runner.run()
-
-    inp = "E = mc^2"
-    print(f"Output for prompt: {inp}", sample_from_model(gen, inp, max_len=16, temperature=0.01))
-
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-@pytest.mark.release_tokenizer
-def test_run_py_needs_other_imports_only(release_tokenizer_path: Path, tmp_path: Path) -> None:
-    """The release's script in a process of its own, with the golden model's numbers and the first test's programs."""
-    (tmp_path / "checkpoints").symlink_to(GOLDEN_DIR / "e2e")
-    (tmp_path / "tokenizer.model").symlink_to(release_tokenizer_path)
-    (tmp_path / "run.py").write_text(RUN_PY)
-    command = [sys.executable, "run.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    golden = next(r for r in golden_requests() if r["prompt"] == "E = mc^2")
-    assert done.stdout == f"Output for prompt: E = mc^2 {golden['text']}\n"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, trained_tokenizer_path: Path) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
-    write_release_checkpoint(path / "ckpt-0", language_model(SMALL).to_config())
+    write_release_checkpoint(path / "ckpt-0", small_model().to_config())
     (path / "tokenizer.model").write_bytes(trained_tokenizer_path.read_bytes())
     return path
 
@@ -196,7 +66,7 @@ def runner(checkpoint: Path) -> InferenceRunner:
     """Two rows on two devices; each test leaves its engine idle."""
     runner = InferenceRunner(
         name="local",
-        runner=ModelRunner(model=language_model(SMALL), bs_per_device=1),
+        runner=ModelRunner(model=small_model(), bs_per_device=1),
         load=str(checkpoint),
         tokenizer_path=checkpoint / "tokenizer.model",
         local_mesh_config=(1, 2),
@@ -356,7 +226,7 @@ INIT_DATA = {"inputs": np.zeros((1, 256), np.int32), "targets": np.zeros((1, 256
 
 class TestModelRunner:
     def test_a_batch_of_nothing_is_refused(self) -> None:
-        runner = ModelRunner(model=language_model(SMALL), bs_per_device=0.125)
+        runner = ModelRunner(model=small_model(), bs_per_device=0.125)
         with pytest.raises(
             ValueError, match=r"bs_per_device=0\.125 on 4 devices is a batch of no rows: set it to at l"
         ):
@@ -366,14 +236,14 @@ class TestModelRunner:
 
     def test_devices_that_are_not_there_are_refused(self) -> None:
         with pytest.raises(ValueError, match="needs 16 devices and there are 8"):
-            ModelRunner(model=language_model(SMALL)).initialize(INIT_DATA, (2, 8), (1, 1))
+            ModelRunner(model=small_model()).initialize(INIT_DATA, (2, 8), (1, 1))
 
     def test_a_mesh_in_the_place_of_the_data_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"init_data=\(1, 4\) must be a mapping of arrays or None: name the mesh"):
-            ModelRunner(model=language_model(SMALL)).initialize((1, 4))
+            ModelRunner(model=small_model()).initialize((1, 4))
 
     def test_each_process_has_its_share_of_the_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        runner = ModelRunner(model=language_model(SMALL), bs_per_device=1.5)
+        runner = ModelRunner(model=small_model(), bs_per_device=1.5)
         runner.initialize(INIT_DATA, (1, 4), (1, 1))
         assert runner.batch_size == runner.local_batch_size == 6
         monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -442,11 +312,3 @@ class TestModelRunner:
         ruled.load_rename_rules = [("query", "nowhere")]
         with pytest.raises(CheckpointError, match=r"the checkpoint has no layers\.0\.attention\.nowhere"):
             ruled.load_or_init()
-
-
-def test_the_configuration_is_the_releases() -> None:
-    golden = load_e2e()
-    assert golden_model().to_config() == golden.config
-    names = {"LanguageModelConfig", "TransformerConfig", "ModelRunner", "InferenceRunner", "Request", "SampleSettings"}
-    names |= {"SampleOutput", "sample_from_model", "make_mesh", "pad_to_size", "top_p_filter", "sample_token"}
-    assert names | {"insert_slice", "get_pad_bucket"} < set(runners.__all__)
