@@ -114,8 +114,8 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "Poisson: first token, half and 99 % within, s": lambda record: (
             f"{record['first_token_p50']:.2f}, {record['first_token_p99']:.2f}"
         ),
-        "a piece, s": number("chunk_seconds", 2),
-        "pieces later behind a long prompt, median and most": number("chunks_later", 2),
+        "a chunk, s": number("chunk_seconds", 2),
+        "chunks later behind a long prompt, median and most": number("chunks_later", 2),
         "beside a running request": number("chunks_later_beside_decoding", 2),
     },
     "startup": {
