@@ -33,6 +33,7 @@ def cut_by_definition(text: str, stop: list[str]) -> tuple[str, bool]:
 @example(pieces=["abcd"], stop=["abcd", "bc"])
 @example(pieces=["abc", "d"], stop=["abcd", "bc"])
 @example(pieces=["aab"], stop=["ab"])
+@example(pieces=["aa", "b"], stop=["aab"])
 def test_the_same_text_for_any_pieces(pieces: list[str], stop: list[str]) -> None:
     shown, stopped = through(pieces, stop)
     assert ("".join(shown), stopped) == cut_by_definition("".join(pieces), stop)
