@@ -7,28 +7,22 @@ serves one kind of device lies beside it, as `matmul_cpu` and `matmul_gpu` do. T
 those of the experts `gated_unit`; `cpu_features` says what the processors of this machine multiply.
 """
 
-from grokjax.kernels import attention_gpu, attention_tpu, experts_gpu, matmul_gpu
 from grokjax.kernels.attention import attend
 from grokjax.kernels.cpu_features import product_dtype
 from grokjax.kernels.entries import CachePlace, copy_row, own_place, scatter_entries, write
 from grokjax.kernels.experts import evaluate_experts
 from grokjax.kernels.gated_unit import GatedWeights, gated_unit
-from grokjax.kernels.products import KERNEL_ROWS, matmul, matmuls
+from grokjax.kernels.products import matmul, matmuls
 from grokjax.kernels.unembedding import unembed
 
 __all__ = [
-    "KERNEL_ROWS",
     "CachePlace",
     "GatedWeights",
     "attend",
-    "attention_gpu",
-    "attention_tpu",
     "copy_row",
     "evaluate_experts",
-    "experts_gpu",
     "gated_unit",
     "matmul",
-    "matmul_gpu",
     "matmuls",
     "own_place",
     "product_dtype",

@@ -145,7 +145,11 @@ def _attend_block(
         return new_peak, total * decay + weights.sum(axis=-1), mixed * decay[..., None] + part
 
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, num_new)
-    nothing = jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim))
+    nothing = (
+        jnp.full(shape, -1e30, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
     _, total, mixed = lax.fori_loop(0, -(-filled // block), add_keys, nothing)
     # A batch of empty rows runs no step at all: its total is 0 and its result, never read, is 0 too.
     out = mixed / jnp.maximum(total, 1e-30)[..., None]  # [P, K, G, T, H]

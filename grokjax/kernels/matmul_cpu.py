@@ -23,7 +23,13 @@ _STEP_SLICES, SLICE_NUMBERS = 8, 1 << 15
 def cpu_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Array:
     """`x @ w[at]` in the form that suits the number of rows; each reads a weight once and copies none of it whole.
 
-    Arguments and result are those of `products.direct_matmul`.
+    Args:
+      x: float32 or bfloat16 [M, C].
+      w: plain or quantised [*stack, C, O].
+      at: one index, int32 [], for each stack axis.
+
+    Returns:
+      float32 [M, O].
     """
     x = x.astype(product_dtype(x.dtype))
     if x.shape[0] <= _SUMMED_ROWS:

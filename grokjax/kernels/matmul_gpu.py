@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -167,36 +167,15 @@ def _multiply_tile(
 ) -> None:
     """One tile of the output, over one part of the contraction; the stacks stay where they are, tiles are read."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
 
     tiles = -(-x_ref.shape[1] // tile.rows)
-    group, number = pl.program_id(0) // tiles, pl.program_id(1)
+    group, number, number_of_part = pl.program_id(0) // tiles, pl.program_id(1), pl.program_id(2)
     rows = pl.program_id(0) % tiles * tile.rows + jnp.arange(tile.rows)
     if x_ref.shape[1] % tile.rows:
         rows = jnp.minimum(rows, x_ref.shape[1] - 1)  # the last row several times: the same is written to one place
-    number_of_part = pl.program_id(2)
-    piece = math.gcd(part, scale_rows)
-    zeros = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
 
-    def multiply(w: Any, first_column: jax.Array) -> jax.Array:
-        weight_ref, scales_ref = weight_and_scales(w)
-        at = tuple(at_ref[group, i] for i in range(at_ref.shape[1]))
-        columns = pl.ds(first_column, tile.outputs)
-
-        def add_piece(i: jax.Array, out: jax.Array) -> jax.Array:
-            start = number_of_part * part + i * piece
-
-            def add_step(step: jax.Array, total: jax.Array) -> jax.Array:
-                begin = start + step * tile.step
-                x = x_ref[group if len(x_ref) > 1 else 0, rows[:, None], (begin + jnp.arange(tile.step))[None]]
-                return total + triton.dot(x, weight_ref[(*at, pl.ds(begin, tile.step), columns)].astype(x.dtype))
-
-            total = lax.fori_loop(0, piece // tile.step, add_step, zeros)
-            if scales_ref is not None:
-                total = total * scales_ref[(*at, pl.ds(start // scale_rows, 1), columns)].astype(jnp.float32)
-            return out + total
-
-        return lax.fori_loop(0, part // piece, add_piece, zeros)
+    def read_x(begin: jax.Array) -> jax.Array:
+        return x_ref[group if len(x_ref) > 1 else 0, rows[:, None], (begin + jnp.arange(tile.step))[None]]
 
     first = 0  # column tiles of the weights before
     for w in weights:
@@ -205,10 +184,52 @@ def _multiply_tile(
         @pl.when((wanted_ref[group] != 0) & (number >= first) & (number < end))
         def compute(first: int = first, w: Any = w) -> None:
             columns = number * tile.outputs + jnp.arange(tile.outputs)
-            out = multiply(w, (number - first) * tile.outputs)
-            out_ref[number_of_part, group, rows[:, None], columns[None]] = out
+            own_columns = pl.ds((number - first) * tile.outputs, tile.outputs)
+            at = tuple(at_ref[group, i] for i in range(at_ref.shape[1]))
+            sums = _multiply_part(
+                read_x, w, at, own_columns, tile=tile, number=number_of_part, part=part, scale_rows=scale_rows
+            )
+            out_ref[number_of_part, group, rows[:, None], columns[None]] = sums
 
         first = end
+
+
+def _multiply_part(
+    read_x: Callable[[jax.Array], jax.Array],
+    w: Any,
+    at: tuple[jax.Array, ...],
+    columns: Any,
+    *,
+    tile: Tile,
+    number: jax.Array,
+    part: int,
+    scale_rows: int,
+) -> jax.Array:
+    """The product of a tile of rows with some columns of `w[at]`, over the part `number` of the weight's rows, scaled.
+
+    `read_x` gives the columns of the rows, from one on, that one step multiplies with as many rows of the weight.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    weight_ref, scales_ref = weight_and_scales(w)
+    piece = math.gcd(part, scale_rows)
+    zeros = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
+
+    def add_piece(i: jax.Array, out: jax.Array) -> jax.Array:
+        first = number * part + i * piece
+
+        def add_step(step: jax.Array, total: jax.Array) -> jax.Array:
+            begin = first + step * tile.step
+            x = read_x(begin)
+            return total + triton.dot(x, weight_ref[(*at, pl.ds(begin, tile.step), columns)].astype(x.dtype))
+
+        total = lax.fori_loop(0, piece // tile.step, add_step, zeros)
+        if scales_ref is not None:
+            total = total * scales_ref[(*at, pl.ds(first // scale_rows, 1), columns)].astype(jnp.float32)
+        return out + total
+
+    return lax.fori_loop(0, part // piece, add_piece, zeros)
 
 
 # Rows and columns that one program casts.

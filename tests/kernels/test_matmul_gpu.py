@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from builders import program_for
 
-from grokjax.kernels import KERNEL_ROWS, matmul, matmul_gpu, matmuls
-from grokjax.kernels.products import direct_matmul, gpu_matmuls
+from grokjax.kernels import matmul, matmul_gpu, matmuls
+from grokjax.kernels.products import KERNEL_ROWS, direct_matmul, gpu_matmuls
 from grokjax.quantization import QuantizedArray, dequantize
 
 
