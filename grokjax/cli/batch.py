@@ -71,7 +71,7 @@ class Prompt:
     request: Request
 
 
-def read_prompts(path: Path, settings: Mapping[str, Any]) -> tuple[Prompt, ...]:
+def read_prompts(path: Path, default: Request) -> tuple[Prompt, ...]:
     """Reads a prompt file: a prompt a line, or for a name that ends in `.jsonl` a JSON object a line.
 
     An object has a `prompt`, maybe an `id`, and any other field of `Request`. Blank lines are passed over. What is
@@ -79,7 +79,7 @@ def read_prompts(path: Path, settings: Mapping[str, Any]) -> tuple[Prompt, ...]:
 
     Args:
       path: the file.
-      settings: fields of the requests where a line does not give them.
+      default: whose fields a line's request has where the line does not give them.
 
     Raises:
       ValueError: The file cannot be read or has no prompts, or a line is not as described; it is named.
@@ -91,19 +91,19 @@ def read_prompts(path: Path, settings: Mapping[str, Any]) -> tuple[Prompt, ...]:
         raise ValueError(f"--prompts {path} cannot be read: {error.strerror}.") from error
     read = _read_object if path.suffix.lower() == ".jsonl" else _read_text
     lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
-    prompts = tuple(read(line, number, path, settings) for number, line in lines if line.strip())
+    prompts = tuple(read(line, number, path, default) for number, line in lines if line.strip())
     if not prompts:
         raise ValueError(f"--prompts {path} has no prompts: give it at least one line.")
     _check_ids(prompts, path)
     return prompts
 
 
-def _read_text(line: str, number: int, path: Path, settings: Mapping[str, Any]) -> Prompt:
+def _read_text(line: str, number: int, path: Path, default: Request) -> Prompt:
     del path
-    return Prompt(number, number, Request(line, **settings))
+    return Prompt(number, number, dataclasses.replace(default, prompt=line))
 
 
-def _read_object(line: str, number: int, path: Path, settings: Mapping[str, Any]) -> Prompt:
+def _read_object(line: str, number: int, path: Path, default: Request) -> Prompt:
     where = f"{path}, line {number}"
     fields = _parse(line)
     if not isinstance(fields, dict):
@@ -115,7 +115,7 @@ def _read_object(line: str, number: int, path: Path, settings: Mapping[str, Any]
     if fields.get("logit_bias"):
         fields["logit_bias"] = _token_keys(fields["logit_bias"], where)
     try:
-        return Prompt(key, number, Request(**{**settings, **fields}))
+        return Prompt(key, number, dataclasses.replace(default, **fields))
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -141,17 +141,26 @@ def _check_output(arguments: argparse.Namespace) -> None:
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
     """Refuses now what would be refused after the model has loaded, which takes minutes."""
     check_integer("max_new_tokens", arguments.max_new_tokens, 1)
-    Request([], **_settings(arguments))
+    _request(arguments)
     if arguments.slots < 1:
         raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
         raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How to continue a prompt, by the names of `TextGenerator.stream` and `Request`."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "stop")
-    return {name: getattr(arguments, name) for name in names}
+def _request(arguments: argparse.Namespace) -> Request:
+    """How to continue a prompt, which is not in it yet."""
+    return Request(
+        [],
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        ignore_eos=arguments.ignore_eos,
+        stop=arguments.stop,
+    )
 
 
 def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
@@ -165,7 +174,7 @@ def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
 
 
 def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack) -> tuple[tuple[Prompt, ...], Results]:
-    prompts = read_prompts(arguments.prompts, _settings(arguments))
+    prompts = read_prompts(arguments.prompts, _request(arguments))
     return prompts, until_done.enter_context(open_results(arguments.output, prompts))
 
 
@@ -175,11 +184,15 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
         say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
     # Other processes wait for an engine, be there anything to do or not.
     if earlier < len(prompts) or jax.process_count() > 1:
-        sizes = {"slots": arguments.slots, "max_len": arguments.max_len, "cache_dtype": arguments.cache_dtype}
-        with (
-            Engine(source.make(), source.tokenizer, **sizes, add_bos=arguments.add_bos) as engine,
-            BatchProgress(len(prompts)) as progress,
-        ):
+        engine = Engine(
+            source.make(),
+            source.tokenizer,
+            slots=arguments.slots,
+            max_len=arguments.max_len,
+            cache_dtype=arguments.cache_dtype,
+            add_bos=arguments.add_bos,
+        )
+        with engine, BatchProgress(len(prompts)) as progress:
             run_batch(engine, prompts, results, progress)
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
@@ -204,7 +217,17 @@ def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
 
 def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
-    pieces = generator.stream(arguments.prompt, **_settings(arguments))
+    pieces = generator.stream(
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        ignore_eos=arguments.ignore_eos,
+        stop=arguments.stop,
+    )
     say("compiling the first steps")
     times = []
     for piece in pieces:

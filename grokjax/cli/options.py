@@ -37,8 +37,10 @@ def join_processes(arguments: argparse.Namespace) -> None:
         return
     if None in by_hand and not is_alone:
         raise ValueError("--coordinator, --num-processes and --process-id go together: give all three.")
-    options = {} if arguments.heartbeat is None else {"heartbeat_timeout_seconds": arguments.heartbeat}
-    initialize(*by_hand, **options)
+    if arguments.heartbeat is None:
+        initialize(*by_hand)
+    else:
+        initialize(*by_hand, heartbeat_timeout_seconds=arguments.heartbeat)
 
 
 def read_config(option: str, path: Path) -> GrokConfig:

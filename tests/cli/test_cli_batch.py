@@ -16,7 +16,7 @@ from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_b
 from grokjax.engine import Engine
 from grokjax.request import Request
 
-SETTINGS = {"max_new_tokens": 5, "temperature": 0.5, "seed": 3, "ignore_eos": True}
+DEFAULT = Request([], max_new_tokens=5, temperature=0.5, seed=3, ignore_eos=True)
 
 
 class Numbers:
@@ -43,7 +43,7 @@ def make_engine(**options) -> Engine:
 def read(folder: Path, text: str | bytes, name: str = "prompts.txt") -> tuple[Prompt, ...]:
     path = folder / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_prompts(path, SETTINGS)
+    return read_prompts(path, DEFAULT)
 
 
 def read_json(folder: Path, *lines: object) -> tuple[Prompt, ...]:
@@ -68,7 +68,7 @@ class TestPrompts:
     def test_each_line_of_text_is_a_prompt(self, tmp_path: Path) -> None:
         first, second = read(tmp_path, "\ufeff4 5\r\n\n  \n 6\u2028 7")
         assert (first.id, first.line) == (1, 1)
-        assert dataclasses.asdict(first.request) == dataclasses.asdict(Request("4 5", **SETTINGS))
+        assert dataclasses.asdict(first.request) == dataclasses.asdict(dataclasses.replace(DEFAULT, prompt="4 5"))
         assert (second.id, second.request.prompt) == (4, " 6\u2028 7")
 
     def test_each_line_of_json_is_a_request(self, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ class TestPrompts:
         assert first.request.stop == ("x",)
         assert (first.id, first.request.seed, first.request.n) == ("a", 9, 2)
         assert first.request.logit_bias == {5: -1.0}
-        assert first.request.temperature == SETTINGS["temperature"]
+        assert first.request.temperature == DEFAULT.temperature
         assert (second.id, list(second.request.prompt)) == (2, [4, 5])
 
     @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ class TestPrompts:
 
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--prompts .*missing cannot be read: No such file"):
-            read_prompts(tmp_path / "missing", SETTINGS)
+            read_prompts(tmp_path / "missing", DEFAULT)
 
 
 class TestResults:
