@@ -166,3 +166,20 @@ def test_commands_are_found_in_shell_blocks() -> None:
         ["grokjax", "d"],
     ]
     assert read_commands("```bash no-run\npython -m a\n```\n```text\npython -m a\n```\n") == []
+
+
+def rows_to_change() -> list[str]:
+    """The rows of "To change this, open that" whose second column names something that stands in a file."""
+    section = (ROOT / "docs" / "architecture.md").read_text().split("## To change this, open that")[1].split("\n## ")[0]
+    places = [line.split("|")[2] for line in section.splitlines() if line.startswith("|")]
+    return [place for place in places if "`" in place and "](" in place]
+
+
+@pytest.mark.parametrize("place", rows_to_change())
+def test_what_is_to_be_opened_has_what_is_to_be_changed(place: str) -> None:
+    """Each name is defined in one of the files that its row links to."""
+    sources = [(ROOT / "docs" / link).read_text() for link in re.findall(r"\]\(([^)]+)\)", place)]
+    for name in re.findall(r"`([A-Za-z_.]+)`", place):
+        last = re.escape(name.rpartition(".")[2])
+        is_defined = re.compile(rf"^ *(class|def) {last}\b|^ *{last}(: .*)? = |^ +{last}: ", re.MULTILINE)
+        assert any(is_defined.search(source) for source in sources), f"{name} is not defined there"
