@@ -1,4 +1,16 @@
-"""Grok-1 in JAX: a Flax NNX model, an explicit cache, pure steps, and checkpoints read straight into shards."""
+"""Grok-1 in JAX: a Flax NNX model, an explicit cache, pure steps, and checkpoints read straight into shards.
+
+* A model: `GrokConfig`, `init`, `Grok`; where it lies: `make_mesh`, `ShardingRules`; int8 weights: `QuantizedArray`,
+  `quantize`, `dequantize`.
+* Its steps: `forward`, `prefill`, `decode`, `decode_and_sample`, `generate` (`Generated`), with a `KVCache`.
+* Drawing tokens: `SampleSettings`, `sample_token`, `SampleOutput`, `row_keys`.
+* Checkpoints: `load`, `load_parameters`, `save`, `describe` (`CheckpointInfo`), `plan_conversion` (`ConversionPlan`),
+  `convert`, `verify`, `keep_checksums`, `export`; `Progress`, `CheckpointError`.
+* Text: `TextGenerator` (`GeneratedText`), `Tokenizer`, `load_tokenizer`, `SentencePieceTokenizer`, `ByteTokenizer`.
+* Many requests: `Engine`, `AsyncEngine`, `Request`, `Completion`, `Piece`, `Handle`, `Metrics`, `QueueFullError`;
+  over several processes `follow`, `DistributedError`, and `grokjax.distributed.initialize`.
+* Machines: `plan` (`Plan`), `suggest` (`Suggestion`).
+"""
 
 from grokjax.cache import KVCache
 from grokjax.checkpoint import (

@@ -121,8 +121,7 @@ class KVCache:
         if not 1 <= max_len <= config.max_seq_len:
             raise ValueError(f"max_len={max_len} must be between 1 and max_seq_len={config.max_seq_len}.")
         partitioner = Partitioner.create(config, mesh, rules)
-        if dtype is None:
-            dtype = jnp.float32 if partitioner.platform == "cpu" else jnp.bfloat16
+        dtype = default_cache_dtype(partitioner.platform) if dtype is None else dtype
         heads = config.num_kv_heads * partitioner.kv_copies(config)
         shape = (config.num_layers, batch_size, heads, max_len, config.head_dim)
 
@@ -177,8 +176,8 @@ class KVCache:
             )
         row = self._check_row(row)
 
-        def put(stack: jax.Array, piece: jax.Array) -> jax.Array:
-            return lax.dynamic_update_slice_in_dim(stack, piece.astype(stack.dtype), row, axis=min(stack.ndim - 1, 1))
+        def put(stack: jax.Array, one: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(stack, one.astype(stack.dtype), row, axis=min(stack.ndim - 1, 1))
 
         return jax.tree.map(put, self, row_cache)
 
@@ -195,6 +194,16 @@ class KVCache:
 def _entry_shape(cache: KVCache) -> tuple[int, ...]:
     layers, _, heads, _, head_dim = cache.keys.shape
     return layers, heads, head_dim
+
+
+def default_cache_dtype(platform: str, compute_dtype: DTypeLike = jnp.bfloat16) -> jnp.dtype:
+    """The dtype of a cache that none is named for: float32 on CPUs and for a float32 model, else bfloat16.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      compute_dtype: the model's.
+    """
+    return jnp.dtype(jnp.float32 if platform == "cpu" or compute_dtype == jnp.float32 else jnp.bfloat16)
 
 
 def check_cache_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -14,7 +14,7 @@ from grokjax.errors import first_line
 
 T = TypeVar("T")
 
-# A message is waited for in pieces of so many milliseconds, between which Python hears of Ctrl-C.
+# A message is waited for in turns of so many milliseconds, between which Python hears of Ctrl-C.
 _POLL_MS = 10_000
 # A message waits for the others after as many, so that read messages can be deleted.
 _MESSAGES_AT_ONCE = 64
@@ -60,7 +60,6 @@ def initialize(
 
     Source: a thin cover of `jax.distributed.initialize`.
     """
-    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     if coordinator_address is not None and not coordinator_address.rpartition(":")[2].isdecimal():
         raise ValueError(f"coordinator_address={coordinator_address!r} has no port: give it as HOST:PORT.")
     if num_processes is not None and num_processes < 1:
@@ -71,13 +70,16 @@ def initialize(
         raise ValueError(f"heartbeat_timeout_seconds={heartbeat_timeout_seconds} must be 1 or more.")
     try:
         jax.distributed.initialize(
-            **given,  # type: ignore[arg-type]  # each by its name
+            coordinator_address=coordinator_address,
+            num_processes=num_processes,
+            process_id=process_id,
             local_device_ids=local_device_ids,
             initialization_timeout=initialization_timeout_seconds,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             shutdown_timeout_seconds=shutdown_timeout_seconds,
         )
     except ValueError as error:
+        given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
         missing = ", ".join(name for name, value in given.items() if value is None)
         raise ValueError(
             f"no launcher was found that tells {missing} ({error}): give them, or start the processes by SLURM, Open "

@@ -160,11 +160,13 @@ def _sample_token(
         filtered = _filter(scaled, settings, whole)
     with jax.named_scope("draw"):
         token_id = _draw(keys, filtered, greedy, needs_draw=jnp.any(settings.active & ~greedy))
+    top_k_token_ids, top_k_probs = _top(filtered, num_top)
     output = SampleOutput(
         token_id=token_id,
         prob=jnp.exp(log_probs_of(filtered, token_id)),
         logprob=log_probs_of(logits, token_id),
-        **_top(filtered, num_top),
+        top_k_token_ids=top_k_token_ids,
+        top_k_probs=top_k_probs,
     )
     zeroed: SampleOutput = jax.tree.map(lambda field: _zero_inactive(field, settings.active), output)
     return zeroed
@@ -314,12 +316,13 @@ def _min_p_threshold(logits: jax.Array, min_p: jax.Array) -> jax.Array:
     return logits.max(axis=-1, keepdims=True).astype(jnp.float32) + jnp.log(min_p)[..., None]
 
 
-def _top(filtered: jax.Array, num_top: int) -> dict[str, jax.Array | None]:
+def _top(filtered: jax.Array, num_top: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """The most probable tokens and their probabilities, both [B, num_top]; None for none."""
     if not num_top:
-        return {"top_k_token_ids": None, "top_k_probs": None}
+        return None, None
     values, token_ids = lax.top_k(filtered, num_top)  # [B, num_top]
     probs = jnp.exp(values - jax.nn.logsumexp(filtered, axis=-1, keepdims=True))
-    return {"top_k_token_ids": token_ids.astype(jnp.int32), "top_k_probs": probs}
+    return token_ids.astype(jnp.int32), probs
 
 
 def _zero_inactive(field: jax.Array, active: jax.Array) -> jax.Array:

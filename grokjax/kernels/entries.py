@@ -167,7 +167,7 @@ def scatter_entries(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.
 
 
 def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Array:
-    """What `scatter_entries` does, row by row."""
+    """Writes what `scatter_entries` writes, row by row."""
     num_rows, heads, num_new, *rest = new.shape
     zero = jnp.zeros((), jnp.int32)
 

@@ -213,23 +213,23 @@ def _multiply_part(
     from jax.experimental.pallas import triton
 
     weight_ref, scales_ref = weight_and_scales(w)
-    piece = math.gcd(part, scale_rows)
+    block = math.gcd(part, scale_rows)
     zeros = jnp.zeros((tile.rows, tile.outputs), jnp.float32)
 
-    def add_piece(i: jax.Array, out: jax.Array) -> jax.Array:
-        first = number * part + i * piece
+    def add_block(i: jax.Array, out: jax.Array) -> jax.Array:
+        first = number * part + i * block
 
         def add_step(step: jax.Array, total: jax.Array) -> jax.Array:
             begin = first + step * tile.step
             x = read_x(begin)
             return total + triton.dot(x, weight_ref[(*at, pl.ds(begin, tile.step), columns)].astype(x.dtype))
 
-        total = lax.fori_loop(0, piece // tile.step, add_step, zeros)
+        total = lax.fori_loop(0, block // tile.step, add_step, zeros)
         if scales_ref is not None:
             total = total * scales_ref[(*at, pl.ds(first // scale_rows, 1), columns)].astype(jnp.float32)
         return out + total
 
-    return lax.fori_loop(0, part // piece, add_piece, zeros)
+    return lax.fori_loop(0, part // block, add_block, zeros)
 
 
 # Rows and columns that one program casts.

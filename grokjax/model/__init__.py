@@ -2,18 +2,16 @@
 
 Read `grok` first: the stack of decoder layers. Then its parts: `attention`, `feed_forward`, `embedding`, `layers` and
 `weights`, which they share. `building` makes models. `steps` has `forward`, `prefill`, `decode` and `generate`;
-`slot_steps` has the same for a batch whose rows are an engine's slots, and `slots` what both say to each other. Only
-these steps say jit or donate.
+`slot_steps` has the same for a batch whose rows are an engine's slots, and `slots` what both say to each other.
 """
 
 from grokjax.model.building import abstract_model, init, init_parameters, parameter_name, with_quantized_table
-from grokjax.model.grok import DecoderLayers, Grok, check_dtype
+from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
 from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
 from grokjax.model.steps import Generated, decode, decode_and_sample, forward, generate, prefill
 
 __all__ = [
-    "DecoderLayers",
     "DeviceScores",
     "DeviceTokens",
     "Drawn",

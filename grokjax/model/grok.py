@@ -1,13 +1,14 @@
 """The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from grokjax.cache import Entries, KVCache
+from grokjax.cache import Entries, KVCache, default_cache_dtype
 from grokjax.config import GrokConfig
 from grokjax.kernels import CachePlace
 from grokjax.model.attention import Attention
@@ -85,22 +86,46 @@ class Grok(nnx.Module):
         Args:
           tokens: int32 [P, T], right-padded.
           count: int32 [P], real tokens of each row, 0 to T.
-          cache: of B rows; with a single layer it is scratch, used by every layer in turn.
+          cache: of B rows.
           rows: int32 [P], rows of the cache that the tokens are for, each once; by default all B in order.
 
         Returns:
           Hidden states after the last norm, [P, T, D] in the compute dtype, and the cache with the real tokens added.
         """
+        return self._run(tokens, count, cache, rows=rows, cache_layer=lambda layer: layer)
+
+    def hidden_states(self, tokens: jax.Array) -> jax.Array:
+        """Runs whole texts [B, T], int32, through all layers, and keeps nothing.
+
+        The layers take turns with a cache of one layer.
+
+        Returns:
+          Hidden states after the last norm, [B, T, D] in the compute dtype.
+        """
+        batch, num_new = tokens.shape
+        scratch = self._new_cache(self.config.replace(num_layers=1), batch, num_new)
+        count = jnp.full((batch,), num_new, jnp.int32)
+        hidden, _ = self._run(tokens, count, scratch, rows=None, cache_layer=jnp.zeros_like)
+        return hidden
+
+    def _run(
+        self,
+        tokens: jax.Array,
+        count: jax.Array,
+        cache: KVCache,
+        *,
+        rows: jax.Array | None,
+        cache_layer: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, KVCache]:
+        """What `__call__` does, with `cache_layer` of each layer."""
         start = cache.lengths if rows is None else cache.lengths[rows]
         count = jnp.minimum(count, cache.max_len - start)
-        is_scratch = cache.keys.shape[0] == 1
 
         def run_layer(
             layer: jax.Array, carry: tuple[jax.Array, Entries, Entries]
         ) -> tuple[jax.Array, Entries, Entries]:
             x, keys, values = carry
-            cache_layer = jnp.zeros_like(layer) if is_scratch else layer
-            place = CachePlace(layer=cache_layer, rows=rows, start=start, count=count)
+            place = CachePlace(layer=cache_layer(layer), rows=rows, start=start, count=count)
             x, keys, values = self.layers(x, keys, values, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
@@ -109,30 +134,22 @@ class Grok(nnx.Module):
         lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
         return self.final_norm(x), KVCache(keys, values, lengths)
 
-    def new_cache(
-        self,
-        batch_size: int,
-        max_len: int | None = None,
-        *,
-        dtype: DTypeLike | None = None,
-        is_scratch: bool = False,
-    ) -> KVCache:
+    def new_cache(self, batch_size: int, max_len: int | None = None, *, dtype: DTypeLike | None = None) -> KVCache:
         """An empty cache on the model's mesh, see `KVCache.create`.
 
         Args:
           batch_size: B, rows.
           max_len: S, entries a row can hold.
-          dtype: by default float32 for a float32 model.
-          is_scratch: with a single layer, that every layer uses in turn: what it holds after a call means nothing.
+          dtype: by default that of `default_cache_dtype`.
         """
-        return KVCache.create(
-            self.config.replace(num_layers=1) if is_scratch else self.config,
-            batch_size,
-            max_len,
-            dtype=self.dtype if dtype is None and self.dtype == jnp.float32 else dtype,
-            mesh=self.partitioner.mesh,
-            rules=self.partitioner.rules,
-        )
+        return self._new_cache(self.config, batch_size, max_len, dtype)
+
+    def _new_cache(
+        self, config: GrokConfig, batch_size: int, max_len: int | None, dtype: DTypeLike | None = None
+    ) -> KVCache:
+        mesh, rules = self.partitioner.mesh, self.partitioner.rules
+        dtype = default_cache_dtype(self.partitioner.platform, self.dtype) if dtype is None else dtype
+        return KVCache.create(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
@@ -140,7 +157,7 @@ class Grok(nnx.Module):
             return self.embedding.unembed(hidden)
 
     def sample(
-        self, logits: jax.Array, settings: SampleSettings, *, keys: jax.Array, positions: jax.Array
+        self, logits: jax.Array, settings: SampleSettings, *, keys: jax.Array, positions: jax.Array, num_top: int = 0
     ) -> SampleOutput:
         """Draws one token for each row.
 
@@ -149,12 +166,10 @@ class Grok(nnx.Module):
           settings: how each row draws.
           keys: of the rows' requests, [B].
           positions: int32 [B], of the drawn tokens; the draw at position p uses `fold_in(key, p)`.
+          num_top: how many of the most probable tokens to report as well; static.
         """
-        return sample_token(row_keys(keys, positions), logits, settings, whole=self.whole_rows(logits))
-
-    def whole_rows(self, logits: jax.Array) -> NamedSharding:
-        """Where logits [B, V] lie if no row of them is divided over devices."""
-        return self.partitioner.sharding(("batch", None), logits.shape)
+        whole = self.partitioner.sharding(("batch", None), logits.shape)  # no row is divided over devices
+        return sample_token(row_keys(keys, positions), logits, settings, num_top=num_top, whole=whole)
 
 
 def check_dtype(dtype: DTypeLike) -> jnp.dtype:

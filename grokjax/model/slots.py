@@ -67,7 +67,7 @@ class SlotSettings(Generic[A]):
 
     @classmethod
     def of(cls, rows: Mapping[int, RowSettings], slots: int) -> "SlotSettings[np.ndarray]":
-        """Those of some of B slots; the others are not active."""
+        """The settings of B slots, of which `rows` has some; the others are not active."""
         columns = zip(*(rows.get(slot, RowSettings()) for slot in range(slots)), strict=True)
         return SlotSettings(*(np.array(column, dtype) for column, dtype in zip(columns, _DTYPES, strict=True)))
 
@@ -113,7 +113,7 @@ class DrawnTokens(Generic[A]):
     top_logprobs: A
 
     def of(self: "DrawnTokens[np.ndarray]", slot: int) -> Drawn:
-        """What one row drew."""
+        """The token that one row drew, with its log-probability and the most probable ones."""
         return Drawn(int(self.token_ids[slot]), float(self.logprobs[slot]), self.top_ids[slot], self.top_logprobs[slot])
 
     def pack(self) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The pure steps: forward, prefill, decode and generate. The only place on the run path that compiles or donates."""
+"""The pure steps, compiled: forward, prefill, decode and generate. Those that take a cache DONATE it."""
 
 import dataclasses
 import functools
@@ -193,10 +193,7 @@ def generate(
 
 @jax.jit
 def _forward(model: Grok, tokens: jax.Array) -> jax.Array:
-    batch, num_new = tokens.shape
-    scratch = model.new_cache(batch, num_new, is_scratch=True)
-    hidden, _ = model(tokens, jnp.full((batch,), num_new, jnp.int32), scratch)
-    return model.logits(hidden)
+    return model.logits(model.hidden_states(tokens))
 
 
 def _prefill_step(

@@ -60,7 +60,7 @@ class LayerWeights:
 
     @classmethod
     def of(cls, params: Sequence[nnx.Param], layer: jax.Array, partitioner: Partitioner) -> Self:
-        """Those of parameters that are all stacked over the same layers, for layer `layer`, int32 []."""
+        """The weights of layer `layer`, int32 [], of parameters that are all stacked over the same layers."""
         stacks, layers = zip(*(_gather_embed(param, layer, partitioner) for param in params), strict=True)
         whole = partitioner.without_embed()
         split = tuple(partition_specs(w, param.logical_axes, whole) for w, param in zip(stacks, params, strict=True))

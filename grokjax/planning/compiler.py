@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from grokjax.cache import KVCache, check_cache_dtype
+from grokjax.cache import KVCache, check_cache_dtype, default_cache_dtype
 from grokjax.config import GrokConfig
 from grokjax.errors import first_line
 from grokjax.model import Grok, SlotState, abstract_model, check_dtype, lower_decode, lower_prefill
@@ -96,7 +96,7 @@ class StepCompiler:
         target = Target.parse(target) if isinstance(target, str) else target
         config = GrokConfig.grok_1() if config is None else config
         if cache_dtype is None:
-            cache_dtype = jnp.float32 if target.accelerator.kind == "cpu" else jnp.bfloat16
+            cache_dtype = default_cache_dtype(target.accelerator.kind, check_dtype(dtype))
         extents = _default_mesh(config, target.num_devices) if mesh is None else mesh
         partitioner = Partitioner.create(config, target.mesh(extents), rules)
         return cls(config, target, partitioner, check_dtype(dtype), check_cache_dtype(cache_dtype), quantized)

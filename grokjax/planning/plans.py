@@ -60,7 +60,7 @@ class StepPlan:
 
     @property
     def bound(self) -> Bound | None:
-        """What takes longest."""
+        """Which of memory, computing and transfers takes longest."""
         if self.memory_seconds is None or self.compute_seconds is None or self.transfer_seconds is None:
             return None
         times: list[tuple[float, Bound]] = [
@@ -83,6 +83,7 @@ class Plan:
       prefill_rows: prompts that are prefilled together at most.
       decode: a step of all rows, filled.
       prefill: prompts of an engine that has as many.
+      total_bytes: that the step that needs more takes on each device, weights and the whole cache included.
     """
 
     compiler: StepCompiler
@@ -92,6 +93,7 @@ class Plan:
     prefill_rows: int
     decode: StepPlan
     prefill: StepPlan
+    total_bytes: int
 
     @property
     def target(self) -> Target:
@@ -118,11 +120,6 @@ class Plan:
     def temporary_bytes(self) -> int:
         """Bytes that the step that allocates more takes for a time on each device."""
         return max(self.decode.temporary_bytes, self.prefill.temporary_bytes)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes that the step that needs more takes on each device, weights and the whole cache included."""
-        return self._total_bytes(self.batch_size, self.max_len)
 
     @property
     def other_bytes(self) -> int:
@@ -175,14 +172,12 @@ class Plan:
     def _least_bytes(self, usable: int, batch_size: int, max_len: int) -> int:
         """The total, or if weights and cache alone are too many bytes, these: no program need be compiled then."""
         held = self.weights_bytes + self.compiler.cache_bytes(batch_size, max_len)
-        return held if held > usable else self._total_bytes(batch_size, max_len)
-
-    def _total_bytes(self, batch_size: int, max_len: int) -> int:
-        compiler = self.compiler
+        if held > usable:
+            return held
         prompts = _prompts(batch_size, min(self.prompt_len, max_len), self.prefill_rows)
-        decode, prefill = compiler.compile_both(batch_size, max_len, prompts)
-        beside = max(decode.temporary_bytes, prefill.temporary_bytes) + decode.other_bytes
-        return compiler.weights_bytes + compiler.cache_bytes(batch_size, max_len) + beside
+        return _total_bytes(
+            self.compiler, batch_size, max_len, *self.compiler.compile_both(batch_size, max_len, prompts)
+        )
 
 
 def plan(
@@ -215,7 +210,7 @@ def plan(
       prompt_len: tokens of each prompt of the prefill, at most `max_len`, to which a larger number is lowered.
       prefill_rows: prompts that are prefilled together at most, as in `Engine`; a power of two of them is.
       dtype: compute dtype.
-      cache_dtype: of keys and values; bfloat16 by default, on a CPU float32.
+      cache_dtype: of keys and values; by default as an engine's, see `default_cache_dtype`.
       quantized: int8 weights in attention and experts.
       collective_latency: seconds that each transfer takes besides its bytes; none by default.
 
@@ -235,7 +230,21 @@ def plan(
     prompts = _prompts(batch_size, prompt_len, prefill_rows)
     roofline = functools.partial(_roofline, compiler, batch_size, max_len, latency=collective_latency)
     decode, prefill = compiler.compile_both(batch_size, max_len, prompts)
-    return Plan(compiler, batch_size, max_len, prompt_len, prefill_rows, roofline(decode), roofline(prefill, prompts))
+    return Plan(
+        compiler,
+        batch_size,
+        max_len,
+        prompt_len,
+        prefill_rows,
+        decode=roofline(decode),
+        prefill=roofline(prefill, prompts),
+        total_bytes=_total_bytes(compiler, batch_size, max_len, decode, prefill),
+    )
+
+
+def _total_bytes(compiler: StepCompiler, batch_size: int, max_len: int, decode: Measured, prefill: Measured) -> int:
+    beside = max(decode.temporary_bytes, prefill.temporary_bytes) + decode.other_bytes
+    return compiler.weights_bytes + compiler.cache_bytes(batch_size, max_len) + beside
 
 
 def _prompts(batch_size: int, prompt_len: int, prefill_rows: int) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def suggest(
       prompt_len: as in `grokjax.plan`, and so are those that follow.
       prefill_rows: prompts that are prefilled together at most.
       dtype: compute dtype.
-      cache_dtype: of keys and values; bfloat16 by default, on a CPU float32.
+      cache_dtype: of keys and values; by default as an engine's, see `default_cache_dtype`.
       quantized: int8 weights in attention and experts.
       collective_latency: seconds that each transfer takes besides its bytes.
       progress: called with each as soon as it is planned, how many are, and how many there will be.

@@ -98,7 +98,7 @@ class Request:
         self.to_engine()
 
     def to_engine(self) -> engine_request.Request:
-        """The same for an `Engine`."""
+        """The request as an `Engine` takes it."""
         return engine_request.Request(
             self.prompt,
             max_new_tokens=self.max_len,

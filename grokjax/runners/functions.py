@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
 from grokjax import sampling
@@ -41,9 +40,7 @@ _Rows = tuple[jax.Array, SampleOutput, SampleSettings]
 _Tree = TypeVar("_Tree")
 
 
-def sample_token(
-    rngs: jax.Array, outputs: Any, settings: SampleSettings, *, num_top: int = TOP_K, whole: Sharding | None = None
-) -> SampleOutput:
+def sample_token(rngs: jax.Array, outputs: Any, settings: SampleSettings, *, num_top: int = TOP_K) -> SampleOutput:
     """Draws one token a row with that row's key: temperature, mask, top-p.
 
     Args:
@@ -51,11 +48,14 @@ def sample_token(
       outputs: logits [B, 1, V], or an object that has them as `logits`.
       settings: for the B rows.
       num_top: K, most probable tokens to report.
-      whole: where the logits [B, V] lie if no row of them is divided over devices, see `sampling.sample_token`.
     """
     logits = getattr(outputs, "logits", outputs)[:, -1]
-    batch = logits.shape[0]
-    ours = sampling.SampleSettings(
+    return _by_its_names(sampling.sample_token(rngs, logits, _ours(settings, len(logits)), num_top=num_top))
+
+
+def _ours(settings: SampleSettings, batch: int) -> sampling.SampleSettings:
+    """The settings of B rows as this package has them."""
+    return sampling.SampleSettings(
         temperature=jnp.asarray(settings.temperature, jnp.float32),
         top_p=jnp.asarray(settings.nucleus_p, jnp.float32),
         top_k=jnp.zeros(batch, jnp.int32),
@@ -63,7 +63,10 @@ def sample_token(
         mask=jnp.asarray(settings.mask, bool),
         active=jnp.ones(batch, bool),  # the release draws for every row
     )
-    drawn = sampling.sample_token(rngs, logits, ours, num_top=num_top, whole=whole)
+
+
+def _by_its_names(drawn: sampling.SampleOutput) -> SampleOutput:
+    """What was drawn, with the most probable tokens, as the release gives it."""
     assert drawn.top_k_token_ids is not None
     assert drawn.top_k_probs is not None
     return SampleOutput(drawn.token_id[:, None], drawn.prob[:, None], drawn.top_k_token_ids, drawn.top_k_probs)
@@ -204,10 +207,11 @@ def _draw(
     params: Grok, rngs: jax.Array, lengths: jax.Array, logits: jax.Array, settings: SampleSettings
 ) -> SampleOutput:
     """Draws the token after each row's `lengths` [B] from its logits [B, V]."""
-    keys = sampling.row_keys(rngs, lengths)
-    return _whole(params, sample_token(keys, logits[:, None], settings, whole=params.whole_rows(logits)))
+    ours = _ours(settings, len(logits))
+    drawn = params.sample(logits, ours, keys=rngs, positions=lengths, num_top=TOP_K)
+    return _whole(params, _by_its_names(drawn))
 
 
 def _whole(params: Grok, tree: _Tree) -> _Tree:
-    """The same arrays, whole on every device, so that the host of any of them can read them."""
+    """Brings arrays whole onto every device, so that the host of any of them can read them."""
     return jax.tree.map(lambda leaf: params.partitioner.constrain(leaf, (None,) * leaf.ndim), tree)
