@@ -358,6 +358,14 @@ class TestPlan:
         assert plan.write_bytes == describe(source.path, source.config).num_bytes
         assert not (tmp_path / "model").exists()
 
+    def test_memory_is_counted_for_one_matrix_being_written_and_the_next_being_read(self, tmp_path: Path) -> None:
+        """Writing takes a copy as well: three times what a matrix of an expert has, int8 with bfloat16 scales."""
+        peaks = []
+        for ffn_dim in (4096, 8192):
+            source = write_checkpoint(tmp_path / str(ffn_dim), SMALL.replace(ffn_dim=ffn_dim), scale_blocks=1)
+            peaks.append(plan_conversion(source.path, tmp_path / "model", source.config).peak_host_bytes)
+        assert peaks[1] - peaks[0] == 3 * 4096 * (SMALL.model_dim + 2)
+
     @pytest.mark.parametrize("weights", ["keep", "int8", "bfloat16", "float32"])
     def test_the_real_model_needs_one_table_and_a_gibibyte(
         self, weights: str, full_release: Path, tmp_path: Path
