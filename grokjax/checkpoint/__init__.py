@@ -18,6 +18,7 @@ from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.loading import load, load_parameters
 from grokjax.checkpoint.parameters import find_parameter, parameter_shapes, parts_of
 from grokjax.checkpoint.progress import EARLIER, Progress
+from grokjax.checkpoint.recipe import WeightFormat
 from grokjax.checkpoint.saving import save
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError
 from grokjax.checkpoint.verification import keep_checksums, verify
@@ -30,6 +31,7 @@ __all__ = [
     "ConversionPlan",
     "Progress",
     "SafetensorsCheckpoint",
+    "WeightFormat",
     "convert",
     "describe",
     "export",

@@ -23,7 +23,7 @@ from grokjax.checkpoint.formats.orbax_units import commit, finished_units, prepa
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.parameters import Unit, units_of
 from grokjax.checkpoint.progress import EARLIER, Report, Tally
-from grokjax.checkpoint.recipe import Leaves, Recipe, Weights
+from grokjax.checkpoint.recipe import Leaves, Recipe, WeightFormat
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec, specs_of
 from grokjax.checkpoint.target import done_units, locked, make_manifest
 from grokjax.config import GrokConfig
@@ -65,7 +65,7 @@ def plan_conversion(
     target: str | Path,
     config: GrokConfig | None = None,
     *,
-    weights: Weights = "keep",
+    weights: WeightFormat = "keep",
     scale_blocks: int = 1,
 ) -> ConversionPlan:
     """Checks a conversion and measures it, writing nothing; the arguments are those of `convert`.
@@ -103,7 +103,7 @@ def convert(
     target: str | Path,
     config: GrokConfig | None = None,
     *,
-    weights: Weights = "keep",
+    weights: WeightFormat = "keep",
     scale_blocks: int = 1,
     progress: Report | None = None,
 ) -> None:
