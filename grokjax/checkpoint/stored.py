@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from grokjax.checkpoint.parameters import Part, find_parameter
+from grokjax.checkpoint.parameters import Part, Unit, find_parameter
 from grokjax.config import GrokConfig
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -119,6 +119,11 @@ _MOST_LINES = 20
 def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """Our parameter path -> the shapes and dtypes of its arrays."""
     return {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
+
+
+def unit_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
+    """Bytes of the arrays of a unit, by the specs of the parameters that it is of."""
+    return sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
 
 
 def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[int, ...]) -> Iterator[str]:
