@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
-from grokjax.sharding import Partitioner, ShardingRules
+from grokjax.sharding import Partitioner, ShardingRules, with_shardings
 
 
 def init(
@@ -122,11 +122,7 @@ def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DType
     def place(param: nnx.Variable) -> nnx.Variable:
         value = param.get_value()
         shardings = partitioner.shardings(partition_specs(value, param.logical_axes, partitioner))
-        return param.replace(
-            jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), value, shardings
-            )
-        )
+        return param.replace(with_shardings(value, shardings))
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return nnx.merge(graphdef, jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
