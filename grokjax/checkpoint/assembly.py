@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -17,7 +16,7 @@ from grokjax.checkpoint.parameters import Part, named_parameters, parts_of, stac
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
 from grokjax.checkpoint.stored import Checkpoint, StoredArray, TensorSpec, specs_of
-from grokjax.model import Grok, init_parameters, parameter_name
+from grokjax.model import Grok, init_parameters, with_values
 from grokjax.quantization import QuantizedArray, Weight, partition_specs
 from grokjax.sharding import Axes, Partitioner
 
@@ -50,10 +49,7 @@ class Builder:
         for parameter in [parameter for parameter, source in sources.items() if source is None]:
             tally.add(0, parameter, None)
         stacks = stacks_of(abstract, sources)
-        values = self._build(stacks, self._fresh(abstract, stacks, seed), tally)
-        graphdef, state = nnx.split(abstract)
-        params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
-        return nnx.merge(graphdef, nnx.from_flat_state(params))
+        return with_values(abstract, self._build(stacks, self._fresh(abstract, stacks, seed), tally))
 
     def build_parameters(self, one_layer: Grok, names: Sequence[str]) -> dict[str, Weight]:
         """Some of the checkpoint's parameters by its paths, without a layer axis.

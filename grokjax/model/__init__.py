@@ -6,7 +6,14 @@ Read `grok` first: the stack of decoder layers. Then its parts: `attention`, `fe
 these steps say jit or donate.
 """
 
-from grokjax.model.building import abstract_model, init, init_parameters, parameter_name, with_quantized_table
+from grokjax.model.building import (
+    abstract_model,
+    init,
+    init_parameters,
+    parameter_name,
+    with_quantized_table,
+    with_values,
+)
 from grokjax.model.grok import DecoderLayers, Grok, check_dtype
 from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
 from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
@@ -37,4 +44,5 @@ __all__ = [
     "parameter_name",
     "prefill",
     "with_quantized_table",
+    "with_values",
 ]
