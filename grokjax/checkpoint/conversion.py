@@ -18,7 +18,6 @@ import numpy as np
 
 from grokjax.checkpoint.disk import check_room, free_bytes, make_folder
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest
-from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
 from grokjax.checkpoint.formats.orbax_units import commit, finished_units, prepare_units, write_unit
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.parameters import Unit, units_of
@@ -219,9 +218,7 @@ def _reading_bytes(
     """Most memory that reading and converting a unit takes, its result included."""
     if _is_table(unit):
         return unit_bytes(specs, unit)
-    # Orbax reads whole chunks and copies them into place.
-    copies = 2 if isinstance(checkpoint, OrbaxCheckpoint) else 1
-    return unit_bytes(found, unit) * copies + (unit_bytes(specs, unit) if found != specs else 0)
+    return unit_bytes(found, unit) * checkpoint.read_copies + (unit_bytes(specs, unit) if found != specs else 0)
 
 
 def _is_table(unit: Unit) -> bool:

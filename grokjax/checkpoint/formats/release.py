@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import numpy as np
 from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
 from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes
 from grokjax.checkpoint.sizes import recognise
-from grokjax.checkpoint.stored import Array, CheckpointError, Index, list_problems, mismatches
+from grokjax.checkpoint.stored import (
+    Array,
+    CheckpointError,
+    Index,
+    Shards,
+    Wanted,
+    list_problems,
+    mismatches,
+    read_slices,
+)
 from grokjax.config import GrokConfig
 
 
@@ -84,12 +93,18 @@ class ReleaseCheckpoint:
       config: the configuration that the files were checked against.
       tensors: our parameter path -> its file, in the order of the files.
       layout: `release`.
+      read_copies: 1: slices are read into the place where they are used.
     """
 
     path: Path
     config: GrokConfig
     tensors: Mapping[str, ReleaseTensor]
     layout: str = "release"
+    read_copies: int = 1
+
+    def read_parts(self, unit: str, wanted: Sequence[Wanted], max_host_bytes: int) -> list[Shards]:
+        """Reads parts as `Checkpoint.read_parts` says; one slice at a time is in flight, whatever is allowed."""
+        return read_slices(self.tensors, wanted)
 
 
 # Five digits, as the release wrote them; a hostile name with more of them would ask for a huge range of numbers.
