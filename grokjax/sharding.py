@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import jax
@@ -261,6 +261,27 @@ class Partitioner:
 
 
 _LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(ShardingRules))
+
+
+def with_shardings(arrays: Any, shardings: Any) -> Any:
+    """A tree of arrays, maybe abstract ones, as `jax.ShapeDtypeStruct`s with the `shardings` of a tree like it."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arrays, shardings
+    )
+
+
+def device_bytes(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> int:
+    """Bytes of some arrays, maybe abstract ones, on each device.
+
+    Raises:
+      ValueError: An array has no sharding.
+    """
+    total = 0
+    for leaf in leaves:
+        if leaf.sharding is None:
+            raise ValueError(f"an array of shape {leaf.shape} has no sharding: give it one to know its size.")
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
 
 
 def _indivisible(what: str, mesh_axis: str | None, extent: int) -> str:

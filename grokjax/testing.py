@@ -70,7 +70,7 @@ def write_release_checkpoint(
     unknown = sorted(set(given) - set(shapes))
     if unknown:
         raise ValueError(
-            f"weights has the unknown parameters {unknown}: use the paths of grokjax.checkpoint.formats.release."
+            f"weights has the unknown parameters {unknown}: docs/model.md lists them; layers.0 is the first layer."
         )
     layout = _check_layout(config, _Layout(quantized, scale_blocks, scale_dtype))
     directory = Path(directory)

@@ -77,6 +77,7 @@ SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 IMPORTS = draw.read_package()
 DEPARTMENTS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 DOORS = {name: set(importlib.import_module(f"grokjax.{name}").__all__) for name in DEPARTMENTS}
+FRONT_DOORS = sorted(path.parent for path in PACKAGE.glob("*/**/__init__.py"))
 FILES = [path for folder in ("grokjax", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 INNER = [module for module in SOURCES if "." in module]
 
@@ -141,6 +142,15 @@ def test_a_front_door_says_what_is_behind_it(department: str) -> None:
     exported = ast.literal_eval(names.value)
     assert len(exported) == len(set(exported)) == len(DOORS[department])
     assert DOORS[department] == {alias.asname or alias.name for found in imports for alias in found.names}
+
+
+@pytest.mark.parametrize("folder", FRONT_DOORS, ids=lambda folder: folder.relative_to(PACKAGE).as_posix())
+def test_a_front_door_names_every_file_and_says_which_to_read_first(folder: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert docstring is not None
+    there = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").is_file()}
+    assert there - {"__init__"} <= set(re.findall(r"`(\w+)`", docstring))
+    assert re.search(r"^Read `\w+`", docstring, re.MULTILINE)
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -16,7 +16,7 @@ from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.model import Grok, abstract_model, init
 from grokjax.quantization import QuantizedArray, partition_specs
-from grokjax.sharding import Partitioner, ShardingRules, make_mesh
+from grokjax.sharding import Partitioner, ShardingRules, device_bytes, make_mesh
 
 TINY = GrokConfig.tiny()
 SMALL = TINY.replace(num_layers=1)
@@ -218,3 +218,8 @@ def test_random_weights_are_the_same_on_every_mesh(rules: str) -> None:
 @functools.cache
 def on_one_device() -> Grok:
     return init(SMALL)
+
+
+def test_bytes_of_arrays_without_shardings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2,\) has no sharding"):
+        device_bytes([jax.ShapeDtypeStruct((2,), jnp.int8)])

@@ -1,7 +1,8 @@
 """Checkpoints: read in any layout straight into shards, saved, converted, verified, exported.
 
 Read `parameters` first: the table from which every layout's names derive. Then `stored`: what all layouts share, arrays
-that are read slice by slice. Each file of `formats` is one layout, and `layouts` finds out which one a folder has.
+that are read slice by slice. The folder `formats` has the layouts, and a reading order of its own; `layouts` finds out
+which one a folder has, and `sizes` whether files that cannot tell all sizes are Grok-1's.
 `loading` has `load`: `mapping` says which parameter comes from where, `stacks` where each part has its place, and
 `assembly` puts it there. `saving` goes the other way, and `info` tells what a checkpoint holds. `conversion` goes from
 checkpoint to checkpoint: `recipe` is what it does with a matrix, `target` the folder that it writes; `verification`
@@ -18,6 +19,7 @@ from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.loading import load, load_parameters
 from grokjax.checkpoint.parameters import find_parameter, parameter_shapes, parts_of
 from grokjax.checkpoint.progress import EARLIER, Progress
+from grokjax.checkpoint.recipe import WeightFormat
 from grokjax.checkpoint.saving import save
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError
 from grokjax.checkpoint.verification import keep_checksums, verify
@@ -30,6 +32,7 @@ __all__ = [
     "ConversionPlan",
     "Progress",
     "SafetensorsCheckpoint",
+    "WeightFormat",
     "convert",
     "describe",
     "export",

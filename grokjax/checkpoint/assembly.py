@@ -6,18 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
-from grokjax.checkpoint.formats.orbax_units import read_unit
 from grokjax.checkpoint.parameters import Part, named_parameters, parts_of, stack_name
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
-from grokjax.checkpoint.stored import Checkpoint, StoredArray, TensorSpec, specs_of
-from grokjax.model import Grok, init_parameters, parameter_name
+from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, specs_of
+from grokjax.model import Grok, init_parameters, with_values
 from grokjax.quantization import QuantizedArray, Weight, partition_specs
 from grokjax.sharding import Axes, Partitioner
 
@@ -50,10 +46,7 @@ class Builder:
         for parameter in [parameter for parameter, source in sources.items() if source is None]:
             tally.add(0, parameter, None)
         stacks = stacks_of(abstract, sources)
-        values = self._build(stacks, self._fresh(abstract, stacks, seed), tally)
-        graphdef, state = nnx.split(abstract)
-        params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
-        return nnx.merge(graphdef, nnx.from_flat_state(params))
+        return with_values(abstract, self._build(stacks, self._fresh(abstract, stacks, seed), tally))
 
     def build_parameters(self, one_layer: Grok, names: Sequence[str]) -> dict[str, Weight]:
         """Some of the checkpoint's parameters by its paths, without a layer axis.
@@ -126,18 +119,12 @@ class Builder:
             return started
         return jax.tree.map(lambda leaf, where: jnp.zeros(leaf.shape, leaf.dtype, device=where), shapes, place)
 
-    def _read(self, unit: str, placements: Sequence[Placement]) -> list[dict[str, jax.Array]]:
+    def _read(self, unit: str, placements: Sequence[Placement]) -> list[Shards]:
         """The parts of one unit on the devices: `weight` and, where it has any, `scales`."""
-        wanted = [self._targets(placement) for placement in placements]
-        if isinstance(self.checkpoint, OrbaxCheckpoint):
-            names = [placement.part.name for placement in placements]
-            tree = dict(zip(names, wanted, strict=True))
-            manifest = self.checkpoint.manifest
-            found = read_unit(self.checkpoint.path, manifest, unit, tree, self.max_host_bytes)
-            return [found[name] for name in names]
-        return [self._from_file(placement.part, targets) for placement, targets in zip(placements, wanted, strict=True)]
+        wanted = [(placement.part, self._targets(placement)) for placement in placements]
+        return self.checkpoint.read_parts(unit, wanted, self.max_host_bytes)
 
-    def _targets(self, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
+    def _targets(self, placement: Placement) -> Targets:
         """What to read of a part, and which device reads what."""
         stored = self._stored(placement.part)
         spec = _read_spec(self.partitioner, placement.stack, stored.weight.shape)
@@ -151,12 +138,7 @@ class Builder:
             for leaf, (shape, dtype, spec) in targets.items()
         }
 
-    def _from_file(self, part: Part, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        tensor = self.checkpoint.tensors[part.parameter]
-        arrays: dict[str, StoredArray | None] = {"weight": tensor.weight, "scales": tensor.scales}
-        return {leaf: _from_slices(array, part, targets[leaf]) for leaf, array in arrays.items() if array is not None}
-
-    def _put(self, value: Weight, arrays: dict[str, jax.Array], placement: Placement) -> Weight:
+    def _put(self, value: Weight, arrays: Shards, placement: Placement) -> Weight:
         if not placement.stack.is_layered:
             return arrays["weight"]
         part: Weight = QuantizedArray(arrays["weight"], arrays["scales"]) if "scales" in arrays else arrays["weight"]
@@ -199,17 +181,6 @@ def _read_spec(partitioner: Partitioner, stack: Stack, shape: tuple[int, ...]) -
     if shared is not None:
         names[shared] = partitioner.rules.experts
     return PartitionSpec(*names)
-
-
-def _from_slices(array: StoredArray, part: Part, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array whose shards are read from the file, each its own slice, and cast."""
-
-    def read(index: Any) -> np.ndarray:
-        whole = all(taken in (slice(None), slice(0, size)) for taken, size in zip(index, target.shape, strict=True))
-        data = array.read(part.index if whole else (*part.index, *index))
-        return data.astype(target.dtype, copy=False)
-
-    return jax.make_array_from_callback(target.shape, target.sharding, read)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("axes", "partitioner"))

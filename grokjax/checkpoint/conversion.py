@@ -18,13 +18,12 @@ import numpy as np
 
 from grokjax.checkpoint.disk import check_room, free_bytes, make_folder
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest
-from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint
 from grokjax.checkpoint.formats.orbax_units import commit, finished_units, prepare_units, write_unit
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.parameters import Unit, units_of
 from grokjax.checkpoint.progress import EARLIER, Report, Tally
-from grokjax.checkpoint.recipe import Leaves, Recipe, Weights
-from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec, specs_of
+from grokjax.checkpoint.recipe import Leaves, Recipe, WeightFormat
+from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec, specs_of, unit_bytes
 from grokjax.checkpoint.target import done_units, locked, make_manifest
 from grokjax.config import GrokConfig
 from grokjax.distributed import is_first, on_first
@@ -65,7 +64,7 @@ def plan_conversion(
     target: str | Path,
     config: GrokConfig | None = None,
     *,
-    weights: Weights = "keep",
+    weights: WeightFormat = "keep",
     scale_blocks: int = 1,
 ) -> ConversionPlan:
     """Checks a conversion and measures it, writing nothing; the arguments are those of `convert`.
@@ -84,7 +83,7 @@ def plan_conversion(
     specs = {name: recipe.result(name, spec) for name, spec in found.items()}
     units = units_of(checkpoint.config)
     done = done_units(folder, make_manifest(checkpoint, recipe, specs))
-    missing = [_num_bytes(specs, unit) for unit in units if unit.name not in done]
+    missing = [unit_bytes(specs, unit) for unit in units if unit.name not in done]
     return ConversionPlan(
         source=checkpoint,
         target=folder,
@@ -103,7 +102,7 @@ def convert(
     target: str | Path,
     config: GrokConfig | None = None,
     *,
-    weights: Weights = "keep",
+    weights: WeightFormat = "keep",
     scale_blocks: int = 1,
     progress: Report | None = None,
 ) -> None:
@@ -152,13 +151,13 @@ def _begun(plan: ConversionPlan, manifest: Manifest) -> Iterator[None]:
 def _write_units(plan: ConversionPlan, manifest: Manifest, tally: Tally) -> None:
     done = finished_units(plan.target, manifest)
     units = [unit for unit in units_of(plan.source.config) if unit.name not in done]
-    earlier = tally.total_bytes - sum(_num_bytes(plan.specs, unit) for unit in units)
+    earlier = tally.total_bytes - sum(unit_bytes(plan.specs, unit) for unit in units)
     if earlier:
         tally.add(earlier, EARLIER, EARLIER)
     for unit, arrays in _convert_units(plan, units) if is_first() else _stand_ins(plan, units):
         write_unit(plan.target, unit.name, arrays)
         _return_freed_memory()
-        tally.add(_num_bytes(plan.specs, unit), unit.name, unit.name)
+        tally.add(unit_bytes(plan.specs, unit), unit.name, unit.name)
 
 
 def _stand_ins(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tuple[Unit, dict[str, Leaves]]]:
@@ -193,10 +192,6 @@ def _convert_units(plan: ConversionPlan, units: Sequence[Unit]) -> Iterator[tupl
             yield unit, arrays
 
 
-def _num_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
-    return sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
-
-
 def peak_bytes(checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]) -> int:
     """Most memory, in bytes, that the process of a conversion takes.
 
@@ -211,7 +206,7 @@ def peak_bytes(checkpoint: Checkpoint, found: Mapping[str, TensorSpec], specs: M
     units = units_of(checkpoint.config)
     for unit, following in itertools.pairwise((None, *units, None)):
         # The table is cut between rows, which needs no copy to write.
-        writing = _num_bytes(specs, unit) * (1 if _is_table(unit) else 2) if unit is not None else 0
+        writing = unit_bytes(specs, unit) * (1 if _is_table(unit) else 2) if unit is not None else 0
         reading = _reading_bytes(checkpoint, found, specs, following) if following is not None else 0
         peak = max(peak, writing + reading)
     return _BASE_BYTES + peak
@@ -222,10 +217,8 @@ def _reading_bytes(
 ) -> int:
     """Most memory that reading and converting a unit takes, its result included."""
     if _is_table(unit):
-        return _num_bytes(specs, unit)
-    # Orbax reads whole chunks and copies them into place.
-    copies = 2 if isinstance(checkpoint, OrbaxCheckpoint) else 1
-    return _num_bytes(found, unit) * copies + (_num_bytes(specs, unit) if found != specs else 0)
+        return unit_bytes(specs, unit)
+    return unit_bytes(found, unit) * checkpoint.read_copies + (unit_bytes(specs, unit) if found != specs else 0)
 
 
 def _is_table(unit: Unit) -> bool:

@@ -52,6 +52,24 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def read_json(path: Path, advice: str) -> object:
+    """Reads a JSON file.
+
+    Args:
+      path: of the file.
+      advice: what to do where it is not JSON, for the error.
+
+    Raises:
+      CheckpointError: It cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}): {advice}.") from error
+
+
 def write_json(path: Path, document: object) -> None:
     """Writes a file so that it is there whole or not at all; what was there before stays until then.
 

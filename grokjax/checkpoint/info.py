@@ -15,7 +15,7 @@ from grokjax.checkpoint.stored import TensorSpec, specs_of
 from grokjax.config import GrokConfig
 from grokjax.model import abstract_model
 from grokjax.quantization import partition_specs
-from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
+from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules, device_bytes, with_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,12 @@ class CheckpointInfo:
         """
         partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)  # type: ignore[arg-type]  # sizes and names are all it is asked for
         model = abstract_model(self.config, partitioner, dtype=dtype, quantized=False)
-        total = 0
+        leaves: list[jax.ShapeDtypeStruct] = []
         for stack in stacks_of(model, {name: name for name in self.specs}):
             shapes = stack_shapes(stack, self.specs, partitioner)
             shardings = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
-            for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
-                total += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        return total
+            leaves += jax.tree.leaves(with_shardings(shapes, shardings))
+        return device_bytes(leaves)
 
 
 def describe(path: str | Path, config: GrokConfig | None = None) -> CheckpointInfo:

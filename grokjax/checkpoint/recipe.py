@@ -13,7 +13,7 @@ from grokjax.checkpoint.parameters import Part, find_parameter
 from grokjax.checkpoint.stored import Array, ArraySpec, Checkpoint, TensorSpec
 from grokjax.quantization import QuantizedArray, dequantize, quantize
 
-Weights = Literal["keep", "int8", "bfloat16", "float32"]
+WeightFormat = Literal["keep", "int8", "bfloat16", "float32"]
 Leaves = dict[str, Array]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -36,12 +36,12 @@ class Recipe:
       ValueError: `weights` is none of these.
     """
 
-    weights: Weights = "keep"
+    weights: WeightFormat = "keep"
     scale_blocks: int = 1
 
     def __post_init__(self) -> None:
-        if self.weights not in get_args(Weights):
-            raise ValueError(f"weights={self.weights!r}: choose one of {', '.join(get_args(Weights))}.")
+        if self.weights not in get_args(WeightFormat):
+            raise ValueError(f"weights={self.weights!r}: choose one of {', '.join(get_args(WeightFormat))}.")
 
     @classmethod
     def of_origin(cls, origin: Mapping[str, Any]) -> Self:

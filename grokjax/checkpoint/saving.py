@@ -12,7 +12,7 @@ from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_unit
 from grokjax.checkpoint.parameters import Part, named_parameters, parameter_shapes, stack_name, units_of
 from grokjax.checkpoint.progress import Report, Tally
-from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec
+from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, unit_bytes
 from grokjax.distributed import on_first
 from grokjax.model import Grok
 from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
@@ -46,8 +46,7 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     on_first(f"the beginning of {folder}", lambda: _begin(folder, manifest, tally.total_bytes), together=together)
     for unit in units_of(model.config):
         write_unit(folder, unit.name, {part.name: _take(values, part) for part in unit.parts})
-        num_bytes = sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
-        tally.add(num_bytes, unit.name, unit.name)
+        tally.add(unit_bytes(specs, unit), unit.name, unit.name)
     on_first(f"the end of {folder}", lambda: commit(folder), together=together)
 
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from grokjax.checkpoint.parameters import Part, find_parameter
+from grokjax.checkpoint.parameters import Part, Unit, find_parameter
 from grokjax.config import GrokConfig
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,6 +23,12 @@ Index = tuple[int | slice, ...]
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used as it is; the message names the file, what was found, what is allowed, what to do."""
+
+
+# The arrays of a part by name, `weight` and where there are any `scales`: as what to read each, and what was read.
+Targets = Mapping[str, jax.ShapeDtypeStruct]
+Shards = Mapping[str, jax.Array]
+Wanted = tuple[Part, Targets]
 
 
 class Shaped(Protocol):
@@ -74,6 +81,22 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Our parameter path -> its tensor."""
 
+    @property
+    def read_copies(self) -> int:
+        """How often the bytes of what is read are held on the host: 2 where they are copied into place."""
+
+    def read_parts(self, unit: str, wanted: Sequence[Wanted], max_host_bytes: int) -> list[Shards]:
+        """Reads parts of one unit (`Part.unit`) onto the devices: each reads its own shards, cast to their dtype.
+
+        Args:
+          unit: the name of the unit.
+          wanted: parts of it, and as what to read the arrays of each.
+          max_host_bytes: what may be in flight on the host at once; a single array is always allowed.
+
+        Returns:
+          The arrays of each part.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
@@ -116,9 +139,31 @@ _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _MOST_LINES = 20
 
 
+def read_slices(tensors: Mapping[str, StoredTensor], wanted: Sequence[Wanted]) -> list[Shards]:
+    """Reads parts onto the devices as `Checkpoint.read_parts` does, each shard by `StoredArray.read`."""
+    return [
+        {leaf: _read_array(getattr(tensors[part.parameter], leaf), part, target) for leaf, target in targets.items()}
+        for part, targets in wanted
+    ]
+
+
+def _read_array(array: StoredArray, part: Part, target: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(index: Any) -> Array:
+        whole = all(taken in (slice(None), slice(0, size)) for taken, size in zip(index, target.shape, strict=True))
+        data = array.read(part.index if whole else (*part.index, *index))
+        return data.astype(target.dtype, copy=False)
+
+    return jax.make_array_from_callback(target.shape, target.sharding, read)
+
+
 def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """Our parameter path -> the shapes and dtypes of its arrays."""
     return {name: TensorSpec.of(tensor) for name, tensor in checkpoint.tensors.items()}
+
+
+def unit_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
+    """Bytes of the arrays of a unit, by the specs of the parameters that it is of."""
+    return sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
 
 
 def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[int, ...]) -> Iterator[str]:

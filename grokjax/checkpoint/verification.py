@@ -13,7 +13,7 @@ from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.parameters import Part, units_of
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.recipe import Leaves, Recipe, read_part
-from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, specs_of
+from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, specs_of, unit_bytes
 from grokjax.config import GrokConfig
 
 # `PART/weight` or `PART/scales` -> CRC-32 of the array's bytes, in hexadecimal digits.
@@ -102,8 +102,7 @@ def _compare(stored: OrbaxCheckpoint, expected: Callable[[Part], Checksums], pro
             found, wanted = _checksums(part, read_part(stored, part)), expected(part)
             differing += [name for name in found if found[name] != wanted.get(name)]
             checksums |= found
-        num_bytes = sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
-        tally.add(num_bytes, unit.name, unit.name)
+        tally.add(unit_bytes(specs, unit), unit.name, unit.name)
     if differing:
         listed = "".join(f"\n  {name}" for name in differing[:_MOST_LISTED])
         raise CheckpointError(

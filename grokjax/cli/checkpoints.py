@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from humanize import naturalsize
@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from grokjax.checkpoint import (
     CheckpointInfo,
     ConversionPlan,
+    WeightFormat,
     convert,
     describe,
     export,
@@ -47,7 +48,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("target", metavar="DST", type=Path, help="the new folder")
     command.add_argument(
         "--weights",
-        choices=("keep", "int8", "bfloat16", "float32"),
+        choices=get_args(WeightFormat),
         default="keep",
         help="keep every array as it is (default), quantise float weights, or make all plain",
     )

@@ -1,10 +1,12 @@
 """The operations that cost the time, each with one signature and a form for each device.
 
 Nothing here knows of layers or requests. Each operation has a module that chooses its form by `platform`, where it will
-run: `products`, of activations with a plain or int8 weight; `unembedding`, of hidden states with the table; `experts`,
-those that each token chose; `attention`, over the cache; `entries`, rows of the cache read and written. A form that
-serves one kind of device lies beside it, as `matmul_cpu` and `matmul_gpu` do. The forms of a product share `slices`,
-those of the experts `gated_unit`; `cpu_features` says what the processors of this machine multiply.
+run; a form that serves one kind of device lies beside it.
+
+Read `products` first, of activations with a plain or int8 weight, and its forms `matmul_cpu` and `matmul_gpu`; they
+share `slices`, and `cpu_features` says what the processors of this machine multiply. Then `unembedding`, the product of
+hidden states with the table; `experts`, those that each token chose, with `experts_gpu` and the `gated_unit` of both;
+`entries`, rows of the cache read and written; and `attention` over them, with `attention_gpu` and `attention_tpu`.
 """
 
 from grokjax.kernels.attention import attend

@@ -5,7 +5,14 @@ Read `grok` first: the stack of decoder layers. Then its parts: `attention`, `fe
 `slot_steps` has the same for a batch whose rows are an engine's slots, and `slots` what both say to each other.
 """
 
-from grokjax.model.building import abstract_model, init, init_parameters, parameter_name, with_quantized_table
+from grokjax.model.building import (
+    abstract_model,
+    init,
+    init_parameters,
+    parameter_name,
+    with_quantized_table,
+    with_values,
+)
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
 from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
@@ -35,4 +42,5 @@ __all__ = [
     "parameter_name",
     "prefill",
     "with_quantized_table",
+    "with_values",
 ]

@@ -1,7 +1,7 @@
 """Models made: with random weights, and of shapes alone, to load into or to compile for."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
-from grokjax.sharding import Partitioner, ShardingRules
+from grokjax.sharding import Partitioner, ShardingRules, with_shardings
 
 
 def init(
@@ -41,10 +41,9 @@ def init(
       ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
     """
     partitioner = Partitioner.create(config, mesh, rules)
-    graphdef, state = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
+    abstract = abstract_model(config, partitioner, dtype=dtype, quantized=quantized)
     values = init_parameters(config, partitioner, seed=seed, dtype=dtype, quantized=quantized)
-    params = [(path, param.replace(values[parameter_name(path)])) for path, param in nnx.to_flat_state(state)]
-    model = nnx.merge(graphdef, nnx.from_flat_state(params))
+    model = with_values(abstract, values)
     return with_quantized_table(model) if quantized_table else model
 
 
@@ -54,12 +53,22 @@ def with_quantized_table(model: Grok) -> Grok:
     shapes = jax.eval_shape(quantize_table, param.get_value())
     shardings: QuantizedTable = partitioner.shardings(partition_specs(shapes, param.logical_axes, partitioner))
     table = jax.jit(quantize_table, out_shardings=shardings)(param.get_value())
+    return with_values(model, {"embedding.table": table})
+
+
+def with_values(model: Grok, values: Mapping[str, Weight | QuantizedTable]) -> Grok:
+    """The model, or an abstract one, with other values of some parameters; everything else is shared.
+
+    Args:
+      model: stays as it is.
+      values: path of a parameter (`layers.attention.query`) -> its value, of the shape that it has in the model.
+    """
     graphdef, state = nnx.split(model)
-    params = [
-        (path, param.replace(table) if parameter_name(path) == "embedding.table" else param)
-        for path, param in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(params))
+    params = {parameter_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
+    for name, value in values.items():
+        path, param = params[name]
+        params[name] = path, param.replace(value)
+    return nnx.merge(graphdef, nnx.from_flat_state(list(params.values())))
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
@@ -122,11 +131,7 @@ def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DType
     def place(param: nnx.Variable) -> nnx.Variable:
         value = param.get_value()
         shardings = partitioner.shardings(partition_specs(value, param.logical_axes, partitioner))
-        return param.replace(
-            jax.tree.map(
-                lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), value, shardings
-            )
-        )
+        return param.replace(with_shardings(value, shardings))
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
     return nnx.merge(graphdef, jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

@@ -15,9 +15,9 @@ from grokjax.config import GrokConfig
 from grokjax.errors import first_line
 from grokjax.model import Grok, SlotState, abstract_model, check_dtype, lower_decode, lower_prefill
 from grokjax.planning.compiled import Program, read_program
-from grokjax.planning.costs import StepCost, device_bytes, step_cost
+from grokjax.planning.costs import StepCost, step_cost
 from grokjax.planning.targets import Target
-from grokjax.sharding import Partitioner, ShardingRules, divides
+from grokjax.sharding import Partitioner, ShardingRules, device_bytes, divides
 
 # Kind, devices, whether between hosts.
 Route = tuple[str, int, bool]

@@ -1,8 +1,6 @@
 """What a step must read and compute, counted from shapes: the floor under its time."""
 
 import dataclasses
-import math
-from collections.abc import Iterable
 
 import jax
 from flax import nnx
@@ -10,6 +8,7 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import entry_bytes
 from grokjax.model import Grok
+from grokjax.sharding import device_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +69,6 @@ def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, ca
 def stored_bytes(*params: nnx.Variable) -> int:
     """Bytes of some parameters on each device, scales included."""
     return device_bytes(jax.tree.leaves([param.get_value() for param in params]))
-
-
-def device_bytes(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> int:
-    """Bytes of some arrays, maybe abstract ones, on each device.
-
-    Raises:
-      ValueError: An array has no sharding.
-    """
-    total = 0
-    for leaf in leaves:
-        if leaf.sharding is None:
-            raise ValueError(f"an array of shape {leaf.shape} has no sharding: give it one to know its size.")
-        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return total
 
 
 def _read_fraction(model: Grok, tokens: float) -> float:

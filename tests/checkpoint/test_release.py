@@ -225,7 +225,7 @@ class TestWrittenCheckpoint:
             write_release_checkpoint(tmp_path, TINY, scale_blocks=3)
         with pytest.raises(ValueError, match="scale_dtype='float16' is unknown: choose one of"):
             write_release_checkpoint(tmp_path, TINY, scale_dtype="float16")
-        with pytest.raises(ValueError, match=r"unknown parameters \['lm_head'\]: use the paths"):
+        with pytest.raises(ValueError, match=r"unknown parameters \['lm_head'\]: docs/model\.md lists them"):
             write_release_checkpoint(tmp_path, TINY, weights={"lm_head": np.ones(1)})
 
 

@@ -35,7 +35,6 @@ from grokjax.planning import (
 )
 from grokjax.planning.accelerators import find_accelerator
 from grokjax.planning.compiler import Measured, compile_step
-from grokjax.planning.costs import device_bytes
 from grokjax.planning.plans import find_largest
 from grokjax.sharding import RULES, Partitioner, make_mesh
 
@@ -483,7 +482,3 @@ class TestTargets:
         for accelerator in ACCELERATORS.values():
             assert accelerator.source
             assert accelerator.kind == "cpu" or accelerator.usable_bytes < accelerator.memory_bytes
-
-    def test_bytes_of_arrays_without_shardings_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"shape \(2,\) has no sharding"):
-            device_bytes([jax.ShapeDtypeStruct((2,), jnp.int8)])

@@ -1,5 +1,7 @@
-"""The layouts of checkpoints, a file for each: what lies where, read slice by slice and never executed.
+"""The layouts of checkpoints: what lies where, read slice by slice and never executed.
 
-`release` and its pickles (`release_pickle`); `safetensors`, its names (`safetensors_names`) and its writing
-(`safetensors_export`); our own: `manifest` makes a folder a checkpoint, `orbax` holds its arrays.
+Read `release` first: which file is which parameter, and `release_pickle`, which finds the arrays in them. Then
+`safetensors`, with the names of its tensors (`safetensors_names`), what its files say of them (`safetensors_headers`)
+and how they are written (`safetensors_export`). Our own is `orbax`: `manifest` makes a folder a checkpoint, and
+`orbax_units` writes and reads its arrays.
 """

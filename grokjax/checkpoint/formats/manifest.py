@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grokjax.checkpoint.disk import write_json
+from grokjax.checkpoint.disk import read_json, write_json
 from grokjax.checkpoint.parameters import Unit, units_of
 from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec
 from grokjax.config import GrokConfig
@@ -78,12 +77,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
       CheckpointError: It cannot be read, is not ours, or is of a newer format.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}): restore it from a copy or convert again.") from error
+    document = read_json(path, "restore it from a copy or convert again")
     if not isinstance(document, dict) or document.get("format") != "grokjax":
         raise CheckpointError(f"{path}: not the manifest of a grokjax checkpoint: check the path.")
     version = document.get("format_version")

@@ -7,7 +7,7 @@ is committed by another rename: while it is written, the manifest is called `unf
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import tensorstore
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
 from grokjax.checkpoint.formats.orbax_units import WEIGHTS, how_to_go_on, missing_bytes, read_unit, reason, unit_path
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
-from grokjax.checkpoint.stored import Array, CheckpointError, Index, StoredTensor, list_problems, mismatches
+from grokjax.checkpoint.stored import (
+    Array,
+    CheckpointError,
+    Index,
+    Shards,
+    StoredTensor,
+    Wanted,
+    list_problems,
+    mismatches,
+)
 from grokjax.config import GrokConfig
 
 
@@ -95,6 +104,7 @@ class OrbaxCheckpoint:
       config: the manifest's.
       tensors: our parameter path -> its arrays.
       layout: `orbax`.
+      read_copies: 2: Orbax reads whole chunks and copies them into place.
     """
 
     path: Path
@@ -102,6 +112,17 @@ class OrbaxCheckpoint:
     config: GrokConfig
     tensors: Mapping[str, OrbaxTensor]
     layout: str = "orbax"
+    read_copies: int = 2
+
+    def read_parts(self, unit: str, wanted: Sequence[Wanted], max_host_bytes: int) -> list[Shards]:
+        """Reads parts as `Checkpoint.read_parts` says, all of a unit by one call of Orbax.
+
+        Raises:
+          CheckpointError: The unit is missing, damaged, or holds something else.
+        """
+        targets = {part.name: targets for part, targets in wanted}
+        found = read_unit(self.path, self.manifest, unit, targets, max_host_bytes)
+        return [found[part.name] for part, _ in wanted]
 
 
 def find_orbax(path: str | Path) -> Path | None:

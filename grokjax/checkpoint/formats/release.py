@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ import numpy as np
 from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
 from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes
 from grokjax.checkpoint.sizes import recognise
-from grokjax.checkpoint.stored import Array, CheckpointError, Index, list_problems, mismatches
+from grokjax.checkpoint.stored import (
+    Array,
+    CheckpointError,
+    Index,
+    Shards,
+    Wanted,
+    list_problems,
+    mismatches,
+    read_slices,
+)
 from grokjax.config import GrokConfig
 
 
@@ -84,18 +93,30 @@ class ReleaseCheckpoint:
       config: the configuration that the files were checked against.
       tensors: our parameter path -> its file, in the order of the files.
       layout: `release`.
+      read_copies: 1: slices are read into the place where they are used.
     """
 
     path: Path
     config: GrokConfig
     tensors: Mapping[str, ReleaseTensor]
     layout: str = "release"
+    read_copies: int = 1
+
+    def read_parts(self, unit: str, wanted: Sequence[Wanted], max_host_bytes: int) -> list[Shards]:
+        """Reads parts as `Checkpoint.read_parts` says; one slice at a time is in flight, whatever is allowed."""
+        return read_slices(self.tensors, wanted)
 
 
 # Five digits, as the release wrote them; a hostile name with more of them would ask for a huge range of numbers.
 _FILE_NAME = re.compile(r"tensor([0-9]{5})_([0-9]{3})")
-# Ranks of the first eight files (embedding, norm, three feed-forward weights, key, output, query) -> files of a layer.
-_FILES_PER_LAYER = {"21333222": 12, "21222222": 11}
+# A release has the ranks of one of these, with experts or dense, in the files up to the last that tells a size.
+_KINDS = tuple(GrokConfig.tiny().replace(num_layers=1, num_experts=count, experts_per_token=1) for count in (8, 1))
+_TABLE, _GATE, _KEY, _QUERY = (
+    "embedding.table",
+    "layers.0.feed_forward.gate",
+    "layers.0.attention.key",
+    "layers.0.attention.query",
+)
 
 
 def read_tensor(path: str | Path) -> ReleaseTensor:
@@ -160,23 +181,48 @@ def infer_sizes(path: str | Path) -> dict[str, int]:
     gaps = _ranges({_file_name(number) for number in set(range(max(numbers))) - numbers})
     if gaps:
         raise CheckpointError(f"{folder}: missing {', '.join(gaps)}: download the missing files.")
-    shapes = [read_tensor(folder / _file_name(number)).weight.shape for number in sorted(numbers)[:8]]
-    per_layer = _FILES_PER_LAYER.get("".join(str(len(shape)) for shape in shapes), 0)
-    if not per_layer or (len(numbers) - 2) % per_layer:
-        raise CheckpointError(
-            f"{folder}: {len(numbers)} files, the first with the shapes {[list(shape) for shape in shapes]}; a release "
-            "has 2 files and then 12 for each layer, or 11 for a dense one, in the sorted order of their names: "
-            "compare the files with the published ones."
-        )
-    return {
-        "vocab_size": shapes[0][0],
-        "model_dim": shapes[0][1],
-        "num_layers": (len(numbers) - 2) // per_layer,
-        "num_experts": shapes[2][0] if per_layer == 12 else 1,
-        "ffn_dim": shapes[2][-1],
-        "num_heads*head_dim": shapes[7][1],
-        "num_kv_heads*head_dim": shapes[5][1],
+    leading = _leading_shapes(_KINDS[0])
+    # They are those of layer 0 in both kinds, however many layers there are.
+    shapes = {
+        parameter: read_tensor(folder / _file_name(number)).weight.shape
+        for parameter, number in zip(leading, sorted(numbers), strict=False)
     }
+    num_layers = _count_layers(shapes, len(numbers))
+    if num_layers is None:
+        raise CheckpointError(
+            f"{folder}: {len(numbers)} files, the first with the shapes {[list(shape) for shape in shapes.values()]}; "
+            "a release has 2 files and then 12 for each layer, or 11 for a dense one, in the sorted order of their "
+            "names: compare the files with the published ones."
+        )
+    gate = shapes[_GATE]
+    return {
+        "vocab_size": shapes[_TABLE][0],
+        "model_dim": shapes[_TABLE][1],
+        "num_layers": num_layers,
+        "num_experts": gate[0] if len(gate) == 3 else 1,
+        "ffn_dim": gate[-1],
+        "num_heads*head_dim": shapes[_QUERY][1],
+        "num_kv_heads*head_dim": shapes[_KEY][1],
+    }
+
+
+def _leading_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter path -> its shape, for the first files of a release and up to the last that tells a size."""
+    shapes = parameter_shapes(config)
+    names = list(parameter_names(config).values())
+    last = max(names.index(name) for name in (_TABLE, _GATE, _KEY, _QUERY))
+    return {name: shapes[name] for name in names[: last + 1]}
+
+
+def _count_layers(shapes: Mapping[str, tuple[int, ...]], num_files: int) -> int | None:
+    """How many layers so many files make, the first with these shapes; None where they make no release."""
+    for kind in _KINDS:
+        per_layer = sum(name.startswith("layers.") for name in parameter_names(kind).values())
+        layers, left = divmod(num_files - (len(parameter_names(kind)) - per_layer), per_layer)
+        ranks = {name: len(shape) for name, shape in _leading_shapes(kind).items()}
+        if not left and ranks == {name: len(shape) for name, shape in shapes.items()}:
+            return layers
+    return None
 
 
 def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseCheckpoint:

@@ -28,7 +28,18 @@ from grokjax.checkpoint.formats.safetensors_names import (
 )
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
 from grokjax.checkpoint.sizes import recognise
-from grokjax.checkpoint.stored import Array, ArraySpec, CheckpointError, Index, TensorSpec, list_problems, mismatches
+from grokjax.checkpoint.stored import (
+    Array,
+    ArraySpec,
+    CheckpointError,
+    Index,
+    Shards,
+    TensorSpec,
+    Wanted,
+    list_problems,
+    mismatches,
+    read_slices,
+)
 from grokjax.config import GrokConfig
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -84,12 +95,18 @@ class SafetensorsCheckpoint:
       config: the configuration that the tensors were checked against.
       tensors: our parameter path -> its tensor, layers in numeric order.
       layout: `safetensors`.
+      read_copies: 1: slices are read into the place where they are used.
     """
 
     path: Path
     config: GrokConfig
     tensors: Mapping[str, SafetensorsTensor]
     layout: str = "safetensors"
+    read_copies: int = 1
+
+    def read_parts(self, unit: str, wanted: Sequence[Wanted], max_host_bytes: int) -> list[Shards]:
+        """Reads parts as `Checkpoint.read_parts` says; one slice at a time is in flight, whatever is allowed."""
+        return read_slices(self.tensors, wanted)
 
 
 def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> SafetensorsCheckpoint:

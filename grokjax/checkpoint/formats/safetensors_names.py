@@ -6,11 +6,11 @@ Norms may end in `.weight` or `.scale`. Matrices are stored [O, C], the other wa
 """
 
 import dataclasses
-import json
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from grokjax.checkpoint.disk import read_json
 from grokjax.checkpoint.parameters import PARAMETERS, Part, find_parameter, stack_name
 from grokjax.checkpoint.stored import CheckpointError
 from grokjax.config import GrokConfig
@@ -123,12 +123,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: It cannot be read or holds anything else.
     """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}): download it again.") from error
+    document = read_json(path, "download it again")
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds no JSON object but a {type(document).__name__}: download it again.")
     return document
