@@ -201,7 +201,7 @@ class TestPrefill:
         assert [group.jobs for group in groups[:-1]] == [(*jobs[:3], jobs[4]), (jobs[3],), (jobs[5],)]
         assert groups[0].chunks == (Chunk(0, 3, 4), Chunk(0, 3, 4), Chunk(0, 3, 4), Chunk(0, 2, 4))
 
-    def test_three_are_two_and_one(self) -> None:
+    def test_three_prompts_of_a_bucket_are_prefilled_as_two_and_one(self) -> None:
         plan = scheduler(3, prefill_rows=4)
         submit(plan, *(job(3, first=10 * i) for i in range(3)))
         plan.admit()

@@ -293,7 +293,7 @@ class TestGenerate:
             logits, cache = decode(model(), token, cache)
         np.testing.assert_array_equal(result.lengths, [NEW] * 3)
 
-    def test_drawn_as_by_hand(self) -> None:
+    def test_a_row_draws_with_its_settings_and_the_key_of_each_position(self) -> None:
         settings = SampleSettings.create(3, temperature=[0.7, 1.0, 1.3], top_p=0.9, top_k=50)
         keys = jax.random.split(jax.random.key(1), 3)
         result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, settings=settings, keys=keys)
