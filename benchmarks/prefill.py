@@ -16,20 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peer
-from decode import read_config
+from options import make_parser, read_config, read_mesh
 
-from grokjax import Grok, KVCache, init, make_mesh, prefill
+from grokjax import Grok, KVCache, init, prefill
 from grokjax.planning import step_cost
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
-    parser.add_argument("--layers", type=int, help="only so many layers")
-    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser = make_parser(__doc__)
     parser.add_argument("--lengths", default="128,512,2048", help="tokens of the prompts (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
-    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=5, help="of each length")
     peer.add_argument(parser)
     return parser.parse_args()
@@ -55,7 +50,7 @@ def main() -> None:
     arguments = parse_arguments()
     lengths = [int(length) for length in arguments.lengths.split(",")]
     config = read_config(arguments, longest=max(lengths))
-    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
+    mesh = read_mesh(arguments)
     model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
     operations = [
         step_cost(model, batch_size=1, num_new=n, filled=n, cache_dtype=jnp.float32).operations * mesh.size
