@@ -15,25 +15,20 @@ import card
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import CACHE_DTYPES, read_config
+from options import CACHE_DTYPES, make_parser, read_config, read_mesh
 
-from grokjax import Grok, init, make_mesh
+from grokjax import Grok, init
 from grokjax.kernels import CachePlace
 from grokjax.planning import step_cost
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
-    parser.add_argument("--layers", type=int, help="only so many layers")
-    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument(
         "--sizes", default="128/256,128/8192,2048/8192,8000/8192", help="FILLED/ALLOCATED (default: %(default)s)"
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
     parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="(default: float32 on CPUs, else bfloat16)")
-    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=5, help="of all layers")
     return parser.parse_args()
 
@@ -79,7 +74,7 @@ def main() -> None:
     sizes = arguments.sizes.split(",")
     numbers = [read_size(size) for size in sizes]
     config = read_config(arguments, longest=max(allocated for _, allocated in numbers))
-    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
+    mesh = read_mesh(arguments)
     dtype = jnp.dtype(arguments.dtype)
     model = init(config, mesh=mesh, dtype=dtype, quantized=not arguments.plain)
     cases = [Case(model, arguments.batch, *pair, arguments.cache_dtype) for pair in numbers]

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import time
 from collections.abc import Callable
 
@@ -64,11 +63,6 @@ def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
-
-
-def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of some calls."""
-    return statistics.median(seconds(run) for _ in range(repeats))
 
 
 def environment() -> dict[str, object]:

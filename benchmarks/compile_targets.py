@@ -17,8 +17,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import card
 import jax
 import jax.numpy as jnp
+from options import CACHE_DTYPES
 
 from grokjax import GrokConfig, KVCache, decode, prefill
+from grokjax.cli import read_extents
 from grokjax.model import abstract_model
 from grokjax.planning import Program, Target, Value, read_program
 from grokjax.sharding import RULES, Partitioner
@@ -43,8 +45,7 @@ def compile_step(arguments: argparse.Namespace) -> tuple[float, Program, tuple[i
     """Seconds of compilation, the program, and the cache's shape on one device."""
     config = GrokConfig.grok_1().replace(num_layers=arguments.layers)
     rules = RULES[arguments.rules]
-    data, model_axis = (int(size) for size in arguments.mesh.split(","))
-    mesh = Target.parse(arguments.target).mesh((data, model_axis))
+    mesh = Target.parse(arguments.target).mesh(read_extents(arguments.mesh))
     model = abstract_model(config, Partitioner.create(config, mesh, rules), dtype=jnp.bfloat16, quantized=True)
     cache = KVCache.abstract(config, arguments.batch, dtype=arguments.cache_dtype, mesh=mesh, rules=rules)
     num_rows = arguments.prompts or arguments.batch
@@ -92,9 +93,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prefill; 0 compiles the decode step")
     parser.add_argument("--prompts", type=int, default=0, help="prompts that the prefill puts into rows; 0 for all")
-    parser.add_argument(
-        "--cache-dtype", choices=("bfloat16", "float32", "int8"), help="default: bfloat16, for CPUs float32"
-    )
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="default: bfloat16, for CPUs float32")
     parser.add_argument("--check", action="store_true", help="compile for all known targets and compare their memory")
     arguments = parser.parse_args()
     if arguments.check:

@@ -14,7 +14,6 @@ import argparse
 import functools
 import statistics
 import time
-from pathlib import Path
 
 import card
 import jax
@@ -22,40 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 import peer
 from flax import nnx
+from options import CACHE_DTYPES, make_parser, read_config, read_mesh
 
-from grokjax import Grok, GrokConfig, KVCache, decode, init, make_mesh, prefill
+from grokjax import Grok, KVCache, decode, init, prefill
 from grokjax.planning import StepCost, step_cost
 
 # Steps that a device is given before the host waits for the last.
 _QUEUED = 8
-CACHE_DTYPES = ("float32", "bfloat16", "int8")
-PRESETS = {"tiny": GrokConfig.tiny, "bench_1b": GrokConfig.bench_1b, "grok_1": GrokConfig.grok_1}
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
-    parser.add_argument("--layers", type=int, help="only so many layers")
-    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each row's prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens decoded after it")
     parser.add_argument("--max-len", type=int, help="entries allocated in the cache (default: prompt + new)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
     parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="(default: float32 on CPUs, else bfloat16)")
-    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--quantized-table", action="store_true", help="the embedding table in int8 too")
     parser.add_argument("--repeats", type=int, default=3, help="of prefill and of the whole decode")
     peer.add_argument(parser)
     return parser.parse_args()
-
-
-def read_config(arguments: argparse.Namespace, *, longest: int = 1) -> GrokConfig:
-    """The configuration that is asked for, with room for sequences of `longest` tokens."""
-    name = arguments.config
-    config = PRESETS[name]() if name in PRESETS else GrokConfig.from_json(Path(name).read_text())
-    config = config.replace(max_seq_len=max(config.max_seq_len, longest))
-    return config if arguments.layers is None else config.replace(num_layers=arguments.layers)
 
 
 @functools.partial(jax.jit, donate_argnums=2)
@@ -129,7 +114,7 @@ def time_in_turn(runners: list[Runner | PeerRunner], repeats: int) -> list[tuple
 def main() -> None:
     arguments = parse_arguments()
     config = read_config(arguments, longest=arguments.max_len or arguments.prompt + arguments.new + 1)
-    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
+    mesh = read_mesh(arguments)
     dtype = jnp.dtype(arguments.dtype)
     bandwidth = card.read_bandwidth(mesh)  # first: what it reads is not beside the model when memory is highest
     table = arguments.quantized_table

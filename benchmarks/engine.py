@@ -27,9 +27,9 @@ import card
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import read_config
+from options import make_parser, read_config, read_mesh
 
-from grokjax import Grok, KVCache, SampleSettings, decode_and_sample, init, make_mesh, prefill
+from grokjax import Grok, KVCache, SampleSettings, decode_and_sample, init, prefill
 from grokjax.engine import Engine
 from grokjax.model import ModelSteps
 from grokjax.planning import step_cost
@@ -37,17 +37,12 @@ from grokjax.request import Request
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
-    parser.add_argument("--layers", type=int, help="only so many layers")
-    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser = make_parser(__doc__)
     parser.add_argument("--slots", type=int, default=8, help="requests that run at once")
     parser.add_argument("--requests", type=int, default=24, help="of mixed lengths")
     parser.add_argument("--prompt", type=int, default=128, help="longest prompt")
     parser.add_argument("--new", type=int, default=32, help="longest continuation")
     parser.add_argument("--chunk", type=int, default=64, help="largest chunk of a prompt")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
-    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement")
     return parser.parse_args()
 
@@ -242,7 +237,7 @@ def main() -> None:
             f"--new {arguments.new} must be at least {arguments.slots + 6}: full steps are measured within it."
         )
     config = read_config(arguments)
-    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
+    mesh = read_mesh(arguments)
     model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
     bench = Bench(model, arguments)
     print_card(arguments, bench, card.read_bandwidth(mesh) / mesh.size)

@@ -13,20 +13,15 @@ import card
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import read_config
+from options import make_parser, read_config, read_mesh
 
-from grokjax import Grok, init, make_mesh
+from grokjax import Grok, init
 from grokjax.planning import step_cost
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
-    parser.add_argument("--layers", type=int, help="only so many layers")
-    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", default="1,8,128,512", help="tokens evaluated together (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
-    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=3, help="of all layers")
     return parser.parse_args()
 
@@ -56,7 +51,7 @@ def layer_operations(model: Grok, rows: int) -> int:
 def main() -> None:
     arguments = parse_arguments()
     all_rows = [int(rows) for rows in arguments.rows.split(",")]
-    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
+    mesh = read_mesh(arguments)
     dtype = jnp.dtype(arguments.dtype)
     model = init(read_config(arguments), mesh=mesh, dtype=dtype, quantized=not arguments.plain)
     bandwidth, rate = card.read_bandwidth(mesh), card.matmul_rate(mesh, dtype)

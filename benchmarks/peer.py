@@ -1,7 +1,8 @@
 """llama.cpp on the same random weights, run in turn with grokjax by `--peer llama.cpp`: the GGUF file and the steps.
 
 Needs the packages of the extra `peer-llama`. The file holds every matrix in llama.cpp's Q8_0: int8 with a scale for
-each 32 numbers. llama.cpp divides a token's gates by their sum; the norm that follows makes that no difference.
+each 32 numbers. llama.cpp divides the probabilities of a token's experts by their sum; the norm that follows makes that
+no difference.
 """
 
 import argparse

@@ -16,20 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peer
-from decode import read_config
+from options import make_parser, read_config, read_mesh
 
-from grokjax import Grok, KVCache, init, make_mesh, prefill
+from grokjax import Grok, KVCache, init, prefill
 from grokjax.planning import step_cost
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
-    parser.add_argument("--layers", type=int, help="only so many layers")
-    parser.add_argument("--mesh", default="1,1", help="DATA,MODEL devices")
+    parser = make_parser(__doc__)
     parser.add_argument("--lengths", default="128,512,2048", help="tokens of the prompts (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation")
-    parser.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     parser.add_argument("--repeats", type=int, default=5, help="of each length")
     peer.add_argument(parser)
     return parser.parse_args()
@@ -51,27 +46,24 @@ def time_in_turn(ways: list[Callable[[int], object]], lengths: list[int], repeat
     return np.median(runs, axis=0).tolist()
 
 
+def compare(lengths: list[int], ours: list[float], theirs: list[float]) -> dict[str, list[float]]:
+    """The peer's speeds, and ours over them, by length, for the record."""
+    return {
+        "peer_tokens_per_second": [round(n / time, 1) for n, time in zip(lengths, theirs, strict=True)],
+        "peer_ratio": [round(their / our, 3) for their, our in zip(theirs, ours, strict=True)],
+    }
+
+
 def main() -> None:
     arguments = parse_arguments()
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    config = read_config(arguments, longest=max(lengths))
-    mesh = make_mesh(tuple(int(size) for size in arguments.mesh.split(",")))
-    model = init(config, mesh=mesh, dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
-    operations = [
-        step_cost(model, batch_size=1, num_new=n, filled=n, cache_dtype=jnp.float32).operations * mesh.size
-        for n in lengths
-    ]
-    rate = card.matmul_rate(mesh, jnp.dtype(arguments.dtype))
-    weights = "plain" if arguments.plain else "int8"
-    card.print_rows(
-        f"{arguments.config}, {weights} weights, {arguments.dtype}, mesh {arguments.mesh}",
-        {f"{n} tokens": f"{ops / 1e9:.1f} GFLOP" for n, ops in zip(lengths, operations, strict=True)}
-        | {
-            "measured rate of square products": f"{rate / 1e9:.0f} GFLOP/s",
-            "ceiling": ", ".join(f"{n * rate / ops:.0f}" for n, ops in zip(lengths, operations, strict=True))
-            + " tokens/s",
-        },
-    )
+    mesh = read_mesh(arguments)
+    dtype = jnp.dtype(arguments.dtype)
+    model = init(read_config(arguments, longest=max(lengths)), mesh=mesh, dtype=dtype, quantized=not arguments.plain)
+    operations = [count_operations(model, n) for n in lengths]
+    rate = card.matmul_rate(mesh, dtype)
+    print_card(arguments, lengths, operations, rate)
+
     compile_seconds = [card.seconds(lambda n=n: run_prefill(model, n)) for n in lengths]
     ways = [lambda n: run_prefill(model, n)]
     if arguments.peer:
@@ -79,48 +71,70 @@ def main() -> None:
         difference = peer.difference(model, other)
         ways.append(lambda n: other.prefill(make_prompt(model, n)))
     times, *peer_times = time_in_turn(ways, lengths, arguments.repeats)
-    percents = [100 * ops / time / rate for ops, time in zip(operations, times, strict=True)]
+    record = {
+        "benchmark": "prefill",
+        "config": arguments.config,
+        "layers": model.config.num_layers,
+        "lengths": lengths,
+        "dtype": arguments.dtype,
+        "quantized": not arguments.plain,
+        "mesh": arguments.mesh,
+        "compile_seconds": [round(time, 2) for time in compile_seconds],
+        "prefill_seconds": [round(time, 5) for time in times],
+        "tokens_per_second": [round(n / time, 1) for n, time in zip(lengths, times, strict=True)],
+        "operations": [int(ops) for ops in operations],
+        "matmul_rate": int(rate),
+        "percent_of_matmul_rate": [
+            round(100 * ops / time / rate, 1) for ops, time in zip(operations, times, strict=True)
+        ],
+        **card.environment(),
+    }
+    for theirs in peer_times:
+        record |= compare(lengths, times, theirs) | {"peer_difference": round(difference, 4)}
+    print_results(record)
+    card.print_json(record)
+
+
+def count_operations(model: Grok, length: int) -> float:
+    """Operations of all devices together in a prefill of one prompt."""
+    cost = step_cost(model, batch_size=1, num_new=length, filled=length, cache_dtype=jnp.float32)
+    return cost.operations * model.partitioner.mesh.size
+
+
+def print_card(arguments: argparse.Namespace, lengths: list[int], operations: list[float], rate: float) -> None:
+    weights = "plain" if arguments.plain else "int8"
+    ceilings = [f"{n * rate / ops:.0f}" for n, ops in zip(lengths, operations, strict=True)]
+    card.print_rows(
+        f"{arguments.config}, {weights} weights, {arguments.dtype}, mesh {arguments.mesh}",
+        {f"{n} tokens": f"{ops / 1e9:.1f} GFLOP" for n, ops in zip(lengths, operations, strict=True)}
+        | {
+            "measured rate of square products": f"{rate / 1e9:.0f} GFLOP/s",
+            "ceiling": ", ".join(ceilings) + " tokens/s",
+        },
+    )
+
+
+def print_results(record: dict) -> None:
+    rows = zip(
+        record["lengths"],
+        record["prefill_seconds"],
+        record["tokens_per_second"],
+        record["percent_of_matmul_rate"],
+        strict=True,
+    )
     card.print_rows(
         "medians",
         {
-            f"{n} tokens": f"{1e3 * time:.0f} ms, {n / time:.0f} tokens/s, {percent:.0f} % of the ceiling"
-            for n, time, percent in zip(lengths, times, percents, strict=True)
+            f"{n} tokens": f"{1e3 * time:.0f} ms, {speed:.0f} tokens/s, {percent:.0f} % of the ceiling"
+            for n, time, speed, percent in rows
         },
     )
-    record = {}
-    for theirs in peer_times:
-        ratios = [their / our for their, our in zip(theirs, times, strict=True)]
+    if "peer_ratio" in record:
+        rows = zip(record["lengths"], record["peer_tokens_per_second"], record["peer_ratio"], strict=True)
         card.print_rows(
-            f"llama.cpp on the same weights, in turn; logits differ by {difference:.3f} of their size",
-            {
-                f"{n} tokens": f"{n / time:.0f} tokens/s, ours {ratio:.2f} x"
-                for n, time, ratio in zip(lengths, theirs, ratios, strict=True)
-            },
+            f"llama.cpp on the same weights, in turn; logits differ by {record['peer_difference']:.3f} of their size",
+            {f"{n} tokens": f"{speed:.0f} tokens/s, ours {ratio:.2f} x" for n, speed, ratio in rows},
         )
-        record = {
-            "peer_tokens_per_second": [round(n / time, 1) for n, time in zip(lengths, theirs, strict=True)],
-            "peer_ratio": [round(ratio, 3) for ratio in ratios],
-            "peer_difference": round(difference, 4),
-        }
-    card.print_json(
-        {
-            "benchmark": "prefill",
-            "config": arguments.config,
-            "layers": config.num_layers,
-            "lengths": lengths,
-            "dtype": arguments.dtype,
-            "quantized": not arguments.plain,
-            "mesh": arguments.mesh,
-            "compile_seconds": [round(time, 2) for time in compile_seconds],
-            "prefill_seconds": [round(time, 5) for time in times],
-            "tokens_per_second": [round(n / time, 1) for n, time in zip(lengths, times, strict=True)],
-            "operations": [int(ops) for ops in operations],
-            "matmul_rate": int(rate),
-            "percent_of_matmul_rate": [round(percent, 1) for percent in percents],
-            **card.environment(),
-            **record,
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,13 @@ def compiled_afresh() -> Iterator[None]:
 
 
 def release_tokenizer() -> Path | None:
-    """The release's `tokenizer.model`: GROKJAX_TOKENIZER, or the place beside the checkout; None if there is none."""
+    """The release's `tokenizer.model`: what GROKJAX_TOKENIZER names, else beside the checkout, in `shared/tokenizer/`.
+
+    None if there is none.
+
+    Raises:
+      UsageError: GROKJAX_TOKENIZER names what is not a file.
+    """
     named = os.environ.get("GROKJAX_TOKENIZER")
     if named and not Path(named).is_file():
         raise pytest.UsageError(f"GROKJAX_TOKENIZER={named!r} is not a file: set it to the release's tokenizer.model.")
@@ -99,7 +105,8 @@ SLOWEST_FIRST = (
     "test_distributed",
     "test_model_goldens",
     "test_conversion",
-    "test_planning",
+    "test_compiler",
+    "test_plans",
     "test_docs",
     "test_saving",
     "test_engine_model",

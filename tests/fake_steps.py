@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grokjax.config import GrokConfig
+from grokjax.engine import Engine
 from grokjax.model import DrawnTokens, SlotSettings
 
 VOCAB = 32
@@ -188,3 +189,30 @@ class Letters:
             {30: b"\xc3", 31: b"\xa9"}.get(token, bytes([token - 3 + ord("a")]) if token > 2 else b"") for token in ids
         )
         return data.decode(errors="replace")
+
+
+def make_engine(tokenizer=None, *, model: FakeModel | None = None, **options) -> Engine:
+    """An engine of three slots of 64 entries, unless the options say otherwise, over the fake model."""
+    defaults = {"slots": 3, "max_len": 64, "prefill_buckets": (4, 8), "make_steps": FakeSteps}
+    return Engine(model or FakeModel(), tokenizer, **{**defaults, **options})
+
+
+def expected(prompt: list[int], *, limit: int, seed: int = 0, stop_ids: tuple[int, ...] = (EOS,)) -> list[int]:
+    """The tokens that follow a prompt by hand, up to the first of `stop_ids`."""
+    tokens = continuation(prompt, limit, seed=seed)
+    ends = [number for number, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def scripted(tokens: list[int]):
+    """Steps that draw given tokens, whatever the prompt."""
+
+    class Scripted(FakeSteps):
+        def draw_rows(self, settings, ends, number):
+            pending = super().draw_rows(settings, ends, number)
+            for row, entries in enumerate(self.rows):
+                at = len(entries) - 1  # prompts of one token
+                pending.drawn.token_ids[row] = tokens[at] if 0 <= at < len(tokens) else 3
+            return pending
+
+    return Scripted

@@ -34,7 +34,7 @@ def test_rounding_error_is_half_a_step(num_blocks: int, scale_dtype: str) -> Non
     assert quantized.scales.dtype == scale_dtype
     assert quantized.scales.shape == (3, num_blocks, 24)
     step = np.asarray(quantized.scales, np.float32).repeat(40 // num_blocks, axis=1)
-    # A bfloat16 scale may round down by 2 ** -9, which cuts the largest level by that of 127.
+    # A bfloat16 scale may round down by 2 ** -9, which cuts the largest weight by that of 127.
     slack = 0.5 if scale_dtype == "float32" else 0.5 + 127 * 2**-8
     assert (np.abs(np.asarray(dequantize(quantized)) - w) <= slack * step + 1e-6).all()
 

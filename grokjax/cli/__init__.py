@@ -5,9 +5,10 @@ Read `commands`, which has `main`, then the file of a command: `generate` (with 
 """
 
 from grokjax.cli.commands import main
-from grokjax.cli.options import named_config
+from grokjax.cli.options import named_config, read_extents
 
 __all__ = [
     "main",
     "named_config",
+    "read_extents",
 ]

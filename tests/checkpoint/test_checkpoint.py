@@ -31,19 +31,19 @@ def stack_of(model, name: str) -> jax.Array | QuantizedArray:
 def test_every_shard_is_its_slice_of_the_files(tmp_path: Path, rules: ShardingRules) -> None:
     checkpoint = write_checkpoint(tmp_path, SMALL.replace(num_layers=2), scale_blocks=4)
     model = load(checkpoint.path, checkpoint.config, make_mesh((2, 4)), rules=rules)
-    pieces = 8 if rules.embed else 4
+    num_shards = 8 if rules.embed else 4
     for name in PROJECTIONS:
         value, stored = stack_of(model, name), checkpoint.stack(name)
         assert value.weight.dtype == jnp.int8
         assert value.scales.dtype == jnp.bfloat16
         for shard in value.weight.addressable_shards:
             np.testing.assert_array_equal(shard.data, stored[shard.index])
-            assert shard.data.size == stored.size // pieces
+            assert shard.data.size == stored.size // num_shards
         np.testing.assert_array_equal(dequantize(value), checkpoint.dequantised_stack(name))
     for shard in model.embedding.table[...].addressable_shards:
         table = checkpoint.tensors["embedding.table"].weight.astype(jnp.bfloat16)
         np.testing.assert_array_equal(np.asarray(shard.data), table[shard.index])
-        assert shard.data.size == table.size // pieces
+        assert shard.data.size == table.size // num_shards
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,9 @@ class TestCommand:
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def test_all_is_well(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_run_without_violations_succeeds_and_leaves_nothing(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["--inputs", "40", "--seed", "3"]) == 0
         printed = capsys.readouterr().out
         assert re.search(r"\n40 inputs, \d+ a second: \d+ accepted, \d+ refused \(\d+ kinds of message\); at", printed)

@@ -85,7 +85,7 @@ class TestRoundTrip:
 
 
 class TestFiles:
-    def test_are_what_other_programs_read(self, tmp_path: Path) -> None:
+    def test_shards_and_their_index_are_read_by_the_safetensors_library(self, tmp_path: Path) -> None:
         weights = draw(SMALL, "bfloat16")
         folder = tmp_path / "new" / "folder"
         limit = 6000

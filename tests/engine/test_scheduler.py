@@ -1,30 +1,15 @@
-"""Scheduling by hand: who gets a slot, which chunks are prefilled together, what a prompt shares with a row."""
+"""Scheduling by hand: who gets a slot, which chunks are prefilled together."""
 
 import weakref
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jobs import job, scheduler, submit
 
 from grokjax.engine import QueueFullError
-from grokjax.engine.prefixes import HeldRows, PrefixMatch
 from grokjax.engine.scheduler import Chunk, Job, Scheduler, WaitingQueue, check_buckets, plan_chunks
-
-
-def job(length: int = 3, *, first: int = 0, **options) -> Job:
-    """A job whose prompt counts up from `first`."""
-    return Job(np.arange(first, first + length, dtype=np.int32), **options)
-
-
-def scheduler(slots: int = 2, **options) -> Scheduler[Job]:
-    return Scheduler(**{"slots": slots, "max_len": 64, "buckets": (4, 8), **options})
-
-
-def submit(plan: Scheduler[Job], *jobs: Job) -> None:
-    for one in jobs:
-        plan.submit(one)
 
 
 class TestChunks:
@@ -201,7 +186,7 @@ class TestPrefill:
         assert [group.jobs for group in groups[:-1]] == [(*jobs[:3], jobs[4]), (jobs[3],), (jobs[5],)]
         assert groups[0].chunks == (Chunk(0, 3, 4), Chunk(0, 3, 4), Chunk(0, 3, 4), Chunk(0, 2, 4))
 
-    def test_three_are_two_and_one(self) -> None:
+    def test_three_prompts_of_a_bucket_are_prefilled_as_two_and_one(self) -> None:
         plan = scheduler(3, prefill_rows=4)
         submit(plan, *(job(3, first=10 * i) for i in range(3)))
         plan.admit()
@@ -235,192 +220,3 @@ class TestPrefill:
         plan.release(long)
         plan.release(short)
         assert plan.next_prefill() is None
-
-
-class TestPrefixes:
-    def test_prefixes_are_found_as_by_definition(self) -> None:
-        held = HeldRows(3, 16)
-        held.extend(0, np.array([5, 6, 7, 8]), 4)
-        held.extend(1, np.array([5, 6, 9]), 3)
-        held.keep_logits(1)
-        assert held.find(np.array([5, 6, 7, 1])) == [
-            PrefixMatch(0, 3, is_complete=False),
-            PrefixMatch(1, 2, is_complete=False),
-            PrefixMatch(2, 0, is_complete=False),
-        ]
-        # All but the last token; unless its logits are kept, they have to be computed.
-        assert held.find(np.array([5, 6, 7]))[0] == PrefixMatch(0, 2, is_complete=False)
-        assert held.find(np.array([5, 6, 9]))[1] == PrefixMatch(1, 3, is_complete=True)
-
-    def run_prompt(self, plan: Scheduler[Job], prompt: Job) -> Job:
-        submit(plan, prompt)
-        plan.admit()
-        while plan.next_prefill():
-            pass
-        return prompt
-
-    def test_a_bucket_is_shared_and_less_is_not(self) -> None:
-        plan = scheduler(3)
-        self.run_prompt(plan, job(10))
-        other = Job(np.array([0, 1, 2, 3, 4, 99, 98], np.int32))
-        submit(plan, other)
-        assert [(a.source, a.is_complete) for a in plan.admit()] == [(0, False)]
-        assert other.reused == 5
-        assert list(other.chunks) == [Chunk(5, 2, 4)]
-        short = Job(np.array([0, 1, 2, 99], np.int32))
-        submit(plan, short)
-        assert [a.source for a in plan.admit()] == [short.slot]
-        assert short.reused == 0
-
-    def test_the_same_prompt_needs_nothing_more(self) -> None:
-        plan = scheduler(2, reuse_prefixes=False)
-        self.run_prompt(plan, job(3))
-        again = job(3)
-        submit(plan, again)
-        assert [(a.source, a.is_complete) for a in plan.admit()] == [(0, True)]
-        assert plan.next_prefill() is None
-        assert plan.held.lengths == [3, 3]
-
-    def test_a_free_row_is_taken_where_it_lies(self) -> None:
-        plan = scheduler(2)
-        plan.release(self.run_prompt(plan, job(10)))
-        plan.held.extend(0, 77)  # a generated token
-        again = self.run_prompt(plan, job(10))
-        assert (again.slot, again.reused) == (0, 10)
-        assert plan.held.lengths[0] == 10
-        plan.release(again)
-        longer = job(14)
-        submit(plan, longer)
-        plan.admit()
-        assert (longer.slot, longer.reused) == (0, 10)
-        assert plan.held.prompt_lengths[0] == 0
-
-    def test_of_equal_rows_a_free_one_is_taken(self) -> None:
-        plan = scheduler(3)
-        self.run_prompt(plan, job(10))
-        plan.release(self.run_prompt(plan, job(10)))  # in slot 1, behind the free slot 2
-        longer = job(14)
-        submit(plan, longer)
-        assert [(admission.source, longer.slot, longer.reused) for admission in plan.admit()] == [(1, 1, 10)]
-
-    def test_the_longest_unused_row_is_overwritten(self) -> None:
-        plan = scheduler(2)
-        first, second = job(8), job(8, first=50)
-        self.run_prompt(plan, first)
-        self.run_prompt(plan, second)
-        plan.release(second)
-        plan.release(first)
-        other = job(8, first=90)
-        submit(plan, other)
-        plan.admit()
-        assert other.slot == 1
-
-    def test_a_row_being_prefilled_shares_only_what_is_there(self) -> None:
-        plan, long = scheduler(2), job(20)
-        submit(plan, long)
-        plan.admit()
-        plan.next_prefill()
-        follower = job(20)
-        submit(plan, follower)
-        plan.admit()
-        assert follower.reused == 8
-
-    def test_without_reuse_and_for_scored_prompts_nothing_is_shared(self) -> None:
-        plan = scheduler(2, reuse_prefixes=False)
-        self.run_prompt(plan, job(10))
-        assert self.run_prompt(plan, job(12)).reused == 0
-        plan = scheduler(2)
-        self.run_prompt(plan, job(10))
-        assert self.run_prompt(plan, job(10, is_scored=True)).reused == 0
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Jobs that come, get slots, are prefilled, grow and leave in any order, on schedulers of any size."""
-
-    @initialize(slots=st.integers(1, 4), rows=st.sampled_from([1, 2, 4]), reuse=st.booleans())
-    def make(self, slots: int, rows: int, reuse: bool) -> None:
-        self.plan = scheduler(slots, max_len=24, prefill_rows=rows, reuse_prefixes=reuse)
-        self.jobs: list[Job] = []
-        self.waiting: set[Job] = set()
-        self.running: set[Job] = set()
-
-    @rule(
-        length=st.integers(1, 23),
-        first=st.sampled_from([0, 0, 4, 90]),
-        priority=st.integers(0, 1),
-        is_scored=st.booleans(),
-    )
-    def submit(self, **options) -> None:
-        self.jobs.append(job(**options))
-        self.waiting.add(self.jobs[-1])
-        submit(self.plan, self.jobs[-1])
-
-    @rule()
-    def admit(self) -> None:
-        free, waiting = self.plan.slots - len(self.plan.running), len(self.waiting)
-        admitted = {admission.job for admission in self.plan.admit()}
-        assert admitted <= self.waiting
-        assert len(admitted) == min(free, waiting)
-        self.waiting -= admitted
-        self.running |= admitted
-
-    @rule()
-    def prefill(self) -> None:
-        due = {one: one.chunks[0] for one in self.running if one.chunks}
-        group = self.plan.next_prefill()
-        if group is None:
-            assert not due
-            return
-        assert len(set(group.jobs)) == len(group.jobs)
-        assert dict(zip(group.jobs, group.chunks, strict=True)).items() <= due.items()
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data(), token=st.integers(0, 99))
-    def grow(self, data: st.DataObject, token: int) -> None:
-        """A token that was drawn for a job goes into its row."""
-        one = data.draw(st.sampled_from([one for one in self.jobs if one in self.running]))
-        if not one.chunks and self.plan.held.lengths[one.slot] < self.plan.max_len:
-            self.plan.note_token(one, token)
-
-    @precondition(lambda self: self.jobs)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        """One that waits or runs leaves, or one that has left before."""
-        self.leave(data.draw(st.sampled_from(self.jobs)))
-
-    def leave(self, one: Job) -> None:
-        self.plan.release(one)
-        self.waiting.discard(one)
-        self.running.discard(one)
-
-    @invariant()
-    def slots_and_rows_are_consistent(self) -> None:
-        if not hasattr(self, "plan"):
-            return
-        assert len(self.plan.running) == len(self.running)
-        assert set(self.plan.running) == self.running
-        slots = [one.slot for one in self.plan.running]
-        assert slots == sorted(set(slots))
-        assert set(slots) <= set(range(self.plan.slots))
-        assert all(one.slot is None for one in self.jobs if one not in self.running)
-        assert all(0 <= length <= self.plan.max_len for length in self.plan.held.lengths)
-        assert self.plan.has_chunks == any(one.chunks for one in self.running)
-        assert self.plan.num_waiting == len(self.waiting)
-
-    def teardown(self) -> None:
-        """Every slot can be had again, and every prompt be prefilled to its end."""
-        if not hasattr(self, "plan"):
-            return
-        for one in list(self.running):
-            self.leave(one)
-        for _ in range(self.plan.slots):
-            self.submit(length=20, first=0, priority=0, is_scored=False)
-        self.admit()
-        assert len(self.plan.running) == self.plan.slots
-        while self.plan.has_chunks:
-            self.prefill()
-        self.slots_and_rows_are_consistent()
-
-
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=500, stateful_step_count=30)

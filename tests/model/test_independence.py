@@ -1,4 +1,4 @@
-"""A row's result is its own: whatever its neighbours, its slot, its padding, or the pieces its prompt came in."""
+"""A row's result is its own: whatever its neighbours, its slot, its padding, or the chunks its prompt came in."""
 
 import functools
 
@@ -50,10 +50,10 @@ def test_any_schedule_gives_each_row_its_own_logits(
     cache = KVCache.create(CONFIG, ROWS, 24, mesh=make_mesh(mesh))
     done = np.zeros(ROWS, int)
     for counts in calls:
-        piece = np.full((ROWS, CHUNK), pad)
+        chunk = np.full((ROWS, CHUNK), pad)
         for row, count in enumerate(counts):
-            piece[row, :count] = tokens()[texts[row], done[row] : done[row] + count]
-        logits, cache = prefill(model(mesh), piece, np.array(counts), cache)
+            chunk[row, :count] = tokens()[texts[row], done[row] : done[row] + count]
+        logits, cache = prefill(model(mesh), chunk, np.array(counts), cache)
         done += counts
         check(logits, texts, done, [count > 0 for count in counts], mesh)
     active = [bool(0 < d < LONGEST) for d in done]
@@ -89,8 +89,8 @@ def test_a_row_moved_to_another_slot_goes_on(mesh: tuple[int, int]) -> None:
 )
 def test_a_drawn_continuation_is_the_rows_own(texts: list[int], lengths: list[int], pad: int) -> None:
     """The same prompt, key and temperature give the same tokens in any company and slot."""
-    piece = np.where(np.arange(CHUNK) < np.array(lengths)[:, None], tokens()[texts, :CHUNK], pad)
-    together = draw_continuations(piece, lengths, texts)
+    prompts = np.where(np.arange(CHUNK) < np.array(lengths)[:, None], tokens()[texts, :CHUNK], pad)
+    together = draw_continuations(prompts, lengths, texts)
     order = [2, 0, 3, 1]
     company = [(text + 1) % 16 for text in texts]
     for slot, row in enumerate(order):
@@ -102,11 +102,11 @@ def test_a_drawn_continuation_is_the_rows_own(texts: list[int], lengths: list[in
         np.testing.assert_array_equal(draw_continuations(others, mixed_lengths, keys)[slot], together[row])
 
 
-def draw_continuations(piece: np.ndarray, lengths: list[int], seeds: list[int]) -> np.ndarray:
+def draw_continuations(prompts: np.ndarray, lengths: list[int], seeds: list[int]) -> np.ndarray:
     """Four tokens for each row [ROWS, 4], drawn with the keys of `seeds`."""
     keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
     drawing = SampleSettings.create(ROWS, temperature=0.8, top_p=0.95)
-    made = generate(model((1, 1)), piece, lengths, max_new_tokens=4, settings=drawing, keys=keys)
+    made = generate(model((1, 1)), prompts, lengths, max_new_tokens=4, settings=drawing, keys=keys)
     return np.asarray(made.tokens)
 
 

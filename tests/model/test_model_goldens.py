@@ -102,10 +102,10 @@ def inner_values(model: Grok, tokens: jax.Array, lengths: jax.Array) -> dict[str
         x = x + keep("norm1_out", layers.post_attention_norm(mixed, layer))
         normed = keep("norm2_out", layers.pre_feed_forward_norm(x, layer))
         if model.config.num_experts > 1:
-            gates, experts = layers.feed_forward.route(normed, layer=layer)
+            probabilities, experts = layers.feed_forward.route(normed, layer=layer)
             keep("router_logits", layers.feed_forward.router_logits(normed, layer=layer))
             keep("router_index", experts)
-            keep("router_gate", gates)
+            keep("router_gate", probabilities)
         mixed = keep("moe_out", layers.feed_forward(normed, real, layer=layer))
         x = keep("layer_out", x + layers.post_feed_forward_norm(mixed, layer))
     keep("final_norm_out", model.final_norm(x))

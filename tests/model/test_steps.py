@@ -201,7 +201,7 @@ def test_prefill_leaves_rows_of_nothing_as_they_are() -> None:
 
 @pytest.mark.parametrize(("mesh", "cache_dtype"), [((1, 1), "int8"), ((2, 4), "float32")], ids=str)
 def test_prefill_into_some_rows_leaves_the_others(mesh: tuple[int, int], cache_dtype: str) -> None:
-    """In two pieces, wherever the rows lie; what the others hold stays."""
+    """In two chunks, wherever the rows lie; what the others hold stays."""
     grok = init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
     small, cache = (grok.new_cache(batch_size, 16, dtype=cache_dtype) for batch_size in (2, 8))
     cache = dataclasses.replace(cache, lengths=cache.lengths.at[5].set(7))
@@ -268,15 +268,15 @@ def test_the_cache_is_donated() -> None:
 
 
 @pytest.mark.parametrize("chunks", [[8], [3, 3, 2], [1] * 8, [7, 1]], ids=str)
-def test_one_piece_is_chunks_is_token_by_token(chunks: list[int]) -> None:
+def test_a_prompt_gives_the_same_logits_whole_in_chunks_or_token_by_token(chunks: list[int]) -> None:
     expected = np.asarray(forward(model(), TOKENS))
     cache, done = empty(), 0
     for size in chunks:
-        piece = TOKENS[:, done : done + size]
+        chunk = TOKENS[:, done : done + size]
         if size == 1:
-            logits, cache = decode(model(), piece[:, 0], cache)
+            logits, cache = decode(model(), chunk[:, 0], cache)
         else:
-            logits, cache = prefill(model(), np.pad(piece, ((0, 0), (0, 8 - size))), np.full(3, size), cache)
+            logits, cache = prefill(model(), np.pad(chunk, ((0, 0), (0, 8 - size))), np.full(3, size), cache)
         done += size
         np.testing.assert_allclose(logits, expected[:, done - 1], atol=2e-5)
 
@@ -293,7 +293,7 @@ class TestGenerate:
             logits, cache = decode(model(), token, cache)
         np.testing.assert_array_equal(result.lengths, [NEW] * 3)
 
-    def test_drawn_as_by_hand(self) -> None:
+    def test_a_row_draws_with_its_settings_and_the_key_of_each_position(self) -> None:
         settings = SampleSettings.create(3, temperature=[0.7, 1.0, 1.3], top_p=0.9, top_k=50)
         keys = jax.random.split(jax.random.key(1), 3)
         result = generate(model(), TOKENS, LENGTHS, max_new_tokens=NEW, settings=settings, keys=keys)

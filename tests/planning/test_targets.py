@@ -1,4 +1,4 @@
-"""What is said where a compiler for a machine that is not there refuses it."""
+"""Machines that are not there: their names, and what is said where a compiler for one refuses it."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from grokjax.planning import Target
+from grokjax.planning import ACCELERATORS, Target
 
 REFUSAL = jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no.\nat frame 1")
 
@@ -52,3 +52,37 @@ def test_refusals_of_a_compiler_are_sentences(
     machine = Target.parse(target)
     with pytest.raises(ValueError, match=message):
         machine.mesh((1, machine.num_devices))
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("text", "count", "name"),
+        [
+            ("cpu", 1, "cpu:1"),
+            ("H100:16", 16, "h100-80g:16"),
+            ("v5e:4x8", 32, "v5e:4x8"),
+            ("tpu7x:2x2x1", 8, "tpu7x:2x2x1"),
+        ],
+    )
+    def test_names_come_back_whole(self, text: str, count: int, name: str) -> None:
+        target = Target.parse(text)
+        assert (target.num_devices, str(target)) == (count, name)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("abacus:8", "'abacus' is no accelerator of the table; these are: cpu, a100-40g"),
+            ("h100:2x4", "'h100:2x4' is not of the form cpu:8 or h200:8"),
+            ("v5p:8", "'v5p:8' is not of the form .* v5p:2x2x2"),
+            ("h100:0", "'h100:0' has no devices: give at least one"),
+            ("h100:x", "'h100:x' is not of the form"),
+        ],
+    )
+    def test_bad_names_are_refused(self, text: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Target.parse(text)
+
+    def test_every_accelerator_names_its_source(self) -> None:
+        for accelerator in ACCELERATORS.values():
+            assert accelerator.source
+            assert accelerator.kind == "cpu" or accelerator.usable_bytes < accelerator.memory_bytes

@@ -13,7 +13,7 @@ from grokjax import GrokConfig, KVCache, decode, init
 CONFIG = GrokConfig.tiny().replace(num_layers=2, num_heads=16, num_kv_heads=16, head_dim=64, max_seq_len=8192)
 
 
-def test_a_step_costs_what_is_filled() -> None:
+def test_a_decode_step_costs_what_is_filled() -> None:
     """One cache with few and with many entries, so that both lie on the same pages of memory."""
     model = init(CONFIG, dtype=jnp.float32)
     step = jax.jit(decode, donate_argnums=2)

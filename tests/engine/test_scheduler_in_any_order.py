@@ -1,0 +1,100 @@
+"""A scheduler keeps its slots and rows consistent, whatever comes and goes in whichever order."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jobs import job, scheduler, submit
+
+from grokjax.engine.scheduler import Job
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Jobs that come, get slots, are prefilled, grow and leave in any order, on schedulers of any size."""
+
+    @initialize(slots=st.integers(1, 4), rows=st.sampled_from([1, 2, 4]), reuse=st.booleans())
+    def make(self, slots: int, rows: int, reuse: bool) -> None:
+        self.plan = scheduler(slots, max_len=24, prefill_rows=rows, reuse_prefixes=reuse)
+        self.jobs: list[Job] = []
+        self.waiting: set[Job] = set()
+        self.running: set[Job] = set()
+
+    @rule(
+        length=st.integers(1, 23),
+        first=st.sampled_from([0, 0, 4, 90]),
+        priority=st.integers(0, 1),
+        is_scored=st.booleans(),
+    )
+    def submit(self, **options) -> None:
+        self.jobs.append(job(**options))
+        self.waiting.add(self.jobs[-1])
+        submit(self.plan, self.jobs[-1])
+
+    @rule()
+    def admit(self) -> None:
+        free, waiting = self.plan.slots - len(self.plan.running), len(self.waiting)
+        admitted = {admission.job for admission in self.plan.admit()}
+        assert admitted <= self.waiting
+        assert len(admitted) == min(free, waiting)
+        self.waiting -= admitted
+        self.running |= admitted
+
+    @rule()
+    def prefill(self) -> None:
+        due = {one: one.chunks[0] for one in self.running if one.chunks}
+        group = self.plan.next_prefill()
+        if group is None:
+            assert not due
+            return
+        assert len(set(group.jobs)) == len(group.jobs)
+        assert dict(zip(group.jobs, group.chunks, strict=True)).items() <= due.items()
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), token=st.integers(0, 99))
+    def grow(self, data: st.DataObject, token: int) -> None:
+        """A token that was drawn for a job goes into its row."""
+        one = data.draw(st.sampled_from([one for one in self.jobs if one in self.running]))
+        if not one.chunks and self.plan.held.lengths[one.slot] < self.plan.max_len:
+            self.plan.note_token(one, token)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        """One that waits or runs leaves, or one that has left before."""
+        self.leave(data.draw(st.sampled_from(self.jobs)))
+
+    def leave(self, one: Job) -> None:
+        self.plan.release(one)
+        self.waiting.discard(one)
+        self.running.discard(one)
+
+    @invariant()
+    def slots_and_rows_are_consistent(self) -> None:
+        if not hasattr(self, "plan"):
+            return
+        assert len(self.plan.running) == len(self.running)
+        assert set(self.plan.running) == self.running
+        slots = [one.slot for one in self.plan.running]
+        assert slots == sorted(set(slots))
+        assert set(slots) <= set(range(self.plan.slots))
+        assert all(one.slot is None for one in self.jobs if one not in self.running)
+        assert all(0 <= length <= self.plan.max_len for length in self.plan.held.lengths)
+        assert self.plan.has_chunks == any(one.chunks for one in self.running)
+        assert self.plan.num_waiting == len(self.waiting)
+
+    def teardown(self) -> None:
+        """Every slot can be had again, and every prompt be prefilled to its end."""
+        if not hasattr(self, "plan"):
+            return
+        for one in list(self.running):
+            self.leave(one)
+        for _ in range(self.plan.slots):
+            self.submit(length=20, first=0, priority=0, is_scored=False)
+        self.admit()
+        assert len(self.plan.running) == self.plan.slots
+        while self.plan.has_chunks:
+            self.prefill()
+        self.slots_and_rows_are_consistent()
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=500, stateful_step_count=30)
