@@ -3,7 +3,6 @@
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,6 +69,3 @@ class TestCosts:
         model = abstract_model(TINY, partitioner, dtype=jnp.bfloat16, quantized=True)
         cost = [step_cost(model, batch_size=rows, filled=1, cache_dtype=jnp.bfloat16).experts for rows in (1, 64)]
         assert cost[0] == cost[1]
-
-
-class TestBytes:
