@@ -104,14 +104,16 @@ def pytest_report_header() -> list[str]:
 SLOWEST_FIRST = (
     "test_distributed",
     "test_model_goldens",
-    "test_conversion",
-    "test_compiler",
-    "test_plans",
-    "test_docs",
-    "test_saving",
     "test_engine_model",
-    "test_cli",
+    "test_steps",
+    "test_run_py",
     "test_benchmarks",
+    "test_conversion",
+    "test_runners",
+    "test_docs",
+    "test_independence",
+    "test_saving",
+    "test_cli",
 )
 
 
