@@ -71,6 +71,7 @@ def traced() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
+@pytest.mark.thorough
 def test_ten_thousand_requests_are_answered_in_memory_that_does_not_grow() -> None:
     """All are answered as by hand."""
     random = np.random.default_rng(0)
