@@ -8,40 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import MULTIPLIER, ROWS, SOFTCAP, AttentionCase
 from builders import program_for
-from reference import attend_row
 
 from grokjax import GrokConfig, decode, init, prefill
 from grokjax.cache import Entries, QuantizedEntries
-from grokjax.kernels import CachePlace, attend, attention_gpu, matmul_gpu
+from grokjax.kernels import attend, attention_gpu, matmul_gpu
 from grokjax.sharding import Partitioner
 
-MULTIPLIER = 0.125
-START = np.array([0, 150], np.int32)
-ROWS = np.array([2, 0], np.int32)
-
-
-def make(num_new: int, max_len: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [2, T, 6, 64] and the keys and values [2, 3, 2, S, 64] of a cache."""
-    random = np.random.default_rng(num_new)
-    query = random.standard_normal((2, num_new, 6, 64)) * 3
-    keys, values = random.standard_normal((2, 2, 3, 2, max_len, 64))
-    return tuple(jnp.asarray(array, jnp.bfloat16) for array in (query, keys, values))
-
-
-def expected(query: jax.Array, keys: jax.Array, values: jax.Array, softcap: float) -> np.ndarray:
-    """Attention over layer 1, [2, T, 384]."""
-    scoring = {"multiplier": MULTIPLIER, "softcap": softcap}
-    rows = zip(query, keys[1, ROWS], values[1, ROWS], START, strict=True)
-    return np.stack([attend_row(q, k, v, start=start, **scoring) for q, k, v, start in rows])
-
-
-def place(num_new: int) -> CachePlace:
-    count = jnp.full(2, num_new, jnp.int32)
-    return CachePlace(layer=jnp.int32(1), rows=jnp.asarray(ROWS), start=jnp.asarray(START), count=count)
-
-
-run = functools.partial(attention_gpu.attend, multiplier=MULTIPLIER, softcap=5.0, interpret=True)
+CASE = AttentionCase(num_heads=6, head_dim=64, start=(0, 150))
+run = functools.partial(attention_gpu.attend, multiplier=MULTIPLIER, softcap=SOFTCAP, interpret=True)
 
 
 @pytest.mark.parametrize(("num_new", "max_len"), [(1, 192), (1, 1000), (5, 200), (50, 320)])
@@ -49,22 +25,22 @@ run = functools.partial(attention_gpu.attend, multiplier=MULTIPLIER, softcap=5.0
 @pytest.mark.parametrize("softcap", [5.0, 30.0])
 def test_attention_is_its_definition(num_new: int, max_len: int, is_quantized: bool, softcap: float) -> None:
     """As exact as bfloat16 queries, weights and results are; with one program for the keys of a row, and with more."""
-    query, keys, values = make(num_new, max_len)
-    exact, stacks = expected(query, keys, values, softcap), [keys, values]
+    query, keys, values = CASE.make(num_new, max_len=max_len)
+    exact, stacks = CASE.expected(query, keys, values, softcap), [keys, values]
     if is_quantized:
         stacks: list[Entries] = [QuantizedEntries.of(stack) for stack in stacks]
-        exact = expected(query, *(s.numbers.astype(jnp.float32) * s.scales[..., None] for s in stacks), softcap)
+        exact = CASE.expected(query, *(s.numbers.astype(jnp.float32) * s.scales[..., None] for s in stacks), softcap)
     assert attention_gpu.fits(query, stacks[0], softcap)
-    found = run(query, *stacks, place(num_new), softcap=softcap)
+    found = run(query, *stacks, CASE.place(num_new), softcap=softcap)
     assert (found.shape, found.dtype) == ((2, num_new, 384), jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, atol=0.02, rtol=0)
 
 
 def test_takes_all_rows_in_order_and_rows_of_nothing() -> None:
-    query, keys, values = make(3, 160)
-    where = dataclasses.replace(place(3), rows=None, count=jnp.array([0, 3]))
+    query, keys, values = CASE.make(3, max_len=160)
+    where = dataclasses.replace(CASE.place(3), rows=None, count=jnp.array([0, 3]))
     found = run(query, keys[:, ROWS], values[:, ROWS], where)
-    np.testing.assert_allclose(np.asarray(found[1]), expected(query, keys, values, 5.0)[1], atol=0.02, rtol=0)
+    np.testing.assert_allclose(np.asarray(found[1]), CASE.expected(query, keys, values, 5.0)[1], atol=0.02, rtol=0)
     assert np.isfinite(np.asarray(found, np.float32)).all()
 
 
@@ -81,7 +57,7 @@ def test_takes_all_rows_in_order_and_rows_of_nothing() -> None:
 )
 def test_fits_says_what_the_kernel_takes(change: dict[str, Any], fits: bool) -> None:
     values = {"softcap": 30, "max_len": 160, "dtype": jnp.bfloat16, "cache_dtype": jnp.bfloat16} | change
-    query, keys, _ = make(1, values["max_len"])
+    query, keys, _ = CASE.make(1, max_len=values["max_len"])
     arrays = query.astype(values["dtype"]), keys.astype(values["cache_dtype"])
     assert attention_gpu.fits(*arrays, values["softcap"]) == fits
 
@@ -98,8 +74,8 @@ def test_caches_whose_offsets_are_not_safe_do_not_fit(rows: int, fits: bool) -> 
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_scores_at_the_cap_lose_nothing(is_quantized: bool) -> None:
     """Where every score is the least there can be, and values are small, the weights are far from nothing."""
-    query, keys, values = make(1, 192)
-    where = dataclasses.replace(place(1), start=jnp.zeros(2, jnp.int32))
+    query, keys, values = CASE.make(1, max_len=192)
+    where = dataclasses.replace(CASE.place(1), start=jnp.zeros(2, jnp.int32))
     keys, values = -jnp.broadcast_to(query[0, 0, :1] * 10, keys.shape), values * 1e-3
     query = jnp.broadcast_to(query[0, 0, :1] * 10, query.shape)
     stacks = [QuantizedEntries.of(stack) if is_quantized else stack for stack in (keys, values)]
@@ -112,9 +88,9 @@ def test_scores_at_the_cap_lose_nothing(is_quantized: bool) -> None:
 @pytest.mark.parametrize("num_new", [1, 30])
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_programs_for_gpus_hold_the_kernel(num_new: int, is_quantized: bool) -> None:
-    query, keys, values = make(num_new, 320)
+    query, keys, values = CASE.make(num_new, max_len=320)
     stacks = [QuantizedEntries.of(stack) if is_quantized else stack for stack in (keys, values)]
-    on_gpu = functools.partial(attend, place=place(num_new), multiplier=MULTIPLIER, softcap=5.0, platform="gpu")
+    on_gpu = functools.partial(attend, place=CASE.place(num_new), multiplier=MULTIPLIER, softcap=5.0, platform="gpu")
     text = program_for("gpu", on_gpu, query, *stacks)
     assert text.count("__gpu$xla.gpu.triton") == 1
 
