@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grokjax.checkpoint.parameters import Part, named_parameters, parts_of, stack_name
+from grokjax.checkpoint.parameters import Part, parts_of, stack_name
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
 from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, specs_of
-from grokjax.model import Grok, init_parameters, with_values
+from grokjax.model import Grok, init_parameters, named_parameters, with_values
 from grokjax.quantization import QuantizedArray, Weight, partition_specs
 from grokjax.sharding import Axes, Partitioner
 

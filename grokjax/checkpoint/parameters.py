@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import AbstractMesh
 
 from grokjax.config import GrokConfig
-from grokjax.model import Grok, abstract_model, parameter_name
+from grokjax.model import abstract_model, named_parameters
 from grokjax.sharding import MESH_AXES, Partitioner
 
 
@@ -148,11 +147,6 @@ def find_parameter(path: str) -> Parameter:
       KeyError: There is no such parameter.
     """
     return PARAMETERS[stack_name(path)]
-
-
-def named_parameters(model: Grok) -> dict[str, nnx.Variable]:
-    """A model's parameters by path, such as `layers.attention.query`."""
-    return {parameter_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
 
 
 def parameter_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:

@@ -10,11 +10,11 @@ from grokjax.checkpoint.assembly import take_part
 from grokjax.checkpoint.disk import check_room, make_folder
 from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_unit
-from grokjax.checkpoint.parameters import Part, named_parameters, parameter_shapes, stack_name, units_of
+from grokjax.checkpoint.parameters import Part, parameter_shapes, stack_name, units_of
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, unit_bytes
 from grokjax.distributed import on_first
-from grokjax.model import Grok
+from grokjax.model import Grok, named_parameters
 from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
 
 

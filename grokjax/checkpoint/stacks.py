@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from grokjax.checkpoint.parameters import Part, named_parameters, stack_name
+from grokjax.checkpoint.parameters import Part, stack_name
 from grokjax.checkpoint.stored import Shaped, StoredTensor, TensorSpec
-from grokjax.model import Grok
+from grokjax.model import Grok, named_parameters
 from grokjax.quantization import QuantizedArray, shardable_blocks
 from grokjax.sharding import Axes, Partitioner
 

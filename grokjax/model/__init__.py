@@ -9,7 +9,7 @@ from grokjax.model.building import (
     abstract_model,
     init,
     init_parameters,
-    parameter_name,
+    named_parameters,
     with_quantized_table,
     with_values,
 )
@@ -39,7 +39,7 @@ __all__ = [
     "init_parameters",
     "lower_decode",
     "lower_prefill",
-    "parameter_name",
+    "named_parameters",
     "prefill",
     "with_quantized_table",
     "with_values",

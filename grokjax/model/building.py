@@ -64,15 +64,19 @@ def with_values(model: Grok, values: Mapping[str, Weight | QuantizedTable]) -> G
       values: path of a parameter (`layers.attention.query`) -> its value, of the shape that it has in the model.
     """
     graphdef, state = nnx.split(model)
-    params = {parameter_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
+    params = {_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
     for name, value in values.items():
         path, param = params[name]
         params[name] = path, param.replace(value)
     return nnx.merge(graphdef, nnx.from_flat_state(list(params.values())))
 
 
-def parameter_name(path: tuple[Any, ...]) -> str:
-    """A parameter's path in the model as text: `layers.attention.query`."""
+def named_parameters(model: Grok) -> dict[str, nnx.Variable]:
+    """A model's parameters by path, such as `layers.attention.query`; the model may be abstract."""
+    return {_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
+
+
+def _name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
@@ -89,9 +93,8 @@ def init_parameters(
 
     They are made one after the other, so that the devices hold what one of them takes to make beside the results.
     """
-    abstract = nnx.split(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[1]
     made: dict[str, Weight] = {}
-    for name in (parameter_name(path) for path, _ in nnx.to_flat_state(abstract)):
+    for name in named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized)):
         if names is None or name in names:
             maker = parameter_maker(config, partitioner, name, dtype=jnp.dtype(dtype), quantized=quantized)
             made[name] = jax.block_until_ready(maker(jax.random.key(seed)))
@@ -103,18 +106,15 @@ def parameter_maker(
     config: GrokConfig, partitioner: Partitioner, name: str, *, dtype: jnp.dtype, quantized: bool
 ) -> jax.stages.Wrapped:
     """The compiled function that makes one parameter of `init` from a key, in its shards; a second model reuses it."""
-    abstract = _values(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    abstract = named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.get_value())
 
     def make(key: jax.Array) -> Weight:
-        rngs = nnx.Rngs(key)
-        return _values(Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs))[name]
+        model = Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(key))
+        value: Weight = named_parameters(model)[name].get_value()
+        return value
 
     return jax.jit(make, out_shardings=shardings)
-
-
-def _values(model: Grok) -> dict[str, Weight]:
-    return {parameter_name(path): param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
 
 
 def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:

@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import ROOT
-from flax import nnx
 
 from grokjax import GrokConfig, init
 from grokjax.checkpoint import parameter_shapes
 from grokjax.checkpoint.parameters import PARAMETERS, Part, find_parameter, parts_of, stack_name, units_of
-from grokjax.model import parameter_name
+from grokjax.model import named_parameters
 from grokjax.quantization import QuantizedArray
 
 MOE = GrokConfig.tiny()
@@ -27,8 +26,7 @@ LETTERS = {
 
 
 def values_of(config: GrokConfig) -> dict[str, object]:
-    state = nnx.split(init(config, dtype=jnp.float32))[1]
-    return {parameter_name(path): param.get_value() for path, param in nnx.to_flat_state(state)}
+    return {name: param.get_value() for name, param in named_parameters(init(config, dtype=jnp.float32)).items()}
 
 
 def test_the_table_lists_the_parameters_of_a_model_and_which_may_be_int8() -> None:

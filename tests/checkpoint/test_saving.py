@@ -32,7 +32,7 @@ from grokjax import (
 )
 from grokjax.checkpoint import open_checkpoint, parameter_shapes
 from grokjax.checkpoint.stored import ArraySpec, TensorSpec
-from grokjax.model import parameter_name
+from grokjax.model import named_parameters
 
 CONFIG = SMALL.replace(num_experts=4)
 PLACES = [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT), ((2, 4), FULLY), ((8, 1), TENSOR)]
@@ -41,7 +41,7 @@ WRITTEN = or_thorough(PLACES[1:], [((2, 4), EXPERT)])
 
 
 def parameters(model: Grok) -> dict[str, jax.Array | QuantizedArray]:
-    return {parameter_name(path): param.get_value() for path, param in nnx.to_flat_state(nnx.split(model)[1])}
+    return {name: param.get_value() for name, param in named_parameters(model).items()}
 
 
 def assert_same_model(found: Grok, expected: Grok) -> None:
