@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.sharding import Axes, Partitioner, ShardingRules
+from grokjax.sharding import Axes, Partitioner, ShardingRules, zeros
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
 
@@ -100,8 +100,7 @@ class KVCache:
           ValueError: A size is below 1, `max_len` exceeds the configuration's longest sequence, or the dtype is
             another one.
         """
-        shapes = cls.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+        return zeros(cls.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules))
 
     @classmethod
     def abstract(

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from grokjax.config import GrokConfig
 
 Axes = tuple[str | None, ...]
+T = TypeVar("T")
 
 MESH_AXES = ("data", "model")
 
@@ -268,6 +270,12 @@ def with_shardings(arrays: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arrays, shardings
     )
+
+
+def zeros(shapes: T) -> T:
+    """Arrays of zeros for a tree of `jax.ShapeDtypeStruct`s with shardings, each shard made on its own device."""
+    made: T = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+    return made
 
 
 def device_bytes(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> int:

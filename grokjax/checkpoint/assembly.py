@@ -15,7 +15,7 @@ from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
 from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, specs_of
 from grokjax.model import Grok, init_parameters, named_parameters, with_values
 from grokjax.quantization import QuantizedArray, Weight, partition_specs
-from grokjax.sharding import Axes, Partitioner
+from grokjax.sharding import Axes, Partitioner, with_shardings, zeros
 
 
 class Builder:
@@ -117,7 +117,8 @@ class Builder:
             cast = functools.partial(_fit_fresh, blocks=blocks, like=shapes)
             started: Weight = jax.jit(cast, out_shardings=place)(fresh)
             return started
-        return jax.tree.map(lambda leaf, where: jnp.zeros(leaf.shape, leaf.dtype, device=where), shapes, place)
+        empty: Weight = zeros(with_shardings(shapes, place))
+        return empty
 
     def _read(self, unit: str, placements: Sequence[Placement]) -> list[Shards]:
         """The parts of one unit on the devices: `weight` and, where it has any, `scales`."""

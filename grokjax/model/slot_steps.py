@@ -16,6 +16,7 @@ from grokjax.model.grok import Grok
 from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of
+from grokjax.sharding import zeros
 
 # Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
@@ -52,10 +53,6 @@ class SlotState:
     def create(cls, model: Grok, cache: KVCache) -> Self:
         """The state around a cache before any step."""
         shapes = cls.abstract(model, cache)
-
-        def zeros(leaf: jax.Array) -> jax.Array:
-            return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-
         return cls(cache, tokens=zeros(shapes.tokens), logits=zeros(shapes.logits), bias=zeros(shapes.bias))
 
 
