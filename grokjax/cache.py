@@ -202,7 +202,7 @@ def default_cache_dtype(platform: str, compute_dtype: DTypeLike = jnp.bfloat16) 
       platform: "cpu", "gpu" or "tpu".
       compute_dtype: the model's.
     """
-    return jnp.dtype(jnp.float32 if platform == "cpu" or compute_dtype == jnp.float32 else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if platform == "cpu" or jnp.dtype(compute_dtype) == jnp.float32 else jnp.bfloat16)
 
 
 def check_cache_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from grokjax.cache import KVCache, QuantizedEntries, entry_bytes
+from grokjax.cache import KVCache, QuantizedEntries, default_cache_dtype, entry_bytes
 from grokjax.config import GrokConfig
 from grokjax.sharding import make_mesh
 
@@ -133,3 +133,11 @@ class TestInt8:
             KVCache.create(TINY, 2, 4, dtype="int8").insert(KVCache.create(TINY, 1, 4), 0)
         with pytest.raises(ValueError, match="the cache's dtype float16 must be float32, bfloat16 or int8"):
             KVCache.create(TINY, 2, 4, dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("float32", ["float32", jnp.float32, np.dtype(np.float32)], ids=str)
+def test_a_cache_that_no_dtype_is_named_for_is_as_exact_as_its_model(float32: object) -> None:
+    """On CPUs it is float32 in any case; the dtype of the model may be named in every way."""
+    assert default_cache_dtype("gpu", float32) == default_cache_dtype("tpu", float32) == jnp.float32
+    assert default_cache_dtype("gpu") == default_cache_dtype("tpu", "bfloat16") == jnp.bfloat16
+    assert default_cache_dtype("cpu") == default_cache_dtype("cpu", "bfloat16") == jnp.float32
