@@ -12,10 +12,17 @@ from pathlib import Path
 # All of these must be set before jax is imported, which any test module may be the first to do. The workers of a run
 # and the programs that tests start inherit them.
 ROOT = Path(__file__).resolve().parents[1]
-_DEVICES = "--xla_force_host_platform_device_count"
+_DEVICES, _OPTIMIZATION = "--xla_force_host_platform_device_count", "--xla_backend_optimization_level"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+_flags = [os.environ.get("XLA_FLAGS", "")]
+if _DEVICES not in _flags[0]:
+    _flags.append(f"{_DEVICES}=8")
+# Programs are compiled without optimisation, which takes half the time. Whoever names a level gets it, all else too.
+if _OPTIMIZATION not in _flags[0]:
+    _flags += [f"{_OPTIMIZATION}=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know it, and stop at what they do not know
+        _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 # The checkout's own package and the modules beside this file, also where another grokjax is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 # What one process has compiled, no other compiles again. A folder that is named outlives the run, and the next one is

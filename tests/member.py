@@ -160,7 +160,8 @@ def main() -> None:
     job, process_id, port, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     # Of several devices on CPUs, those with no neighbour in the process that died would wait on, and JAX with them.
     devices = 4 if job == "work" else 1
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     distributed.initialize(
         f"localhost:{port}", 2, process_id, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=60
     )
