@@ -38,9 +38,12 @@ class ReferenceOutput:
     captures: Mapping[str, np.ndarray]
 
 
-def forward(weights: Weights, config: GrokConfig, tokens: Sequence[int]) -> ReferenceOutput:
-    """Logits after each of T tokens, none of which is padding."""
+def forward(
+    weights: Weights, config: GrokConfig, tokens: Sequence[int], *, embeddings: np.ndarray | None = None
+) -> ReferenceOutput:
+    """Logits after each of T tokens, none of which is padding; embeddings [T, D] stand in place of the tokens' own."""
     hidden = weights["embedding.table"][np.asarray(tokens)] * config.embedding_multiplier  # [T, D]
+    hidden = hidden if embeddings is None else embeddings
     embed, layers = hidden, []
     for index in range(config.num_layers):
         layer = _decoder_layer(_Layer(weights, config, f"layers.{index}"), hidden)

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import reference_backward
 from goldens import MODEL_CASES, load_case
 from reference import ReferenceOutput, forward, greedy, random_weights
 
@@ -188,3 +189,18 @@ def test_random_weights_have_exactly_the_documented_shapes_and_follow_their_seed
     dense = random_weights(DENSE, 1)
     assert len(dense) == 2 + config.num_layers * 11
     assert dense["layers.0.feed_forward.gate"].shape == (64, 128)
+
+
+@pytest.mark.parametrize("config", [GrokConfig.tiny(), DENSE], ids=["experts", "dense"])
+def test_the_backward_pass_is_the_slope_of_the_forward_pass(config: GrokConfig) -> None:
+    random, weights = np.random.default_rng(0), random_weights(config, 0)
+    tokens = random.integers(3, config.vocab_size, 7)
+    cotangents = random.standard_normal((len(tokens), config.vocab_size))
+    found, _ = reference_backward.backward(weights, config, tokens, cotangents)
+    for name, weight in weights.items():
+        step = 1e-5 * random.standard_normal(weight.shape) * np.abs(weight).mean()
+        sums = [
+            np.sum(forward({**weights, name: weight + sign * step}, config, tokens).logits * cotangents)
+            for sign in (1, -1)
+        ]
+        np.testing.assert_allclose((sums[0] - sums[1]) / 2, np.sum(found[name] * step), rtol=1e-5, err_msg=name)

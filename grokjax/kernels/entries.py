@@ -1,6 +1,7 @@
 """Reads, writes and copies entries of the cache: rows of one layer, in place, on any device."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,23 @@ def write(stack: Entries, new: jax.Array, place: CachePlace, *, platform: str) -
     Returns:
       The stack [L, B, K, S, H].
     """
-    parts = QuantizedEntries.of(new) if isinstance(stack, QuantizedEntries) else new
+    parts = _rounded(new) if isinstance(stack, QuantizedEntries) else new
     form = scatter_entries if platform == "gpu" else _write_rows
     return jax.tree.map(lambda stack, new: form(stack, new, place), stack, parts)
+
+
+@jax.custom_jvp
+def _rounded(new: jax.Array) -> QuantizedEntries:
+    """New entries [P, K, T, H] as int8 ones, through which no derivative goes."""
+    return QuantizedEntries.of(new)
+
+
+@_rounded.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "a derivative through an int8 cache was asked for, and rounding has none: create the cache with dtype=float32 "
+        "or bfloat16."
+    )
 
 
 def read(

@@ -24,5 +24,10 @@ def gated_unit(
     """
     gate, up, down = weights
     inputs, factors = multiply(x, (gate, up))
-    hidden = jax.nn.gelu(inputs, approximate=True) * factors
+    hidden = activate(inputs, factors)
     return multiply(hidden.astype(x.dtype), (down,))[0]
+
+
+def activate(inputs: jax.Array, factors: jax.Array) -> jax.Array:
+    """What the unit makes of its two first products [..., F]: the tanh form of GELU of one, times the other."""
+    return jax.nn.gelu(inputs, approximate=True) * factors

@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from grokjax.kernels import matmul_gpu
+from grokjax.kernels.cotangents import operand_cotangent, placed, weight_cotangent
+from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.matmul_cpu import cpu_matmul
 from grokjax.kernels.slices import float_precision, select, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
@@ -57,12 +60,34 @@ def matmuls(
             )
     rows = x.reshape(-1, x.shape[-1])
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)
-    if platform == "gpu":
-        outs = gpu_matmuls(rows, weights, at)
-    else:
-        form = cpu_matmul if platform == "cpu" else direct_matmul
-        outs = [form(rows, w, at) for w in weights]
+    smooth = functools.partial(_multiply, platform="tpu" if platform == "gpu" else platform)  # without kernels
+    multiply = with_rule(
+        functools.partial(_multiply, platform=platform), functools.partial(_pull, platform=platform), smooth=smooth
+    )
+    outs = multiply(rows, list(weights), at)
     return [out.reshape(*x.shape[:-1], w.shape[-1]) for out, w in zip(outs, weights, strict=True)]
+
+
+def _multiply(x: jax.Array, weights: list[Weight], at: tuple[jax.Array, ...], *, platform: str) -> list[jax.Array]:
+    """`matmuls` of rows [M, C]."""
+    if platform == "gpu":
+        return gpu_matmuls(x, weights, at)
+    form = cpu_matmul if platform == "cpu" else direct_matmul
+    return [form(x, w, at) for w in weights]
+
+
+def _pull(
+    operands: tuple[jax.Array, list[Weight], tuple[jax.Array, ...]], _: Any, outs: list[jax.Array], *, platform: str
+) -> tuple[Any, ...]:
+    """The cotangents of `_multiply`'s operands from those of its results."""
+    x, weights, at = operands
+    parts = [
+        operand_cotangent(out, w, at, dtype=x.dtype, platform=platform) for out, w in zip(outs, weights, strict=True)
+    ]
+    of_weights = [
+        placed(weight_cotangent(x, out, w, at, platform=platform), w, at) for out, w in zip(outs, weights, strict=True)
+    ]
+    return sum(parts[1:], parts[0]).astype(x.dtype), of_weights, (None,) * len(at)
 
 
 def direct_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Array:

@@ -1,12 +1,16 @@
 """The product of hidden states with the embedding table, plain or int8, in the form that suits the device."""
 
 import functools
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from grokjax.kernels.cpu_features import product_dtype
+from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.slices import float_precision, pad_rows
 from grokjax.quantization import QuantizedTable, Table
 
@@ -22,12 +26,42 @@ def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
     Returns:
       float32 [..., V].
     """
-    rows, is_cpu = x.reshape(-1, x.shape[-1]), platform == "cpu"
-    if isinstance(table, QuantizedTable):
-        out = (integer_unembed if is_cpu else direct_unembed)(rows, table.weight) * table.scales[None]
-    else:
-        out = (padded_unembed if is_cpu else direct_unembed)(rows, table)
+    is_cpu, smooth = platform == "cpu", blocked_unembed if platform == "cpu" else direct_unembed
+    forms = (integer_unembed if is_cpu else direct_unembed, padded_unembed if is_cpu else direct_unembed)
+    run = with_rule(
+        functools.partial(_unembed, forms=forms), _pull, smooth=functools.partial(_unembed, forms=(smooth, forms[1]))
+    )
+    out: jax.Array = run(x.reshape(-1, x.shape[-1]), table)
     return out.reshape(*x.shape[:-1], table.shape[0])
+
+
+Form = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _unembed(x: jax.Array, table: Table, *, forms: tuple[Form, Form]) -> jax.Array:
+    """`unembed` of rows [M, D], in one form for an int8 table and one for a plain one."""
+    if isinstance(table, QuantizedTable):
+        return forms[0](x, table.weight) * table.scales[None]
+    return forms[1](x, table)
+
+
+def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array) -> tuple[jax.Array, Any]:
+    """The cotangents of rows [M, D] and of the floats of the table from that of `_unembed`'s result, block by block."""
+    x, table = operands
+    weight = table.weight if isinstance(table, QuantizedTable) else table
+    scaled = (out * table.scales[None] if isinstance(table, QuantizedTable) else out).astype(x.dtype)
+    num_rows, block = len(weight), math.gcd(len(weight), _CAST_ROWS)
+    product = functools.partial(jnp.einsum, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
+
+    def add_block(i: jax.Array, of_x: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(scaled, i * block, block, axis=1)
+        return of_x + product("mv,vd->md", part, lax.dynamic_slice_in_dim(weight, i * block, block).astype(x.dtype))
+
+    of_x = lax.fori_loop(0, num_rows // block, add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+    if isinstance(table, QuantizedTable):
+        quantized: Any = QuantizedTable
+        return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0))
+    return of_x, product("mv,md->vd", scaled, x).astype(table.dtype)
 
 
 def direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -64,7 +98,7 @@ def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     is cast block by block. Arguments and result are those of `direct_unembed`.
     """
     if x.shape[0] > _INTEGER_ROWS:
-        return _blocked_unembed(x.astype(product_dtype(x.dtype)), table)
+        return blocked_unembed(x.astype(product_dtype(x.dtype)), table)
     digits = 2 if x.dtype == jnp.bfloat16 else 3
     wide = x.astype(jnp.float32)
     largest = jnp.abs(wide).max(axis=1, keepdims=True)
@@ -79,8 +113,11 @@ def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     return sum((part / 254**i for i, part in enumerate(parts)), jnp.zeros(())) * scale
 
 
-def _blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`direct_unembed`, block by block of an int8 table: only one is held in the dtype of x."""
+def blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """`direct_unembed`, block by block of an int8 table: only one is held in the dtype of x.
+
+    Arguments and result are those of `direct_unembed`.
+    """
     num_rows = table.shape[0]
     block = min(_CAST_ROWS, num_rows)
 

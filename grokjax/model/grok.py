@@ -1,11 +1,8 @@
 """The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from grokjax.cache import Entries, KVCache, default_cache_dtype
@@ -15,6 +12,7 @@ from grokjax.model.attention import Attention
 from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
 from grokjax.model.layers import RMSNorm
+from grokjax.model.stack import Carry, run_stack
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import Partitioner
 
@@ -79,7 +77,13 @@ class Grok(nnx.Module):
         self.final_norm = RMSNorm(config)
 
     def __call__(
-        self, tokens: jax.Array, count: jax.Array, cache: KVCache, *, rows: jax.Array | None = None
+        self,
+        tokens: jax.Array | None,
+        count: jax.Array,
+        cache: KVCache,
+        *,
+        rows: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Runs new tokens through all layers, after what the cache's rows hold already.
 
@@ -88,49 +92,60 @@ class Grok(nnx.Module):
           count: int32 [P], real tokens of each row, 0 to T.
           cache: of B rows.
           rows: int32 [P], rows of the cache that the tokens are for, each once; by default all B in order.
+          embeddings: floats [P, T, D], in place of tokens (None then): what `embedding.embed` would make of them.
 
         Returns:
           Hidden states after the last norm, [P, T, D] in the compute dtype, and the cache with the real tokens added.
         """
-        return self._run(tokens, count, cache, rows=rows, cache_layer=lambda layer: layer)
+        return self._run(self._embed(tokens, embeddings), count, cache, rows=rows, keeps=True)
 
-    def hidden_states(self, tokens: jax.Array) -> jax.Array:
-        """Runs whole texts [B, T], int32, through all layers, and keeps nothing.
+    def hidden_states(self, tokens: jax.Array | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
+        """Runs whole texts through all layers, and keeps nothing.
 
         The layers take turns with a cache of one layer.
+
+        Args:
+          tokens: int32 [B, T].
+          embeddings: in place of tokens, as for `__call__`.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype.
         """
-        batch, num_new = tokens.shape
+        embedded = self._embed(tokens, embeddings)
+        batch, num_new, _ = embedded.shape
         scratch = self._new_cache(self.config.replace(num_layers=1), batch, num_new)
         count = jnp.full((batch,), num_new, jnp.int32)
-        hidden, _ = self._run(tokens, count, scratch, rows=None, cache_layer=jnp.zeros_like)
+        hidden, _ = self._run(embedded, count, scratch, rows=None, keeps=False)
         return hidden
 
+    def _embed(self, tokens: jax.Array | None, embeddings: jax.Array | None) -> jax.Array:
+        """What the first layer is given, [B, T, D] in the compute dtype.
+
+        Raises:
+          ValueError: Tokens and embeddings are given, or neither.
+        """
+        if tokens is not None and embeddings is None:
+            return self.embedding.embed(tokens)
+        if tokens is None and embeddings is not None:
+            return embeddings.astype(self.dtype)
+        raise ValueError("tokens and embeddings stand for each other: give one of them, and only one.")
+
     def _run(
-        self,
-        tokens: jax.Array,
-        count: jax.Array,
-        cache: KVCache,
-        *,
-        rows: jax.Array | None,
-        cache_layer: Callable[[jax.Array], jax.Array],
+        self, embedded: jax.Array, count: jax.Array, cache: KVCache, *, rows: jax.Array | None, keeps: bool
     ) -> tuple[jax.Array, KVCache]:
-        """What `__call__` does, with `cache_layer` of each layer."""
+        """What `__call__` does with embedded tokens; the layers take turns with one of the cache if it is not kept."""
         start = cache.lengths if rows is None else cache.lengths[rows]
         count = jnp.minimum(count, cache.max_len - start)
 
-        def run_layer(
-            layer: jax.Array, carry: tuple[jax.Array, Entries, Entries]
-        ) -> tuple[jax.Array, Entries, Entries]:
-            x, keys, values = carry
-            place = CachePlace(layer=cache_layer(layer), rows=rows, start=start, count=count)
-            x, keys, values = self.layers(x, keys, values, layer=layer, place=place)
+        graphdef, parameters = nnx.split(self.layers)
+
+        def run_layer(parameters: nnx.State, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
+            x, keys, values = nnx.merge(graphdef, parameters)(*carry, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
-        x = self.partitioner.constrain(self.embedding.embed(tokens), ("batch", None, None))
-        x, keys, values = lax.fori_loop(0, self.config.num_layers, run_layer, (x, cache.keys, cache.values))
+        x = self.partitioner.constrain(embedded, ("batch", None, None))
+        place = CachePlace(layer=jnp.zeros((), jnp.int32), rows=rows, start=start, count=count)
+        x, keys, values = run_stack(run_layer, parameters, (x, cache.keys, cache.values), place, keeps=keeps)
         lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
         return self.final_norm(x), KVCache(keys, values, lengths)
 

@@ -15,23 +15,30 @@ from grokjax.model.grok import Grok
 from grokjax.sampling import SampleOutput, SampleSettings
 
 
-def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
+def forward(model: Grok, tokens: ArrayLike | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
     """Logits at every position, without a cache.
+
+    It has derivatives with respect to the embeddings and the floats among the parameters, see docs/model.md.
 
     Args:
       model: the model.
       tokens: integers [B, T] in the vocabulary; padding on the right changes nothing before it.
+      embeddings: floats [B, T, D], in place of tokens: what `model.embedding.embed` would make of them.
 
     Returns:
       float32 [B, T, V].
 
     Raises:
-      ValueError: The shape is not [B, T], T exceeds the longest sequence, or a token is outside the vocabulary.
+      ValueError: The shape is not [B, T], or [B, T, D], T exceeds the longest sequence, a token is outside the
+        vocabulary, or both tokens and embeddings are given, or neither.
     """
-    tokens = _check_tokens(model, tokens, ndim=2)
-    if tokens.shape[1] > model.config.max_seq_len:
-        raise ValueError(f"{tokens.shape[1]} tokens exceed max_seq_len={model.config.max_seq_len}: pass fewer.")
-    return _forward(model, tokens)
+    if tokens is not None:
+        tokens = _check_tokens(model, tokens, ndim=2)
+    _check_embeddings(model, embeddings)
+    given = embeddings if tokens is None else tokens
+    if given is not None and given.shape[1] > model.config.max_seq_len:
+        raise ValueError(f"{given.shape[1]} tokens exceed max_seq_len={model.config.max_seq_len}: pass fewer.")
+    return _forward(model, tokens, embeddings)
 
 
 def prefill(
@@ -192,8 +199,8 @@ def generate(
 
 
 @jax.jit
-def _forward(model: Grok, tokens: jax.Array) -> jax.Array:
-    return model.logits(model.hidden_states(tokens))
+def _forward(model: Grok, tokens: jax.Array | None, embeddings: jax.Array | None = None) -> jax.Array:
+    return model.logits(model.hidden_states(tokens, embeddings=embeddings))
 
 
 def _prefill_step(
@@ -293,6 +300,14 @@ def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
     return tokens.astype(jnp.int32)
 
 
+def _check_embeddings(model: Grok, embeddings: jax.Array | None) -> None:
+    size = model.config.model_dim
+    if embeddings is not None and (embeddings.ndim != 3 or not embeddings.size or embeddings.shape[2] != size):
+        raise ValueError(
+            f"embeddings must have shape [batch, length, {size}] and not be empty; these have shape {embeddings.shape}."
+        )
+
+
 def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.Array:
     lengths = _as_integers(lengths)
     if lengths.shape != tokens.shape[:1]:
@@ -316,7 +331,8 @@ def _check_rows(rows: ArrayLike, tokens: jax.Array, cache: KVCache) -> jax.Array
 
 
 def _check_range(name: str, values: jax.Array, most: int, least: int = 0) -> None:
-    low, high = int(values.min()), int(values.max())
+    known = np.asarray(values)  # by NumPy: under a caller's jit, JAX would only trace what it finds
+    low, high = int(known.min()), int(known.max())
     if low < least or high > most:
         raise ValueError(f"{name} must be between {least} and {most}; these reach from {low} to {high}.")
 

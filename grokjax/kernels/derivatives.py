@@ -1,0 +1,165 @@
+"""Derivatives by a rule: for functions whose loops JAX cannot run backwards, or would pay for with too much memory.
+
+A function with a rule has derivatives of both modes, and those of one mode of the other: `jax.grad`, `jax.jvp`,
+`jax.linearize`, and the product of a Hessian with a vector as the `jax.jvp` of a `jax.grad`. Only what runs backwards
+twice needs more than this gives.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def with_rule(
+    function: Callable[..., Any],
+    pull: Callable[..., Any],
+    *,
+    saving: Callable[..., Any] | None = None,
+    smooth: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """`function` with a rule for its derivatives; called as it is, it is `function`.
+
+    Args:
+      function: of trees of arrays; it gives a tree of floats. Its integers are constants.
+      pull: (operands, what was saved, cotangents of the result) -> for each operand its cotangents, a tree like it in
+        the dtypes of its floats, None for integers; None for an operand without floats. It must have derivatives of
+        forward mode.
+      saving: what gives the result and what `pull` wants to have saved of it; by default nothing is saved.
+      smooth: a form of `function` that has derivatives of forward mode, by default itself.
+    """
+    in_forward_mode = function if smooth is None else smooth
+
+    @jax.custom_jvp
+    def call(*operands: Any) -> Any:
+        return function(*operands)
+
+    def rule(operands: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        leaves, tree = _flatten(operands)
+        changes = tree.flatten_up_to(tangents)
+        varied = [i for i, change in enumerate(changes) if not isinstance(change, SymbolicZero)]
+        out, saved = (call(*operands), ()) if saving is None else saving(*operands)
+
+        def push(known: Any, changes: list[jax.Array]) -> Any:
+            leaves, _ = known
+
+            def of_varied(values: list[jax.Array]) -> Any:
+                whole = dict(enumerate(leaves)) | dict(zip(varied, values, strict=True))
+                return in_forward_mode(*tree.unflatten(whole.values()))
+
+            return jax.jvp(of_varied, ([leaves[i] for i in varied],), (changes,))[1]
+
+        def pull_varied(known: Any, cotangents: Any) -> list[jax.Array]:
+            leaves, saved = known
+            operands = tree.unflatten(leaves)
+            found: list[Any] = []
+            for operand, part in zip(operands, pull(operands, saved, cotangents), strict=True):
+                _, structure = _flatten(operand)
+                found += [None] * structure.num_leaves if part is None else structure.flatten_up_to(part)
+            return [found[i] for i in varied]
+
+        return out, _linear(push, pull_varied, (leaves, saved), [changes[i] for i in varied])
+
+    call.defjvp(rule, symbolic_zeros=True)
+    return call
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tree and its structure."""
+    return jax.tree.flatten(tree)
+
+
+def _linear(push: Callable[..., Any], pull: Callable[..., Any], known: Any, changes: Any) -> Any:
+    """`push(known, changes)`, linear in the changes, with `pull(known, cotangents)` for its transpose."""
+    (known_leaves, known_tree), (change_leaves, change_tree) = _flatten(known), _flatten(changes)
+    _, out_tree = _flatten(jax.eval_shape(push, known, changes))
+
+    def flat(function: Callable[..., Any], tree: Any, out_tree: Any) -> Callable[..., list[jax.Array]]:
+        def call(known_leaves: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:
+            found: list[jax.Array] = out_tree.flatten_up_to(
+                function(known_tree.unflatten(known_leaves), tree.unflatten(leaves))
+            )
+            return found
+
+        return call
+
+    leaves = _linear_p.bind(
+        *known_leaves,
+        *change_leaves,
+        num_known=len(known_leaves),
+        push=flat(push, change_tree, out_tree),
+        pull=flat(pull, out_tree, change_tree),
+    )
+    return out_tree.unflatten(leaves)
+
+
+_linear_p = Primitive("linear_by_rule")
+_linear_p.multiple_results = True
+
+
+def _run(*leaves: jax.Array, num_known: int, push: Callable[..., Any], pull: Callable[..., Any]) -> list[jax.Array]:
+    del pull
+    found: list[jax.Array] = push(leaves[:num_known], leaves[num_known:])
+    return found
+
+
+def _shapes(*leaves: Any, **params: Any) -> list[Any]:
+    return [jax.typeof(leaf) for leaf in jax.eval_shape(lambda *leaves: _run(*leaves, **params), *leaves)]
+
+
+def _differentiate(leaves: Sequence[Any], tangents: Sequence[Any], *, num_known: int, **params: Any) -> Any:
+    """Forward mode: the changes change, and so may what is known."""
+    out = _linear_p.bind(*leaves, num_known=num_known, **params)
+    known, changes = leaves[:num_known], leaves[num_known:]
+    parts = []
+    if any(type(tangent) is not ad.Zero for tangent in tangents[num_known:]):
+        moved = [ad.instantiate_zeros(tangent) for tangent in tangents[num_known:]]
+        parts.append(_linear_p.bind(*known, *moved, num_known=num_known, **params))
+    varied = [i for i, tangent in enumerate(tangents[:num_known]) if type(tangent) is not ad.Zero]
+    if varied:
+
+        def of_varied(values: list[jax.Array]) -> list[jax.Array]:
+            whole = dict(enumerate(known)) | dict(zip(varied, values, strict=True))
+            return list(params["push"](list(whole.values()), changes))
+
+        parts.append(jax.jvp(of_varied, ([known[i] for i in varied],), ([tangents[i] for i in varied],))[1])
+    return out, [sum(terms[1:], terms[0]) for terms in zip(*parts, strict=True)]
+
+
+def _transpose(cotangents: Sequence[Any], *leaves: Any, num_known: int, push: Any, pull: Any) -> list[Any]:
+    """Reverse mode: the two functions change places."""
+    known = leaves[:num_known]
+    given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    found = _linear_p.bind(*known, *given, num_known=num_known, push=pull, pull=push)
+    wanted = (ad.is_undefined_primal(leaf) for leaf in leaves[num_known:])
+    return [None] * num_known + [part if is_wanted else None for part, is_wanted in zip(found, wanted, strict=True)]
+
+
+def _batch(
+    leaves: Sequence[Any], axes: Sequence[Any], *, num_known: int, push: Any, pull: Any
+) -> tuple[Sequence[Any], list[int]]:
+    """`vmap`: both functions of a batch."""
+    size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+    known_axes = [None if axis is None else axis for axis in axes[:num_known]]
+    changes = [
+        jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
+        for leaf, axis in zip(leaves[num_known:], axes[num_known:], strict=True)
+    ]
+
+    def of_batch(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda known, changes: jax.vmap(function, in_axes=(known_axes, 0))(list(known), list(changes))
+
+    out = _linear_p.bind(*leaves[:num_known], *changes, num_known=num_known, push=of_batch(push), pull=of_batch(pull))
+    return out, [0] * len(out)
+
+
+_linear_p.def_impl(_run)
+_linear_p.def_abstract_eval(_shapes)
+mlir.register_lowering(_linear_p, mlir.lower_fun(_run, multiple_results=True))
+ad.primitive_jvps[_linear_p] = _differentiate
+ad.primitive_transposes[_linear_p] = _transpose
+batching.primitive_batchers[_linear_p] = _batch

@@ -1,0 +1,133 @@
+"""The experts on any device: the tokens sorted by expert, and one block of tokens of one expert after the other."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grokjax.kernels.gated_unit import GatedWeights, gated_unit
+from grokjax.kernels.products import matmuls
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedPairs:
+    """The (token, expert) pairs sorted by expert, and cut into blocks that never mix experts.
+
+    Attributes:
+      is_ours: bool [M * X], pairs of experts that are held, in the order of the tokens.
+      places: int32 [M, X], where each pair stands in the order of the experts.
+      tokens: int32 [M * X + block], the token of each pair in that order; the last block reads past the last pair.
+      counts: int32 [E], pairs of each expert.
+      starts: int32 [E], the first pair of each expert.
+      block_ends: int32 [E], blocks of each expert and those before it.
+    """
+
+    is_ours: jax.Array
+    places: jax.Array
+    tokens: jax.Array
+    counts: jax.Array
+    starts: jax.Array
+    block_ends: jax.Array
+
+
+def sort_pairs(experts: jax.Array, num_held: int, block: int) -> SortedPairs:
+    """Sorts the pairs of experts [M, X], of which `num_held` are held, for blocks with room for `block` pairs."""
+    flat = experts.reshape(-1)
+    is_ours = (flat >= 0) & (flat < num_held)
+    flat = jnp.where(is_ours, flat, num_held)  # what is left out sorts last
+    order = jnp.argsort(flat, stable=True)
+    places = jnp.argsort(order).reshape(experts.shape)
+    counts = jnp.bincount(flat, length=num_held)
+    block_ends = jnp.cumsum(-(-counts // block))
+    starts = jnp.cumsum(counts) - counts
+    tokens = jnp.pad(order // experts.shape[1], (0, block))
+    return SortedPairs(is_ours, places, tokens, counts, starts, block_ends)
+
+
+def evaluate_in_blocks(
+    x: jax.Array,
+    probabilities: jax.Array,
+    experts: jax.Array,
+    weights: GatedWeights,
+    layer: jax.Array,
+    *,
+    sizes: tuple[int, ...],
+    platform: str,
+) -> jax.Array:
+    """`experts.evaluate_experts`, one block of tokens of one expert at a time.
+
+    The (token, expert) pairs are sorted by expert and cut into blocks of rows that never mix experts; a loop of as many
+    steps as there are blocks reads each block's expert from the stack. An expert that nobody chose is not read; one
+    that several tokens chose is read once a block. Arguments and result are those of `experts.evaluate_experts`, and
+    `sizes`, the numbers of rows to compute a block with, see `experts.block_sizes`.
+    """
+    (num_tokens, per_token), block = experts.shape, sizes[-1]
+    pairs = sort_pairs(experts, weights[0].shape[1], block)
+
+    def evaluate(rows: jax.Array, expert: jax.Array, *_: jax.Array) -> tuple[jax.Array, tuple[()]]:
+        multiply = functools.partial(matmuls, at=(layer, expert), platform=platform)
+        return gated_unit(x[rows], weights, multiply), ()
+
+    out, _ = run_blocks(pairs, sizes, evaluate, jnp.zeros((num_tokens * per_token + block, x.shape[1]), jnp.float32))
+    return mix(out, probabilities, pairs)
+
+
+def run_blocks(
+    pairs: SortedPairs,
+    sizes: tuple[int, ...],
+    evaluate: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[Any, Any]],
+    out: Any,
+    sums: Any = (),
+    add: Callable[[Any, Any, jax.Array], Any] = lambda sums, parts, expert: sums,
+) -> tuple[Any, Any]:
+    """Runs one block after the other, each with the smallest of `sizes` that holds the tokens that its expert has left.
+
+    Args:
+      pairs: sorted for blocks of `sizes[-1]` rows.
+      sizes: ascending.
+      evaluate: (tokens of the block's rows, int32 [size]; their expert, int32 []; the number of the first pair; how
+        many of the rows are real, which may be more than there are) -> a tree of [size, ...], and what the block adds.
+      out: a tree of [M * X + sizes[-1], ...], into which the rows are written where their pairs stand.
+      sums: what blocks add to.
+      add: (sums, what a block adds, its expert) -> sums.
+
+    Returns:
+      `out` and `sums`.
+    """
+    block = sizes[-1]
+
+    def run_block(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        out, sums = carry
+        expert = jnp.searchsorted(pairs.block_ends, i, side="right").astype(jnp.int32)
+        done = (i - jnp.where(expert > 0, pairs.block_ends[expert - 1], 0)) * block
+        first = pairs.starts[expert] + done
+        rows = lax.dynamic_slice_in_dim(pairs.tokens, first, block)
+        left = pairs.counts[expert] - done
+
+        def run(size: int) -> Callable[[], tuple[Any, Any]]:
+            def branch() -> tuple[Any, Any]:
+                found, parts = evaluate(rows[:size], expert, first, left)
+                missing = block - size
+                return jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), found), parts
+
+            return branch
+
+        # The smallest size that holds the expert's tokens; rows behind them are overwritten by the blocks that follow.
+        choice = (left > jnp.array(sizes[:-1], jnp.int32)).sum()
+        found, parts = lax.switch(choice, [run(size) for size in sizes])
+        write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
+        return jax.tree.map(write, out, found), add(sums, parts, expert)
+
+    finished: tuple[Any, Any] = lax.fori_loop(0, pairs.block_ends[-1], run_block, (out, sums))
+    return finished
+
+
+def mix(out: jax.Array, probabilities: jax.Array, pairs: SortedPairs) -> jax.Array:
+    """The sum over each token's experts [M, D] of what they gave its pairs, weighted by the probabilities [M, X]."""
+    shares = jnp.where(pairs.is_ours, probabilities.reshape(-1), 0).reshape(probabilities.shape)
+    parts = [out[pairs.places[:, choice]] * shares[:, choice, None] for choice in range(shares.shape[1])]
+    return sum(parts[1:], parts[0])

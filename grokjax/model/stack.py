@@ -1,0 +1,95 @@
+"""Runs a stack of layers. Backwards it goes layer by layer, each computed once more from its input.
+
+So what is held beside the gradients is the input of every layer and what one layer makes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from grokjax.cache import Entries
+from grokjax.kernels import CachePlace, with_rule
+
+Carry = tuple[jax.Array, Entries, Entries]
+
+
+def run_stack(
+    run_layer: Callable[[Any, Carry, jax.Array, CachePlace], Carry],
+    parameters: Any,
+    carry: Carry,
+    place: CachePlace,
+    *,
+    keeps: bool,
+) -> Carry:
+    """Runs new tokens through all layers.
+
+    Args:
+      run_layer: (parameters; input and cache; number of the layer, int32 []; place in the cache) -> output and cache.
+      parameters: a tree of arrays [L, ...], of which the floats have derivatives.
+      carry: the first layer's input [P, T, D] in the compute dtype, and the cache's keys and values [L, B, K, S, H]; of
+        one layer, which all use in turn, if it is not kept.
+      place: of the tokens in the first layer of the cache.
+      keeps: whether each layer has a cache of its own.
+
+    Returns:
+      The last layer's output [P, T, D], and the cache's keys and values, without derivatives where they are not kept.
+    """
+    num_layers = len(jax.tree.leaves(parameters)[0])
+
+    def place_of(layer: jax.Array, place: CachePlace) -> CachePlace:
+        return dataclasses.replace(place, layer=layer if keeps else jnp.zeros_like(layer))
+
+    def run(parameters: Any, carry: Carry, place: CachePlace) -> Carry:
+        def step(layer: jax.Array, carry: Carry) -> Carry:
+            return run_layer(parameters, carry, layer, place_of(layer, place))
+
+        finished: Carry = lax.fori_loop(0, num_layers, step, carry)
+        return finished
+
+    def run_saving(parameters: Any, carry: Carry, place: CachePlace) -> tuple[Carry, jax.Array]:
+        def step(carry: Carry, layer: jax.Array) -> tuple[Carry, jax.Array]:
+            return run_layer(parameters, carry, layer, place_of(layer, place)), carry[0]
+
+        finished: tuple[Carry, jax.Array] = lax.scan(step, carry, jnp.arange(num_layers, dtype=jnp.int32))
+        return finished
+
+    def pull(operands: tuple[Any, Carry, CachePlace], inputs: jax.Array, out: Carry) -> tuple[Any, Carry, None]:
+        parameters, (_, *entries), place = operands
+        leaves: list[jax.Array] = jax.tree.leaves(parameters)
+        tree: Any = jax.tree.structure(parameters)
+        floats = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        first = dataclasses.replace(place, layer=jnp.zeros((), jnp.int32))
+
+        def pull_layer(i: jax.Array, carry: Any) -> Any:
+            layer = num_layers - 1 - i
+            of_floats, of_x, of_entries = carry
+            own = {number: lax.dynamic_index_in_dim(leaf, layer) for number, leaf in enumerate(leaves)}
+            number = layer if keeps else jnp.zeros_like(layer)
+            own_entries = tuple(lax.dynamic_index_in_dim(part, number) for part in entries)
+
+            def run_own(values: list[jax.Array], x: jax.Array, entries: tuple[jax.Array, jax.Array]) -> Carry:
+                parameters = tree.unflatten((own | dict(zip(floats, values, strict=True))).values())
+                return run_layer(parameters, (x, *entries), first.layer, first)
+
+            _, back = jax.vjp(run_own, [own[i] for i in floats], inputs[layer], own_entries)
+            parts, of_x, of_own = back((of_x, *(lax.dynamic_index_in_dim(part, number) for part in of_entries)))
+            put = functools.partial(lax.dynamic_update_index_in_dim, axis=0)
+            of_floats = [put(whole, part, layer) for whole, part in zip(of_floats, parts, strict=True)]
+            if keeps:
+                of_entries = [put(whole, part, layer) for whole, part in zip(of_entries, of_own, strict=True)]
+            return of_floats, of_x, of_entries
+
+        of_x, *of_entries = out
+        nothing = [jnp.zeros_like(leaves[i]) for i in floats]
+        of_floats, of_x, of_entries = lax.fori_loop(0, num_layers, pull_layer, (nothing, of_x, of_entries))
+        found = dict.fromkeys(range(len(leaves))) | dict(zip(floats, of_floats, strict=True))
+        return tree.unflatten(found.values()), (of_x, *of_entries), None
+
+    stack = with_rule(run, pull, saving=run_saving)
+    finished: Carry = stack(parameters, carry, place)
+    return finished
