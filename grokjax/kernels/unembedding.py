@@ -48,8 +48,8 @@ def _unembed(x: jax.Array, table: Table, *, forms: tuple[Form, Form]) -> jax.Arr
 def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array) -> tuple[jax.Array, Any]:
     """The cotangents of rows [M, D] and of the floats of the table from that of `_unembed`'s result, block by block."""
     x, table = operands
-    weight = table.weight if isinstance(table, QuantizedTable) else table
-    scaled = (out * table.scales[None] if isinstance(table, QuantizedTable) else out).astype(x.dtype)
+    weight, scales = (table.weight, table.scales) if isinstance(table, QuantizedTable) else (table, None)
+    scaled = (out if scales is None else out * scales[None]).astype(x.dtype)
     num_rows, block = len(weight), math.gcd(len(weight), _CAST_ROWS)
     product = functools.partial(jnp.einsum, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
 
@@ -58,10 +58,10 @@ def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array) -> tuple[ja
         return of_x + product("mv,vd->md", part, lax.dynamic_slice_in_dim(weight, i * block, block).astype(x.dtype))
 
     of_x = lax.fori_loop(0, num_rows // block, add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
-    if isinstance(table, QuantizedTable):
-        quantized: Any = QuantizedTable
-        return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0))
-    return of_x, product("mv,md->vd", scaled, x).astype(table.dtype)
+    if scales is None:
+        return of_x, product("mv,md->vd", scaled, x).astype(weight.dtype)
+    quantized: Any = QuantizedTable
+    return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0))
 
 
 def direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
