@@ -106,7 +106,7 @@ def attend_in_blocks(
 
     if num_blocks == 1:
         return run(jnp.zeros((), jnp.int32))
-    out = lax.map(run, jnp.arange(num_blocks))  # [blocks, P, block, N * H]
+    out = lax.map(run, jnp.arange(num_blocks, dtype=jnp.int32))  # [blocks, P, block, N * H]
     return out.swapaxes(0, 1).reshape(batch, num_blocks * block, -1)[:, :num_new]
 
 
@@ -126,7 +126,8 @@ def _attend_block(
     num_kv_heads, max_len = keys.shape[2:4]
     grouped = query.reshape(batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
     block = min(key_block, max_len)
-    positions = (place.start[:, None] + jnp.arange(num_new)[None])[:, None, None, :, None]  # [P, 1, 1, T, 1]
+    positions = place.start[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None]
+    positions = positions[:, None, None, :, None]  # [P, 1, 1, T, 1]
     product = functools.partial(jnp.einsum, precision=float_precision(query.dtype), preferred_element_type=jnp.float32)
 
     def add_keys(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -136,7 +137,7 @@ def _attend_block(
         (key, key_scales), (value, value_scales) = block_of(keys), block_of(values)
         scores = _scaled(product("btkgh,bksh->bkgts", grouped, key), key_scales)
         scores = softcap * jnp.tanh(scores * (multiplier / softcap))
-        entry = (begin + jnp.arange(block))[None, None, None, None]
+        entry = (begin + jnp.arange(block, dtype=jnp.int32))[None, None, None, None]
         scores = jnp.where((entry <= positions) & (entry >= i * block), scores, -1e30)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
         weights = jnp.exp(scores - new_peak[..., None])

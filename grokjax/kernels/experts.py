@@ -98,9 +98,9 @@ def _sort_pairs(experts: jax.Array, num_held: int, block: int) -> _SortedPairs:
     flat = experts.reshape(-1)
     is_ours = (flat >= 0) & (flat < num_held)
     flat = jnp.where(is_ours, flat, num_held)  # what is left out sorts last
-    order = jnp.argsort(flat, stable=True)
-    places = jnp.argsort(order).reshape(experts.shape)
-    counts = jnp.bincount(flat, length=num_held)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    places = jnp.argsort(order).astype(jnp.int32).reshape(experts.shape)
+    counts = jnp.bincount(flat, length=num_held).astype(jnp.int32)
     block_ends = jnp.cumsum(-(-counts // block))
     starts = jnp.cumsum(counts) - counts
     tokens = jnp.pad(order // experts.shape[1], (0, block))
@@ -138,7 +138,7 @@ def evaluate_in_blocks(
             return lambda: jnp.pad(gated_unit(x[rows[:size]], weights, multiply), ((0, block - size), (0, 0)))
 
         # The smallest size that holds the expert's tokens; rows behind them are overwritten by the blocks that follow.
-        choice = (pairs.counts[expert] - done > jnp.array(sizes[:-1], jnp.int32)).sum()
+        choice = (pairs.counts[expert] - done > jnp.array(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
         return lax.dynamic_update_slice_in_dim(out, lax.switch(choice, [evaluate(size) for size in sizes]), first, 0)
 
     out = jnp.zeros((num_tokens * per_token + block, x.shape[1]), jnp.float32)

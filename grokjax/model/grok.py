@@ -36,6 +36,7 @@ class DecoderLayers(nnx.Module):
         self.feed_forward = FeedForward(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.post_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
 
+    @jax.transfer_guard("allow")
     def __getitem__(self, index: int) -> "DecoderLayers":
         if not -self.num_layers <= index < self.num_layers:
             raise IndexError(f"layer {index} does not exist: the model has {self.num_layers} layers.")
@@ -54,7 +55,7 @@ class DecoderLayers(nnx.Module):
             mixed, keys, values = self.attention(normed, keys, values, layer=layer, place=place)
             x = x + self.post_attention_norm(mixed, layer)
         with jax.named_scope("feed_forward"):
-            valid = jnp.arange(x.shape[1])[None] < place.count[:, None]
+            valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < place.count[:, None]
             mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer)
             return x + self.post_feed_forward_norm(mixed, layer), keys, values
 
@@ -125,7 +126,7 @@ class Grok(nnx.Module):
             layer: jax.Array, carry: tuple[jax.Array, Entries, Entries]
         ) -> tuple[jax.Array, Entries, Entries]:
             x, keys, values = carry
-            place = CachePlace(layer=cache_layer(layer), rows=rows, start=start, count=count)
+            place = CachePlace(layer=cache_layer(jnp.asarray(layer, jnp.int32)), rows=rows, start=start, count=count)
             x, keys, values = self.layers(x, keys, values, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
