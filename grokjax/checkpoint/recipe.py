@@ -118,9 +118,9 @@ def _processor() -> jax.Device:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
+        named = jax.config.values["jax_platforms"]
         raise ValueError(
-            f"weights are rounded on the processor, which JAX_PLATFORMS={jax.config.jax_platforms} leaves out: add cpu "
-            f"to it, as in {jax.config.jax_platforms},cpu."
+            f"weights are rounded on the processor, which JAX_PLATFORMS={named} leaves out: add it, as in {named},cpu."
         ) from error
 
 

@@ -49,7 +49,7 @@ def _has_devices() -> bool:
 
 
 def _no_devices(error: Exception) -> str:
-    asked, reason = jax.config.jax_platforms, f" ({first_line(error)})" if str(error) else ""
+    asked, reason = jax.config.values["jax_platforms"], f" ({first_line(error)})" if str(error) else ""
     return (
         f"JAX_PLATFORMS={asked} asks for devices that JAX cannot find on this machine{reason}; its processor, cpu, is "
         "always there: leave JAX_PLATFORMS unset to use the best that JAX finds, or set it to cpu."
