@@ -145,6 +145,7 @@ class KVCache:
         """How many entries each row can hold, S."""
         return self.keys.shape[3]
 
+    @jax.transfer_guard("allow")
     def insert(self, row_cache: "KVCache", row: jax.Array | int) -> "KVCache":
         """This cache with row `row` replaced by the only row of `row_cache`.
 
@@ -180,6 +181,7 @@ class KVCache:
 
         return jax.tree.map(put, self, row_cache)
 
+    @jax.transfer_guard("allow")
     def reset(self, row: jax.Array | int) -> "KVCache":
         """This cache with row `row` empty."""
         return dataclasses.replace(self, lengths=self.lengths.at[self._check_row(row)].set(0))

@@ -58,6 +58,7 @@ class QuantizedArray:
 Weight = jax.Array | QuantizedArray
 
 
+@jax.transfer_guard("allow")
 def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.float32) -> QuantizedArray:
     """Rounds a weight to int8, symmetrically, with one scale for each output and block of rows.
 
@@ -116,6 +117,7 @@ def quantize_table(table: jax.Array) -> QuantizedTable:
     return QuantizedTable(_round_to_int8(table, scales[:, None]), scales)
 
 
+@jax.transfer_guard("allow")
 def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The plain weight [..., C, O] in `dtype`; a plain weight is only cast."""
     if not isinstance(w, QuantizedArray):

@@ -6,6 +6,7 @@ whatever the logits' dtype.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Self
 
 import jax
@@ -16,6 +17,8 @@ from jax.typing import ArrayLike
 
 # The logit of a token that must not be drawn. Source: the release's `runners.py`, `top_p_filter` and `sample_token`.
 EXCLUDED = -1e10
+# The generator of all keys that this package makes, whatever JAX's own default is.
+_GENERATOR = "threefry2x32"
 # Below this a division overflows or the hardware flushes the divisor to zero, so such a temperature is greedy too.
 _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -46,6 +49,7 @@ class SampleSettings:
     active: jax.Array
 
     @classmethod
+    @jax.transfer_guard("allow")
     def create(
         cls,
         batch_size: int,
@@ -105,17 +109,51 @@ class SampleOutput:
     top_k_probs: jax.Array | None
 
 
+def seed_key(seed: ArrayLike) -> jax.Array:
+    """The key of a seed, uint32 []: of threefry, so that a seed draws the same whatever `jax_default_prng_impl` is."""
+    return jax.random.key(seed, impl=_GENERATOR)
+
+
+@jax.transfer_guard("allow")
 def row_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
     """Each row's key for one position: `fold_in(key, position)`, so a request draws the same in any slot and batch.
 
     Args:
-      keys: the requests' keys, typed [B] or raw uint32 [B, 2].
+      keys: the requests' keys, typed [B] of any generator, or raw uint32 [B, 2] of threefry.
       positions: of the tokens to draw, each counted from the beginning of its row's prompt [B] int32.
 
     Returns:
       Keys of the same kind and shape as `keys`.
+
+    Raises:
+      ValueError: The keys are raw and of another generator.
     """
-    return jax.vmap(jax.random.fold_in)(keys, positions)
+    typed = typed_keys(keys)
+    folded = _each_key(jax.random.fold_in, typed, positions)
+    return folded if typed is keys else jax.random.key_data(folded)
+
+
+def _each_key(function: Callable[..., jax.Array], keys: jax.Array, *rows: jax.Array) -> jax.Array:
+    """`function(key, *row)` of each row; of typed keys that are not threefry's, `vmap` would use the first for all."""
+    if jax.random.key_impl(keys) == _GENERATOR:
+        return jax.vmap(function)(keys, *rows)
+    return lax.map(lambda row: function(*row), (keys, *rows))
+
+
+def typed_keys(keys: jax.Array) -> jax.Array:
+    """Keys [B] that name their generator: typed ones as they are, raw uint32 [B, 2] as those of threefry.
+
+    Raises:
+      ValueError: The keys are raw and of another generator.
+    """
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        return keys
+    if keys.dtype != jnp.uint32 or keys.ndim != 2 or keys.shape[1] != 2:
+        raise ValueError(
+            f"raw keys of {keys.dtype} {keys.shape} are not those of threefry, uint32 [B, 2]: pass typed keys, which "
+            "name their generator, as jax.random.key makes them."
+        )
+    return jax.random.wrap_key_data(keys, impl=_GENERATOR)
 
 
 def sample_token(
@@ -134,7 +172,7 @@ def sample_token(
     (not if all are greedy).
 
     Args:
-      keys: one key per row, typed [B] or raw uint32 [B, 2].
+      keys: one key per row, typed [B] of any generator, or raw uint32 [B, 2] of threefry.
       logits: [B, V] of any float dtype.
       settings: for the same B rows.
       num_top: how many of the most probable tokens to report as well, at most V; static.
@@ -142,7 +180,7 @@ def sample_token(
         which else takes an exchange for each step of the search; static.
 
     Raises:
-      ValueError: Shapes disagree, or `num_top` is outside 0 to V.
+      ValueError: Shapes disagree, raw keys are of another generator, or `num_top` is outside 0 to V.
     """
     _check_shapes(keys, logits, settings, num_top)
     return _sample_token(keys, logits, settings, num_top, whole)
@@ -172,6 +210,7 @@ def _sample_token(
     return zeroed
 
 
+@jax.transfer_guard("allow")
 def log_probs_of(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
     """Natural log-probabilities of given tokens under softmax(logits), for scoring a text.
 
@@ -187,6 +226,7 @@ def log_probs_of(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+@jax.transfer_guard("allow")
 def top_p_filter(logits: jax.Array, top_p: ArrayLike) -> jax.Array:
     """Keeps the most probable tokens whose mass reaches top-p; the others become -1e10.
 
@@ -202,6 +242,7 @@ def top_p_filter(logits: jax.Array, top_p: ArrayLike) -> jax.Array:
     return _keep_from(logits, find_threshold(logits, *_nucleus_limit(logits, _per_row(top_p, logits, jnp.float32))))
 
 
+@jax.transfer_guard("allow")
 def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
     """Keeps the `top_k` largest logits and ties with the last of them; the others become -1e10.
 
@@ -212,6 +253,7 @@ def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
     return _keep_from(logits, find_threshold(logits, *_rank_limit(logits, _per_row(top_k, logits, jnp.int32))))
 
 
+@jax.transfer_guard("allow")
 def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
     """Keeps tokens at least `min_p` times as probable as the top token; the others become -1e10.
 
@@ -255,8 +297,9 @@ def _filter(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sha
 
 def _draw(keys: jax.Array, filtered: jax.Array, greedy: jax.Array, needs_draw: jax.Array) -> jax.Array:
     """One token per row [B] int32: the best one if greedy, else drawn; no random numbers if no row needs them."""
-    draw = jax.vmap(functools.partial(jax.random.gumbel, shape=filtered.shape[1:], dtype=filtered.dtype))
-    noise = lax.cond(needs_draw, draw, lambda keys: jnp.zeros_like(filtered), keys)
+    noise_of = functools.partial(jax.random.gumbel, shape=filtered.shape[1:], dtype=filtered.dtype)
+    draw = functools.partial(_each_key, noise_of)
+    noise = lax.cond(needs_draw, draw, lambda keys: jnp.zeros_like(filtered), typed_keys(keys))
     return jnp.argmax(jnp.where(greedy[:, None], 0.0, noise) + filtered, axis=-1).astype(jnp.int32)
 
 

@@ -272,6 +272,7 @@ def with_shardings(arrays: Any, shardings: Any) -> Any:
     )
 
 
+@jax.transfer_guard("allow")
 def zeros(shapes: T) -> T:
     """Arrays of zeros for a tree of `jax.ShapeDtypeStruct`s with shardings, each shard made on its own device."""
     made: T = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)

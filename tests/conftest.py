@@ -110,6 +110,7 @@ def pytest_report_header() -> list[str]:
 # Workers take whole files in this order: one that takes long and is begun last would be waited for.
 SLOWEST_FIRST = (
     "test_distributed",
+    "test_settings",
     "test_model_goldens",
     "test_engine_model",
     "test_steps",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -19,6 +20,7 @@ from grokjax.sharding import Partitioner, ShardingRules
 HOST_BYTES = 1 << 30
 
 
+@jax.transfer_guard("allow")
 def load(
     path: str | Path,
     config: GrokConfig | None = None,
@@ -74,6 +76,7 @@ def load(
     return with_quantized_table(model) if quantized_table else model
 
 
+@jax.transfer_guard("allow")
 def load_parameters(
     path: str | Path,
     patterns: Sequence[str],

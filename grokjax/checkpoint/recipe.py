@@ -106,12 +106,22 @@ def _by_columns(leaves: Leaves, spec: TensorSpec, change: Any) -> Leaves:
     results = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in spec.leaves().items()}
     rows, columns = spec.weight.shape
     step = max(1, SLICE_BYTES // (4 * rows))
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(_processor()), jax.transfer_guard("allow"):
         for start in range(0, columns, step):
             block = {name: np.ascontiguousarray(leaf[:, start : start + step]) for name, leaf in leaves.items()}
             for name, result in change(block).items():
                 results[name][:, start : start + step] = result
     return results
+
+
+def _processor() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        named = jax.config.values["jax_platforms"]
+        raise ValueError(
+            f"weights are rounded on the processor, which JAX_PLATFORMS={named} leaves out: add it, as in {named},cpu."
+        ) from error
 
 
 @functools.partial(jax.jit, static_argnames="num_blocks")

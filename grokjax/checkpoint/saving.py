@@ -18,6 +18,7 @@ from grokjax.model import Grok, named_parameters
 from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
 
 
+@jax.transfer_guard("allow")
 def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> None:
     """Writes a model as a checkpoint of ours, which `load` restores onto any mesh.
 

@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from grokjax.cli import checkpoints, generate, plan
 from grokjax.cli.console import say, say_error
 from grokjax.distributed import DistributedError
+from grokjax.errors import first_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, DistributedError) as error:
         say_error(error)
         return 2
+    except (RuntimeError, AssertionError) as error:
+        if _has_devices():
+            raise
+        say_error(ValueError(_no_devices(error)))
+        return 2
+
+
+def _has_devices() -> bool:
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):  # the second, without a word, where there is a plugin and no device
+        return False
+
+
+def _no_devices(error: Exception) -> str:
+    asked, reason = jax.config.values["jax_platforms"], f" ({first_line(error)})" if str(error) else ""
+    return (
+        f"JAX_PLATFORMS={asked} asks for devices that JAX cannot find on this machine{reason}; its processor, cpu, is "
+        "always there: leave JAX_PLATFORMS unset to use the best that JAX finds, or set it to cpu."
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -108,18 +108,20 @@ def run(arguments: argparse.Namespace) -> int:
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
     if arguments.prompts is not None:
-        with _model_failures(
-            "The results so far are kept, and the same command goes on after them; if memory was short, give it fewer "
-            "--slots or a smaller --max-len."
-        ):
+        kept = " The results so far are kept, and the same command goes on after them."
+        with _model_failures("fewer --slots or a smaller --max-len", kept):
             return _run_batch(source, arguments)
-    with _model_failures("If memory was short, give it a smaller --max-len."):
+    with _model_failures("a smaller --max-len"):
         return _run_prompt(source, arguments)
 
 
 @contextlib.contextmanager
-def _model_failures(advice: str) -> Iterator[None]:
+def _model_failures(smaller: str, kept: str = "") -> Iterator[None]:
     """Turns an error of the devices, such as the death of another process, or too little memory into a sentence.
+
+    Args:
+      smaller: options that take less memory.
+      kept: what is not lost.
 
     Raises:
       ValueError: There was one.
@@ -127,8 +129,11 @@ def _model_failures(advice: str) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        others = "Another process may have died: see its messages. " if jax.process_count() > 1 else ""
-        raise ValueError(f"the model failed: {first_line(error)}. {others}{advice}") from error
+        others = " Another process may have died: see its messages." if jax.process_count() > 1 else ""
+        # What JAX refuses, such as a transfer that the user has forbidden, more memory would not help.
+        is_refused = str(error).startswith("INVALID_ARGUMENT")
+        memory = "" if is_refused else f" If memory was short, give it {smaller}."
+        raise ValueError(f"the model failed: {first_line(error)}.{others}{kept}{memory}") from error
 
 
 def _check_output(arguments: argparse.Namespace) -> None:

@@ -109,5 +109,5 @@ def _add_block(of_entries: jax.Array, part: jax.Array, begin: jax.Array) -> jax.
 
 def _placed(of_entries: jax.Array, stack: jax.Array, place: CachePlace) -> jax.Array:
     """The cotangent of a stack of entries, in which those of a place [P, K, S, H] lie in one layer."""
-    rows = jnp.arange(stack.shape[1]) if place.rows is None else place.rows
+    rows = jnp.arange(stack.shape[1], dtype=jnp.int32) if place.rows is None else place.rows
     return jnp.zeros_like(stack).at[place.layer, rows].add(of_entries.astype(stack.dtype))

@@ -47,7 +47,9 @@ def attend_in_blocks(
 
     if num_blocks == 1:
         return run(jnp.zeros((), jnp.int32))
-    out, log_totals = lax.map(run, jnp.arange(num_blocks))  # [blocks, P, block, N * H] and [blocks, P, K, G, block]
+    out, log_totals = lax.map(
+        run, jnp.arange(num_blocks, dtype=jnp.int32)
+    )  # [blocks, P, block, N * H] and [blocks, P, K, G, block]
     log_totals = jnp.moveaxis(log_totals, 0, 3).reshape(*log_totals.shape[1:4], -1)
     return out.swapaxes(0, 1).reshape(batch, num_blocks * block, -1)[:, :num_new], log_totals[..., :num_new]
 
@@ -102,7 +104,8 @@ def _attend_block(
 
 def query_positions(place: CachePlace, num_new: int) -> jax.Array:
     """The positions of queries, int32 [P, 1, 1, T, 1], the first of each row at `place.start`."""
-    return (place.start[:, None] + jnp.arange(num_new)[None])[:, None, None, :, None]
+    positions = place.start[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None]
+    return positions[:, None, None, :, None]
 
 
 def cap_scores(
@@ -128,7 +131,7 @@ def cap_scores(
       float32 [P, K, G, T, S].
     """
     scores = softcap * jnp.tanh(scores * (multiplier / softcap))
-    entry = (begin + jnp.arange(scores.shape[-1]))[None, None, None, None]
+    entry = (begin + jnp.arange(scores.shape[-1], dtype=jnp.int32))[None, None, None, None]
     return jnp.where((entry <= positions) & (entry >= unseen), scores, -1e30)
 
 

@@ -11,6 +11,7 @@ from jax import lax
 from grokjax.cache import Entries
 from grokjax.kernels.entries import CachePlace
 from grokjax.kernels.matmul_gpu import has_safe_offsets, tile_rows
+from grokjax.kernels.slices import float_precision
 
 # Keys that one step handles, and programs that keep the multiprocessors of the largest GPUs busy.
 _KEYS, _PROGRAMS = 64, 256
@@ -107,7 +108,7 @@ def _run_programs(
 
     (heads, _, head_dim), tile = packed.shape, scheme.tile
     tiles = packed.shape[1] // tile
-    rows = jnp.arange(heads // scheme.kv_heads) if place.rows is None else place.rows
+    rows = jnp.arange(heads // scheme.kv_heads, dtype=jnp.int32) if place.rows is None else place.rows
     numbers = tuple(a.astype(jnp.int32) for a in (rows, place.start, place.count, place.layer.reshape(1)))
     shape = (scheme.splits, *packed.shape)
 
@@ -158,30 +159,31 @@ def _attend_tile(
     max_len = keys_ref.shape[3]
     first = (pl.num_programs(1) - 1 - pl.program_id(1)) * scheme.tile
     start = start_ref[number]
-    positions = start + (first + jnp.arange(scheme.tile)) // scheme.group
+    positions = start + (first + jnp.arange(scheme.tile, dtype=jnp.int32)) // scheme.group
     count = count_ref[number]
     filled = jnp.where(count > 0, start + jnp.minimum((first + scheme.tile - 1) // scheme.group + 1, count), 0)
     num_blocks = (filled + _KEYS - 1) // _KEYS
     share = (num_blocks + scheme.splits - 1) // scheme.splits
     query = query_ref[0]
+    product = functools.partial(triton.dot, precision=float_precision(query.dtype))
 
     def add_keys(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         total, mixed = carry
         begin = jnp.minimum(i * _KEYS, max_len - _KEYS)  # the last block slides left and masks what was seen before
         these = (*place, pl.ds(begin, _KEYS))
-        scores = triton.dot(query, keys_ref[(*these, slice(None))].astype(query.dtype).T)
+        scores = product(query, keys_ref[(*these, slice(None))].astype(query.dtype).T)
         for scales_ref in key_scales:
             scores = scores * scales_ref[these][None]
         # score - c for score = c * tanh(x) is -2 c / (exp(2 x) + 1).
         scores = -2 * scheme.softcap / (jnp.exp(scores * (2 * scheme.multiplier / scheme.softcap)) + 1)
-        entry = begin + jnp.arange(_KEYS)
+        entry = begin + jnp.arange(_KEYS, dtype=jnp.int32)
         is_seen = (entry[None] <= positions[:, None]) & (entry >= i * _KEYS)[None]
         weights = jnp.where(is_seen, jnp.exp(scores), 0)
         total = total + weights.sum(axis=1)
         for scales_ref in value_scales:
             weights = weights * scales_ref[these][None]
         value = values_ref[(*these, slice(None))].astype(query.dtype)
-        return total, mixed + triton.dot(weights.astype(query.dtype), value)
+        return total, mixed + product(weights.astype(query.dtype), value)
 
     begin = pl.program_id(2) * share
     empty = (jnp.zeros(scheme.tile, jnp.float32), jnp.zeros(query.shape, jnp.float32))

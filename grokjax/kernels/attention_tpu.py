@@ -57,14 +57,14 @@ def attend(
     query = jnp.pad(query.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - num_new), (0, 0)))
 
     def attend_row(i: jax.Array) -> jax.Array:
-        positions = place.start[i] + jnp.arange(padded)
+        positions = place.start[i] + jnp.arange(padded, dtype=jnp.int32)
         kernel = _make_kernel(positions, keys.shape[3], query_block=query_block, softcap=softcap, interpret=interpret)
         row = dataclasses.replace(place, rows=(i if place.rows is None else place.rows[i])[None])
         key, value = (_read_row(entries, row, query.dtype) for entries in (keys, values))
         out: jax.Array = kernel(query[i], key, value)
         return out
 
-    out = lax.map(attend_row, jnp.arange(batch))  # [P, N, T, H]
+    out = lax.map(attend_row, jnp.arange(batch, dtype=jnp.int32))  # [P, N, T, H]
     return out[:, :, :num_new].swapaxes(1, 2).reshape(batch, num_new, num_heads * head_dim)
 
 
@@ -75,7 +75,7 @@ def _make_kernel(positions: Any, max_len: int, *, query_block: int, softcap: flo
 
     key_block = math.gcd(max_len, 1024)
     last = jnp.minimum(positions[query_block - 1 :: query_block], max_len - 1)[:, None] // key_block
-    number = jnp.arange(max_len // key_block)[None]
+    number = jnp.arange(max_len // key_block, dtype=jnp.int32)[None]
     mask = splash_attention_mask_info.MaskInfo(
         data_next=jnp.minimum(number, last)[None],
         mask_next=None,

@@ -118,7 +118,10 @@ def copy_row(stack: Entries, partitioner: Partitioner, *, source: jax.Array, tar
         own, is_held = _own_rows(rows, stack.shape[1], partitioner) if is_split else (rows, jnp.ones(2, bool))
 
         def copy_layer(layer: jax.Array, stack: jax.Array) -> jax.Array:
-            places = [(layer, own[i]) + (jnp.zeros((), jnp.int32),) * (stack.ndim - 2) for i in range(2)]
+            places = [
+                (jnp.asarray(layer, jnp.int32), own[i]) + (jnp.zeros((), jnp.int32),) * (stack.ndim - 2)
+                for i in range(2)
+            ]
             new, old = (lax.dynamic_slice(stack, place, (1, 1, *stack.shape[2:])) for place in places)
             if is_split:
                 new = partitioner.psum(jnp.where(is_held[0], new, 0), "batch")
@@ -172,12 +175,12 @@ def scatter_entries(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.
       The stack [L, B, K, S, ...].
     """
     num_rows, _, num_new, *_ = new.shape
-    number = jnp.arange(num_new)[None]
+    number = jnp.arange(num_new, dtype=jnp.int32)[None]
     # What is not to be written goes behind the end, each to a place of its own.
-    behind = stack.shape[3] + jnp.arange(num_rows * num_new).reshape(num_rows, num_new)
+    behind = stack.shape[3] + jnp.arange(num_rows * num_new, dtype=jnp.int32).reshape(num_rows, num_new)
     position = jnp.where(number < place.count[:, None], place.start[:, None] + number, behind)  # [P, T]
     moved = new.swapaxes(1, 2).astype(stack.dtype)
-    rows = jnp.arange(num_rows) if place.rows is None else place.rows
+    rows = jnp.arange(num_rows, dtype=jnp.int32) if place.rows is None else place.rows
     return stack.at[place.layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
 
 
@@ -187,12 +190,13 @@ def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Arra
     zero = jnp.zeros((), jnp.int32)
 
     def write_row(i: jax.Array, stack: jax.Array) -> jax.Array:
+        i = jnp.asarray(i, jnp.int32)
         # Near the end of the cache the window slides left, and the new entries slide right inside it.
         first = jnp.minimum(place.start[i], stack.shape[3] - num_new)
         shift = place.start[i] - first
         index = (place.layer, i if place.rows is None else place.rows[i], zero, first) + (zero,) * len(rest)
         old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
-        number = jnp.arange(num_new) - shift
+        number = jnp.arange(num_new, dtype=jnp.int32) - shift
         fresh = (number >= 0) & (number < place.count[i])
         moved = jnp.roll(lax.dynamic_index_in_dim(new, i, keepdims=False), shift, axis=1)
         window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])

@@ -71,7 +71,9 @@ def pull_in_blocks(
     def evaluate(rows: jax.Array, expert: jax.Array, first: jax.Array, left: jax.Array) -> tuple[Any, Any]:
         at, size = (layer, expert), len(rows)
         inputs, factors = (lax.dynamic_slice_in_dim(part, first, size).astype(jnp.float32) for part in saved)
-        share = jnp.where(jnp.arange(size) < left, lax.dynamic_slice_in_dim(shares, first, size), 0)[:, None]
+        share = jnp.where(jnp.arange(size, dtype=jnp.int32) < left, lax.dynamic_slice_in_dim(shares, first, size), 0)[
+            :, None
+        ]
         back = functools.partial(operand_cotangent, at=at, dtype=x.dtype, platform=platform)
         activated, pull = jax.vjp(activate, inputs, factors)
         unweighted = back(out[rows], weights[2])

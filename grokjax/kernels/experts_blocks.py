@@ -39,9 +39,9 @@ def sort_pairs(experts: jax.Array, num_held: int, block: int) -> SortedPairs:
     flat = experts.reshape(-1)
     is_ours = (flat >= 0) & (flat < num_held)
     flat = jnp.where(is_ours, flat, num_held)  # what is left out sorts last
-    order = jnp.argsort(flat, stable=True)
-    places = jnp.argsort(order).reshape(experts.shape)
-    counts = jnp.bincount(flat, length=num_held)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    places = jnp.argsort(order).astype(jnp.int32).reshape(experts.shape)
+    counts = jnp.bincount(flat, length=num_held).astype(jnp.int32)
     block_ends = jnp.cumsum(-(-counts // block))
     starts = jnp.cumsum(counts) - counts
     tokens = jnp.pad(order // experts.shape[1], (0, block))
@@ -117,7 +117,7 @@ def run_blocks(
             return branch
 
         # The smallest size that holds the expert's tokens; rows behind them are overwritten by the blocks that follow.
-        choice = (left > jnp.array(sizes[:-1], jnp.int32)).sum()
+        choice = (left > jnp.array(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
         found, parts = lax.switch(choice, [run(size) for size in sizes])
         write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
         return jax.tree.map(write, out, found), add(sums, parts, expert)

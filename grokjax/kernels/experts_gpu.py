@@ -60,7 +60,7 @@ def _evaluate_common(
 ) -> jax.Array:
     """All tokens by every expert that one of them chose: rows that nobody asked for are weighted with 0."""
     held = weights[0].shape[1]
-    candidates = experts[0] if len(x) == 1 else jnp.arange(held)  # [N]
+    candidates = experts[0] if len(x) == 1 else jnp.arange(held, dtype=jnp.int32)  # [N]
     is_ours = (candidates >= 0) & (candidates < held)
     choices = (experts[None] == candidates[:, None, None]) & is_ours[:, None, None]  # [N, M, X]
     chosen = choices.any(axis=-1)
@@ -88,16 +88,17 @@ def _evaluate_sorted(
     # Room for twice a fair share: that an expert has a second block costs more than rows of nobody.
     tile = matmul_gpu.tile_rows(max(1, 2 * pairs // num_experts))
     most = min(held * -(-num_tokens // tile), pairs // tile + min(held, pairs))
-    flat, number = experts.reshape(-1), jnp.arange(pairs)  # [M * X]
+    flat, number = experts.reshape(-1), jnp.arange(pairs, dtype=jnp.int32)  # [M * X]
     is_ours = (flat >= 0) & (flat < held)
-    counts = (flat[None] == jnp.arange(held)[:, None]).sum(axis=1)  # [E]
+    counts = (flat[None] == jnp.arange(held, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)  # [E]
     ends = jnp.cumsum(-(-counts // tile))  # blocks
     first = ends - -(-counts // tile)
-    before = ((flat[None] == flat[:, None]) & (number[None] < number[:, None])).sum(axis=1)  # pairs of the same expert
+    is_before = (flat[None] == flat[:, None]) & (number[None] < number[:, None])  # pairs of the same expert
+    before = is_before.sum(axis=1, dtype=jnp.int32)
     places = jnp.where(is_ours, first[jnp.where(is_ours, flat, 0)] * tile + before, most * tile + number)
     tokens = jnp.zeros(most * tile, jnp.int32).at[places].set(number // per_token, mode="drop", unique_indices=True)
-    block = jnp.arange(most)
-    chosen = jnp.minimum((ends[None] <= block[:, None]).sum(axis=1), held - 1)
+    block = jnp.arange(most, dtype=jnp.int32)
+    chosen = jnp.minimum((ends[None] <= block[:, None]).sum(axis=1, dtype=jnp.int32), held - 1)
     rows = x[tokens].reshape(most, tile, -1)
     expected = max(1, pairs * held // (num_experts * tile) + held // 2)
     out = _gated_units(rows, weights, layer=layer, experts=chosen, is_wanted=block < ends[-1], num_wanted=expected)

@@ -58,7 +58,8 @@ def summed_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Arr
     def add_step(i: jax.Array, total: jax.Array, first: jax.Array) -> jax.Array:
         start = jnp.minimum(i * step, scale_rows - step)  # the last step slides left and leaves out what was seen
         factors = lax.dynamic_slice_in_dim(wide, first + start, step, axis=1)
-        factors = jnp.where(start + jnp.arange(step) >= i * step, factors, 0).reshape(-1, slices, size, 1)
+        is_new = start + jnp.arange(step, dtype=jnp.int32) >= i * step
+        factors = jnp.where(is_new, factors, 0).reshape(-1, slices, size, 1)
         for j in range(slices):
             part = select(weight, at, first + start + j * size, size)[None]  # [1, size, O]
             total = total + part.astype(jnp.float32) * factors[:, j]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grokjax.kernels.slices import num_scale_blocks, weight_and_scales
+from grokjax.kernels.slices import float_precision, num_scale_blocks, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
 
 # So many programs keep the multiprocessors of the largest GPUs busy to the end, four each.
@@ -170,12 +170,13 @@ def _multiply_tile(
 
     tiles = -(-x_ref.shape[1] // tile.rows)
     group, number, number_of_part = pl.program_id(0) // tiles, pl.program_id(1), pl.program_id(2)
-    rows = pl.program_id(0) % tiles * tile.rows + jnp.arange(tile.rows)
+    rows = pl.program_id(0) % tiles * tile.rows + jnp.arange(tile.rows, dtype=jnp.int32)
     if x_ref.shape[1] % tile.rows:
         rows = jnp.minimum(rows, x_ref.shape[1] - 1)  # the last row several times: the same is written to one place
 
     def read_x(begin: jax.Array) -> jax.Array:
-        return x_ref[group if len(x_ref) > 1 else 0, rows[:, None], (begin + jnp.arange(tile.step))[None]]
+        columns = begin + jnp.arange(tile.step, dtype=jnp.int32)
+        return x_ref[group if len(x_ref) > 1 else 0, rows[:, None], columns[None]]
 
     first = 0  # column tiles of the weights before
     for w in weights:
@@ -183,7 +184,7 @@ def _multiply_tile(
 
         @pl.when((wanted_ref[group] != 0) & (number >= first) & (number < end))
         def compute(first: int = first, w: Any = w) -> None:
-            columns = number * tile.outputs + jnp.arange(tile.outputs)
+            columns = number * tile.outputs + jnp.arange(tile.outputs, dtype=jnp.int32)
             own_columns = pl.ds((number - first) * tile.outputs, tile.outputs)
             at = tuple(at_ref[group, i] for i in range(at_ref.shape[1]))
             sums = _multiply_part(
@@ -222,7 +223,8 @@ def _multiply_part(
         def add_step(step: jax.Array, total: jax.Array) -> jax.Array:
             begin = first + step * tile.step
             x = read_x(begin)
-            return total + triton.dot(x, weight_ref[(*at, pl.ds(begin, tile.step), columns)].astype(x.dtype))
+            factor = weight_ref[(*at, pl.ds(begin, tile.step), columns)].astype(x.dtype)
+            return total + triton.dot(x, factor, precision=float_precision(x.dtype))
 
         total = lax.fori_loop(0, block // tile.step, add_step, zeros)
         if scales_ref is not None:

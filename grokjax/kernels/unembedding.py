@@ -108,7 +108,8 @@ def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
         digit = jnp.round(rest)
         rows.append(digit.astype(jnp.int8))
         rest = (rest - digit) * 254
-    products = jnp.einsum("md,vd->mv", jnp.concatenate(rows), table, preferred_element_type=jnp.int32)
+    product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(table.dtype))
+    products = product(jnp.concatenate(rows), table, preferred_element_type=jnp.int32)
     parts = products.astype(jnp.float32).reshape(digits, x.shape[0], -1)
     return sum((part / 254**i for i, part in enumerate(parts)), jnp.zeros(())) * scale
 

@@ -105,7 +105,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [P, T, N, H] in the compute dtype, keys and values, float32 [P, T, K, H]; RoPE from `start` [P]."""
         batch, num_new, _ = x.shape
-        positions = start[:, None] + jnp.arange(num_new)[None]
+        positions = start[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None]
         query, key, value = matmuls(x, weights, at=(layer,), platform=self.partitioner.platform)
         query = query.reshape(batch, num_new, -1, self.config.head_dim)
         query = rotate(query, positions, self.config.rope_base).astype(self.dtype)

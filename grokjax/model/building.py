@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
+from grokjax.sampling import seed_key
 from grokjax.sharding import Partitioner, ShardingRules, with_shardings
 
 
@@ -30,7 +32,7 @@ def init(
 
     Args:
       config: the sizes.
-      seed: of the weights.
+      seed: of the weights; its low 32 bits count.
       mesh: from `make_mesh`; one device by default.
       rules: sharding rules; tensor parallel by default.
       dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
@@ -47,6 +49,7 @@ def init(
     return with_quantized_table(model) if quantized_table else model
 
 
+@jax.transfer_guard("allow")
 def with_quantized_table(model: Grok) -> Grok:
     """The model with its embedding table in int8, on the same devices; everything else is shared."""
     param, partitioner = model.embedding.table, model.partitioner
@@ -80,6 +83,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
+@jax.transfer_guard("allow")
 def init_parameters(
     config: GrokConfig,
     partitioner: Partitioner,
@@ -94,10 +98,11 @@ def init_parameters(
     They are made one after the other, so that the devices hold what one of them takes to make beside the results.
     """
     made: dict[str, Weight] = {}
+    key = seed_key(np.uint32(seed % 2**32))
     for name in named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized)):
         if names is None or name in names:
             maker = parameter_maker(config, partitioner, name, dtype=jnp.dtype(dtype), quantized=quantized)
-            made[name] = jax.block_until_ready(maker(jax.random.key(seed)))
+            made[name] = jax.block_until_ready(maker(key))
     return made
 
 
@@ -126,7 +131,7 @@ def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DType
     check_dtype(dtype)
 
     def build() -> Grok:
-        return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(0))
+        return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(seed_key(0)))
 
     def place(param: nnx.Variable) -> nnx.Variable:
         value = param.get_value()

@@ -34,6 +34,7 @@ class DecoderLayers(nnx.Module):
         self.feed_forward = FeedForward(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.post_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
 
+    @jax.transfer_guard("allow")
     def __getitem__(self, index: int) -> "DecoderLayers":
         if not -self.num_layers <= index < self.num_layers:
             raise IndexError(f"layer {index} does not exist: the model has {self.num_layers} layers.")
@@ -52,7 +53,7 @@ class DecoderLayers(nnx.Module):
             mixed, keys, values = self.attention(normed, keys, values, layer=layer, place=place)
             x = x + self.post_attention_norm(mixed, layer)
         with jax.named_scope("feed_forward"):
-            valid = jnp.arange(x.shape[1])[None] < place.count[:, None]
+            valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < place.count[:, None]
             mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer)
             return x + self.post_feed_forward_norm(mixed, layer), keys, values
 

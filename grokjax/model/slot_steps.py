@@ -15,7 +15,7 @@ from grokjax.kernels import copy_row
 from grokjax.model.grok import Grok
 from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
-from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of
+from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
 from grokjax.sharding import zeros
 
 # Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
@@ -77,29 +77,35 @@ class ModelSteps:
         """What the devices hold after the steps so far; the next step DONATES it."""
         return self._state
 
+    @jax.transfer_guard("allow")
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`; compiled for each shape of `tokens`."""
         self._state = _prefill_rows(self._model, self._state, tokens, counts, starts, rows)
 
+    @jax.transfer_guard("allow")
     def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> "DeviceScores":
         """See `Steps`; compiled for each length of `tokens`."""
         place = np.array([count, start, row], np.int32)
         scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place)
         return DeviceScores(scores)
 
+    @jax.transfer_guard("allow")
     def share(self, source: int, target: int, length: int) -> None:
         """See `Steps`."""
         self._state = _share_row(self._model, self._state, np.array([source, target, length], np.int32))
 
+    @jax.transfer_guard("allow")
     def set_bias(self, row: int, bias: np.ndarray) -> None:
         """See `Steps`."""
         self._state = _set_bias(self._model, self._state, np.int32(row), bias)
 
+    @jax.transfer_guard("allow")
     def begin(self, settings: SlotSettings) -> "DeviceTokens":
         """See `Steps`."""
         packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceTokens(packed)
 
+    @jax.transfer_guard("allow")
     def decode(self, settings: SlotSettings) -> "DeviceTokens":
         """See `Steps`."""
         packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
@@ -120,6 +126,7 @@ class DeviceTokens:
         self._packed = packed
         packed.copy_to_host_async()
 
+    @jax.transfer_guard("allow")
     def read(self) -> DrawnTokens:
         """Waits for the step."""
         return DrawnTokens.unpack(np.asarray(self._packed))
@@ -132,6 +139,7 @@ class DeviceScores:
         self._scores = scores
         scores.copy_to_host_async()
 
+    @jax.transfer_guard("allow")
     def read(self) -> np.ndarray:
         """Waits for the step."""
         return np.asarray(self._scores)
@@ -245,7 +253,7 @@ def _draw(
             lambda: jnp.where(row.biased[:, None], _biased(logits, state.bias), logits),
             lambda: logits,
         )
-    keys = jax.vmap(jax.random.key)(row.seed)
+    keys = jax.vmap(seed_key)(row.seed)
     drawn = model.sample(adjusted, settings, keys=keys, positions=state.cache.lengths).token_id
     top = _most_probable(logits, num_top, (row.active & row.wants_top).any())
     packed_drawn = model.partitioner.constrain(

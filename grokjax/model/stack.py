@@ -42,6 +42,7 @@ def run_stack(
     num_layers = len(jax.tree.leaves(parameters)[0])
 
     def place_of(layer: jax.Array, place: CachePlace) -> CachePlace:
+        layer = jnp.asarray(layer, jnp.int32)  # a loop's index is of 64 bits under x64
         return dataclasses.replace(place, layer=layer if keeps else jnp.zeros_like(layer))
 
     def run(parameters: Any, carry: Carry, place: CachePlace) -> Carry:

@@ -12,9 +12,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.cache import KVCache, check_cache_dtype
 from grokjax.model.grok import Grok
-from grokjax.sampling import SampleOutput, SampleSettings
+from grokjax.sampling import SampleOutput, SampleSettings, seed_key
 
 
+@jax.transfer_guard("allow")
 def forward(model: Grok, tokens: ArrayLike | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
     """Logits at every position, without a cache.
 
@@ -41,6 +42,7 @@ def forward(model: Grok, tokens: ArrayLike | None = None, *, embeddings: jax.Arr
     return _forward(model, tokens, embeddings)
 
 
+@jax.transfer_guard("allow")
 def prefill(
     model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache, *, rows: ArrayLike | None = None
 ) -> tuple[jax.Array, KVCache]:
@@ -67,12 +69,13 @@ def prefill(
     rows = None if rows is None else _check_rows(rows, tokens, cache)
     if tokens.shape[1] > cache.max_len:
         raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
-    named = jnp.arange(len(lengths)) if rows is None else rows
+    named = jnp.arange(len(lengths), dtype=jnp.int32) if rows is None else rows
     if _is_concrete(lengths, cache.lengths, named):
         _check_room(cache, lengths, np.asarray(named))
     return _prefill(model, tokens, lengths, cache, rows)
 
 
+@jax.transfer_guard("allow")
 def decode(
     model: Grok, tokens: ArrayLike, cache: KVCache, *, active: ArrayLike | None = None
 ) -> tuple[jax.Array, KVCache]:
@@ -142,6 +145,7 @@ class Generated:
     logprobs: jax.Array
 
 
+@jax.transfer_guard("allow")
 def generate(
     model: Grok,
     tokens: ArrayLike,
@@ -189,9 +193,8 @@ def generate(
             f"keys has shape {keys.shape} for {batch} rows: pass one key for each, such as jax.random.split gives."
         )
     settings = SampleSettings.create(batch, temperature=0.0) if settings is None else settings
-    keys = (
-        jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(batch)) if keys is None else keys
-    )
+    if keys is None:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, seed_key(0)))(jnp.arange(batch, dtype=jnp.int32))
     cache_dtype = None if cache_dtype is None else check_cache_dtype(cache_dtype)
     return _generate(
         model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id, cache_dtype=cache_dtype

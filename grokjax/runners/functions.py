@@ -40,6 +40,7 @@ _Rows = tuple[jax.Array, SampleOutput, SampleSettings]
 _Tree = TypeVar("_Tree")
 
 
+@jax.transfer_guard("allow")
 def sample_token(rngs: jax.Array, outputs: Any, settings: SampleSettings, *, num_top: int = TOP_K) -> SampleOutput:
     """Draws one token a row with that row's key: temperature, mask, top-p.
 
@@ -72,6 +73,7 @@ def _by_its_names(drawn: sampling.SampleOutput) -> SampleOutput:
     return SampleOutput(drawn.token_id[:, None], drawn.prob[:, None], drawn.top_k_token_ids, drawn.top_k_probs)
 
 
+@jax.transfer_guard("allow")
 def top_p_filter(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     """`sampling.top_p_filter` for logits [..., V] and top_p [..., 1], as the release passes them."""
     return sampling.top_p_filter(logits, top_p[..., 0])
@@ -96,6 +98,7 @@ def get_pad_bucket(size: int, pad_sizes: Sequence[int]) -> int:
     return min((pad for pad in pad_sizes if pad >= size), default=max(pad_sizes))
 
 
+@jax.transfer_guard("allow")
 def insert_slice(memory: KVCache, slice: KVCache, length: ArrayLike, i: jax.Array | int) -> KVCache:
     """The batch's cache with row `i` replaced by a one-row cache, which counts `length` entries."""
     lengths = jnp.asarray(length, jnp.int32).reshape(1)
@@ -111,6 +114,7 @@ def new_memory(params: Grok, batch_size: int, length: int) -> KVCache:
     return params.new_cache(batch_size, length)
 
 
+@jax.transfer_guard("allow")
 def prefill_memory(
     params: Grok,
     rngs: jax.Array,
@@ -195,8 +199,9 @@ def _begin_row(
     i: jax.Array,
 ) -> _Rows:
     """The batch with a request in row `i`, whose first token is drawn from logits [1, V] after `lengths` [1]."""
-    key = jax.random.key(seed)[None]
-    if not jnp.issubdtype(batch[0].dtype, jax.dtypes.prng_key):
+    rngs = sampling.typed_keys(batch[0])
+    key = jax.random.key(seed, impl=jax.random.key_impl(rngs))[None]
+    if rngs is not batch[0]:
         key = jax.random.key_data(key)
     settings = jax.tree.map(lambda value: value[None], new_settings)
     row = key, _draw(params, key, lengths, logits, settings), settings

@@ -110,10 +110,12 @@ class ModelRunner:
     def make_forward_fn(self, mesh: Mesh) -> ForwardFn:
         """The forward pass of the configuration: `init` makes its models on `mesh`."""
         config, dtype = self.model.to_config(), self.model.fprop_dtype
-        return ForwardFn(
-            init=lambda rng, tokens: init(config, seed=int(jax.random.key_data(rng)[-1]), mesh=mesh, dtype=dtype),
-            apply=lambda params, rng, tokens: forward(params, tokens),
-        )
+
+        @jax.transfer_guard("allow")
+        def make(rng: jax.Array, tokens: ArrayLike | None) -> Grok:
+            return init(config, seed=int(jax.random.key_data(rng)[-1]), mesh=mesh, dtype=dtype)
+
+        return ForwardFn(init=make, apply=lambda params, rng, tokens: forward(params, tokens))
 
     def get_state_sharding(self, init_data: InitData = None) -> Grok:
         """Where `init` puts each parameter: a tree like the model, of `NamedSharding`s. Nothing is computed for it.
@@ -124,6 +126,7 @@ class ModelRunner:
         shapes = abstract_model(self.config, partitioner, dtype=self.model.fprop_dtype, quantized=True)
         return _shardings(shapes)
 
+    @jax.transfer_guard("allow")
     def init(self, rng: jax.Array | None = None, init_data: InitData = None) -> Grok:
         """A model with fresh weights, from a key as in `ForwardFn`; by default from that of `rng_seed`."""
         return self.forward.init(jax.random.key(self.rng_seed) if rng is None else rng, None)
@@ -131,6 +134,7 @@ class ModelRunner:
     # The release's name of its compiled `init`; here that is compiled already.
     init_fn = init
 
+    @jax.transfer_guard("allow")
     def load_or_init(
         self,
         init_data: InitData = None,
