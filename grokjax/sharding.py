@@ -148,6 +148,25 @@ class Partitioner:
         partitioner._check_sizes(config)
         return partitioner
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without its device: it is unpickled for the default one, where arrays come back too.
+
+        Raises:
+          ValueError: The mesh has several devices.
+        """
+        mesh = self.mesh
+        if mesh.size > 1:
+            raise ValueError(
+                f"a model on {mesh.size} devices is not pickled: write it with grokjax.save, and load that on any mesh."
+            )
+        return _on_default_device, (mesh.axis_names, mesh.axis_types, self.rules)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self  # a copy of a model stays on its devices
+
     def without_embed(self) -> "Partitioner":
         """This translator with D of the weights whole, as they are used: gathered where the rule `embed` shards it."""
         return dataclasses.replace(self, rules=self.rules.replace(embed=None))
@@ -260,6 +279,13 @@ class Partitioner:
                 _indivisible(f"num_kv_heads={heads}", self.rules.kv_heads, shards)
                 + " A longer axis works too where it is a multiple of the kv heads."
             )
+
+
+def _on_default_device(
+    axis_names: tuple[str, ...], axis_types: tuple[AxisType, ...], rules: ShardingRules
+) -> Partitioner:
+    (device,) = jnp.zeros(()).devices()
+    return Partitioner(Mesh(np.full((1,) * len(axis_names), device), axis_names, axis_types=axis_types), rules)
 
 
 _LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(ShardingRules))

@@ -23,6 +23,7 @@ from grokjax.checkpoint import (
 )
 from grokjax.cli.console import ByteProgress, say, table_text
 from grokjax.cli.options import read_config, read_extents
+from grokjax.cli.streams import write
 from grokjax.config import GrokConfig
 from grokjax.sharding import RULES
 from grokjax.testing import write_release_checkpoint
@@ -132,13 +133,15 @@ def _run_info(arguments: argparse.Namespace) -> None:
     mesh, dtype = read_extents(arguments.mesh), jnp.dtype(arguments.dtype)
     per_device = info.bytes_per_device(mesh, rules=RULES[arguments.rules], dtype=dtype)
     if arguments.json:
-        print(json.dumps(_info_record(info) | {"mesh": list(mesh), "bytes_per_device": per_device}))
+        write(f"{json.dumps(_info_record(info) | {'mesh': list(mesh), 'bytes_per_device': per_device})}\n")
         return
-    print(f"{info.path}: {info.layout} checkpoint, {info.num_parameters} parameters, {info.num_bytes} bytes")
-    print(f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({naturalsize(per_device)})")
-    for name, value in json.loads(info.config.to_json()).items():
-        print(f"  {name} = {value}")
-    print(table_text(_parameters_table(info)))
+    lines = [
+        f"{info.path}: {info.layout} checkpoint, {info.num_parameters} parameters, {info.num_bytes} bytes",
+        f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({naturalsize(per_device)})",
+        *(f"  {name} = {value}" for name, value in json.loads(info.config.to_json()).items()),
+        table_text(_parameters_table(info)),
+    ]
+    write("\n".join(lines) + "\n")
 
 
 def _parameters_table(info: CheckpointInfo) -> Table:

@@ -3,8 +3,6 @@
 import argparse
 import functools
 import importlib.metadata
-import io
-import os
 import sys
 from collections.abc import Sequence
 
@@ -12,33 +10,43 @@ import jax
 
 from grokjax.cli import checkpoints, generate, plan
 from grokjax.cli.console import say, say_error
+from grokjax.cli.streams import ReaderLeft, standard_streams, write
 from grokjax.distributed import DistributedError
 from grokjax.errors import first_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 for errors among results, 2 for a user's error, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    """Runs a command; returns the exit status.
+
+    Returns:
+      0 if all is done, or the reader of the text has left; 1 for errors among results, 2 for a user's error, 130 if it
+      was interrupted.
+    """
     _drop_late_callbacks()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal of few characters must not end the run
+    with standard_streams():
+        try:
+            arguments = _arguments(argv)
+            return arguments.run(arguments) or 0
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        except ReaderLeft:
+            return 0
+        except (ValueError, OSError, DistributedError) as error:
+            say_error(error)
+            return 2
+        except (RuntimeError, AssertionError) as error:
+            if _has_devices():
+                raise
+            say_error(ValueError(_no_devices(error)))
+            return 2
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
-        return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except BrokenPipeError:
-        # Nobody reads on; what Python would still flush at its exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, DistributedError) as error:
-        say_error(error)
-        return 2
-    except (RuntimeError, AssertionError) as error:
-        if _has_devices():
-            raise
-        say_error(ValueError(_no_devices(error)))
-        return 2
+        return _parser().parse_args(argv)
+    finally:
+        write("")  # a help text is written, or cannot be, before the process ends with 0
 
 
 def _has_devices() -> bool:

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from grokjax.checkpoint import Checkpoint, open_checkpoint
 from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, ByteProgress, say
 from grokjax.cli.options import add_processes, choose_mesh, join_processes, named_config, read_config
+from grokjax.cli.streams import write
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
 from grokjax.errors import first_line
@@ -236,18 +236,13 @@ def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
     say("compiling the first steps")
     times = []
     for piece in pieces:
-        _show(piece)
+        write(piece)
         times.append(time.perf_counter())
-    _show("\n")
+    write("\n")
     num_tokens = len(times) - 1  # the last piece is what the decoder held back
     # The first steps compile; the rate is that of the others.
     rate = f", then {(num_tokens - 2) / (times[-2] - times[1]):.1f} tokens/s" if num_tokens > 8 else ""
     say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}")
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _random_source(arguments: argparse.Namespace) -> _Source:

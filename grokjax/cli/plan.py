@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from grokjax.cli.console import say, table_text
 from grokjax.cli.options import named_config, read_extents
+from grokjax.cli.streams import write
 from grokjax.planning import ACCELERATORS, GIB, Plan, StepPlan, Suggestion, Target, plan, suggest
 from grokjax.sharding import RULES
 
@@ -96,12 +97,13 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.suggest:
         found = ask(progress=_say_suggestion)
         records = [_suggestion_record(one) for one in found]
-        print(json.dumps(records) if arguments.json else table_text(_suggestions_table(found)))
+        write(f"{json.dumps(records) if arguments.json else table_text(_suggestions_table(found))}\n")
         return
     made = ask(mesh=mesh, rules=RULES[arguments.rules or "tensor"])
-    print(json.dumps(plan_record(made)) if arguments.json else f"{_title(made)}\n{table_text(_plan_table(made))}")
     if arguments.plot is not None:
         _draw(made, arguments.plot)
+    text = json.dumps(plan_record(made)) if arguments.json else f"{_title(made)}\n{table_text(_plan_table(made))}"
+    write(f"{text}\n")
 
 
 def _target(arguments: argparse.Namespace) -> Target:

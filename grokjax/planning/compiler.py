@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +71,15 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class StepCompiler:
-    """Compiles the steps of one model on one mesh. A compiler for CPUs may stand in for the target's own."""
+    """Compiles the steps of one model on one mesh. A compiler for CPUs may stand in for the target's own.
+
+    It is pickled without devices, which are found again where it is asked to compile.
+    """
 
     config: GrokConfig
     target: Target
-    partitioner: Partitioner
+    mesh: tuple[int, int]
+    rules: ShardingRules | None
     dtype: jnp.dtype
     cache_dtype: jnp.dtype
     quantized: bool
@@ -97,9 +101,18 @@ class StepCompiler:
         config = GrokConfig.grok_1() if config is None else config
         if cache_dtype is None:
             cache_dtype = default_cache_dtype(target.accelerator.kind, check_dtype(dtype))
-        extents = _default_mesh(config, target.num_devices) if mesh is None else mesh
-        partitioner = Partitioner.create(config, target.mesh(extents), rules)
-        return cls(config, target, partitioner, check_dtype(dtype), check_cache_dtype(cache_dtype), quantized)
+        mesh = _default_mesh(config, target.num_devices) if mesh is None else (mesh[0], mesh[1])
+        compiler = cls(config, target, mesh, rules, check_dtype(dtype), check_cache_dtype(cache_dtype), quantized)
+        _ = compiler.partitioner  # refused now, if it does not fit
+        return compiler
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def partitioner(self) -> Partitioner:
+        """The mesh of the target's devices, and the rules."""
+        return Partitioner.create(self.config, self.target.mesh(self.mesh), self.rules)
 
     @property
     def stands_in(self) -> bool:

@@ -83,6 +83,8 @@ class Plan:
       prefill_rows: prompts that are prefilled together at most.
       decode: a step of all rows, filled.
       prefill: prompts of an engine that has as many.
+      weights_bytes: that the model's weights take on each device.
+      cache_bytes: that the cache of all rows takes on each device.
       total_bytes: that the step that needs more takes on each device, weights and the whole cache included.
     """
 
@@ -93,6 +95,8 @@ class Plan:
     prefill_rows: int
     decode: StepPlan
     prefill: StepPlan
+    weights_bytes: int
+    cache_bytes: int
     total_bytes: int
 
     @property
@@ -103,18 +107,7 @@ class Plan:
     @property
     def mesh(self) -> tuple[int, int]:
         """(data, model) devices."""
-        data, model = self.compiler.partitioner.mesh.devices.shape
-        return data, model
-
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes that the model's weights take on each device."""
-        return self.compiler.weights_bytes
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that the cache of all rows takes on each device."""
-        return self.compiler.cache_bytes(self.batch_size, self.max_len)
+        return self.compiler.mesh
 
     @property
     def temporary_bytes(self) -> int:
@@ -238,6 +231,8 @@ def plan(
         prefill_rows,
         decode=roofline(decode),
         prefill=roofline(prefill, prompts),
+        weights_bytes=compiler.weights_bytes,
+        cache_bytes=compiler.cache_bytes(batch_size, max_len),
         total_bytes=_total_bytes(compiler, batch_size, max_len, decode, prefill),
     )
 
