@@ -14,11 +14,12 @@ from grokjax.checkpoint.progress import Report
 from grokjax.config import GrokConfig
 from grokjax.model import Grok, abstract_model, check_dtype, with_quantized_table
 from grokjax.quantization import Weight
-from grokjax.sharding import Partitioner, ShardingRules
+from grokjax.sharding import Partitioner, ShardingRules, own_context
 
 HOST_BYTES = 1 << 30
 
 
+@own_context()
 def load(
     path: str | Path,
     config: GrokConfig | None = None,
@@ -74,6 +75,7 @@ def load(
     return with_quantized_table(model) if quantized_table else model
 
 
+@own_context()
 def load_parameters(
     path: str | Path,
     patterns: Sequence[str],

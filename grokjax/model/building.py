@@ -7,20 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
-from grokjax.sharding import Partitioner, ShardingRules, with_shardings
+from grokjax.sharding import Partitioner, ShardingRules, check_has_devices, own_context, with_shardings
 
 
+@own_context()
 def init(
     config: GrokConfig,
     *,
     seed: int = 0,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     rules: ShardingRules | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     quantized: bool = True,
@@ -47,6 +48,7 @@ def init(
     return with_quantized_table(model) if quantized_table else model
 
 
+@own_context()
 def with_quantized_table(model: Grok) -> Grok:
     """The model with its embedding table in int8, on the same devices; everything else is shared."""
     param, partitioner = model.embedding.table, model.partitioner
@@ -80,6 +82,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
+@own_context()
 def init_parameters(
     config: GrokConfig,
     partitioner: Partitioner,
@@ -93,6 +96,7 @@ def init_parameters(
 
     They are made one after the other, so that the devices hold what one of them takes to make beside the results.
     """
+    check_has_devices(partitioner.mesh)
     made: dict[str, Weight] = {}
     for name in named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized)):
         if names is None or name in names:
@@ -117,6 +121,7 @@ def parameter_maker(
     return jax.jit(make, out_shardings=shardings)
 
 
+@own_context()
 def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:
     """A model of `jax.ShapeDtypeStruct`s with shardings: what to load into, or to compile for, without any memory.
 

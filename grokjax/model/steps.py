@@ -11,10 +11,12 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.cache import KVCache, check_cache_dtype
+from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok
 from grokjax.sampling import SampleOutput, SampleSettings
 
 
+@in_any_context
 def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
     """Logits at every position, without a cache.
 
@@ -34,6 +36,7 @@ def forward(model: Grok, tokens: ArrayLike) -> jax.Array:
     return _forward(model, tokens)
 
 
+@in_any_context
 def prefill(
     model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache, *, rows: ArrayLike | None = None
 ) -> tuple[jax.Array, KVCache]:
@@ -66,6 +69,7 @@ def prefill(
     return _prefill(model, tokens, lengths, cache, rows)
 
 
+@in_any_context
 def decode(
     model: Grok, tokens: ArrayLike, cache: KVCache, *, active: ArrayLike | None = None
 ) -> tuple[jax.Array, KVCache]:
@@ -96,6 +100,7 @@ def decode(
     return _decode(model, tokens, cache, active)
 
 
+@in_any_context
 @functools.partial(jax.jit, donate_argnames="cache")
 def decode_and_sample(
     model: Grok, tokens: jax.Array, cache: KVCache, settings: SampleSettings, keys: jax.Array
@@ -135,6 +140,7 @@ class Generated:
     logprobs: jax.Array
 
 
+@in_any_context
 def generate(
     model: Grok,
     tokens: ArrayLike,
