@@ -6,11 +6,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.sharding import Axes, Partitioner, ShardingRules, zeros
+from grokjax.sharding import Axes, Partitioner, ShardingRules, own_context, zeros
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
 
@@ -74,6 +74,7 @@ class KVCache:
     lengths: jax.Array
 
     @classmethod
+    @own_context()
     def create(
         cls,
         config: GrokConfig,
@@ -81,7 +82,7 @@ class KVCache:
         max_len: int | None = None,
         *,
         dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
         rules: ShardingRules | None = None,
     ) -> Self:
         """An empty cache, each shard made on its own device.
@@ -103,6 +104,7 @@ class KVCache:
         return zeros(cls.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules))
 
     @classmethod
+    @own_context()
     def abstract(
         cls,
         config: GrokConfig,
@@ -110,7 +112,7 @@ class KVCache:
         max_len: int | None = None,
         *,
         dtype: DTypeLike | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
         rules: ShardingRules | None = None,
     ) -> Self:
         """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
@@ -145,7 +147,7 @@ class KVCache:
         """How many entries each row can hold, S."""
         return self.keys.shape[3]
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def insert(self, row_cache: "KVCache", row: jax.Array | int) -> "KVCache":
         """This cache with row `row` replaced by the only row of `row_cache`.
 
@@ -181,7 +183,7 @@ class KVCache:
 
         return jax.tree.map(put, self, row_cache)
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def reset(self, row: jax.Array | int) -> "KVCache":
         """This cache with row `row` empty."""
         return dataclasses.replace(self, lengths=self.lengths.at[self._check_row(row)].set(0))
@@ -189,7 +191,10 @@ class KVCache:
     def _check_row(self, row: jax.Array | int) -> jax.Array:
         if not isinstance(row, jax.core.Tracer) and row not in range(self.batch_size):
             raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows: give one of 0, 1, ...")
-        return jnp.asarray(row, jnp.int32)
+        if not isinstance(row, jax.core.Tracer):
+            return jnp.asarray(int(row), jnp.int32)
+        own = NamedSharding(jax.typeof(self.lengths).sharding.mesh, PartitionSpec())
+        return jnp.asarray(jax.device_put(row, own) if jax.typeof(row).sharding.mesh.explicit_axes else row, jnp.int32)
 
 
 def _entry_shape(cache: KVCache) -> tuple[int, ...]:

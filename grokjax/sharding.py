@@ -1,15 +1,16 @@
 """Where arrays live: the mesh, rules from logical axes to mesh axes, and the one translator to `NamedSharding`."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grokjax.config import GrokConfig
 
@@ -137,13 +138,19 @@ class Partitioner:
     rules: ShardingRules
 
     @classmethod
-    def create(cls, config: GrokConfig, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Self:
+    def create(
+        cls, config: GrokConfig, mesh: Mesh | AbstractMesh | None = None, rules: ShardingRules | None = None
+    ) -> Self:
         """The translator for `config` on `mesh` (one device by default), with every size checked once.
+
+        The axes of the mesh may be of any type: the model keeps a mesh of the same devices whose axes are all Auto. An
+        `AbstractMesh` is enough where only shapes are asked for.
 
         Raises:
           ValueError: The mesh lacks an axis that a rule names, or an axis does not divide a size of `config`.
         """
-        partitioner = cls(make_mesh() if mesh is None else mesh, ShardingRules() if rules is None else rules)
+        mesh = make_mesh() if mesh is None else _with_auto_axes(mesh)
+        partitioner = cls(mesh, ShardingRules() if rules is None else rules)
         partitioner._check_rules()
         partitioner._check_sizes(config)
         return partitioner
@@ -173,8 +180,20 @@ class Partitioner:
 
     @property
     def platform(self) -> str:
-        """The platform of the mesh's devices: "cpu", "gpu" or "tpu"."""
-        return self.mesh.devices.flat[0].platform
+        """The platform of the mesh's devices: "cpu", "gpu" or "tpu".
+
+        Raises:
+          ValueError: The mesh is an `AbstractMesh` that does not say for which devices.
+        """
+        mesh: Mesh | AbstractMesh = self.mesh
+        if isinstance(mesh, Mesh):
+            return mesh.devices.flat[0].platform
+        if mesh.abstract_device is None:
+            raise ValueError(
+                f"{mesh} does not say for which devices, which decides how things are computed and the default "
+                "dtype of a cache: name that dtype, give AbstractMesh an abstract_device, or give a Mesh of devices."
+            )
+        return str(mesh.abstract_device.platform)
 
     def shards(self, axis: str) -> int:
         """How many shards the logical `axis` is cut into."""
@@ -205,11 +224,11 @@ class Partitioner:
 
     def sharding(self, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
         """The `NamedSharding` of an array of `shape` with the logical `axes`."""
-        return NamedSharding(self.mesh, self.spec(axes, shape))
+        return NamedSharding(self._mesh_here(), self.spec(axes, shape))
 
     def shardings(self, specs: Any) -> Any:
         """`NamedSharding`s for a tree of `PartitionSpec`s."""
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+        return jax.tree.map(lambda spec: NamedSharding(self._mesh_here(), spec), specs)
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """States the sharding of an activation inside a compiled function."""
@@ -217,7 +236,11 @@ class Partitioner:
 
     def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """Runs `function` on each device's own shards; collectives inside name mesh axes."""
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        mesh = self._mesh_here()
+        names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
+        )
 
     def psum(self, x: jax.Array, *axes: str) -> jax.Array:
         """Inside `shard_map`: the sum over the mesh axes that split the logical `axes`."""
@@ -233,6 +256,69 @@ class Partitioner:
         """Inside `shard_map`: the shards along the logical `axis`, joined along `dimension`."""
         name = self._mesh_axis(axis)
         return x if name is None else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
+
+    def check_context(self) -> None:
+        """Checks that what a caller of the model compiles can hold the model's own steps.
+
+        Raises:
+          ValueError: It is compiled under a mesh of another number of devices, or inside a `shard_map` over an axis
+            that the model uses or over another mesh.
+        """
+        context = jax.sharding.get_abstract_mesh()
+        if context.empty or not _is_traced():
+            return
+        used = {getattr(self.rules, axis) for axis in _LOGICAL_AXES}
+        manual = [name for name in context.manual_axes if name in used or context.shape_tuple != self.mesh.shape_tuple]
+        if manual:
+            raise ValueError(
+                f"the model lies on a mesh of {dict(self.mesh.shape)} and is called inside a shard_map over {manual} "
+                f"of a mesh of {dict(context.shape)}: call it outside, or make it on that mesh, with rules that do not "
+                "name those axes."
+            )
+        if context.size != self.mesh.size:
+            raise ValueError(
+                f"the model lies on a mesh of {dict(self.mesh.shape)} and is compiled under jax.set_mesh of "
+                f"{dict(context.shape)}: compile under a mesh of the model's devices or under none, or make the model "
+                "on that mesh."
+            )
+
+    def is_foreign(self, value: Any) -> bool:
+        """Whether a caller's value is an array that lies on other devices than the model, or on Explicit axes."""
+        if not isinstance(value, jax.Array):
+            return False
+        if jax.typeof(value).sharding.mesh.explicit_axes:
+            return True
+        if isinstance(value, jax.core.Tracer) or not value.committed:
+            return False
+        return value.sharding.device_set != _devices(self.mesh)
+
+    def receive(self, x: jax.Array) -> jax.Array:
+        """A caller's array, whole on each device of the model."""
+        return jax.device_put(x, NamedSharding(self._mesh_here(), PartitionSpec()))
+
+    def hand_over(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """An array of the model's as JAX takes it under the caller's mesh; as it is where none of these devices is set.
+
+        JAX mixes no array with those of a mesh with Explicit axes. Under one of another shape it may find no name for
+        how the array is divided.
+        """
+        context = jax.sharding.get_abstract_mesh()
+        is_traced = _is_traced()
+        if context.empty or not (is_traced or _devices(jax.sharding.get_mesh()) == _devices(self.mesh)):
+            return x
+        is_alike = context.shape_tuple == self.mesh.shape_tuple
+        if context.explicit_axes:
+            names = self.spec(axes, x.shape) if is_alike else ()
+            explicit = [name if name in context.explicit_axes else None for name in names]
+            return jax.sharding.reshard(x, PartitionSpec(*explicit))
+        if is_alike or is_traced:
+            return x
+        return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
+
+    def _mesh_here(self) -> Mesh | AbstractMesh:
+        """The mesh as code must name it: inside a caller's `shard_map`, with the axes that are Manual there."""
+        context = jax.sharding.get_abstract_mesh()
+        return context if context.manual_axes else self.mesh
 
     def _mesh_axis(self, axis: str) -> str | None:
         if axis == "layers":
@@ -254,7 +340,8 @@ class Partitioner:
             name = getattr(self.rules, axis)
             if name is not None and name not in self.mesh.shape:
                 raise ValueError(
-                    f"the rule {axis}={name!r} names no axis of the mesh, which has {self.mesh.axis_names}."
+                    f"the rule {axis}={name!r} names no axis of the mesh, which has {self.mesh.axis_names}: name one "
+                    "of these in the rule, or give a mesh with that axis, such as make_mesh makes."
                 )
         if self.rules.heads != self.rules.kv_heads:
             raise ValueError(
@@ -291,6 +378,62 @@ def _on_default_device(
 _LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(ShardingRules))
 
 
+def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh:
+    """The same mesh with Auto axes only; an abstract one is taken for a mesh by whoever asks for shapes alone."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(
+            f"mesh={mesh!r} is a {type(mesh).__name__} and must be a jax.sharding.Mesh: make one with make_mesh."
+        )
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _devices(mesh: Mesh) -> set[jax.Device]:
+    return NamedSharding(mesh, PartitionSpec()).device_set
+
+
+def _is_traced() -> bool:
+    """Whether this runs inside `jax.jit` or another of JAX's transformations, where no mesh may be set."""
+    try:
+        jax.sharding.get_mesh()
+    except ValueError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def own_context() -> Iterator[None]:
+    """Around code of this package, which sees no mesh that a caller has set, and so does the same under any.
+
+    Inside a caller's `shard_map` the axes that are Manual there stay so, and the others are Auto. What it moves between
+    host and devices it means to, whatever a caller's transfer guard forbids. It decorates too.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    if not _is_traced():
+        with jax.set_mesh(None), jax.transfer_guard("allow"):
+            yield
+        return
+    if context.manual_axes:
+        kinds = tuple(kind if kind == AxisType.Manual else AxisType.Auto for kind in context.axis_types)
+        own = context.update(axis_types=kinds)
+    else:
+        own = AbstractMesh((), (), abstract_device=context.abstract_device)
+    with jax.sharding.use_abstract_mesh(own), jax.transfer_guard("allow"):
+        yield
+
+
+def check_has_devices(mesh: Mesh | AbstractMesh) -> None:
+    """Checks that arrays can be made on a mesh; where only their shapes are asked for, any mesh will do.
+
+    Raises:
+      ValueError: It is an `AbstractMesh`.
+    """
+    if isinstance(mesh, AbstractMesh) and not _is_traced():
+        raise ValueError(
+            f"no array can lie on {mesh}, which has no devices: give a Mesh of devices, such as make_mesh makes, or "
+            "ask for shapes only, by jax.eval_shape or KVCache.abstract."
+        )
+
+
 def with_shardings(arrays: Any, shardings: Any) -> Any:
     """A tree of arrays, maybe abstract ones, as `jax.ShapeDtypeStruct`s with the `shardings` of a tree like it."""
     return jax.tree.map(
@@ -300,8 +443,18 @@ def with_shardings(arrays: Any, shardings: Any) -> Any:
 
 @jax.transfer_guard("allow")
 def zeros(shapes: T) -> T:
-    """Arrays of zeros for a tree of `jax.ShapeDtypeStruct`s with shardings, each shard made on its own device."""
-    made: T = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+    """Arrays of zeros for a tree of `jax.ShapeDtypeStruct`s with shardings, each shard made on its own device.
+
+    Raises:
+      ValueError: A sharding is on an `AbstractMesh`.
+    """
+
+    def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        check_has_devices(leaf.sharding.mesh)
+        is_abstract = isinstance(leaf.sharding.mesh, AbstractMesh)  # inside a caller's `shard_map`
+        return jnp.zeros(leaf.shape, leaf.dtype, device=None if is_abstract else leaf.sharding)
+
+    made: T = jax.tree.map(make, shapes)
     return made
 
 

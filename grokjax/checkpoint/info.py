@@ -56,7 +56,7 @@ class CheckpointInfo:
         Raises:
           ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
         """
-        partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)  # type: ignore[arg-type]  # sizes and names are all it is asked for
+        partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)
         model = abstract_model(self.config, partitioner, dtype=dtype, quantized=False)
         leaves: list[jax.ShapeDtypeStruct] = []
         for stack in stacks_of(model, {name: name for name in self.specs}):

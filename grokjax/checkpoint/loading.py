@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -15,12 +14,12 @@ from grokjax.checkpoint.progress import Report
 from grokjax.config import GrokConfig
 from grokjax.model import Grok, abstract_model, check_dtype, with_quantized_table
 from grokjax.quantization import Weight
-from grokjax.sharding import Partitioner, ShardingRules
+from grokjax.sharding import Partitioner, ShardingRules, own_context
 
 HOST_BYTES = 1 << 30
 
 
-@jax.transfer_guard("allow")
+@own_context()
 def load(
     path: str | Path,
     config: GrokConfig | None = None,
@@ -76,7 +75,7 @@ def load(
     return with_quantized_table(model) if quantized_table else model
 
 
-@jax.transfer_guard("allow")
+@own_context()
 def load_parameters(
     path: str | Path,
     patterns: Sequence[str],

@@ -163,7 +163,7 @@ def parameter_shapes(config: GrokConfig) -> dict[str, tuple[int, ...]]:
 @functools.cache
 def _shapes_of_one_layer(config: GrokConfig) -> dict[str, tuple[int, ...]]:
     """The model's path -> the shape of a checkpoint's parameter, from a model of one layer that is never allocated."""
-    partitioner = Partitioner.create(config, AbstractMesh((1, 1), MESH_AXES))  # type: ignore[arg-type]  # sizes and names are all it is asked for
+    partitioner = Partitioner.create(config, AbstractMesh((1, 1), MESH_AXES))
     model = abstract_model(config, partitioner, dtype=jnp.float32, quantized=False)
     found = {path: param.get_value().shape for path, param in named_parameters(model).items()}
     # A model has an axis of layers, and also a dense one has an axis of experts.

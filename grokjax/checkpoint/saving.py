@@ -16,9 +16,10 @@ from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, un
 from grokjax.distributed import on_first
 from grokjax.model import Grok, named_parameters
 from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
+from grokjax.sharding import own_context
 
 
-@jax.transfer_guard("allow")
+@own_context()
 def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> None:
     """Writes a model as a checkpoint of ours, which `load` restores onto any mesh.
 

@@ -8,21 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
 from grokjax.sampling import seed_key
-from grokjax.sharding import Partitioner, ShardingRules, with_shardings
+from grokjax.sharding import Partitioner, ShardingRules, check_has_devices, own_context, with_shardings
 
 
+@own_context()
 def init(
     config: GrokConfig,
     *,
     seed: int = 0,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     rules: ShardingRules | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     quantized: bool = True,
@@ -49,7 +50,7 @@ def init(
     return with_quantized_table(model) if quantized_table else model
 
 
-@jax.transfer_guard("allow")
+@own_context()
 def with_quantized_table(model: Grok) -> Grok:
     """The model with its embedding table in int8, on the same devices; everything else is shared."""
     param, partitioner = model.embedding.table, model.partitioner
@@ -83,7 +84,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-@jax.transfer_guard("allow")
+@own_context()
 def init_parameters(
     config: GrokConfig,
     partitioner: Partitioner,
@@ -97,6 +98,7 @@ def init_parameters(
 
     They are made one after the other, so that the devices hold what one of them takes to make beside the results.
     """
+    check_has_devices(partitioner.mesh)
     made: dict[str, Weight] = {}
     key = seed_key(np.uint32(seed % 2**32))
     for name in named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized)):
@@ -122,6 +124,7 @@ def parameter_maker(
     return jax.jit(make, out_shardings=shardings)
 
 
+@own_context()
 def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:
     """A model of `jax.ShapeDtypeStruct`s with shardings: what to load into, or to compile for, without any memory.
 

@@ -9,12 +9,13 @@ from grokjax.cache import Entries, KVCache, default_cache_dtype
 from grokjax.config import GrokConfig
 from grokjax.kernels import CachePlace
 from grokjax.model.attention import Attention
+from grokjax.model.contexts import in_any_context
 from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
 from grokjax.model.layers import RMSNorm
 from grokjax.model.stack import Carry, run_stack
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
-from grokjax.sharding import Partitioner
+from grokjax.sharding import Partitioner, own_context
 
 
 class DecoderLayers(nnx.Module):
@@ -34,7 +35,7 @@ class DecoderLayers(nnx.Module):
         self.feed_forward = FeedForward(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.post_feed_forward_norm = RMSNorm(config, num_layers=config.num_layers)
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def __getitem__(self, index: int) -> "DecoderLayers":
         if not -self.num_layers <= index < self.num_layers:
             raise IndexError(f"layer {index} does not exist: the model has {self.num_layers} layers.")
@@ -77,6 +78,7 @@ class Grok(nnx.Module):
         self.layers = DecoderLayers(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.final_norm = RMSNorm(config)
 
+    @in_any_context
     def __call__(
         self,
         tokens: jax.Array | None,
@@ -100,6 +102,7 @@ class Grok(nnx.Module):
         """
         return self._run(self._embed(tokens, embeddings), count, cache, rows=rows, keeps=True)
 
+    @in_any_context
     def hidden_states(self, tokens: jax.Array | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
         """Runs whole texts through all layers, and keeps nothing.
 
@@ -150,6 +153,7 @@ class Grok(nnx.Module):
         lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
         return self.final_norm(x), KVCache(keys, values, lengths)
 
+    @in_any_context
     def new_cache(self, batch_size: int, max_len: int | None = None, *, dtype: DTypeLike | None = None) -> KVCache:
         """An empty cache on the model's mesh, see `KVCache.create`.
 
@@ -167,11 +171,13 @@ class Grok(nnx.Module):
         dtype = default_cache_dtype(self.partitioner.platform, self.dtype) if dtype is None else dtype
         return KVCache.create(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
 
+    @in_any_context
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] that `__call__` returned."""
         with jax.named_scope("unembed"):
             return self.embedding.unembed(hidden)
 
+    @in_any_context
     def sample(
         self, logits: jax.Array, settings: SampleSettings, *, keys: jax.Array, positions: jax.Array, num_top: int = 0
     ) -> SampleOutput:

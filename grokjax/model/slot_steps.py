@@ -16,7 +16,7 @@ from grokjax.model.grok import Grok
 from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
-from grokjax.sharding import zeros
+from grokjax.sharding import own_context, zeros
 
 # Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
@@ -67,6 +67,7 @@ class ModelSteps:
       cache_dtype: as in `KVCache.create`; by default float32 for a float32 model.
     """
 
+    @own_context()
     def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._model = model
@@ -77,35 +78,35 @@ class ModelSteps:
         """What the devices hold after the steps so far; the next step DONATES it."""
         return self._state
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`; compiled for each shape of `tokens`."""
         self._state = _prefill_rows(self._model, self._state, tokens, counts, starts, rows)
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> "DeviceScores":
         """See `Steps`; compiled for each length of `tokens`."""
         place = np.array([count, start, row], np.int32)
         scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place)
         return DeviceScores(scores)
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def share(self, source: int, target: int, length: int) -> None:
         """See `Steps`."""
         self._state = _share_row(self._model, self._state, np.array([source, target, length], np.int32))
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def set_bias(self, row: int, bias: np.ndarray) -> None:
         """See `Steps`."""
         self._state = _set_bias(self._model, self._state, np.int32(row), bias)
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def begin(self, settings: SlotSettings) -> "DeviceTokens":
         """See `Steps`."""
         packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceTokens(packed)
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def decode(self, settings: SlotSettings) -> "DeviceTokens":
         """See `Steps`."""
         packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
@@ -126,7 +127,7 @@ class DeviceTokens:
         self._packed = packed
         packed.copy_to_host_async()
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def read(self) -> DrawnTokens:
         """Waits for the step."""
         return DrawnTokens.unpack(np.asarray(self._packed))
@@ -139,7 +140,7 @@ class DeviceScores:
         self._scores = scores
         scores.copy_to_host_async()
 
-    @jax.transfer_guard("allow")
+    @own_context()
     def read(self) -> np.ndarray:
         """Waits for the step."""
         return np.asarray(self._scores)

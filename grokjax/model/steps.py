@@ -11,11 +11,12 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.cache import KVCache, check_cache_dtype
+from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok
 from grokjax.sampling import SampleOutput, SampleSettings, seed_key
 
 
-@jax.transfer_guard("allow")
+@in_any_context
 def forward(model: Grok, tokens: ArrayLike | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
     """Logits at every position, without a cache.
 
@@ -42,7 +43,7 @@ def forward(model: Grok, tokens: ArrayLike | None = None, *, embeddings: jax.Arr
     return _forward(model, tokens, embeddings)
 
 
-@jax.transfer_guard("allow")
+@in_any_context
 def prefill(
     model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache, *, rows: ArrayLike | None = None
 ) -> tuple[jax.Array, KVCache]:
@@ -75,7 +76,7 @@ def prefill(
     return _prefill(model, tokens, lengths, cache, rows)
 
 
-@jax.transfer_guard("allow")
+@in_any_context
 def decode(
     model: Grok, tokens: ArrayLike, cache: KVCache, *, active: ArrayLike | None = None
 ) -> tuple[jax.Array, KVCache]:
@@ -106,6 +107,7 @@ def decode(
     return _decode(model, tokens, cache, active)
 
 
+@in_any_context
 @functools.partial(jax.jit, donate_argnames="cache")
 def decode_and_sample(
     model: Grok, tokens: jax.Array, cache: KVCache, settings: SampleSettings, keys: jax.Array
@@ -145,7 +147,7 @@ class Generated:
     logprobs: jax.Array
 
 
-@jax.transfer_guard("allow")
+@in_any_context
 def generate(
     model: Grok,
     tokens: ArrayLike,

@@ -1,0 +1,64 @@
+"""What makes a model's functions do the same in every context of JAX: whatever mesh the caller has set, or works on."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+from grokjax.cache import KVCache
+from grokjax.sharding import Axes, Partitioner, own_context
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_any_context(function: Callable[P, R]) -> Callable[P, R]:
+    """A function or method whose first argument is a model, made to run as if its caller had set no mesh.
+
+    Its arrays may lie anywhere; only a cache must lie where the model does. Under a caller's mesh the results are
+    arrays that JAX takes there, but for a cache, which stays on the model's mesh.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        model: Any = args[0]
+        partitioner: Partitioner = model.partitioner
+        partitioner.check_context()
+        with own_context():
+            received: Any = _map(_receive, (args[1:], kwargs), partitioner)
+            results = function(model, *received[0], **received[1])
+        if jax.sharding.get_abstract_mesh().empty:
+            return results
+        return _map(functools.partial(_hand_over, vocab_size=model.config.vocab_size), results, partitioner)
+
+    return wrapped
+
+
+def _map(function: Callable[[Any, Partitioner], Any], tree: R, partitioner: Partitioner) -> R:
+    """The tree with the function's results for its leaves, of which a cache is one."""
+    mapped: R = jax.tree.map(
+        lambda leaf: function(leaf, partitioner), tree, is_leaf=lambda leaf: isinstance(leaf, KVCache)
+    )
+    return mapped
+
+
+def _receive(value: Any, partitioner: Partitioner) -> Any:
+    if not isinstance(value, KVCache):
+        return partitioner.receive(value) if partitioner.is_foreign(value) else value
+    if any(map(partitioner.is_foreign, jax.tree.leaves(value))):
+        raise ValueError(
+            f"the cache lies on other devices than the model, which is on a mesh of {dict(partitioner.mesh.shape)}, or "
+            "on Explicit axes: make it by new_cache of the model, or by KVCache.create with the model's mesh and rules."
+        )
+    return value
+
+
+def _hand_over(value: Any, partitioner: Partitioner, *, vocab_size: int) -> Any:
+    if isinstance(value, KVCache):
+        return value
+    last = "vocab" if value.ndim > 1 and value.shape[-1] == vocab_size else None
+    axes: Axes = (
+        ("batch", *(None,) * (value.ndim - 1)) if last is None else ("batch", *(None,) * (value.ndim - 2), last)
+    )
+    return partitioner.hand_over(value, axes)
