@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grokjax.kernels import experts_gpu, matmul_gpu
-from grokjax.kernels.experts import block_sizes, evaluate_in_blocks
+from grokjax.kernels.experts import block_sizes
+from grokjax.kernels.experts_blocks import evaluate_in_blocks
 from grokjax.quantization import quantize
 
 LAYERS, EXPERTS, DIM, HIDDEN = 2, 8, 16, 24
