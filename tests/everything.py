@@ -32,7 +32,7 @@ SMALL = GrokConfig.tiny().replace(
 )
 SMALL = SMALL.replace(num_layers=1, vocab_size=288, max_seq_len=16)
 REQUESTS = (
-    Request([3, 4, 5], max_new_tokens=4, ignore_eos=True, logprobs=2, prompt_logprobs=True),
+    Request([3, 4, 5], max_new_tokens=4, ignore_eos=True, temperature=0, logprobs=2, prompt_logprobs=True),
     Request([3, 4, 5, 6, 7], max_new_tokens=4, ignore_eos=True, temperature=0.9, top_p=0.9, seed=7, n=2),
     Request([8], max_new_tokens=4, ignore_eos=True, temperature=1.0, top_k=40, seed=2**32 - 1, logit_bias={17: 2.0}),
 )

@@ -175,8 +175,8 @@ def _multiply_tile(
         rows = jnp.minimum(rows, x_ref.shape[1] - 1)  # the last row several times: the same is written to one place
 
     def read_x(begin: jax.Array) -> jax.Array:
-        columns = begin + jnp.arange(tile.step, dtype=jnp.int32)
-        return x_ref[group if len(x_ref) > 1 else 0, rows[:, None], columns[None]]
+        place = rows[:, None], (begin + jnp.arange(tile.step, dtype=jnp.int32))[None]
+        return x_ref[(group if len(x_ref) > 1 else 0, *place)]
 
     first = 0  # column tiles of the weights before
     for w in weights:
