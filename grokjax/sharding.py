@@ -261,8 +261,8 @@ class Partitioner:
         """Checks that what a caller of the model compiles can hold the model's own steps.
 
         Raises:
-          ValueError: It is compiled under a mesh of another number of devices, or inside a `shard_map` over an axis
-            that the model uses or over another mesh.
+          ValueError: It is compiled under a mesh of another number of devices, or of another shape and without
+            Explicit axes; or inside a `shard_map` over an axis that the model uses, or over another mesh.
         """
         context = jax.sharding.get_abstract_mesh()
         if context.empty or not _is_traced():
@@ -275,18 +275,21 @@ class Partitioner:
                 f"of a mesh of {dict(context.shape)}: call it outside, or make it on that mesh, with rules that do not "
                 "name those axes."
             )
-        if context.size != self.mesh.size:
+        # Under Auto axes of another shape JAX finds no name for how what it compiled divides an array.
+        is_named = context.shape_tuple == self.mesh.shape_tuple or bool(context.explicit_axes)
+        if context.size != self.mesh.size or not is_named:
             raise ValueError(
-                f"the model lies on a mesh of {dict(self.mesh.shape)} and is compiled under jax.set_mesh of "
-                f"{dict(context.shape)}: compile under a mesh of the model's devices or under none, or make the model "
+                f"the model lies on a mesh of {dict(self.mesh.shape)} and is transformed or compiled under "
+                f"jax.set_mesh of {dict(context.shape)}: do it under the model's mesh or under none, or make the model "
                 "on that mesh."
             )
 
     def is_foreign(self, value: Any) -> bool:
-        """Whether a caller's value is an array that lies on other devices than the model, or on Explicit axes."""
+        """Whether a caller's value is an array that lies on other devices than the model, or on another mesh."""
         if not isinstance(value, jax.Array):
             return False
-        if jax.typeof(value).sharding.mesh.explicit_axes:
+        mesh = jax.typeof(value).sharding.mesh
+        if not mesh.empty and mesh != self._mesh_here().abstract_mesh:
             return True
         if isinstance(value, jax.core.Tracer) or not value.committed:
             return False
@@ -303,15 +306,14 @@ class Partitioner:
         how the array is divided.
         """
         context = jax.sharding.get_abstract_mesh()
-        is_traced = _is_traced()
-        if context.empty or not (is_traced or _devices(jax.sharding.get_mesh()) == _devices(self.mesh)):
+        if context.empty or not (_is_traced() or _devices(jax.sharding.get_mesh()) == _devices(self.mesh)):
             return x
         is_alike = context.shape_tuple == self.mesh.shape_tuple
         if context.explicit_axes:
             names = self.spec(axes, x.shape) if is_alike else ()
             explicit = [name if name in context.explicit_axes else None for name in names]
             return jax.sharding.reshard(x, PartitionSpec(*explicit))
-        if is_alike or is_traced:
+        if is_alike:
             return x
         return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
 

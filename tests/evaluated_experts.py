@@ -45,5 +45,5 @@ def recorded(function: Callable[..., jax.Array], *args, **kwargs) -> Recorded:
         return gated_unit(x, weights, multiply)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grokjax.kernels.experts.gated_unit", noted)
+        patch.setattr("grokjax.kernels.experts_blocks.gated_unit", noted)
         return Recorded(jax.jit(function).lower(*args, **kwargs).compile(), evaluated)

@@ -3,6 +3,7 @@
 import functools
 import math
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
-from grokjax.model import Grok, abstract_model, init
+from grokjax.model import Grok, abstract_model, forward, init
 from grokjax.quantization import QuantizedArray, partition_specs
 from grokjax.sharding import Partitioner, ShardingRules, device_bytes, make_mesh
 
@@ -223,3 +225,45 @@ def on_one_device() -> Grok:
 def test_bytes_of_arrays_without_shardings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(2,\) has no sharding"):
         device_bytes([jax.ShapeDtypeStruct((2,), jnp.int8)])
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        jax.make_mesh((2, 4), ("data", "model")),
+        jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit)),
+        Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"), axis_types=(AxisType.Manual,) * 2),
+        Mesh(np.array(jax.devices()).reshape(2, 4).T, ("model", "data")),
+        jax.make_mesh((2, 1, 4), ("data", "unused", "model")),
+    ],
+    ids=["explicit", "mixed", "manual", "transposed", "three axes"],
+)
+def test_a_mesh_of_any_kind_makes_the_same_model(mesh: Mesh) -> None:
+    tokens = np.arange(1, 13).reshape(2, 6)
+    expected = forward(init(SMALL, dtype=jnp.float32, mesh=make_mesh((2, 4))), tokens)
+    np.testing.assert_array_equal(forward(init(SMALL, dtype=jnp.float32, mesh=mesh), tokens), expected)
+
+
+def test_shapes_need_no_devices() -> None:
+    mesh = AbstractMesh((2, 4), ("data", "model"))
+    cpu = AbstractMesh((2, 4), ("data", "model"), abstract_device=AbstractDevice("cpu", num_cores=None, platform="cpu"))
+    on_devices = KVCache.abstract(TINY, 2, 8, mesh=make_mesh((2, 4)))
+    for cache in (KVCache.abstract(TINY, 2, 8, mesh=mesh, dtype=jnp.float32), KVCache.abstract(TINY, 2, 8, mesh=cpu)):
+        assert cache.keys.dtype == on_devices.keys.dtype
+        assert cache.keys.sharding.spec == on_devices.keys.sharding.spec
+    assert jax.tree.leaves(jax.eval_shape(lambda: init(SMALL, mesh=mesh)))[0].shape == (512, 64)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda mesh: init(SMALL, mesh=mesh), "which has no devices: give a Mesh of devices, such as make_mesh makes"),
+        (lambda mesh: KVCache.create(TINY, 2, 8, mesh=mesh, dtype=jnp.float32), "which has no devices: give a Mesh"),
+        (lambda mesh: KVCache.abstract(TINY, 2, 8, mesh=mesh), "does not say for which devices.*name that dtype"),
+        (lambda _: init(SMALL, mesh=(2, 4)), r"mesh=\(2, 4\) is a tuple and must be a jax.sharding.Mesh: make one"),
+        (lambda _: init(SMALL, mesh=jax.make_mesh((8,), ("x",))), r"has \('x',\): name one of these in the rule, or"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(ask: Callable[[AbstractMesh], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(AbstractMesh((2, 4), ("data", "model")))

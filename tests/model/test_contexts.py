@@ -1,0 +1,203 @@
+"""Every public function does the same under any mesh that its caller has set, and inside JAX's transformations."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from grokjax import (
+    Engine,
+    GrokConfig,
+    KVCache,
+    SampleSettings,
+    decode,
+    decode_and_sample,
+    forward,
+    generate,
+    init,
+    load,
+    load_parameters,
+    make_mesh,
+    plan,
+    prefill,
+    save,
+)
+
+CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
+TOKENS = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
+LENGTHS = np.array([6, 4], np.int32)
+AXES = ("data", "model")
+# The model lies on (2, 4) of all 8 devices.
+MESHES = {
+    "its own": lambda: make_mesh((2, 4)),
+    "its own, Explicit": lambda: jax.make_mesh((2, 4), AXES),
+    "half Explicit": lambda: jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Auto, AxisType.Explicit)),
+    "of another shape": lambda: make_mesh((1, 8)),
+    "of other axes, Explicit": lambda: jax.make_mesh((8,), ("x",)),
+    "of two devices": lambda: jax.make_mesh((2,), ("x",), devices=jax.devices()[6:]),
+}
+
+
+@functools.cache
+def model():
+    return init(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+
+
+def on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def assert_same(tree: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, on_host(tree), on_host(expected))
+
+
+def run_steps() -> Any:
+    logits, cache = prefill(model(), TOKENS, jnp.asarray(LENGTHS), model().new_cache(2, 16))
+    row = KVCache.create(CONFIG, 1, 8, mesh=make_mesh((2, 4)))
+    alone, row = prefill(model(), TOKENS[:1], LENGTHS[:1], row)
+    cache = cache.insert(row, jnp.int32(1)).reset(0)
+    after, cache = decode(model(), jnp.array([1, 2]), cache, active=jnp.array([True, True]))
+    settings = SampleSettings.create(2, temperature=1.0)
+    keys = jax.random.split(jax.random.key(1), 2)
+    drawn, cache = decode_and_sample(model(), jnp.array([1, 2], jnp.int32), cache, settings, keys)
+    return logits, alone, after, drawn, cache
+
+
+def run_engine() -> Any:
+    with Engine(model(), slots=2, max_len=32) as engine:
+        return [done.token_ids for done in engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=4, temperature=1.0)]
+
+
+def save_and_load(folder: Path) -> Any:
+    save(model(), folder)
+    norm = load_parameters(folder, [r"final_norm\.scale"], mesh=make_mesh((2, 4)))
+    return forward(load(folder, mesh=make_mesh((2, 4)), dtype=jnp.float32), TOKENS), norm
+
+
+EAGER: dict[str, Callable[[Path], Any]] = {
+    "init": lambda _: jax.tree.leaves(init(CONFIG, mesh=make_mesh((2, 4)), quantized_table=True)),
+    "init on one device": lambda _: forward(init(CONFIG, dtype=jnp.float32), TOKENS),
+    "forward": lambda _: forward(model(), jnp.asarray(TOKENS)),
+    "methods": lambda _: model().logits(model().hidden_states(TOKENS)),
+    "a layer": lambda _: model().layers[0].pre_attention_norm.scale.get_value(),
+    "generate": lambda _: generate(model(), TOKENS, LENGTHS, max_new_tokens=3),
+    "steps": lambda _: run_steps(),
+    "engine": lambda _: run_engine(),
+    "save and load": save_and_load,
+    "plan": lambda _: plan(CONFIG, target="cpu:2", max_len=32, prompt_len=8).temporary_bytes,
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_every_function_does_the_same_under_any_mesh(name: str, tmp_path: Path) -> None:
+    expected = EAGER[name](tmp_path / "none")
+    for context, mesh in MESHES.items():
+        with jax.set_mesh(mesh()):
+            assert_same(EAGER[name](tmp_path / context), expected)
+
+
+TRANSFORMED: dict[str, Callable[[Any], Any]] = {
+    "jit": lambda tokens: jax.jit(forward)(model(), tokens),
+    "vmap": lambda tokens: jax.vmap(lambda row: forward(model(), row[None])[0])(tokens),
+    "checkpoint": lambda tokens: jax.checkpoint(lambda one: forward(model(), one))(tokens),
+    "linearize": lambda tokens: jax.linearize(lambda scale: forward(model(), tokens) * scale, 2.0)[1](1.0),
+    "a loop": lambda tokens: _loop(model(), tokens),
+}
+
+
+@jax.jit
+def _loop(model: Any, tokens: jax.Array) -> jax.Array:
+    logits, cache = prefill(model, tokens, jnp.asarray(LENGTHS), model.new_cache(2, 16))
+
+    def advance(carry: Any, _: None) -> tuple[Any, jax.Array]:
+        logits, cache = carry
+        chosen = jnp.argmax(logits, axis=-1)
+        return decode(model, chosen, cache), chosen
+
+    return jax.lax.scan(advance, (logits, cache), None, length=3)[1]
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations_do_the_same_under_any_mesh_of_the_devices(name: str) -> None:
+    expected = TRANSFORMED[name](TOKENS)
+    for context in ("its own", "its own, Explicit", "of other axes, Explicit"):
+        with jax.set_mesh(MESHES[context]()):
+            assert_same(TRANSFORMED[name](jnp.asarray(TOKENS)), expected)
+
+
+def test_shapes_are_told_in_any_context() -> None:
+    for mesh in (None, MESHES["its own, Explicit"]()):
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            assert jax.eval_shape(forward, model(), TOKENS).shape == (2, 6, 512)
+            assert jax.tree.leaves(jax.eval_shape(lambda: init(CONFIG)))[0].shape == (512, 64)
+
+
+@pytest.mark.parametrize("context", ["of another shape", "of two devices"])
+def test_what_cannot_be_compiled_under_another_mesh_is_said(context: str) -> None:
+    with jax.set_mesh(MESHES[context]()), pytest.raises(ValueError, match="or make the model on that mesh"):
+        jax.jit(forward)(model(), TOKENS)
+
+
+def test_results_are_arrays_that_jax_takes_under_the_callers_mesh() -> None:
+    with jax.set_mesh(MESHES["its own, Explicit"]()):
+        assert str(jax.typeof(forward(model(), TOKENS) + 1)) == "float32[2@data,6,512@model]"
+
+    with jax.set_mesh(MESHES["of another shape"]()):
+        assert (forward(model(), TOKENS) + 1).sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("mesh", ["its own, Explicit", "of another shape", "of two devices"])
+@pytest.mark.parametrize("is_split", [True, False])
+def test_arrays_that_lie_elsewhere_are_placed(mesh: str, is_split: bool) -> None:
+    lies_on = MESHES[mesh]()
+    sharding = NamedSharding(lies_on, P(lies_on.axis_names[0]) if is_split else P())
+    assert_same(forward(model(), jax.device_put(TOKENS, sharding)), forward(model(), TOKENS))
+
+
+def test_a_cache_that_lies_elsewhere_is_refused() -> None:
+    cache = KVCache.create(CONFIG, 2, 16, mesh=make_mesh((1, 4)))
+    with pytest.raises(ValueError, match=r"the cache lies on other devices than the model.*make it by new_cache"):
+        decode(model(), np.array([1, 2]), cache)
+
+
+@functools.cache
+def replicated():
+    """A model on a mesh with an axis that it does not use."""
+    mesh = jax.make_mesh((2, 2, 2), ("replica", *AXES))
+    return init(CONFIG, dtype=jnp.float32, mesh=mesh), Mesh(mesh.devices, mesh.axis_names)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_model_runs_inside_a_shard_map_over_an_axis_that_it_does_not_use(kind: AxisType) -> None:
+    four = np.concatenate([TOKENS, TOKENS + 7])
+    made, mesh = replicated()
+    mesh = mesh.update(axis_types=(kind,) * 3)
+
+    def continued(made: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return forward(made, tokens), generate(made, tokens, LENGTHS, max_new_tokens=2).tokens
+
+    specs = {"in_specs": (P(), P("replica")), "out_specs": P("replica"), "axis_names": {"replica"}}
+    with jax.set_mesh(mesh):
+        logits, tokens = jax.jit(jax.shard_map(continued, mesh=mesh, check_vma=False, **specs))(made, four)
+    for half in (slice(0, 2), slice(2, 4)):
+        np.testing.assert_allclose(np.asarray(logits)[half], forward(made, four[half]), atol=2e-6)
+        assert_same(np.asarray(tokens)[half], generate(made, four[half], LENGTHS, max_new_tokens=2).tokens)
+
+
+def test_a_shard_map_over_an_axis_that_the_model_uses_is_refused() -> None:
+    made, mesh = replicated()
+    other = jax.make_mesh((8,), ("x",))
+    for over, axis in ((mesh, "data"), (other, "x")):
+        run = jax.shard_map(
+            lambda tokens: forward(made, tokens), mesh=over, in_specs=P(), out_specs=P(), axis_names={axis}
+        )
+        with pytest.raises(ValueError, match=rf"inside a shard_map over \['{axis}'\].*call it outside"):
+            jax.jit(run)(TOKENS)
