@@ -61,7 +61,9 @@ def attend(
         kernel = _make_kernel(positions, keys.shape[3], query_block=query_block, softcap=softcap, interpret=interpret)
         row = dataclasses.replace(place, rows=(i if place.rows is None else place.rows[i])[None])
         key, value = (_read_row(entries, row, query.dtype) for entries in (keys, values))
-        out: jax.Array = kernel(query[i], key, value)
+        # JAX's kernel is written for its default settings, and does not compile with numbers of 64 bits.
+        with jax.enable_x64(False), jax.default_matmul_precision("default"):
+            out: jax.Array = kernel(query[i], key, value)
         return out
 
     out = lax.map(attend_row, jnp.arange(batch, dtype=jnp.int32))  # [P, N, T, H]
