@@ -262,7 +262,8 @@ class Partitioner:
 
         Raises:
           ValueError: It is compiled under a mesh of another number of devices, or of another shape and without
-            Explicit axes; or inside a `shard_map` over an axis that the model uses, or over another mesh.
+            Explicit axes; or inside a `shard_map` over an axis that the model uses, over another mesh, or over one
+            with Explicit axes.
         """
         context = jax.sharding.get_abstract_mesh()
         if context.empty or not _is_traced():
@@ -274,6 +275,11 @@ class Partitioner:
                 f"the model lies on a mesh of {dict(self.mesh.shape)} and is called inside a shard_map over {manual} "
                 f"of a mesh of {dict(context.shape)}: call it outside, or make it on that mesh, with rules that do not "
                 "name those axes."
+            )
+        if context.manual_axes and context.explicit_axes:
+            raise ValueError(
+                f"the model is called inside a shard_map of a mesh whose other axes {list(context.explicit_axes)} are "
+                "Explicit, where JAX does not compile it: give shard_map, and jax.set_mesh, that mesh with Auto axes."
             )
         # Under Auto axes of another shape JAX finds no name for how what it compiled divides an array.
         is_named = context.shape_tuple == self.mesh.shape_tuple or bool(context.explicit_axes)

@@ -175,9 +175,11 @@ def generate(
       cache_dtype: as in `Grok.new_cache`.
 
     Raises:
-      ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, or there is no
-        room.
+      ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, there is no room,
+        or it is called inside a `shard_map`.
     """
+    if jax.sharding.get_abstract_mesh().manual_axes:  # the compiler of jax 0.10 aborts the process there
+        raise ValueError("generate does not run inside a shard_map: call it outside, or loop over decode inside.")
     tokens = _check_tokens(model, tokens, ndim=2)
     lengths = _check_lengths(lengths, tokens, least=1)
     batch, longest = tokens.shape
