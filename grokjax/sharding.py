@@ -420,6 +420,9 @@ def own_context() -> Iterator[None]:
         with jax.set_mesh(None), jax.transfer_guard("allow"):
             yield
         return
+    if context.empty:  # else what JAX has traced already would be traced, and written into the program, again
+        yield
+        return
     if context.manual_axes:
         kinds = tuple(kind if kind == AxisType.Manual else AxisType.Auto for kind in context.axis_types)
         own = context.update(axis_types=kinds)

@@ -48,8 +48,8 @@ def _receive(value: Any, partitioner: Partitioner) -> Any:
         return partitioner.receive(value) if partitioner.is_foreign(value) else value
     if any(map(partitioner.is_foreign, jax.tree.leaves(value))):
         raise ValueError(
-            f"the cache lies on other devices than the model, which is on a mesh of {dict(partitioner.mesh.shape)}, or "
-            "on Explicit axes: make it by new_cache of the model, or by KVCache.create with the model's mesh and rules."
+            f"the cache lies elsewhere than the model, which is on a mesh of {dict(partitioner.mesh.shape)}: create it "
+            "with the model's configuration, mesh and rules, as new_cache of the model does."
         )
     return value
 

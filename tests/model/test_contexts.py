@@ -164,7 +164,7 @@ def test_arrays_that_lie_elsewhere_are_placed(mesh: str, is_split: bool) -> None
 
 def test_a_cache_that_lies_elsewhere_is_refused() -> None:
     cache = KVCache.create(CONFIG, 2, 16, mesh=make_mesh((1, 4)))
-    with pytest.raises(ValueError, match=r"the cache lies on other devices than the model.*make it by new_cache"):
+    with pytest.raises(ValueError, match=r"the cache lies elsewhere than the model.*create it with the model's"):
         decode(model(), np.array([1, 2]), cache)
 
 
