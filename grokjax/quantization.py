@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from grokjax.sharding import Axes, Partitioner
+from grokjax.sharding import Axes, Partitioner, in_own_context
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +58,7 @@ class QuantizedArray:
 Weight = jax.Array | QuantizedArray
 
 
-@jax.transfer_guard("allow")
+@in_own_context
 def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.float32) -> QuantizedArray:
     """Rounds a weight to int8, symmetrically, with one scale for each output and block of rows.
 
@@ -109,6 +109,7 @@ class QuantizedTable:
 Table = jax.Array | QuantizedTable
 
 
+@in_own_context
 def quantize_table(table: jax.Array) -> QuantizedTable:
     """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale."""
     scales = jnp.abs(table).max(axis=1).astype(jnp.float32) / 127
@@ -117,7 +118,7 @@ def quantize_table(table: jax.Array) -> QuantizedTable:
     return QuantizedTable(_round_to_int8(table, scales[:, None]), scales)
 
 
-@jax.transfer_guard("allow")
+@in_own_context
 def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The plain weight [..., C, O] in `dtype`; a plain weight is only cast."""
     if not isinstance(w, QuantizedArray):

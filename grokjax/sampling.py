@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from grokjax.sharding import in_own_context, own_context
+
 # The logit of a token that must not be drawn. Source: the release's `runners.py`, `top_p_filter` and `sample_token`.
 EXCLUDED = -1e10
 # The generator of all keys that this package makes, whatever JAX's own default is.
@@ -49,7 +51,7 @@ class SampleSettings:
     active: jax.Array
 
     @classmethod
-    @jax.transfer_guard("allow")
+    @own_context()
     def create(
         cls,
         batch_size: int,
@@ -114,7 +116,7 @@ def seed_key(seed: ArrayLike) -> jax.Array:
     return jax.random.key(seed, impl=_GENERATOR)
 
 
-@jax.transfer_guard("allow")
+@in_own_context
 def row_keys(keys: jax.Array, positions: jax.Array) -> jax.Array:
     """Each row's key for one position: `fold_in(key, position)`, so a request draws the same in any slot and batch.
 
@@ -156,6 +158,7 @@ def typed_keys(keys: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(keys, impl=_GENERATOR)
 
 
+@in_own_context
 def sample_token(
     keys: jax.Array,
     logits: jax.Array,
@@ -210,7 +213,7 @@ def _sample_token(
     return zeroed
 
 
-@jax.transfer_guard("allow")
+@in_own_context
 def log_probs_of(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
     """Natural log-probabilities of given tokens under softmax(logits), for scoring a text.
 
@@ -226,7 +229,7 @@ def log_probs_of(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-@jax.transfer_guard("allow")
+@in_own_context
 def top_p_filter(logits: jax.Array, top_p: ArrayLike) -> jax.Array:
     """Keeps the most probable tokens whose mass reaches top-p; the others become -1e10.
 
@@ -242,7 +245,7 @@ def top_p_filter(logits: jax.Array, top_p: ArrayLike) -> jax.Array:
     return _keep_from(logits, find_threshold(logits, *_nucleus_limit(logits, _per_row(top_p, logits, jnp.float32))))
 
 
-@jax.transfer_guard("allow")
+@in_own_context
 def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
     """Keeps the `top_k` largest logits and ties with the last of them; the others become -1e10.
 
@@ -253,7 +256,7 @@ def top_k_filter(logits: jax.Array, top_k: ArrayLike) -> jax.Array:
     return _keep_from(logits, find_threshold(logits, *_rank_limit(logits, _per_row(top_k, logits, jnp.int32))))
 
 
-@jax.transfer_guard("allow")
+@in_own_context
 def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
     """Keeps tokens at least `min_p` times as probable as the top token; the others become -1e10.
 

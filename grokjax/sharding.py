@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from grokjax.config import GrokConfig
 
 Axes = tuple[str | None, ...]
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 MESH_AXES = ("data", "model")
@@ -432,6 +435,30 @@ def own_context() -> Iterator[None]:
         yield
 
 
+def in_own_context(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of arrays, made to run as if its caller had set no mesh; arrays on Explicit axes move to Auto ones.
+
+    The results stay on Auto axes.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with own_context():
+            received: Any = jax.tree.map(_on_auto_axes, (args, kwargs))
+            return function(*received[0], **received[1])
+
+    return wrapped
+
+
+def _on_auto_axes(value: Any) -> Any:
+    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        return value
+    sharding = value.sharding
+    if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
+        return value
+    return jax.device_put(value, NamedSharding(_with_auto_axes(sharding.mesh), sharding.spec))
+
+
 def check_has_devices(mesh: Mesh | AbstractMesh) -> None:
     """Checks that arrays can be made on a mesh; where only their shapes are asked for, any mesh will do.
 
@@ -452,7 +479,7 @@ def with_shardings(arrays: Any, shardings: Any) -> Any:
     )
 
 
-@jax.transfer_guard("allow")
+@own_context()
 def zeros(shapes: T) -> T:
     """Arrays of zeros for a tree of `jax.ShapeDtypeStruct`s with shardings, each shard made on its own device.
 

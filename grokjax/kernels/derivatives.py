@@ -25,7 +25,7 @@ def with_rule(
     """`function` with a rule for its derivatives; called as it is, it is `function`.
 
     Args:
-      function: of trees of arrays; it gives a tree of floats. Its integers are constants.
+      function: of trees of arrays; it gives a tree of floats, where it is differentiated. Integers are constants.
       pull: (operands, what was saved, cotangents of the result) -> for each operand its cotangents, a tree like it in
         the dtypes of its floats, None for integers; None for an operand without floats. It must have derivatives of
         forward mode.
@@ -144,7 +144,7 @@ def _batch(
 ) -> tuple[Sequence[Any], list[int]]:
     """`vmap`: both functions of a batch."""
     size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
-    known_axes = [None if axis is None else axis for axis in axes[:num_known]]
+    known_axes = list(axes[:num_known])
     changes = [
         jnp.broadcast_to(leaf, (size, *leaf.shape)) if axis is None else jnp.moveaxis(leaf, axis, 0)
         for leaf, axis in zip(leaves[num_known:], axes[num_known:], strict=True)

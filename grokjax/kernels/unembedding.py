@@ -1,7 +1,6 @@
 """The product of hidden states with the embedding table, plain or int8, in the form that suits the device."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,18 +49,20 @@ def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array) -> tuple[ja
     x, table = operands
     weight, scales = (table.weight, table.scales) if isinstance(table, QuantizedTable) else (table, None)
     scaled = (out if scales is None else out * scales[None]).astype(x.dtype)
-    num_rows, block = len(weight), math.gcd(len(weight), _CAST_ROWS)
+    num_rows, block = len(weight), min(_CAST_ROWS, len(weight))
     product = functools.partial(jnp.einsum, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
 
     def add_block(i: jax.Array, of_x: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(scaled, i * block, block, axis=1)
-        return of_x + product("mv,vd->md", part, lax.dynamic_slice_in_dim(weight, i * block, block).astype(x.dtype))
+        start = jnp.minimum(i * block, num_rows - block)  # the last block slides left and leaves out what was seen
+        is_new = start + jnp.arange(block, dtype=jnp.int32) >= i * block
+        part = jnp.where(is_new[None], lax.dynamic_slice_in_dim(scaled, start, block, axis=1), 0)
+        return of_x + product("mv,vd->md", part, lax.dynamic_slice_in_dim(weight, start, block).astype(x.dtype))
 
-    of_x = lax.fori_loop(0, num_rows // block, add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+    of_x = lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
     if scales is None:
         return of_x, product("mv,md->vd", scaled, x).astype(weight.dtype)
     quantized: Any = QuantizedTable
-    return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0))
+    return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0).astype(scales.dtype))
 
 
 def direct_unembed(x: jax.Array, table: jax.Array) -> jax.Array:

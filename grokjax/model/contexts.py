@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 
@@ -21,18 +21,17 @@ def in_any_context(function: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        model: Any = args[0]
+    def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
         partitioner: Partitioner = model.partitioner
         partitioner.check_context()
         with own_context():
-            received: Any = _map(_receive, (args[1:], kwargs), partitioner)
+            received: Any = _map(_receive, (args, kwargs), partitioner)
             results = function(model, *received[0], **received[1])
         if jax.sharding.get_abstract_mesh().empty:
             return results
         return _map(functools.partial(_hand_over, vocab_size=model.config.vocab_size), results, partitioner)
 
-    return wrapped
+    return cast(Callable[P, R], wrapped)
 
 
 def _map(function: Callable[[Any, Partitioner], Any], tree: R, partitioner: Partitioner) -> R:

@@ -73,7 +73,8 @@ def prefill(
     named = jnp.arange(len(lengths), dtype=jnp.int32) if rows is None else rows
     if _is_concrete(lengths, cache.lengths, named):
         _check_room(cache, lengths, np.asarray(named))
-    return _prefill(model, tokens, lengths, cache, rows)
+    step = _prefill if _is_concrete(*jax.tree.leaves((model, cache))) else _prefill_keeping
+    return step(model, tokens, lengths, cache, rows)
 
 
 @in_any_context
@@ -104,7 +105,8 @@ def decode(
         raise ValueError(f"active has shape {active.shape} and tokens {tokens.shape}: pass one value for each row.")
     if _is_concrete(active, cache.lengths):
         _check_room(cache, active, np.arange(len(tokens)))
-    return _decode(model, tokens, cache, active)
+    step = _decode if _is_concrete(*jax.tree.leaves((model, cache))) else _decode_keeping
+    return step(model, tokens, cache, active)
 
 
 @in_any_context
@@ -227,6 +229,8 @@ def _decode_step(model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Arr
 
 _prefill = jax.jit(_prefill_step, donate_argnames="cache")
 _decode = jax.jit(_decode_step, donate_argnames="cache")
+# For a caller's transformation: a derivative needs the cache again, and under a jit only its own inputs are donated.
+_prefill_keeping, _decode_keeping = jax.jit(_prefill_step), jax.jit(_decode_step)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "cache_dtype"))

@@ -113,3 +113,13 @@ def test_every_operation_has_derivatives_on_accelerators(operation: Callable[...
     assert "-> (tensor<4x128xbf16>" in program
     forwards = program_for(platform, lambda x: jax.jvp(total, (x,), (x,)), bfloat16(0, 4, 128))
     assert "-> (tensor<f32>" in forwards
+
+
+@pytest.mark.parametrize("operation", [product, experts, attention, table], ids=lambda f: f.__name__)
+def test_the_rules_for_accelerators_are_those_of_a_cpu(operation: Callable[..., Any]) -> None:
+    def gradient(platform: str) -> np.ndarray:
+        found = jax.jit(jax.grad(lambda x: jnp.sin(operation(platform)(x).astype(jnp.float32)).sum()))
+        return np.asarray(found(bfloat16(0, 4, 128)), np.float32)
+
+    expected = gradient("cpu")
+    np.testing.assert_allclose(gradient("tpu"), expected, rtol=0, atol=2e-2 * np.abs(expected).max())

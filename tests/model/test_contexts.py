@@ -28,8 +28,12 @@ from grokjax import (
     make_mesh,
     plan,
     prefill,
+    quantize,
+    row_keys,
+    sample_token,
     save,
 )
+from grokjax.sampling import log_probs_of, min_p_filter, top_k_filter, top_p_filter
 
 CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
 TOKENS = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
@@ -71,6 +75,15 @@ def run_steps() -> Any:
     return logits, alone, after, drawn, cache
 
 
+def run_sampling() -> Any:
+    logits = forward(model(), TOKENS)[:, -1]
+    settings = SampleSettings.create(2, temperature=1.0)
+    keys = jax.random.split(jax.random.key(1), 2)
+    drawn = sample_token(row_keys(keys, jnp.array([3, 4], jnp.int32)), logits, settings)
+    filtered = [top_k_filter(logits, 3), top_p_filter(logits, 0.5), min_p_filter(logits, 0.1)]
+    return drawn, filtered, log_probs_of(logits, jnp.array([1, 2], jnp.int32)), quantize(logits)
+
+
 def run_engine() -> Any:
     with Engine(model(), slots=2, max_len=32) as engine:
         return [done.token_ids for done in engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=4, temperature=1.0)]
@@ -85,13 +98,14 @@ def save_and_load(folder: Path) -> Any:
 EAGER: dict[str, Callable[[Path], Any]] = {
     "init": lambda _: jax.tree.leaves(init(CONFIG, mesh=make_mesh((2, 4)), quantized_table=True)),
     "init on one device": lambda _: forward(init(CONFIG, dtype=jnp.float32), TOKENS),
-    "forward": lambda _: forward(model(), jnp.asarray(TOKENS)),
+    "forward": lambda _: forward(model=model(), tokens=jnp.asarray(TOKENS)),
     "methods": lambda _: model().logits(model().hidden_states(TOKENS)),
     "a layer": lambda _: model().layers[0].pre_attention_norm.scale.get_value(),
     "generate": lambda _: generate(model(), TOKENS, LENGTHS, max_new_tokens=3),
     "steps": lambda _: run_steps(),
     "engine": lambda _: run_engine(),
     "save and load": save_and_load,
+    "sampling": lambda _: run_sampling(),
     "plan": lambda _: plan(CONFIG, target="cpu:2", max_len=32, prompt_len=8).temporary_bytes,
 }
 
@@ -109,6 +123,7 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
     "vmap": lambda tokens: jax.vmap(lambda row: forward(model(), row[None])[0])(tokens),
     "checkpoint": lambda tokens: jax.checkpoint(lambda one: forward(model(), one))(tokens),
     "linearize": lambda tokens: jax.linearize(lambda scale: forward(model(), tokens) * scale, 2.0)[1](1.0),
+    "grad": lambda _: jax.grad(lambda x: forward(model(), embeddings=x).sum())(jnp.full((2, 6, 64), 0.5)),
     "a loop": lambda tokens: _loop(model(), tokens),
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, label, or_thorough
+from flax import nnx
 from reference_backward import backward
 
 from grokjax import Grok, GrokConfig, ShardingRules, decode, forward, init, make_mesh, prefill
@@ -175,6 +176,37 @@ def test_modes_agree_and_take_turns() -> None:
 def _at_embeddings(weights: Mapping[str, np.ndarray], embeddings: np.ndarray) -> np.ndarray:
     """The reference's derivative with respect to embeddings [T, D]."""
     return backward(weights, SMALL, TOKENS[0], COTANGENTS[0], embeddings=embeddings)[1]
+
+
+def test_flax_takes_the_derivatives_of_plain_parameters() -> None:
+    model, weights = make(SMALL, (1, 1), TENSOR, 1)
+    wrt = nnx.DiffState(0, nnx.All(nnx.Param, lambda _, param: isinstance(param.get_value(), jax.Array)))
+
+    def of_model(model: Grok) -> jax.Array:
+        return jnp.sum(forward(model, TOKENS[:1]) * COTANGENTS[:1])
+
+    found = nnx.value_and_grad(of_model, argnums=wrt)(model)[1]["layers"]["feed_forward"]["router"].get_value()[0]
+    wanted = backward(weights, SMALL, TOKENS[0], COTANGENTS[0])[0]["layers.0.feed_forward.router"]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_rows_that_are_left_out_have_no_derivative() -> None:
+    """Of a cache of three rows two are filled, one by one token, and one of them decodes; each step by itself."""
+    model, weights = make(SMALL, (1, 1), TENSOR, None)
+    x = model.embedding.table[...]
+
+    def by_steps(table: jax.Array) -> jax.Array:
+        moved = with_values(model, {"embedding.table": table})
+        first, cache = prefill(moved, TOKENS[:, :3], [3, 1], moved.new_cache(3, 8), rows=[2, 0])
+        after, _ = decode(moved, TOKENS[[0, 0, 0], 3], cache, active=[False, False, True])
+        return jnp.sum(first * COTANGENTS[:, 0]) + jnp.sum(after[2] * COTANGENTS[0, 1])
+
+    wanted = np.zeros(x.shape)
+    rows = (TOKENS[0, :4], {2: COTANGENTS[0, 0], 3: COTANGENTS[0, 1]}), (TOKENS[1, :1], {0: COTANGENTS[1, 0]})
+    for tokens, places in rows:
+        cotangents = np.stack([places.get(i, np.zeros(SMALL.vocab_size)) for i in range(len(tokens))])
+        wanted += backward(weights, SMALL, tokens, cotangents)[0]["embedding.table"]
+    np.testing.assert_allclose(jax.grad(by_steps)(x), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_a_derivative_through_an_int8_cache_is_refused() -> None:
