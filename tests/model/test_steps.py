@@ -162,7 +162,7 @@ class TestRefusals:
     def test_decode_refuses_a_cache_of_another_mesh(self) -> None:
         place = Partitioner.create(CONFIG, make_mesh((1, 8)))  # 4 kv heads on 8 devices
         wide = abstract_model(CONFIG, place, dtype=jnp.float32, quantized=True)
-        with pytest.raises(ValueError, match="make it by new_cache of the model"):
+        with pytest.raises(ValueError, match="create it with the model's configuration, mesh and rules"):
             decode(wide, [3, 4, 5], empty())
 
 
