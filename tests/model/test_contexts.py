@@ -75,8 +75,7 @@ def run_steps() -> Any:
     return logits, alone, after, drawn, cache
 
 
-def run_sampling() -> Any:
-    logits = forward(model(), TOKENS)[:, -1]
+def run_sampling(logits: jax.Array) -> Any:
     settings = SampleSettings.create(2, temperature=1.0)
     keys = jax.random.split(jax.random.key(1), 2)
     drawn = sample_token(row_keys(keys, jnp.array([3, 4], jnp.int32)), logits, settings)
@@ -105,7 +104,7 @@ EAGER: dict[str, Callable[[Path], Any]] = {
     "steps": lambda _: run_steps(),
     "engine": lambda _: run_engine(),
     "save and load": save_and_load,
-    "sampling": lambda _: run_sampling(),
+    "sampling": lambda _: run_sampling(jnp.asarray(np.random.default_rng(0).normal(size=(2, 64)), jnp.float32)),
     "plan": lambda _: plan(CONFIG, target="cpu:2", max_len=32, prompt_len=8).temporary_bytes,
 }
 
@@ -159,6 +158,15 @@ def test_shapes_are_told_in_any_context() -> None:
 def test_what_cannot_be_compiled_under_another_mesh_is_said(context: str) -> None:
     with jax.set_mesh(MESHES[context]()), pytest.raises(ValueError, match="or make the model on that mesh"):
         jax.jit(forward)(model(), TOKENS)
+
+
+def test_tokens_are_drawn_from_logits_that_lie_on_explicit_axes() -> None:
+    def run() -> Any:
+        return run_sampling(prefill(model(), TOKENS, LENGTHS, model().new_cache(2, 16))[0])
+
+    expected = run()
+    with jax.set_mesh(MESHES["its own, Explicit"]()):
+        assert_same(run(), expected)
 
 
 def test_results_are_arrays_that_jax_takes_under_the_callers_mesh() -> None:
