@@ -189,12 +189,13 @@ class KVCache:
         return dataclasses.replace(self, lengths=self.lengths.at[self._check_row(row)].set(0))
 
     def _check_row(self, row: jax.Array | int) -> jax.Array:
-        if not isinstance(row, jax.core.Tracer) and row not in range(self.batch_size):
+        if isinstance(row, jax.core.Tracer):
+            own = NamedSharding(jax.typeof(self.lengths).sharding.mesh, PartitionSpec())
+            is_explicit = bool(jax.typeof(row).sharding.mesh.explicit_axes)
+            return jnp.asarray(jax.device_put(row, own) if is_explicit else row, jnp.int32)
+        if row not in range(self.batch_size):
             raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows: give one of 0, 1, ...")
-        if not isinstance(row, jax.core.Tracer):
-            return jnp.asarray(int(row), jnp.int32)
-        own = NamedSharding(jax.typeof(self.lengths).sharding.mesh, PartitionSpec())
-        return jnp.asarray(jax.device_put(row, own) if jax.typeof(row).sharding.mesh.explicit_axes else row, jnp.int32)
+        return jnp.asarray(int(row), jnp.int32)
 
 
 def _entry_shape(cache: KVCache) -> tuple[int, ...]:

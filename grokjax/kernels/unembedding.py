@@ -25,10 +25,13 @@ def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
     Returns:
       float32 [..., V].
     """
-    is_cpu, smooth = platform == "cpu", blocked_unembed if platform == "cpu" else direct_unembed
-    forms = (integer_unembed if is_cpu else direct_unembed, padded_unembed if is_cpu else direct_unembed)
+    is_cpu = platform == "cpu"
+    plain = padded_unembed if is_cpu else direct_unembed
+    int8, smooth = (integer_unembed, blocked_unembed) if is_cpu else (direct_unembed, direct_unembed)
     run = with_rule(
-        functools.partial(_unembed, forms=forms), _pull, smooth=functools.partial(_unembed, forms=(smooth, forms[1]))
+        functools.partial(_unembed, int8=int8, plain=plain),
+        _pull,
+        smooth=functools.partial(_unembed, int8=smooth, plain=plain),
     )
     out: jax.Array = run(x.reshape(-1, x.shape[-1]), table)
     return out.reshape(*x.shape[:-1], table.shape[0])
@@ -37,11 +40,11 @@ def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
 Form = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def _unembed(x: jax.Array, table: Table, *, forms: tuple[Form, Form]) -> jax.Array:
+def _unembed(x: jax.Array, table: Table, *, int8: Form, plain: Form) -> jax.Array:
     """`unembed` of rows [M, D], in one form for an int8 table and one for a plain one."""
     if isinstance(table, QuantizedTable):
-        return forms[0](x, table.weight) * table.scales[None]
-    return forms[1](x, table)
+        return int8(x, table.weight) * table.scales[None]
+    return plain(x, table)
 
 
 def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array) -> tuple[jax.Array, Any]:
