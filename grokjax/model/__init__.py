@@ -14,6 +14,7 @@ from grokjax.model.building import (
     with_quantized_table,
     with_values,
 )
+from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
 from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
@@ -36,6 +37,7 @@ __all__ = [
     "decode_and_sample",
     "forward",
     "generate",
+    "in_any_context",
     "init",
     "init_parameters",
     "lower_decode",

@@ -1,6 +1,7 @@
 """What makes a model's functions do the same in every context of JAX: whatever mesh the caller has set, or works on."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -19,13 +20,15 @@ def in_any_context(function: Callable[P, R]) -> Callable[P, R]:
     Its arrays may lie anywhere; only a cache must lie where the model does. Under a caller's mesh the results are
     arrays that JAX takes there, but for a cache, which stays on the model's mesh.
     """
+    first = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
-    def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        model, *others = args or [kwargs.pop(first)]
         partitioner: Partitioner = model.partitioner
         partitioner.check_context()
         with own_context():
-            received: Any = _map(_receive, (args, kwargs), partitioner)
+            received: Any = _map(_receive, (others, kwargs), partitioner)
             results = function(model, *received[0], **received[1])
         if jax.sharding.get_abstract_mesh().empty:
             return results

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from grokjax import sampling
 from grokjax.cache import KVCache
-from grokjax.model import Grok, decode, prefill
+from grokjax.model import Grok, decode, in_any_context, prefill
 
 TOP_K = 8
 
@@ -114,7 +114,7 @@ def new_memory(params: Grok, batch_size: int, length: int) -> KVCache:
     return params.new_cache(batch_size, length)
 
 
-@jax.transfer_guard("allow")
+@in_any_context
 def prefill_memory(
     params: Grok,
     rngs: jax.Array,
@@ -161,6 +161,7 @@ def prefill_memory(
     return rngs, last_output, memory, settings
 
 
+@in_any_context
 @functools.partial(jax.jit, donate_argnames="memory")
 def sample_step(
     params: Grok, rngs: jax.Array, last_output: SampleOutput, memory: KVCache, settings: SampleSettings

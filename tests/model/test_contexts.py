@@ -1,5 +1,6 @@
 """Every public function does the same under any mesh that its caller has set, and inside JAX's transformations."""
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import Callable
@@ -10,14 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import or_thorough
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from grokjax import (
+    AsyncEngine,
+    ByteTokenizer,
     Engine,
     GrokConfig,
     KVCache,
+    Request,
     SampleSettings,
+    TextGenerator,
     decode,
     decode_and_sample,
     forward,
@@ -88,6 +94,19 @@ def run_engine() -> Any:
         return [done.token_ids for done in engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=4, temperature=1.0)]
 
 
+def run_text_generator() -> Any:
+    texts = TextGenerator(model(), ByteTokenizer(CONFIG.vocab_size), max_len=32)
+    return texts.generate("ab", max_new_tokens=4, temperature=1.0).token_ids
+
+
+def run_async_engine() -> Any:
+    async def serve() -> Any:
+        async with AsyncEngine(Engine(model(), slots=2, max_len=32)) as engine:
+            return await engine.complete(Request([1, 2, 3], max_new_tokens=4, temperature=1.0))
+
+    return [done.token_ids for done in asyncio.run(serve())]
+
+
 def save_and_load(folder: Path) -> Any:
     save(model(), folder)
     norm = load_parameters(folder, [r"final_norm\.scale"], mesh=make_mesh((2, 4)))
@@ -103,6 +122,8 @@ EAGER: dict[str, Callable[[Path], Any]] = {
     "generate": lambda _: generate(model(), TOKENS, LENGTHS, max_new_tokens=3),
     "steps": lambda _: run_steps(),
     "engine": lambda _: run_engine(),
+    "text generator": lambda _: run_text_generator(),
+    "asynchronous engine": lambda _: run_async_engine(),
     "save and load": save_and_load,
     "sampling": lambda _: run_sampling(jnp.asarray(np.random.default_rng(0).normal(size=(2, 64)), jnp.float32)),
     "plan": lambda _: plan(CONFIG, target="cpu:2", max_len=32, prompt_len=8).temporary_bytes,
@@ -139,7 +160,7 @@ def _loop(model: Any, tokens: jax.Array) -> jax.Array:
     return jax.lax.scan(advance, (logits, cache), None, length=3)[1]
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("name", or_thorough([(name,) for name in TRANSFORMED], [("jit",), ("vmap",), ("a loop",)]))
 def test_transformations_do_the_same_under_any_mesh_of_the_devices(name: str) -> None:
     expected = TRANSFORMED[name](TOKENS)
     for context in ("its own", "its own, Explicit", "of other axes, Explicit"):

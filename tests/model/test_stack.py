@@ -145,6 +145,7 @@ def test_steps_have_the_derivative_of_the_whole(
     check(jax.jit(jax.grad(loss_by_steps))(floats_of(model), model), expected(weights, config, last=3), model)
 
 
+@pytest.mark.thorough
 def test_modes_agree_and_take_turns() -> None:
     """`jax.grad`, `jax.jvp`, a Hessian's product with a vector, `jax.checkpoint` and `jax.vmap`, at embeddings."""
     model, weights = make(SMALL, (1, 1), TENSOR, 1)

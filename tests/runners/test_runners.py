@@ -112,6 +112,19 @@ class TestGenerator:
         again = runner.run()
         assert sample_from_model(again, "the", 2, 1.0).completion.finish_reason == "length"
 
+    def test_the_callers_mesh_changes_nothing(self, runner: InferenceRunner) -> None:
+        request = Request("and the", 50.0, 0.9, 3, 4, ignore_eos=True)
+
+        def run() -> tuple[tuple[int, ...], int, list[int]]:
+            [done] = runner.engine.generate([request.to_engine()])
+            batch = Batch(runner)
+            return done.token_ids, batch.prefill(1, request), batch.step()
+
+        expected = run()
+        for mesh in (jax.make_mesh((1, 2), ("data", "model")), jax.make_mesh((8,), ("x",))):
+            with jax.set_mesh(mesh):
+                assert run() == expected
+
     def test_a_request_may_ask_for_more_than_the_release_s(self, runner: InferenceRunner) -> None:
         server = runner.run()
         next(server)
@@ -155,14 +168,14 @@ class Batch:
             SampleSettings(request.temperature, request.nucleus_p, mask, np.True_),
             i,
         )
-        return self.last_output.token_id[i, 0].item()
+        return np.asarray(self.last_output.token_id)[i, 0].item()
 
     def step(self) -> list[int]:
         """The next token of every row."""
         self.rngs, self.last_output, self.memory = self.runner.sample_step(
             self.runner.params, self.rngs, self.last_output, self.memory, self.settings
         )
-        return self.last_output.token_id[:, 0].tolist()
+        return np.asarray(self.last_output.token_id)[:, 0].tolist()
 
 
 class TestFunctionsOfABatch:
