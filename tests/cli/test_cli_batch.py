@@ -172,9 +172,9 @@ class TestResults:
         engine = Engine(FakeModel(), Numbers(), slots=2, max_len=32, make_steps=Certain)
         prompts = read(tmp_path, b'{"prompt": "4", "logprobs": 8}\n{"prompt": ["\xff", "\\ud800"]}', "prompts.jsonl")
         run(prompts, tmp_path / "out", engine=engine)
-        text = (tmp_path / "out").read_text()
-        assert not re.search(r"Infinity|NaN|\\ud[89a-f]", text)
+        assert not re.search("Infinity|NaN", (tmp_path / "out").read_text())
         found = records(tmp_path / "out")
+        json.dumps(found, ensure_ascii=False).encode()  # raises where there is half a character
         assert found[1]["logprobs"][0]["top"][-1]["logprob"] is None
         assert found[2]["prompt"] == ["\ufffd", "\ufffd"]
 
