@@ -122,6 +122,11 @@ class TestPrompts:
         with pytest.raises(ValueError, match=rf"--prompts .*{name} is UTF-16 or no text: give it in UTF-8, as `iconv"):
             read(tmp_path, '{"prompt": "4"}\n{"prompt": "5"}'.encode(encoding), name)
 
+    def test_utf_16_is_known_by_its_mark_too(self, tmp_path: Path) -> None:
+        """Without zero bytes, as in one line of Chinese."""
+        with pytest.raises(ValueError, match="is UTF-16 or no text"):
+            read(tmp_path, "\u4f60\u597d".encode("utf-16"))
+
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--prompts .*missing cannot be read: No such file"):
             read_prompts(tmp_path / "missing", DEFAULT)
