@@ -131,7 +131,8 @@ class Completion:
     """One finished sample of a request.
 
     Attributes:
-      text: decoded, without the token or string that stopped it; empty where there is no tokenizer.
+      text: decoded behind the prompt, so that it begins with a space where the first word does; without the token or
+        string that stopped it; empty where there is no tokenizer.
       token_ids: all tokens drawn, those that stopped it included.
       prompt_ids: the tokens of the prompt; empty if it could not be read.
       finish_reason: "stop" at the end-of-sequence token, a stop id or a stop string; "length" at `max_new_tokens` or
@@ -162,26 +163,36 @@ def check_prompt(prompt: object, *, vocab_size: int, max_len: int) -> np.ndarray
       ValueError: It is no list of integers, there are none, one is outside the vocabulary, or they leave no room for a
         continuation.
     """
-    ids = _token_array(prompt)
-    if not len(ids):
+    given = _array(prompt)
+    if given.ndim != 1:
+        raise ValueError(f"the prompt must be text or a list of token ids, not {reprlib.repr(prompt)}.")
+    if not len(given):
         raise ValueError("the prompt is empty: give it some text, or begin with the beginning-of-sequence token.")
-    if len(ids) >= max_len:
+    if len(given) >= max_len:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens and at most {max_len - 1} leave room for a continuation: shorten it."
+            f"the prompt has {len(given)} tokens and at most {max_len - 1} leave room for a continuation: shorten it."
         )
+    # One by one: NumPy takes booleans among integers for integers, and integers of more than 64 bits for objects.
+    is_array = np.issubdtype(given.dtype, np.integer) and not isinstance(prompt, list | tuple)
+    ids = given if is_array else np.array(_integers("the prompt", prompt), object)
     _check_ids("the prompt", ids, vocab_size)
     return ids.astype(np.int32)
 
 
-def bias_row(request: Request, vocab_size: int) -> np.ndarray | None:
+def bias_row(request: Request, vocab_size: int, standing: np.ndarray | None = None) -> np.ndarray | None:
     """What is added to the logits: `logit_bias`, and -1e10 for a token that is not allowed; float32 [V] or None.
+
+    Args:
+      request: has the bias and the mask.
+      vocab_size: V.
+      standing: of every request, float32 [V], 0 or, for tokens that are never drawn, -1e10; None for nothing.
 
     Raises:
       ValueError: The mask does not fit the vocabulary, a biased token lies outside it, a bias is no number, or no
         token is left.
     """
     if request.allowed_tokens is None and not request.logit_bias:
-        return None
+        return standing
     row = np.zeros(vocab_size, np.float32)
     biases = request.logit_bias or {}
     _check_ids("logit_bias", np.array(_integers("logit_bias", biases), object), vocab_size)
@@ -191,6 +202,8 @@ def bias_row(request: Request, vocab_size: int) -> np.ndarray | None:
         row[token] = max(float(bias), EXCLUDED)
     if request.allowed_tokens is not None:
         row[~_allowed(request.allowed_tokens, vocab_size)] = EXCLUDED
+    if standing is not None:
+        row[standing <= EXCLUDED] = EXCLUDED
     if (row <= EXCLUDED).all():
         raise ValueError("the mask and the bias leave no token: at least one must remain to be drawn.")
     return row
@@ -204,17 +217,6 @@ def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
     """
     _check_ids("stop_ids", np.array(stop_ids, object), vocab_size)
     return frozenset(stop_ids)
-
-
-def _token_array(prompt: object) -> np.ndarray:
-    """A prompt as an array [n] of integers of any size."""
-    array = _array(prompt)
-    if array.ndim != 1:
-        raise ValueError(f"the prompt must be text or a list of token ids, not {reprlib.repr(prompt)}.")
-    if np.issubdtype(array.dtype, np.integer) and not isinstance(prompt, list | tuple):
-        return array
-    # One by one: NumPy takes booleans among integers for integers, and integers of more than 64 bits for objects.
-    return np.array(_integers("the prompt", prompt), object)
 
 
 def _array(values: Any) -> np.ndarray:

@@ -5,10 +5,12 @@ import itertools
 import operator
 import os
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import numpy as np
 import sentencepiece
 
 
@@ -45,15 +47,15 @@ class SentencePieceTokenizer:
       path: the model file.
 
     Raises:
-      ValueError: There is no such file, or it is not a SentencePiece model.
+      ValueError: There is no such file, it cannot be read, or it is not a SentencePiece model.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if not Path(path).is_file():
-            raise ValueError(f"there is no tokenizer file {os.fspath(path)!r}: give the path of a SentencePiece model.")
+        self._model = sentencepiece.SentencePieceProcessor()
+        content = _read_model(Path(path))
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(path))
-        except (RuntimeError, OSError) as error:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a SentencePiece model: give the 'tokenizer.model' of the release."
             ) from error
@@ -79,16 +81,26 @@ class SentencePieceTokenizer:
         """The ids of a text whose markers mean nothing: `<|separator|>` is encoded as the characters it is made of.
 
         Markers are the vocabulary's pieces of the form `<|name|>`; text without them encodes as in `encode`, and
-        `decode` gives the same text in both cases.
+        `decode` gives the same text in both cases. The result never has a marker's id: what the model's normaliser
+        turns into a marker, such as one in full-width characters, is taken apart too.
 
         Raises:
-          ValueError: The text has lone surrogates, or the model merges text across line breaks, so that a marker
-            cannot be taken apart.
+          ValueError: The text has lone surrogates, or the model makes a marker of text that is already taken apart.
         """
-        markers = [match for match in _MARKER.finditer(text) if not self._is_unknown(match.group())]
-        cuts = [0, *(match.start() + 1 for match in markers), len(text)]
-        parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
-        return [*self.encode(parts[0]), *(token for part in parts[1:] for token in self._encode_continuation(part))]
+        ids = self.encode(text)
+        markers = self._markers(ids)
+        if not markers:
+            return ids
+        found = self._model.encode(text, return_type="offset_mapping")
+        starts = (start for token, (start, _) in zip(found["ids"], found["offsets"], strict=True) if token in markers)
+        cuts = [0, *(start + 1 for start in starts), len(text)]
+        first, *others = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        marker = min(markers)
+        plain = [*self.encode(first), *(token for part in others for token in self._encode_behind(marker, part))]
+        forged = self._markers(plain)
+        if forged:
+            raise self._inseparable(min(forged))
+        return plain
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids: control ids ([PAD], [BOS], [EOS]) give nothing, the first piece loses its leading space.
@@ -99,20 +111,23 @@ class SentencePieceTokenizer:
         text: str = self._model.decode(_checked_ids(ids, self.vocab_size))
         return text
 
-    def _is_unknown(self, piece: str) -> bool:
-        return bool(self._model.piece_to_id(piece) == self._model.unk_id())
+    def _markers(self, ids: Iterable[int]) -> set[int]:
+        """Those of the ids that are markers."""
+        return {token for token in set(ids) if _MARKER.fullmatch(self._model.id_to_piece(token))}
 
-    def _encode_continuation(self, text: str) -> list[int]:
-        # SentencePiece puts a space before every text that it encodes. Behind a line break there is none, and a
-        # break is a piece of its own that no merge crosses, so its ids can be cut off again.
-        lead = self._model.encode("\n")
-        ids: list[int] = self.encode("\n" + text)
-        if not lead or ids[: len(lead)] != lead:
-            raise ValueError(
-                "this SentencePiece model merges text across line breaks, so markers inside a text cannot be encoded "
-                "as plain characters: remove them from the text."
-            )
-        return ids[len(lead) :]
+    def _encode_behind(self, marker: int, text: str) -> list[int]:
+        # SentencePiece puts a space before every text that it encodes. Behind a marker there is none, and a marker is a
+        # piece of its own that no merge crosses, so what stands before the text can be cut off again.
+        ids = self.encode(self._model.id_to_piece(marker) + text)
+        if marker not in ids:
+            raise self._inseparable(marker)
+        return ids[ids.index(marker) + 1 :]
+
+    def _inseparable(self, marker: int) -> ValueError:
+        return ValueError(
+            "the text has what this SentencePiece model encodes as the marker "
+            f"{self._model.id_to_piece(marker)!r} even when its characters are taken apart: remove it from the text."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +193,19 @@ class StreamDecoder:
     A character whose bytes are spread over several ids is held back until it is complete. The cost of a push does not
     grow with the text: only a window of the last ids is decoded again.
 
+    Behind a prompt, `decode` of the prompt and the text that comes are together `decode` of all ids: the text begins
+    with a space if the first word does. A character that the prompt ends in the middle of, and which the ids complete,
+    is the first of the text.
+
     Args:
       tokenizer: must decode left to right: later ids change the text of earlier ones only where it ends in U+FFFD.
+      prompt_ids: ids before the first; those outside the tokenizer's vocabulary, which a model may have, mean nothing.
+
+    Example:
+      >>> tokenizer = ByteTokenizer(vocab_size=512)
+      >>> decoder = StreamDecoder(tokenizer, tokenizer.encode("café")[:-1])
+      >>> decoder.push(tokenizer.encode("é")[-1])
+      'é'
     """
 
     # The window is cut back to _KEEP ids when it exceeds _WINDOW. At most _HELD characters are pending: an unfinished
@@ -193,11 +219,12 @@ class StreamDecoder:
     _ids: list[int]  # the window: the last ids, from where decoding may start again
     _silent: list[int]  # those at its end that did not change the text
     _text: str  # decode(_ids)
-    _emitted: int  # characters of it that were returned
+    _emitted: int  # characters of it that were returned, or are the prompt's
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] | np.ndarray = ()) -> None:
         self._tokenizer = tokenizer
         self._clear()
+        self._begin_behind(prompt_ids)
 
     def push(self, token: int) -> str:
         """Takes the next id; returns the text that became certain with it, often one word, sometimes nothing.
@@ -212,14 +239,17 @@ class StreamDecoder:
         self._ids.append(token)
         self._silent.clear()
         uncertain = min(self._HELD, len(text) - len(text.rstrip("\ufffd")))
-        start, self._text = self._emitted, text
+        start = self._emitted
+        while not text.startswith(self._text[:start]):  # the prompt ended in the middle of a character
+            start -= 1
+        self._text = text
         self._emitted = max(start, len(text) - uncertain)
         new = text[start : self._emitted]
         self._cut_window()
         return new
 
     def flush(self) -> str:
-        """Ends the text: returns what was held back, and is then ready for the first id of another text."""
+        """Ends the text: returns what was held back, and is then ready for another text, behind no prompt."""
         rest = self._text[self._emitted :]
         self._clear()
         return rest
@@ -227,6 +257,15 @@ class StreamDecoder:
     def _clear(self) -> None:
         self._ids, self._silent = [], []
         self._text, self._emitted = "", 0
+
+    def _begin_behind(self, prompt_ids: Sequence[int] | np.ndarray) -> None:
+        """Takes as much of a prompt's end as has more text than may be pending: what is before it does not matter."""
+        taken, vocab_size = 0, self._tokenizer.vocab_size
+        while taken < len(prompt_ids) and len(self._text) <= self._HELD:
+            taken = max(self._KEEP, 2 * taken)
+            self._ids = [int(token) for token in prompt_ids[-taken:] if token < vocab_size]
+            self._text = self._tokenizer.decode(self._ids)
+        self._emitted = len(self._text)
 
     def _add_silent(self, token: int) -> None:
         # A silent id may matter later: a control id ends a run of bytes, a first space is dropped, a byte in the middle
@@ -251,13 +290,30 @@ def load_tokenizer(path: str | os.PathLike[str]) -> SentencePieceTokenizer:
     """Reads the SentencePiece model at `path`: the file itself, or a directory that holds `tokenizer.model`.
 
     Raises:
-      ValueError: There is no such file, or it is not a SentencePiece model.
+      ValueError: There is no such file, it cannot be read, or it is not a SentencePiece model.
     """
-    return SentencePieceTokenizer(Path(path) / "tokenizer.model" if Path(path).is_dir() else path)
+    try:
+        is_folder = Path(path).is_dir()
+    except OSError:  # the tokenizer says why it cannot be read
+        is_folder = False
+    return SentencePieceTokenizer(Path(path) / "tokenizer.model" if is_folder else path)
 
 
 _FIRST_BYTE = 3
 _MARKER = re.compile(r"<\|[^<|>]+\|>")
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"'{path}' is no file: give the path of a SentencePiece model.")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"there is no tokenizer file '{path}': give the path of a SentencePiece model.") from error
+    except OSError as error:
+        raise ValueError(
+            f"the tokenizer file '{path}' cannot be read: {error.strerror}. Allow it, or give another file."
+        ) from error
 
 
 def _check_unicode(text: str) -> None:

@@ -71,6 +71,14 @@ class TestBias:
         assert bias_row(Request("a"), 4) is None
         assert bias_row(Request("a", logit_bias={}), 4) is None
 
+    def test_what_stands_for_all_holds_whatever_else_is_asked_for(self) -> None:
+        standing = np.array([0, 0, -1e10, -1e10], np.float32)
+        assert bias_row(Request("a"), 4, standing) is standing
+        asked = Request("a", allowed_tokens=[0, 1, 1, 0], logit_bias={1: 2.0, 2: 1e10})
+        assert bias_row(asked, 4, standing).tolist() == pytest.approx([-1e10, 2, -1e10, -1e10])
+        with pytest.raises(ValueError, match="the mask and the bias leave no token"):
+            bias_row(Request("a", allowed_tokens=[0, 0, 1, 1]), 4, standing)
+
     def test_mask_and_bias_work_together(self) -> None:
         row = bias_row(Request("a", allowed_tokens=[1, 0, 1, 1], logit_bias={1: 5.0, 2: -2, 3: -math.inf}), 4)
         assert row.tolist() == pytest.approx([0, -1e10, -2, -1e10])
@@ -121,6 +129,7 @@ class TestBias:
     [
         ([], "the prompt is empty: give it some text"),
         ([1] * 8, "the prompt has 8 tokens and at most 7 leave room"),
+        ([True] * 8, "the prompt has 8 tokens and at most 7 leave room"),  # before each of millions is looked at
         ([1, 4], "the prompt has the token id 4, outside the vocabulary of 4 tokens"),
         ([-1], "the prompt has the token id -1"),
         ([[1, 2]], r"must be text or a list of token ids, not \[\[1, 2\]\]\."),

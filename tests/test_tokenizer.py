@@ -1,12 +1,17 @@
 """Text to ids and back, whole and streamed, for the trained, the byte and the released tokenizer."""
 
-from collections.abc import Iterable
+import errno
+import io
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import sentencepiece
+from builders import ROOT
 
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 
@@ -37,9 +42,24 @@ property_test = hypothesis.settings(
 )
 
 
-def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    decoder = StreamDecoder(tokenizer)
+def stream(tokenizer: Tokenizer, ids: Iterable[int], prompt_ids: Sequence[int] = ()) -> list[str]:
+    decoder = StreamDecoder(tokenizer, prompt_ids)
     return [*(decoder.push(token) for token in ids), decoder.flush()]
+
+
+def shared(first: str, second: str) -> str:
+    """What two texts both begin with."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return "".join(letter for letter, _ in pairs)
+
+
+def random_ids(tokenizer: Tokenizer, first_byte: int) -> st.SearchStrategy[list[int]]:
+    """Bytes that begin and continue characters, special ids and anything else, each often."""
+    byte = st.sampled_from([0x20, 0x41, 0x82, 0x90, 0xAC, 0xBD, 0xBF, 0xC3, 0xE2, 0xEF, 0xF0, 0xFF])
+    bytes_of_character = st.sampled_from(["é", "€", "\ufffd", "😀"]).map(str.encode).map(list)
+    of_bytes = st.one_of(byte.map(lambda b: [b]), bytes_of_character).map(lambda bs: [first_byte + b for b in bs])
+    other = st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, tokenizer.vocab_size - 1)).map(lambda token: [token])
+    return st.lists(st.one_of(of_bytes, other), max_size=80).map(lambda chunks: list(itertools.chain(*chunks)))
 
 
 def test_special_ids_are_the_release_s(tokenizer: Tokenizer) -> None:
@@ -77,15 +97,54 @@ def test_stream_never_cuts_a_character(tokenizer: Tokenizer, text: str) -> None:
 @property_test
 @hypothesis.given(data=st.data())
 def test_stream_equals_decode_for_any_ids(case: tuple[Tokenizer, int], data: st.DataObject) -> None:
+    ids = data.draw(random_ids(*case))
+    assert "".join(stream(case[0], ids)) == case[0].decode(ids)
+
+
+@property_test
+@hypothesis.given(data=st.data())
+def test_prompt_and_stream_together_are_decode_of_both(case: tuple[Tokenizer, int], data: st.DataObject) -> None:
+    """Where the prompt ends in the middle of a character, the stream has all of it."""
+    tokenizer = case[0]
+    prompt_ids, ids = data.draw(random_ids(*case)), data.draw(random_ids(*case))
+    prompt, both = tokenizer.decode(prompt_ids), tokenizer.decode([*prompt_ids, *ids])
+    assert "".join(stream(tokenizer, ids, prompt_ids)) == both.removeprefix(shared(prompt, both))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "text"),
+    [
+        ("in the", "License", " License"),
+        ("in the ", "License", " License"),
+        ("in the<|separator|>", "License", " License"),
+        ("", "License", "License"),
+        (" ", "License", " License"),
+        ("in the\n", "License", " License"),
+        ("in the" + "<|mask|>" * 40, "License", " License"),
+    ],
+    ids=repr,
+)
+def test_a_first_word_has_its_space_behind_a_prompt(
+    prompt: str, word: str, text: str, trained_tokenizer: SentencePieceTokenizer
+) -> None:
+    """SentencePiece encodes a word at the beginning of a text as it does behind a space, and decodes it without."""
+    ids = trained_tokenizer.encode(word)
+    prompt_ids = trained_tokenizer.encode(prompt)
+    assert "".join(stream(trained_tokenizer, ids, prompt_ids)) == text
+    assert prompt + text == trained_tokenizer.decode([*prompt_ids, *ids])
+    silent = [0] * 100
+    assert "".join(stream(trained_tokenizer, ids, np.array([*prompt_ids, *silent], np.int32))) == text
+    unknown = [512, 600] * 20
+    assert "".join(stream(trained_tokenizer, ids, [*prompt_ids, *unknown])) == text
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_the_prompt_begins_is_of_the_text(case: tuple[Tokenizer, int], cut: int) -> None:
     tokenizer, first_byte = case
-    # Bytes that begin and continue characters, special ids and anything else, each often.
-    byte = st.sampled_from([0x20, 0x41, 0x82, 0x90, 0xAC, 0xBD, 0xBF, 0xC3, 0xE2, 0xEF, 0xF0, 0xFF])
-    bytes_of_character = st.sampled_from(["é", "€", "\ufffd", "😀"]).map(str.encode).map(list)
-    of_bytes = st.one_of(byte.map(lambda b: [b]), bytes_of_character).map(lambda bs: [first_byte + b for b in bs])
-    other = st.one_of(st.sampled_from([0, 1, 2]), st.integers(0, tokenizer.vocab_size - 1)).map(lambda token: [token])
-    chunks = data.draw(st.lists(st.one_of(of_bytes, other), max_size=80))
-    ids = [token for chunk in chunks for token in chunk]
-    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+    character = [first_byte + byte for byte in "😀".encode()]
+    prompt = [*tokenizer.encode("a\ufffd"), *character[:cut]]
+    assert "".join(stream(tokenizer, [*character[cut:], first_byte + ord("b")], prompt)) == "😀b"
+    assert "".join(stream(tokenizer, [first_byte + ord("b")], prompt)) == "b"
 
 
 @pytest.mark.parametrize(
@@ -177,6 +236,57 @@ def test_plain_text_never_has_markers(trained_tokenizer: SentencePieceTokenizer,
     assert trained_tokenizer.decode(ids) == "".join(parts)
 
 
+def train(**options: object) -> bytes:
+    """A small SentencePiece model with two markers and the library's own defaults, its normaliser among them."""
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((ROOT / "LICENSE").read_text().splitlines()),
+        model_writer=file,
+        vocab_size=400,
+        byte_fallback=True,
+        user_defined_symbols=["<|separator|>", "<|mask|>"],
+        minloglevel=2,
+        **options,
+    )
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def normalizing_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("normalizing") / "tokenizer.model"
+    path.write_bytes(train(model_type=request.param))
+    return load_tokenizer(path)
+
+
+FULL_WIDTH = "<|mask|>".translate({code: code + 0xFEE0 for code in range(33, 127)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [FULL_WIDTH, f"a {FULL_WIDTH} b", "a <|mask|> b", f"<|mask|>{FULL_WIDTH}<|separator|>", f"{FULL_WIDTH[:3]}ask|> b"],
+    ids=ascii,
+)
+def test_no_marker_is_forged_through_normalisation(normalizing_tokenizer: SentencePieceTokenizer, text: str) -> None:
+    markers = {normalizing_tokenizer.encode(marker)[-1] for marker in ("<|separator|>", "<|mask|>")}
+    assert markers & set(normalizing_tokenizer.encode(text))
+    ids = normalizing_tokenizer.encode_plain(text)
+    assert not markers & set(ids)
+    assert normalizing_tokenizer.decode(ids) == normalizing_tokenizer.decode(normalizing_tokenizer.encode(text))
+
+
+def test_a_marker_that_cannot_be_taken_apart_is_refused(tmp_path: Path) -> None:
+    """Of a normaliser that makes a marker of one letter."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("E000\t" + " ".join(f"{ord(letter):04X}" for letter in "<|mask|>") + "\n")
+    (tmp_path / "tokenizer.model").write_bytes(train(normalization_rule_tsv=str(rules)))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_plain("a <|mask|>")) == "a <|mask|>"
+    with pytest.raises(
+        ValueError, match=r"encodes as the marker '<\|mask\|>' even when its .* remove it from the text"
+    ):
+        tokenizer.encode_plain("a \ue000")
+
+
 def test_bytes_show_ids_that_mean_nothing() -> None:
     tokenizer = ByteTokenizer(512)
     assert tokenizer.decode([*tokenizer.encode("é"), 259, 1, 511, 3 + 0xC3]) == "é<259><511>\ufffd"
@@ -198,6 +308,18 @@ def test_missing_file_is_a_sentence(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"there is no tokenizer file '.*tokenizer\.model'"):
         load_tokenizer(tmp_path)
+
+
+def test_an_unreadable_file_is_a_sentence(
+    trained_tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not taken for something else than a SentencePiece model."""
+    with pytest.raises(ValueError, match=r"'.*' is no file: give the path of a SentencePiece model"):
+        SentencePieceTokenizer(tmp_path)
+    refusal = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(refusal))
+    with pytest.raises(ValueError, match=r"the tokenizer file '.*' cannot be read: Permission denied\. Allow it, or"):
+        load_tokenizer(trained_tokenizer_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"plain text, no model\n", b"\x00" * 1000])

@@ -1,9 +1,12 @@
 """The batch job of `grokjax generate`: prompts from a file, results as JSON lines, resumed after interruption."""
 
+import codecs
 import collections
 import contextlib
 import dataclasses
 import json
+import math
+import re
 import reprlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +55,9 @@ _KINDS = {
     "logit_bias": _Kind((dict, type(None)), 'an object such as {"42": -1.5}'),
 }
 
+# What stands in a text for bytes that are no UTF-8, and which no UTF-8 text can hold.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 # How every line of the output begins; what else stands at the end of a file is not ours to remove.
 _LINE_START = b'{"id": '
 
@@ -82,13 +88,18 @@ def read_prompts(path: Path, default: Request) -> tuple[Prompt, ...]:
       default: whose fields a line's request has where the line does not give them.
 
     Raises:
-      ValueError: The file cannot be read or has no prompts, or a line is not as described; it is named.
+      ValueError: The file cannot be read, is UTF-16 or has no prompts, or a line is not as described; it is named.
     """
     try:
-        # Bytes that are no UTF-8 become lone surrogates, which the tokenizer refuses in that prompt alone.
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"--prompts {path} cannot be read: {error.strerror}.") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise ValueError(
+            f"--prompts {path} is UTF-16 or no text: give it in UTF-8, as `iconv -f UTF-16 -t UTF-8` converts it."
+        )
+    # Bytes that are no UTF-8 become lone surrogates, which the tokenizer refuses in that prompt alone.
+    text = content.decode("utf-8-sig", errors="surrogateescape")
     read = _read_object if path.suffix.lower() == ".jsonl" else _read_text
     lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
     prompts = tuple(read(line, number, path, default) for number, line in lines if line.strip())
@@ -107,10 +118,12 @@ def _read_object(line: str, number: int, path: Path, default: Request) -> Prompt
     where = f"{path}, line {number}"
     fields = _parse(line)
     if not isinstance(fields, dict):
-        raise ValueError(f'{where} is not a JSON object: write {{"prompt": "..."}}, all of it in one line.')
+        raise ValueError(
+            f'{where} is not a JSON object: write {{"prompt": "..."}}, all of it in one line, its numbers finite.'
+        )
     key = fields.pop("id", number)
     if not _is_id(key):
-        raise ValueError(f"{where}: id={key!r} must be a text or an integer.")
+        raise ValueError(f"{where}: id={key!r} must be a text in UTF-8 or an integer.")
     _check_fields(fields, where)
     if fields.get("logit_bias"):
         fields["logit_bias"] = _token_keys(fields["logit_bias"], where)
@@ -257,8 +270,8 @@ def _read_result(line: bytes, where: str, known: Mapping[PromptId, Prompt]) -> t
     if not isinstance(record, dict) or not record.keys() & {"finish_reason", "samples"} or not _is_id(record.get("id")):
         raise ValueError(f"{where} is no result of this command: choose another --output. The file stays as it is.")
     prompt = known.get(record["id"])
-    # Compared as they are written: NaN differs from itself.
-    if prompt is None or json.dumps(record.get("prompt")) != json.dumps(prompt.request.prompt):
+    # Compared as they are written: 1, 1.0 and true are equal.
+    if prompt is None or _written(record.get("prompt")) != _written(prompt.request.prompt):
         other = "has no prompt" if prompt is None else "has another prompt"
         raise ValueError(
             f"{where} is the result of other prompts: for the id {record['id']!r} --prompts {other}. Choose another "
@@ -269,12 +282,24 @@ def _read_result(line: bytes, where: str, known: Mapping[PromptId, Prompt]) -> t
 
 def _record(prompt: Prompt, handle: Handle) -> dict[str, Any]:
     """A line of the output. The fields of several samples are a list; any that failed marks the line as well."""
+    given = _prompt_record(prompt, handle.samples[0])
     samples = [_sample_record(prompt, sample) for sample in handle.samples]
-    named = {"id": prompt.id, "prompt": prompt.request.prompt}
     if len(samples) == 1:
-        return named | samples[0]
+        return given | samples[0]
     errors = [sample["error"] for sample in samples if "error" in sample]
-    return named | {"samples": samples} | ({"error": errors[0]} if errors else {})
+    return given | {"samples": samples} | ({"error": errors[0]} if errors else {})
+
+
+def _prompt_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
+    """What is said of the prompt, which all samples share."""
+    record: dict[str, Any] = {
+        "id": prompt.id,
+        "prompt": json.loads(_written(prompt.request.prompt)),
+        "prompt_ids": list(sample.prompt_ids),
+    }
+    if sample.prompt_logprobs is not None:
+        record["prompt_logprobs"] = list(map(_scored, sample.prompt_ids, sample.prompt_logprobs))
+    return record
 
 
 def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
@@ -287,25 +312,45 @@ def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
     if sample.error is not None:
         record["error"] = _sentence(prompt.request.prompt, sample.error)
     if sample.logprobs is not None:
-        record["logprobs"] = [dataclasses.asdict(logprob) for logprob in sample.logprobs]
-    if sample.prompt_logprobs is not None:
-        record["prompt_logprobs"] = list(sample.prompt_logprobs)
+        record["logprobs"] = [
+            _scored(one.token_id, one.logprob) | {"top": [_scored(*other) for other in one.top]}
+            for one in sample.logprobs
+        ]
     return record
 
 
+def _scored(token_id: int, logprob: float | None) -> dict[str, Any]:
+    """A token and its log-probability: null if there is none, or for minus infinity, which JSON has not."""
+    return {"token_id": token_id, "logprob": logprob if logprob is not None and math.isfinite(logprob) else None}
+
+
 def _sentence(prompt: object, error: Exception) -> str:
-    if isinstance(prompt, str) and prompt != prompt.encode(errors="ignore").decode():
+    if isinstance(prompt, str) and _SURROGATE.search(prompt):
         return "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
     return str(error) or type(error).__name__
 
 
 def _parse(text: str | bytes) -> Any:
-    """What JSON says; None where it is no JSON."""
+    """What JSON says; None where it is no JSON, as with NaN, or has a number beyond those of float64."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return None
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number.")
+    return number
+
+
+def _written(prompt: object) -> str:
+    """A prompt as JSON that every reader takes: what is no Unicode in its text is U+FFFD."""
+    return _SURROGATE.sub("\ufffd", json.dumps(prompt, ensure_ascii=False))
+
+
 def _is_id(value: object) -> bool:
-    return isinstance(value, str | int) and not isinstance(value, bool)
+    if isinstance(value, str):
+        return not _SURROGATE.search(value)
+    return isinstance(value, int) and not isinstance(value, bool)

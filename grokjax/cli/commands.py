@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -64,8 +65,15 @@ def _no_devices(error: Exception) -> str:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, of the command or of a part of it, that takes no option by its beginning alone."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="grokjax", description="Grok-1 in JAX.")
+    parser = _Parser(prog="grokjax", description="Grok-1 in JAX.")
     parser.add_argument("--version", action="version", version=f"grokjax {importlib.metadata.version('grokjax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)

@@ -1,6 +1,7 @@
 """How requests come in: what depends on the tokenizer and the model is checked, and samples are made of them."""
 
 import dataclasses
+import functools
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,11 @@ import numpy as np
 from grokjax.config import GrokConfig
 from grokjax.engine.sample import CheckedRequest, Handle, LiveSample
 from grokjax.request import Request, bias_row, check_prompt, check_stop_ids, is_integer
+from grokjax.sampling import EXCLUDED
 from grokjax.tokenizer import Tokenizer
+
+# Characters for each token that a slot holds, of which a longer text's beginning is looked at first.
+_CHARACTERS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +64,30 @@ class Intake:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the prompt is text and the engine has no tokenizer: give it one, or token ids.")
+            self._check_beginning(self.tokenizer, prompt)
             prompt = [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)
         return check_prompt(prompt, vocab_size=self.config.vocab_size, max_len=self.max_len)
+
+    def _check_beginning(self, tokenizer: Tokenizer, text: str) -> None:
+        """Refuses a text by its beginning where that is too long by far: to encode all of it may take minutes."""
+        size = _CHARACTERS * self.max_len
+        while size < len(text):
+            count = len(tokenizer.encode(text[:size]))
+            if count > 2 * self.max_len:  # a cut adds or takes a few tokens
+                raise ValueError(
+                    f"the first {size} of the prompt's {len(text)} characters have {count} tokens and at most "
+                    f"{self.max_len - 1} leave room for a continuation: shorten it."
+                )
+            size *= 4
+
+    @functools.cached_property
+    def _standing_bias(self) -> np.ndarray | None:
+        """What excludes the ids of a padded vocabulary, which no tokenizer knows, float32 [V]; None if there are none.
+
+        All requests share this one row.
+        """
+        known, vocab_size = (self.tokenizer or self.config).vocab_size, self.config.vocab_size
+        return None if known == vocab_size else np.where(np.arange(vocab_size) < known, 0, EXCLUDED).astype(np.float32)
 
     def samples(self, handle: Handle, now: float) -> list[LiveSample]:
         """The samples of a request that came now.
@@ -83,7 +110,7 @@ class Intake:
             prompt=prompt,
             limit=min(request.max_new_tokens, self.max_len - len(prompt)),
             stop_ids=check_stop_ids(request.stop_ids, vocab_size) | ends,
-            bias=bias_row(request, vocab_size),
+            bias=bias_row(request, vocab_size, self._standing_bias),
             tokenizer=self.tokenizer,
         )
         return [LiveSample(handle, number, checked, submitted=now) for number in range(request.n)]

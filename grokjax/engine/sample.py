@@ -136,7 +136,7 @@ class LiveSample(Job):
         self.token_ids: list[int] = []
         self.prompt_logprobs = checked.prompt_logprobs
         self._logprobs: list[TokenLogprob] = []
-        self._decoder = None if checked.tokenizer is None else StreamDecoder(checked.tokenizer)
+        self._decoder = None if checked.tokenizer is None else StreamDecoder(checked.tokenizer, checked.prompt)
         self._stop = StopFilter(request.stop)
         self._text: list[str] = []
         self._text_is_over = False

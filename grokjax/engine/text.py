@@ -17,7 +17,8 @@ class GeneratedText:
     """One continuation of a prompt.
 
     Attributes:
-      text: decoded, without the end-of-sequence token or the stop string.
+      text: decoded behind the prompt, so that both together are what the model continued; without the end-of-sequence
+        token or the stop string.
       token_ids: the tokens drawn, the end-of-sequence token included.
       prompt_ids: the tokens of the prompt.
       finish_reason: "stop" at the end-of-sequence token or a stop string, "length" at the token limit or the end of the

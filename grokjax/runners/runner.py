@@ -28,15 +28,15 @@ QuantizedWeight8bit = QuantizedArray
 
 
 class OutputText(str):
-    """The text of a finished request; its `completion` tells the rest: tokens, finish reason, log-probabilities."""
+    """The text of a finished request as the release gives it; its `completion` tells the rest, such as tokens."""
 
     completion: Completion
 
-    def __new__(cls, completion: Completion) -> Self:
-        """The completion's text, with the completion."""
-        text = super().__new__(cls, completion.text)
-        text.completion = completion
-        return text
+    def __new__(cls, text: str, completion: Completion) -> Self:
+        """A text with its completion."""
+        output = super().__new__(cls, text)
+        output.completion = completion
+        return output
 
 
 class ForwardFn(NamedTuple):
@@ -245,7 +245,7 @@ class InferenceRunner:
                 while finished:
                     handle = finished.popleft()
                     running.discard(handle)
-                    request = yield OutputText(handle.completion)
+                    request = yield self._output(handle.completion)
                     if request is not None:
                         running.add(self.engine.submit(request.to_engine()))
         finally:
@@ -254,6 +254,11 @@ class InferenceRunner:
                 self.engine.cancel(handle)
             while self.engine.has_work:
                 self.engine.step()
+
+    def _output(self, completion: Completion) -> OutputText:
+        """The text as the release decodes it: alone, so without the space between the prompt and a first word."""
+        alone, text = self.tokenizer.decode(completion.token_ids), completion.text
+        return OutputText(text if alone.startswith(text) else text.removeprefix(" "), completion)
 
 
 def _shardings(model: Grok) -> Grok:

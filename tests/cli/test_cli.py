@@ -28,8 +28,8 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.release_tokenizer
 def test_the_release_s_files_give_the_release_s_text(release_tokenizer_path: Path) -> None:
-    """The release's files and tokenizer in, the release's text out, in a process of its own."""
-    request = load_e2e().requests[0]
+    """The release's files and tokenizer in, the release's text out behind the prompt, in a process of its own."""
+    request, tokenizer = load_e2e().requests[0], load_tokenizer(release_tokenizer_path)
     command = [
         sys.executable,
         "-m",
@@ -43,7 +43,7 @@ def test_the_release_s_files_give_the_release_s_text(release_tokenizer_path: Pat
     command += ["--tokenizer", str(release_tokenizer_path), "--temperature", "0.01", "--top-p", "1.0", "--seed", "42"]
     command += ["--max-new-tokens", str(request["max_len"]), "--ignore-eos", request["prompt"]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == request["text"] + "\n"
+    assert request["prompt"] + done.stdout == tokenizer.decode(request["prompt_ids"] + request["token_ids"]) + "\n"
     assert re.search(r"loaded .*\d [kM]?B/s", done.stderr)
     assert "16 tokens" in done.stderr
 
@@ -63,8 +63,8 @@ def test_every_greedy_text_is_the_release_s(
         command += ["--seed", str(request["rng_seed"]), "--max-new-tokens", str(request["max_len"])]
         assert main([*command, "--ignore-eos", "--", request["prompt"]]) == 0
         # The release gives two tokens where one is asked for.
-        expected = tokenizer.decode(request["token_ids"][: request["max_len"]])
-        assert capsys.readouterr().out == expected + "\n"
+        expected = tokenizer.decode(request["prompt_ids"] + request["token_ids"][: request["max_len"]])
+        assert request["prompt"] + capsys.readouterr().out == expected + "\n"
 
 
 def test_a_random_model_says_so_and_is_the_same_on_every_mesh(
@@ -221,6 +221,17 @@ def test_usage_errors_end_with_2_and_the_version_with_0(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out.startswith("grokjax ")
+
+
+def test_no_option_is_taken_by_its_beginning_alone(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--prompt` would else be `--prompts`."""
+    for command, option in (
+        (["generate", "--random", str(small_config)], "--prompt"),
+        (["plan", "--config", "tiny"], "--mes"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, option, "hello"])
+        assert f"unrecognized arguments: {option}" in capsys.readouterr().err
 
 
 def test_a_reader_may_leave(small_config: Path) -> None:

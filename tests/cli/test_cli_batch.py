@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ class TestPrompts:
         [
             ("[1]", 'line 1 is not a JSON object: write {"prompt": "..."}'),
             ("{", "line 1 is not a JSON object"),
+            ('{"prompt": [NaN]}', "line 1 is not a JSON object: write"),
+            ('{"prompt": [1e400]}', "all of it in one line, its numbers finite."),
+            ('{"prompt": "4", "id": "\\ud800"}', r"id='\ud800' must be a text in UTF-8 or an integer"),
             ("{}", "line 1 has no prompt"),
-            ('{"prompt": "4", "id": true}', "id=True must be a text or an integer"),
+            ('{"prompt": "4", "id": true}', "id=True must be a text in UTF-8 or an integer"),
             ('{"prompt": "4", "tone": 1}', "tone is no field of a request; these are: id, prompt"),
             ('{"prompt": "4", "ignore_eos": 1}', "ignore_eos=1 must be true or false"),
             ('{"prompt": "4", "logit_bias": {"a": 1}}', 'keys of logit_bias must be token ids, such as "42"'),
@@ -112,6 +116,17 @@ class TestPrompts:
         with pytest.raises(ValueError, match=re.escape(message)):
             read(tmp_path, line, "prompts.jsonl")
 
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+    @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+    def test_a_file_in_utf_16_is_refused_whole(self, encoding: str, name: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=rf"--prompts .*{name} is UTF-16 or no text: give it in UTF-8, as `iconv"):
+            read(tmp_path, '{"prompt": "4"}\n{"prompt": "5"}'.encode(encoding), name)
+
+    def test_utf_16_is_known_by_its_mark_too(self, tmp_path: Path) -> None:
+        """Without zero bytes, as in one line of Chinese."""
+        with pytest.raises(ValueError, match="is UTF-16 or no text"):
+            read(tmp_path, "\u4f60\u597d".encode("utf-16"))
+
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--prompts .*missing cannot be read: No such file"):
             read_prompts(tmp_path / "missing", DEFAULT)
@@ -125,13 +140,48 @@ class TestResults:
         tokens = continuation([4, 5], 5, seed=3)
         assert found[1]["prompt"] == "4 5"
         assert (found[1]["token_ids"], found[1]["finish_reason"]) == (tokens, "length")
-        assert found[1]["text"] == Numbers().decode(tokens)
-        assert len(found[1]["logprobs"]) == 5
+        assert found[1]["prompt"] + found[1]["text"] == Numbers().decode([4, 5, *tokens])
         assert found[1]["timings"].keys() >= {"queue", "prefill", "first_token", "decode"}
         assert [sample["token_ids"] for sample in found["two"]["samples"]] == [
             continuation([6], 5, seed=3),
             continuation([6], 5, seed=4),
         ]
+
+    def test_scores_of_prompt_and_text_have_one_form(self, tmp_path: Path) -> None:
+        asked = {"prompt": "4 5", "logprobs": 2, "prompt_logprobs": True}
+        run(read_json(tmp_path, asked, {**asked, "n": 2}), tmp_path / "out")
+        one, two = records(tmp_path / "out").values()
+        assert one["prompt_ids"] == two["prompt_ids"] == [4, 5]
+        assert one["prompt_logprobs"] == [{"token_id": 4, "logprob": None}, {"token_id": 5, "logprob": -5.0}]
+        assert two["prompt_logprobs"] == one["prompt_logprobs"]
+        for sample in (one, *two["samples"]):
+            for token, scored in zip(sample["token_ids"], sample["logprobs"], strict=True):
+                top = [{"token_id": other, "logprob": -other / 8} for other in (token, (token + 1) % VOCAB)]
+                assert scored == {"token_id": token, "logprob": -token / 8, "top": top}
+
+    def test_prompts_are_there_without_scores(self, tmp_path: Path) -> None:
+        run(read_json(tmp_path, {"prompt": "4 5"}, {"prompt": "x"}), tmp_path / "out")
+        found = records(tmp_path / "out")
+        assert (found[1]["prompt_ids"], found[2]["prompt_ids"]) == ([4, 5], [])
+        assert not {"logprobs", "prompt_logprobs"} & found[1].keys()
+
+    def test_every_reader_of_json_takes_the_results(self, tmp_path: Path) -> None:
+        """Minus infinity and half a character are no JSON."""
+
+        class Certain(FakeSteps):
+            def draw_rows(self, settings, ends, number):
+                pending = super().draw_rows(settings, ends, number)
+                pending.drawn.top_logprobs[:, -1] = -math.inf
+                return pending
+
+        engine = Engine(FakeModel(), Numbers(), slots=2, max_len=32, make_steps=Certain)
+        prompts = read(tmp_path, b'{"prompt": "4", "logprobs": 8}\n{"prompt": ["\xff", "\\ud800"]}', "prompts.jsonl")
+        run(prompts, tmp_path / "out", engine=engine)
+        assert not re.search("Infinity|NaN", (tmp_path / "out").read_text())
+        found = records(tmp_path / "out")
+        json.dumps(found, ensure_ascii=False).encode()  # raises where there is half a character
+        assert found[1]["logprobs"][0]["top"][-1]["logprob"] is None
+        assert found[2]["prompt"] == ["\ufffd", "\ufffd"]
 
     def test_a_bad_prompt_ends_alone(self, tmp_path: Path) -> None:
         lines = [b"4", b"x", b"\xff", b" ".join([b"4"] * 40), b"5"]
@@ -156,7 +206,7 @@ class TestResults:
         assert record["error"] == record["samples"][0]["error"]
 
     def test_prompts_that_are_no_text_are_known_again(self, tmp_path: Path) -> None:
-        prompts = read(tmp_path, b'{"prompt": NaN}\n{"prompt": "\\ud800"}\n{"prompt": "\xff"}', "prompts.jsonl")
+        prompts = read(tmp_path, b'{"prompt": 1.0}\n{"prompt": "\\ud800"}\n{"prompt": "\xff"}', "prompts.jsonl")
         run(prompts, tmp_path / "out")
         found = (tmp_path / "out").read_bytes()
         run(prompts, tmp_path / "out")

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from fake_steps import EOS, VOCAB, FakeModel, Letters, continuation, expected, make_engine, scripted
 
+from grokjax.config import GrokConfig
 from grokjax.request import Request
+from grokjax.tokenizer import SentencePieceTokenizer
 
 
 class TestResults:
@@ -116,6 +118,26 @@ class TestResults:
             [plain] = engine.generate([[3, 4]], max_new_tokens=8, ignore_eos=True)
             assert list(plain.token_ids) == continuation([3, 4], 8)
 
+    def test_ids_that_the_tokenizer_has_not_are_never_drawn(self) -> None:
+        """Of a model whose vocabulary is padded. A prompt may have them, and is scored with them."""
+
+        class Fewer(Letters):
+            vocab_size = 12
+
+        engine, known = make_engine(Fewer()), np.where(np.arange(VOCAB) < 12, 0, -1e10)
+        for sample in engine.generate(["abc", "b"], max_new_tokens=20, ignore_eos=True, n=2):
+            assert list(sample.token_ids) == continuation(sample.prompt_ids, 20, seed=sample.sample, bias=known)
+        [scored] = engine.generate([[3, 30]], max_new_tokens=5, ignore_eos=True, prompt_logprobs=True)
+        assert scored.error is None
+        assert scored.prompt_logprobs == (None, -30)
+        mask = np.arange(VOCAB) >= 12
+        assert "leave no token" in str(engine.generate(["a"], allowed_tokens=mask)[0].error)
+
+    def test_a_vocabulary_that_is_not_padded_needs_no_mask(self) -> None:
+        engine = make_engine(Letters(), model=(model := FakeModel()))
+        engine.generate(["abc", "b"], max_new_tokens=5)
+        assert not any(entry[2].biased.any() for entry in model.steps.log if entry[0] in ("begin", "decode"))
+
     def test_timings_add_up(self) -> None:
         ticks = itertools.count()
         engine = make_engine(slots=1, clock=lambda: float(next(ticks)))
@@ -194,6 +216,23 @@ class TestText:
         texts, done = self.stream([3, 4, EOS, 5], stop=["bx"])
         assert texts == ["a", "", "", "b"]
         assert (done.text, done.token_ids) == ("ab", (3, 4, EOS))
+
+    def test_a_first_word_has_its_space(self, trained_tokenizer: SentencePieceTokenizer) -> None:
+        """Prompt and text together are what the model continued, and a stop string with the space is found."""
+        the, word = trained_tokenizer.encode("the"), trained_tokenizer.encode("License")
+        model = FakeModel(GrokConfig.tiny().replace(max_seq_len=256))
+        engine = make_engine(trained_tokenizer, model=model, make_steps=scripted(word))
+        for prompt in ("the", the):
+            handle = engine.submit(Request(prompt, max_new_tokens=len(word)))
+            assert "".join(piece.text for piece in engine.stream(handle)) == handle.completion.text == " License"
+            [stopped] = engine.generate([prompt], max_new_tokens=len(word), stop=" Lic")
+            assert (stopped.text, stopped.finish_reason) == ("", "stop")
+        [alone] = engine.generate([[trained_tokenizer.bos_id]], max_new_tokens=len(word))
+        assert alone.text == "License"
+
+    def test_a_character_that_the_prompt_begins_is_of_the_text(self) -> None:
+        engine = make_engine(Letters(), make_steps=scripted([31, 4]))
+        assert engine.generate([[30]], max_new_tokens=2)[0].text == "éb"
 
     def test_the_beginning_of_sequence_comes_on_request(self) -> None:
         engine = make_engine(Letters(), add_bos=True)

@@ -178,6 +178,20 @@ def test_a_mask_draws_as_in_generate() -> None:
     assert biased.token_ids == done.token_ids
 
 
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_a_padded_vocabulary_draws_as_in_generate(temperature: float) -> None:
+    """With a mask of what the tokenizer knows; without, two of five tokens would be others."""
+    tokenizer, known = ByteTokenizer(300), np.arange(CONFIG.vocab_size) < 300
+    drawing = SampleSettings.create(1, temperature=temperature, mask=known)
+    prompt = np.pad(tokenizer.encode("hello"), (0, LONGEST - 5))[None]
+    options = {"max_new_tokens": NEW, "temperature": temperature, "ignore_eos": True}
+    for sample in new_engine(tokenizer=tokenizer).generate(["hello"], n=3, **options):
+        key = jax.random.key(sample.sample)[None]
+        drawn = generate(model(), prompt, np.array([5]), max_new_tokens=NEW, settings=drawing, keys=key)
+        assert list(sample.token_ids) == np.asarray(drawn.tokens)[0].tolist()
+        assert max(sample.token_ids) < 300
+
+
 def test_an_int8_cache_gives_what_generate_gives() -> None:
     """Rows that are prefilled together, in chunks, and from a shared prefix; a float32 cache is off by 2e-3 or more."""
     prompts = [texts()[text, :length] for text, length in ((0, 20), (1, 7), (3, 20), (4, 14))]

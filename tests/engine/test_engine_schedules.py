@@ -27,21 +27,27 @@ class Submitted:
     read: int = 0
 
 
+def behind(prompt: list[int], ids: list[int]) -> str:
+    """The text of ids behind a prompt: what of the text of both is not that of the prompt."""
+    alone, both = (Letters().decode(some) for some in (prompt, [*prompt, *ids]))
+    return both[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, both, strict=False))) :]
+
+
 def by_hand(request: Request, sample: int, max_len: int) -> tuple[list[int], str, str]:
     """Tokens, text and finish reason of one sample, computed alone."""
     limit = min(request.max_new_tokens, max_len - len(request.prompt))
     bias = None if request.allowed_tokens is None else np.where(request.allowed_tokens, 0, -1e10)
     tokens = continuation(request.prompt, limit, seed=request.seed + sample, bias=bias)
     stop_ids = {*request.stop_ids, *(() if request.ignore_eos else (EOS,))}
-    decoder, text = StreamDecoder(Letters()), ""
+    decoder, text = StreamDecoder(Letters(), request.prompt), ""
     for count, token in enumerate(tokens, start=1):
         if token in stop_ids:
-            return tokens[:count], Letters().decode(tokens[: count - 1]), "stop"
+            return tokens[:count], behind(request.prompt, tokens[: count - 1]), "stop"
         text += decoder.push(token)
         for stop in request.stop:
             if stop in text:
                 return tokens[:count], text[: text.find(stop)], "stop"
-    return tokens, Letters().decode(tokens), "length"
+    return tokens, behind(request.prompt, tokens), "length"
 
 
 class Schedules(RuleBasedStateMachine):
@@ -184,7 +190,7 @@ class Schedules(RuleBasedStateMachine):
         tokens, text, reason = by_hand(request, done.sample, self.max_len)
         if done.finish_reason == "cancelled":
             assert list(done.token_ids) == tokens[: len(done.token_ids)]
-            assert done.text == Letters().decode(done.token_ids)
+            assert done.text == behind(request.prompt, done.token_ids)
         else:
             assert (list(done.token_ids), done.text, done.finish_reason) == (tokens, text, reason)
             if request.prompt_logprobs:

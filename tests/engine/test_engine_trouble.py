@@ -59,6 +59,20 @@ class TestTrouble:
             handle = engine.submit(Request(request, stop="x" if isinstance(request, list) else ()))
             assert message in str(handle.completion.error)
 
+    def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(self) -> None:
+        """To encode all of 50 MB would take half a minute."""
+
+        class Counting(Letters):
+            def encode(self, text):
+                assert len(text) <= 4096
+                return super().encode(text.replace("b", ""))
+
+        engine = make_engine(Counting())
+        handle = engine.submit(Request("a" * 10**7))
+        message = "the first 1024 of the prompt's 10000000 characters have 1024 tokens and at most 63 leave room"
+        assert message in str(handle.completion.error)
+        assert engine.generate(["a" + "b" * 4000], max_new_tokens=1)[0].prompt_ids == (3,)
+
     def test_all_samples_end_with_the_error(self) -> None:
         handle = make_engine().submit(Request([], n=3))
         assert [sample.finish_reason for sample in handle.samples] == ["error"] * 3

@@ -38,7 +38,8 @@ def test_greedy_texts_of_the_release(release_tokenizer_path, dtype: str) -> None
         )
         assert list(result.prompt_ids) == request["prompt_ids"]
         assert list(result.token_ids) == request["token_ids"]
-        assert result.text == request["text"]
+        assert generator.tokenizer.decode(result.token_ids) == request["text"]
+        assert request["prompt"] + result.text == generator.tokenizer.decode(result.prompt_ids + result.token_ids)
         assert result.finish_reason == "length"
 
 
@@ -163,6 +164,14 @@ def test_ends_where_the_cache_ends(generator: TextGenerator) -> None:
     short = TextGenerator(generator.model, generator.tokenizer, max_len=12)
     result = short.generate("hello", max_new_tokens=100, temperature=0, ignore_eos=True)
     assert len(result.token_ids) == 12 - len(result.prompt_ids)
+    assert result.finish_reason == "length"
+
+
+def test_a_padded_vocabulary_is_never_drawn_from(generator: TextGenerator) -> None:
+    """Where the tokenizer knows fewer tokens than the model."""
+    padded = TextGenerator(generator.model, ByteTokenizer(300))
+    result = padded.generate("hello", max_new_tokens=30, temperature=5.0, ignore_eos=True)
+    assert max(result.token_ids) < 300
     assert result.finish_reason == "length"
 
 
