@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 
 from grokjax.sampling import EXCLUDED
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "deadline", "cancelled", "error"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Request:
     """A prompt and how to continue it.
 
@@ -38,6 +38,9 @@ class Request:
       n: samples, at most 1024 and the engine's `max_queue`; they share the prefill, and sample i draws as a request
         with the seed `seed + i` would.
       priority: waiting requests of larger priority go first.
+      user: any text that names whose request it is. Among requests of one priority that wait, the next slot goes to the
+        user who was given the fewest tokens; those without a user count as one user's.
+      deadline: seconds from its submission, more than 0, after which it ends with what it has; None for no end.
 
     Raises:
       ValueError: A number is out of its range, a stop string is empty, or a value is of another kind.
@@ -60,6 +63,8 @@ class Request:
     prompt_logprobs: bool = False
     n: int = 1
     priority: int = 0
+    user: str | None = None
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in _INTEGERS:
@@ -73,6 +78,13 @@ class Request:
         object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers, such as {{42: -1.5}}.")
+        if self.user is not None and not isinstance(self.user, str):
+            raise ValueError(f"user={self.user!r} must be a text, or None.")
+        object.__setattr__(self, "deadline", _deadline(self.deadline))
+
+    def __repr__(self) -> str:
+        """What is asked for otherwise than by default, each field in short."""
+        return _short_repr(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +138,7 @@ class Timings:
     total: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Completion:
     """One finished sample of a request.
 
@@ -136,7 +148,7 @@ class Completion:
       token_ids: all tokens drawn, those that stopped it included.
       prompt_ids: the tokens of the prompt; empty if it could not be read.
       finish_reason: "stop" at the end-of-sequence token, a stop id or a stop string; "length" at `max_new_tokens` or
-        the end of the slot; "cancelled"; "error".
+        the end of the slot; "deadline" at its deadline; "cancelled"; "error".
       logprobs: one for each token, if asked for.
       prompt_logprobs: natural log-probability of each token of the prompt given those before, None for the first; as
         a whole None if not asked for, or if the request ended before.
@@ -154,6 +166,10 @@ class Completion:
     timings: Timings
     sample: int
     error: Exception | None
+
+    def __repr__(self) -> str:
+        """What there is of it, each field in short."""
+        return _short_repr(self)
 
 
 def check_prompt(prompt: object, *, vocab_size: int, max_len: int) -> np.ndarray:
@@ -217,6 +233,14 @@ def check_stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
     """
     _check_ids("stop_ids", np.array(stop_ids, object), vocab_size)
     return frozenset(stop_ids)
+
+
+def _short_repr(value: "Request | Completion") -> str:
+    """The fields that say something; of long texts and lists the beginning and the end."""
+    given = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    said = (name for name in given if given[name] is not None and given[name] is not defaults[name])
+    return f"{type(value).__name__}({', '.join(f'{name}={reprlib.repr(given[name])}' for name in said)})"
 
 
 def _array(values: Any) -> np.ndarray:
@@ -309,3 +333,11 @@ def _check_number(name: str, value: object, largest: float) -> None:
     if not _is_number(value) or not 0 <= float(value) <= largest:
         limits = "from 0 to 1" if largest == 1 else "finite, 0 (greedy) or more"
         raise ValueError(f"{name}={value!r} must be a number, {limits}.")
+
+
+def _deadline(seconds: object) -> float | None:
+    if seconds is None:
+        return None
+    if not _is_number(seconds) or not 0 < seconds <= float(np.finfo(np.float32).max):
+        raise ValueError(f"deadline={seconds!r} must be a number of seconds, finite and more than 0, or None.")
+    return float(seconds)

@@ -41,6 +41,14 @@ from grokjax.request import Request, bias_row, check_prompt, check_stop_ids
         ({"ignore_eos": 1}, r"ignore_eos=1 must be true or false\."),
         ({"prompt_logprobs": 3}, r"prompt_logprobs=3 must be true or false\."),
         ({"prompt_logprobs": None}, r"prompt_logprobs=None must be true or false\."),
+        ({"user": 3}, r"user=3 must be a text, or None\."),
+        ({"deadline": 0}, "deadline=0 must be a number of seconds, finite and more than 0, or None"),
+        ({"deadline": -1.5}, r"deadline=-1\.5 must be a number of seconds"),
+        ({"deadline": math.nan}, "deadline=nan must be a number of seconds"),
+        ({"deadline": math.inf}, "deadline=inf must be a number of seconds"),
+        ({"deadline": 10**400}, "deadline=1000.* must be a number of seconds"),
+        ({"deadline": True}, "deadline=True must be a number of seconds"),
+        ({"deadline": "soon"}, "deadline='soon' must be a number of seconds"),
         ({"logit_bias": [(1, 2.0)]}, r"logit_bias=\[\(1, 2.0\)\] must map token ids to numbers, such as \{42: -1.5\}"),
     ],
     ids=str,
@@ -52,7 +60,7 @@ def test_numbers_out_of_range_are_refused(options: dict, message: str) -> None:
 
 def test_limits_are_allowed() -> None:
     Request("a", max_new_tokens=0, temperature=0, top_p=0, min_p=1, top_k=2**31 - 1, seed=2**32 - 1, priority=-5)
-    Request([1], max_new_tokens=np.int64(3), temperature=np.float32(0.5), logprobs=0)
+    Request([1], max_new_tokens=np.int64(3), temperature=np.float32(0.5), logprobs=0, deadline=np.float32(0.1), user="")
 
 
 def test_numpys_booleans_are_taken() -> None:

@@ -8,6 +8,8 @@ import json
 import math
 import re
 import reprlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
@@ -222,7 +224,31 @@ def run_batch(
 
     Raises:
       ValueError: A result cannot be written.
+      KeyboardInterrupt: It was interrupted; the message says what is there and how to go on.
     """
+    try:
+        _run(engine, prompts, results, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted: {len(results.failed)} of {len(prompts)} results are in {results.file.name}, and the same "
+            "command goes on after them."
+        ) from None
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Within it, SIGTERM interrupts this process as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _run(engine: Engine, prompts: Sequence[Prompt], results: Results, progress: Callable[[int, int], None]) -> None:
     progress(len(results.failed), 0)
     waiting = collections.deque(prompt for prompt in prompts if prompt.id not in results.failed)
     running: dict[Handle, Prompt] = {}

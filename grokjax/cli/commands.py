@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             arguments = _arguments(argv)
             return arguments.run(arguments) or 0
-        except KeyboardInterrupt:
-            say("interrupted")
+        except KeyboardInterrupt as interrupt:
+            say(str(interrupt) or "interrupted")
             return 130
         except ReaderLeft:
             return 0

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
 from grokjax.checkpoint import Checkpoint, open_checkpoint
-from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_batch
+from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, ByteProgress, say
 from grokjax.cli.options import add_processes, choose_mesh, join_processes, named_config, read_config
 from grokjax.cli.streams import write
@@ -170,7 +170,7 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
     """Of several processes, the first has prompts and results, and the others step the model with it."""
-    with contextlib.ExitStack() as until_done:
+    with interrupted_by_sigterm(), contextlib.ExitStack() as until_done:
         batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, until_done))
         if batch is None:
             follow(source.make())

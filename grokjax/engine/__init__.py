@@ -1,19 +1,20 @@
 """Continuous batching: many requests share the rows of one batch, each as if it were alone.
 
-Read `engine` first, the loop. `protocol` is what it asks of a model; `scheduler` decides who runs where and when, and
-`prefixes` what a prompt shares with the rows. `intake` makes samples of a request, `sample` is one of them on its way,
-`stopping` ends it at a stop string. `shared_steps` are the steps of a model that spans processes; `warm_up` compiles
-all steps beforehand; `metrics` counts. `async_engine` puts the engine behind an event loop; `text` continues one prompt
-at a time, with an engine of one slot.
+Read `engine` first, the loop. `protocol` is what it asks of a model; `scheduler` decides who runs where and when,
+`queue` who is next, by the counts of `fairness`, and `prefixes` what a prompt shares with the rows. `intake` makes
+samples of a request, `sample` is one of them on its way, `stopping` ends it at a stop string. `shared_steps` are the
+steps of a model that spans processes; `warm_up` compiles all steps beforehand; `metrics` counts, and `prometheus` has
+the names of it for monitoring; `one_thread` keeps a second thread out. `async_engine` puts the engine behind an event
+loop; `text` continues one prompt at a time, with an engine of one slot.
 """
 
 from grokjax.engine.async_engine import AsyncEngine
 from grokjax.engine.engine import Engine
 from grokjax.engine.intake import Intake
-from grokjax.engine.metrics import Metrics
+from grokjax.engine.metrics import Histogram, Metrics
 from grokjax.engine.protocol import Steps
+from grokjax.engine.queue import QueueFullError
 from grokjax.engine.sample import Handle
-from grokjax.engine.scheduler import QueueFullError
 from grokjax.engine.shared_steps import SharedSteps, follow
 from grokjax.engine.text import GeneratedText, TextGenerator
 from grokjax.engine.warm_up import WarmedStep
@@ -23,6 +24,7 @@ __all__ = [
     "Engine",
     "GeneratedText",
     "Handle",
+    "Histogram",
     "Intake",
     "Metrics",
     "QueueFullError",

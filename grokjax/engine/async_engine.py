@@ -19,7 +19,7 @@ class AsyncEngine:
     """Serves the requests of an event loop's tasks with one engine, for as long as it is entered with `async with`.
 
     A task that is cancelled, or leaves its stream early, cancels its request. When the block ends, so does every
-    request that has not.
+    request that has not; `drain` before it lets them end by themselves.
 
     Args:
       engine: the engine; nothing else may use it meanwhile.
@@ -40,7 +40,12 @@ class AsyncEngine:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._task: asyncio.Task[None] | None = None
-        self._is_open = False
+        self._is_open = self._is_draining = False
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are served: inside the `async with` block, and as long as no step of the model failed."""
+        return self._is_open and self._engine.failure is None
 
     async def __aenter__(self) -> Self:
         if self._task is not None:
@@ -62,7 +67,7 @@ class AsyncEngine:
 
         Raises:
           QueueFullError: As many requests wait as may.
-          ValueError: A step of the model failed before, or the `async with` block was left.
+          ValueError: What `Engine.submit` raises; or it drains, or the `async with` block was left.
         """
         handles: list[Handle] = []
         async for _ in self._pieces(request, handles):
@@ -74,9 +79,19 @@ class AsyncEngine:
 
         Raises:
           QueueFullError: As many requests wait as may; when the first piece is asked for.
-          ValueError: A step of the model failed before, or the `async with` block was left.
+          ValueError: What `Engine.submit` raises; or it drains, or the `async with` block was left.
         """
         return self._pieces(request, [])
+
+    async def drain(self) -> None:
+        """Takes no more requests, and waits until those that it has, be they running or queued, have ended.
+
+        Raises:
+          ValueError: The `async with` block was left.
+        """
+        await self._between_steps(self._refuse)
+        while self._is_open and self._engine.has_work:
+            await asyncio.shield(self._stepped)
 
     async def metrics(self) -> Metrics:
         """What the engine does now and did so far, as it is between two steps."""
@@ -103,7 +118,12 @@ class AsyncEngine:
                 if not submitted.is_done:
                     self._order(functools.partial(self._engine.cancel, submitted))
 
+    def _refuse(self) -> None:
+        self._is_draining = True
+
     def _submit(self, request: Request, handles: list[Handle]) -> Handle:
+        if self._is_draining:
+            raise ValueError("this AsyncEngine drains and takes no more requests: send this one to another.")
         handle = self._engine.submit(request)
         handles.append(handle)
         self._handles.add(handle)

@@ -10,9 +10,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from jax.typing import DTypeLike
+from prometheus_client.registry import CollectorRegistry
 
-from grokjax.engine.intake import Intake, check_request, iterate_requests, list_prompts
+from grokjax.engine.intake import Intake, iterate_requests, list_prompts
 from grokjax.engine.metrics import Meter, Metrics
+from grokjax.engine.one_thread import OneThread, by_one_thread
+from grokjax.engine.prometheus import make_registry
 from grokjax.engine.protocol import MakeSteps, Pending
 from grokjax.engine.sample import CheckedRequest, Handle, LiveSample, check_handle
 from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets
@@ -25,13 +28,14 @@ from grokjax.tokenizer import Tokenizer
 _Rows = tuple[tuple[int, LiveSample], ...]
 
 
-class Engine:
+class Engine(OneThread):
     """Runs many requests at once over the slots of one batch.
 
     A request's tokens do not depend on the others: not on its slot, nor on the order of arrival, nor on who runs, stops
     or is cancelled beside it. The draw at position p uses `fold_in(key(seed), p)`, as in `generate`.
 
-    An engine belongs to one thread at a time. As a context, it is closed at the end.
+    An engine belongs to one thread at a time, and refuses another meanwhile; but any thread may ask for what it
+    measures, `metrics` and `registry`, and for its `failure`. As a context, it is closed at the end.
 
     Args:
       model: a `Grok`.
@@ -74,6 +78,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         make_steps: MakeSteps = steps_of_model,
     ):
+        super().__init__()
         max_len = model.config.max_seq_len if max_len is None else max_len
         self._intake = Intake(
             tokenizer, config=model.config, max_len=max_len, max_logprobs=max_logprobs, add_bos=add_bos
@@ -89,13 +94,32 @@ class Engine:
         self._steps = make_steps(
             model, slots=self._scheduler.slots, max_len=max_len, num_top=max_logprobs, cache_dtype=cache_dtype
         )
-        self._clock, self._meter = clock, Meter()
+        self._clock, self._meter = clock, Meter(self._scheduler)
+        self._registry = make_registry(self._meter)
         self._live: dict[LiveSample, None] = {}
         self._in_flight: collections.deque[Callable[[], None]] = collections.deque()
         self._ended: list[Handle] = []
         self._last_settings: tuple[_Rows, SlotSettings] | None = None
         self._failure: Exception | None = None
         self._is_closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "failed" if self._failure is not None else "open"
+        scheduler = self._scheduler
+        return (
+            f"Engine({state}: {scheduler.slots} slots of {scheduler.max_len} tokens, {scheduler.num_running} running, "
+            f"{scheduler.num_waiting} queued)"
+        )
+
+    @property
+    def failure(self) -> Exception | None:
+        """What made a step of the model fail, after which the engine takes no more requests; None while all is well."""
+        return self._failure
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """What the engine measures, for the tools of `prometheus_client`, which may ask in any thread."""
+        return self._registry
 
     @property
     def has_work(self) -> bool:
@@ -113,6 +137,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @by_one_thread
     def warm_up(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[WarmedStep, ...]:
         """Compiles every step that a request can need, so that none compiles later; an idle engine only.
 
@@ -136,6 +161,7 @@ class Engine:
                 self._steps, scheduler.buckets, scheduler.group_sizes, cache_dir=cache_dir, clock=self._clock
             )
 
+    @by_one_thread
     def submit(self, request: Request) -> Handle:
         """Puts a request into the queue.
 
@@ -144,10 +170,11 @@ class Engine:
 
         Raises:
           QueueFullError: `max_queue` samples are waiting.
-          ValueError: A step of the model failed before: the engine is over. Or this is no `Request`.
+          ValueError: A step of the model failed before: the engine is over. Or this is no `Request`, or one with text
+            and the engine has no tokenizer.
         """
         self._check_open()
-        check_request(request)
+        self._intake.check(request)
         self._scheduler.check_room()
         handle, now = Handle(request), self._clock()
         try:
@@ -160,6 +187,7 @@ class Engine:
         self._live.update(dict.fromkeys(samples))
         return handle
 
+    @by_one_thread
     def cancel(self, handle: Handle) -> None:
         """Ends a request now, with what it has; its slot is free for the next step. Harmless when it has ended.
 
@@ -170,11 +198,12 @@ class Engine:
         for sample in [sample for sample in self._live if sample.handle is handle]:
             self._finish(sample, "cancelled")
 
+    @by_one_thread
     def step(self) -> list[Handle]:
         """Fills free slots, prefills at most one group of chunks, decodes one token for each running request.
 
-        The tokens that it dispatches are read in the next step, when the device already works on those after them; or
-        in this one, while further chunks of prompts wait.
+        Before that it ends the requests whose deadline has come. The tokens that it dispatches are read in the next
+        step, when the device already works on those after them; or in this one, while further chunks of prompts wait.
 
         Returns:
           The requests that have ended and were not reported yet, by this or as the end of their `stream`.
@@ -183,6 +212,7 @@ class Engine:
         ended, self._ended = self._ended, []
         return ended
 
+    @by_one_thread
     def run(self) -> list[Handle]:
         """Steps until every request has ended; returns those that ended, in this order."""
         ended = []
@@ -245,6 +275,7 @@ class Engine:
         handles = {handle.request: handle for handle in self.as_completed(requests)}
         return [sample for request in requests for sample in handles[request].samples]
 
+    @by_one_thread
     def close(self) -> None:
         """Cancels every request that has not ended; other processes return from `follow`. The engine is over."""
         for sample in list(self._live):
@@ -257,14 +288,15 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """What the engine does now and did so far."""
-        waiting, running = self._scheduler.num_waiting, len(self._scheduler.running)
-        occupancy = self._scheduler.occupancy
-        return self._meter.snapshot(queue_length=waiting, active_slots=running, cache_occupancy=occupancy)
+        return self._meter.snapshot()
 
+    @by_one_thread
     def _advance(self) -> None:
         """Makes one step, and leaves it to its callers to tell which requests have ended."""
         self._check_open()
         start = self._clock()
+        for sample in self._scheduler.late(start):
+            self._finish(sample, "deadline")
         with self._failing():
             ready = self._admit()
             prefilled = self._prefill()
@@ -287,8 +319,8 @@ class Engine:
         for admission in admissions:
             sample, slot = admission.job, admission.job.slot
             assert slot is not None
-            sample.times.admitted = self._clock()
-            self._meter.note_prompt(len(sample.prompt), sample.reused)
+            sample.times.admitted = now = self._clock()
+            self._meter.note_prompt(len(sample.prompt), sample.reused, now - sample.times.submitted)
             if admission.is_complete or admission.source != slot:
                 self._steps.share(admission.source, slot, sample.reused)
             if sample.bias is not None:
@@ -324,6 +356,7 @@ class Engine:
     def _decode(self) -> bool:
         """Dispatches a decode step for the running samples that have another token to come, if there are any."""
         running = [sample for sample in self._scheduler.running if sample.dispatched]
+        self._scheduler.note_draws(running)
         return self._dispatch(self._steps.decode, running)
 
     def _dispatch(self, step: Callable[[SlotSettings], Pending], samples: list[LiveSample]) -> bool:
@@ -371,7 +404,7 @@ class Engine:
         self._live.pop(sample, None)
         self._last_settings = None  # names the sample: an idle engine would hold on to its request
         completion = sample.finish(reason, self._clock(), error)
-        self._meter.finished[completion.finish_reason] += 1
+        self._meter.note_end(completion.finish_reason, completion.timings.total)
         if sample.handle.is_done:
             self._ended.append(sample.handle)
 

@@ -53,6 +53,19 @@ class Intake:
                 f"max_logprobs={self.max_logprobs!r} must be between 0 and the {config.vocab_size} tokens there are."
             )
 
+    def check(self, request: object) -> None:
+        """Refuses what is no request of this engine at all, as `submit` does before it takes any.
+
+        Raises:
+          ValueError: It is something else, such as a prompt; or it has text and there is no tokenizer.
+        """
+        if not isinstance(request, Request):
+            raise ValueError(f"submit takes a request, not {reprlib.repr(request)}: make one with Request(prompt).")
+        if isinstance(request.prompt, str):
+            self._tokenizer_for_prompts()
+        if self.tokenizer is None and request.stop:
+            raise ValueError("stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`.")
+
     def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
         """The tokens of a prompt, int32 [n]; those of a text begin with the beginning-of-sequence token if `add_bos`.
 
@@ -62,10 +75,9 @@ class Intake:
           Exception: Whatever the tokenizer raises.
         """
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the prompt is text and the engine has no tokenizer: give it one, or token ids.")
-            self._check_beginning(self.tokenizer, prompt)
-            prompt = [self.tokenizer.bos_id] * self.add_bos + self.tokenizer.encode(prompt)
+            tokenizer = self._tokenizer_for_prompts()
+            self._check_beginning(tokenizer, prompt)
+            prompt = [tokenizer.bos_id] * self.add_bos + tokenizer.encode(prompt)
         return check_prompt(prompt, vocab_size=self.config.vocab_size, max_len=self.max_len)
 
     def _check_beginning(self, tokenizer: Tokenizer, text: str) -> None:
@@ -90,15 +102,13 @@ class Intake:
         return None if known == vocab_size else np.where(np.arange(vocab_size) < known, 0, EXCLUDED).astype(np.float32)
 
     def samples(self, handle: Handle, now: float) -> list[LiveSample]:
-        """The samples of a request that came now.
+        """The samples of a checked request that came now.
 
         Raises:
-          ValueError: The prompt, the mask, the bias or a stop id does not fit, or something needs a tokenizer.
+          ValueError: The prompt, the mask, the bias or a stop id does not fit.
           Exception: Whatever the tokenizer raises.
         """
         request = handle.request
-        if request.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`.")
         if request.logprobs is not None and request.logprobs > self.max_logprobs:
             raise ValueError(
                 f"logprobs={request.logprobs} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer."
@@ -115,15 +125,10 @@ class Intake:
         )
         return [LiveSample(handle, number, checked, submitted=now) for number in range(request.n)]
 
-
-def check_request(request: object) -> None:
-    """Refuses what is no request.
-
-    Raises:
-      ValueError: It is something else, such as a prompt.
-    """
-    if not isinstance(request, Request):
-        raise ValueError(f"submit takes a request, not {reprlib.repr(request)}: make one with Request(prompt).")
+    def _tokenizer_for_prompts(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("the prompt is text and the engine has no tokenizer: give it one, or token ids.")
+        return self.tokenizer
 
 
 def iterate_requests(requests: object) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from grokjax.request import Completion, FinishReason, Piece, Request, Timings, T
 from grokjax.tokenizer import StreamDecoder, Tokenizer
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Handle:
     """A submitted request: what has come of it so far.
 
@@ -25,6 +25,11 @@ class Handle:
     request: Request
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     completions: list[Completion] = dataclasses.field(default_factory=list)
+
+    def __repr__(self) -> str:
+        tokens = sum(piece.token_id is not None for piece in self.pieces)
+        ended = f"{len(self.completions)} of {self.request.n} samples ended"
+        return f"Handle({self.request!r}: {tokens} tokens, {ended})"
 
     @property
     def is_done(self) -> bool:
@@ -118,7 +123,13 @@ class LiveSample(Job):
 
     def __init__(self, handle: Handle, sample: int, checked: CheckedRequest, *, submitted: float):
         request = handle.request
-        super().__init__(checked.prompt, priority=request.priority, is_scored=request.prompt_logprobs and sample == 0)
+        super().__init__(
+            checked.prompt,
+            priority=request.priority,
+            is_scored=request.prompt_logprobs and sample == 0,
+            user=request.user,
+            deadline=None if request.deadline is None else submitted + request.deadline,
+        )
         self.handle, self.sample = handle, sample
         self.limit, self.stop_ids, self.bias = checked.limit, checked.stop_ids, checked.bias
         self.row = RowSettings(

@@ -1,20 +1,15 @@
-"""Who runs where and when: a bounded queue, slots, prompts in chunks, shared prefixes. Plain Python."""
+"""Who runs where and when: slots, prompts in chunks, shared prefixes, deadlines. Plain Python."""
 
 import collections
 import dataclasses
-import heapq
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from grokjax.engine.prefixes import HeldRows, PrefixMatch
+from grokjax.engine.queue import WaitingQueue
 from grokjax.request import check_integer, is_integer
-
-
-class QueueFullError(ValueError):
-    """The queue holds as many requests as it may: the caller has to wait, or to send its request elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +29,8 @@ class Job:
       prompt: token ids [n] int32, at least one.
       priority: larger goes first.
       is_scored: every position of the prompt is computed for it, alone: in no group, with no reused prefix.
+      user: whose it is; None counts as one more user.
+      deadline: when it must have ended, in seconds of the caller's clock; None for never.
       slot: where it runs; None while it waits and after it has ended.
       chunks: those of the prompt that are still to be prefilled.
       reused: tokens of the prompt whose keys and values another sample left.
@@ -42,6 +39,8 @@ class Job:
     prompt: np.ndarray
     priority: int = 0
     is_scored: bool = False
+    user: str | None = None
+    deadline: float | None = None
     slot: int | None = dataclasses.field(default=None, init=False)
     chunks: collections.deque[Chunk] = dataclasses.field(default_factory=collections.deque, init=False)
     reused: int = dataclasses.field(default=0, init=False)
@@ -124,86 +123,6 @@ def plan_chunks(start: int, end: int, buckets: Sequence[int]) -> Iterator[Chunk]
         yield Chunk(first, count, next(bucket for bucket in buckets if bucket >= count))
 
 
-class WaitingQueue(Generic[J]):
-    """Jobs that wait for a slot, by priority, then arrival.
-
-    Args:
-      max_queue: jobs that wait at most, 1 or more; `check_room` says when there are as many.
-
-    Raises:
-      ValueError: `max_queue` is below 1.
-    """
-
-    def __init__(self, max_queue: int):
-        # A request waits at least until the next step.
-        self._max_queue = check_integer("max_queue", max_queue, 1)
-        self._heap: list[tuple[int, int, int, J]] = []
-        self._waiting: set[J] = set()  # what was removed stays in the heap until it comes up
-        self._siblings: dict[J, tuple[int, tuple[J, ...]]] = {}  # job -> its place, and who may not go before it
-        self._numbers = itertools.count()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def has_room(self) -> bool:
-        """Whether fewer jobs wait than may."""
-        return len(self) < self._max_queue
-
-    def check_room(self) -> None:
-        """Says so where another job has no room; `push` takes it all the same.
-
-        Raises:
-          QueueFullError: As many jobs wait as may.
-        """
-        if not self.has_room:
-            raise QueueFullError(
-                f"{len(self)} samples are waiting and max_queue={self._max_queue} allows no more: run some steps "
-                "first, send the request later, or make the engine with a longer queue."
-            )
-
-    def push(self, job: J, *siblings: J) -> None:
-        """Adds a job; its siblings wait as it does and cannot go before `let_follow`, then stand where it stood.
-
-        Raises:
-          ValueError: Together they are more than may wait.
-        """
-        count = 1 + len(siblings)
-        if count > self._max_queue:
-            raise ValueError(
-                f"n={count} samples exceed the engine's max_queue={self._max_queue}: ask for fewer, or make the engine "
-                "with a longer queue."
-            )
-        self._waiting.update((job, *siblings))
-        arrival = next(self._numbers)
-        heapq.heappush(self._heap, (-job.priority, arrival, arrival, job))
-        if siblings:
-            self._siblings[job] = arrival, siblings
-
-    def let_follow(self, job: J) -> None:
-        """Lets the siblings of a job go that have not been removed; harmless where it has none."""
-        arrival, siblings = self._siblings.pop(job, (0, ()))
-        for sibling in siblings:
-            heapq.heappush(self._heap, (-sibling.priority, arrival, next(self._numbers), sibling))
-
-    def pop(self) -> J | None:
-        """Takes the next job out; None if there is none."""
-        while self._heap:
-            job = heapq.heappop(self._heap)[-1]
-            if job in self._waiting:
-                self._waiting.remove(job)
-                return job
-        return None
-
-    def remove(self, job: J) -> None:
-        """Takes a job out, if it is in; siblings that have not followed it stay until they are removed themselves."""
-        self._waiting.discard(job)
-        self._siblings.pop(job, None)
-        if len(self._heap) > 2 * len(self._waiting) + 16:
-            self._heap = [entry for entry in self._heap if entry[-1] in self._waiting]
-            heapq.heapify(self._heap)
-
-
 class Scheduler(Generic[J]):
     """Gives slots to jobs and decides which chunks of prompts come next.
 
@@ -237,6 +156,7 @@ class Scheduler(Generic[J]):
         self.held = HeldRows(self.slots, max_len)
         self._queue: WaitingQueue[J] = WaitingQueue(max_queue)
         self._running: dict[int, J] = {}
+        self._deadlines: dict[J, float] = {}  # of those that wait or run and have one
         self._free = collections.deque(range(self.slots))  # the longest unused first
         self._fresh: collections.deque[J] = collections.deque()  # admitted, no chunk prefilled yet
         self._begun: collections.deque[J] = collections.deque()  # some chunks prefilled, not all
@@ -264,6 +184,11 @@ class Scheduler(Generic[J]):
         return [self._running[slot] for slot in sorted(self._running)]
 
     @property
+    def num_running(self) -> int:
+        """How many jobs have a slot."""
+        return len(self._running)
+
+    @property
     def has_chunks(self) -> bool:
         """Whether a running job has chunks left to prefill."""
         return bool(self._fresh or self._begun)
@@ -271,7 +196,8 @@ class Scheduler(Generic[J]):
     @property
     def occupancy(self) -> float:
         """The part of all rows that running jobs have filled."""
-        return sum(self.held.lengths[slot] for slot in self._running) / (self.slots * self.max_len)
+        # A list at once: other threads may ask, too.
+        return sum(self.held.lengths[slot] for slot in list(self._running)) / (self.slots * self.max_len)
 
     def check_room(self) -> None:
         """Says so where another job has no room.
@@ -288,6 +214,11 @@ class Scheduler(Generic[J]):
           ValueError: They are more than may ever wait.
         """
         self._queue.push(job, *siblings)
+        self._deadlines.update({one: one.deadline for one in (job, *siblings) if one.deadline is not None})
+
+    def late(self, now: float) -> list[J]:
+        """The jobs that wait or run and whose deadline has come; the caller releases them."""
+        return [job for job, deadline in self._deadlines.items() if deadline <= now]
 
     def admit(self) -> list[Admission[J]]:
         """Gives free slots to waiting jobs; the copies that this asks for must be made in the order of the list."""
@@ -316,6 +247,11 @@ class Scheduler(Generic[J]):
             self._advance(job, chunk)
         return PrefillGroup(tuple(jobs), chunks, chunks[0].bucket)
 
+    def note_draws(self, jobs: Iterable[J]) -> None:
+        """Notes that each of these jobs is given a token more; its first was counted with its slot."""
+        for job in jobs:
+            self._queue.shares.charge(job.user, drawn_tokens=1)
+
     def note_token(self, job: J, token: int) -> None:
         """Notes that the keys and values of a drawn token went into a job's row; harmless where it has none."""
         if job.slot is not None:
@@ -328,6 +264,7 @@ class Scheduler(Generic[J]):
     def release(self, job: J) -> None:
         """Takes a job out of its slot or of the queue; harmless where it is in neither."""
         self._queue.remove(job)
+        self._deadlines.pop(job, None)
         if job.slot is None:
             return
         for waiting in (self._fresh, self._begun):
@@ -345,6 +282,8 @@ class Scheduler(Generic[J]):
         job.slot, job.reused = slot, match.length
         job.chunks = collections.deque(plan_chunks(match.length, len(job.prompt), self.buckets))
         self._running[slot] = job
+        # At least the first token, so that users take turns where whole prompts are shared.
+        self._queue.shares.charge(job.user, prompt_tokens=len(job.prompt) - match.length, drawn_tokens=1)
         if job.chunks:
             self._fresh.append(job)
         return Admission(job, match.slot, match.is_complete)

@@ -183,6 +183,17 @@ class TestResults:
         assert found[1]["logprobs"][0]["top"][-1]["logprob"] is None
         assert found[2]["prompt"] == ["\ufffd", "\ufffd"]
 
+    def test_users_and_deadlines_are_fields_of_a_line(self, tmp_path: Path) -> None:
+        crowd = [{"prompt": [4, 5 + i % 9], "id": f"ann {i}", "user": "ann", "max_new_tokens": 20} for i in range(20)]
+        late = {"prompt": "8", "id": "late", "user": "bob", "deadline": 1e-9}
+        prompts = read_json(tmp_path, *crowd, {"prompt": "6", "id": "mine", "user": "bob"}, late)
+        run(prompts, tmp_path / "out")
+        found = records(tmp_path / "out")
+        assert (found["late"]["finish_reason"], found["late"]["token_ids"]) == ("deadline", [])
+        assert "error" not in found["late"]
+        assert list(found).index("mine") < 3
+        assert found["mine"]["token_ids"] == continuation([6], 5, seed=3)
+
     def test_a_bad_prompt_ends_alone(self, tmp_path: Path) -> None:
         lines = [b"4", b"x", b"\xff", b" ".join([b"4"] * 40), b"5"]
         run(read(tmp_path, b"\n".join(lines)), tmp_path / "out")

@@ -92,21 +92,34 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grokjax.cli.generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
 
 
+def unexpected(*_: object) -> None:
+    """The handler of a signal that a command should have its own for."""
+    raise AssertionError("the signal is not handled")
+
+
 @pytest.fixture
-def interrupted_at_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An output at whose second result the process gets the signal of Ctrl-C, once."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupted_at_two(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """An output at whose second result the process gets a signal, once: that of Ctrl-C, or the parameter."""
+    number = getattr(request, "param", signal.SIGINT)
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, unexpected),
+    }
     output, step, sent = tmp_path / "out.jsonl", Engine.step, []
 
     def interrupted(engine: Engine) -> list:
         if not sent and output.exists() and output.read_bytes().count(b"\n") >= 2:
             sent.append(True)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", interrupted)
     yield output
-    signal.signal(signal.SIGINT, handler)
+    assert signal.getsignal(signal.SIGTERM) is unexpected, "the command left its handler behind"
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
 
 
 class TestCommand:
@@ -127,6 +140,24 @@ class TestCommand:
         whole = output.with_name("whole.jsonl")
         assert main([*command, "--output", str(whole)]) == 0
         assert tokens(output) == tokens(whole)
+
+    @pytest.mark.usefixtures("fake_model")
+    @pytest.mark.parametrize("interrupted_at_two", [signal.SIGINT, signal.SIGTERM], indirect=True)
+    def test_a_signal_ends_a_job_in_a_sentence_and_keeps_its_results(
+        self, command: list[str], interrupted_at_two: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = interrupted_at_two
+        assert main([*command, "--output", str(output)]) == 130
+        kept = output.read_bytes()
+        said = capsys.readouterr().err.splitlines()[-1]
+        count = kept.count(b"\n")
+        assert said == (
+            f"grokjax: interrupted: {count} of 6 results are in {output}, and the same command goes on after them."
+        )
+        assert 2 <= count < 6
+        assert main([*command, "--output", str(output)]) == 0
+        assert output.read_bytes().startswith(kept)
+        assert len(tokens(output)) == 6
 
     @pytest.mark.usefixtures("fake_model")
     def test_errors_among_the_results_are_counted(

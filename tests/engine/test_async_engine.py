@@ -150,6 +150,76 @@ def test_a_failing_step_reaches_everyone_and_hangs_nobody() -> None:
     run(main())
 
 
+def test_health_is_told_before_during_and_after() -> None:
+    async def main() -> None:
+        model = FakeModel()
+        served = AsyncEngine(make_engine(model))
+        assert not served.is_healthy
+        async with served:
+            assert served.is_healthy
+            await served.complete(request(3))
+            assert served.is_healthy
+        assert not served.is_healthy
+        async with AsyncEngine(make_engine(model)) as failing:
+            model.steps.error = RuntimeError("out of memory")
+            await failing.complete(request(3))
+            assert not failing.is_healthy
+
+    run(main())
+
+
+def test_an_engine_that_drains_ends_what_it_has_and_takes_no_more() -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine(slots=1)) as served:
+            tasks = [asyncio.create_task(served.complete(request(3 + i))) for i in range(4)]
+            while not (await served.metrics()).active_slots:
+                await asyncio.sleep(0)
+            draining = asyncio.create_task(served.drain())
+            await asyncio.sleep(0)
+            with pytest.raises(ValueError, match="this AsyncEngine drains and takes no more requests: send this one"):
+                await served.complete(request(9))
+            assert served.is_healthy
+            await draining
+            assert (await served.metrics()).finished == {"length": 4}
+        for i, task in enumerate(tasks):
+            [done] = await task
+            assert list(done.token_ids) == continuation([3 + i, 5], 10)
+
+    run(main())
+
+
+def test_draining_an_engine_that_fails_or_is_left_hangs_nobody() -> None:
+    async def main() -> None:
+        model = FakeModel()
+        async with AsyncEngine(make_engine(model)) as failing:
+            task = asyncio.create_task(failing.complete(request(3, 150)))
+            while not (await failing.metrics()).active_slots:
+                await asyncio.sleep(0)
+            model.steps.error = RuntimeError("out of memory")
+            await failing.drain()
+            assert (await task)[0].finish_reason == "error"
+        async with AsyncEngine(make_engine()) as left:
+            await asyncio.sleep(0)
+            task = asyncio.create_task(left.complete(request(3, 150)))
+            while not (await left.metrics()).active_slots:
+                await asyncio.sleep(0)
+            draining = asyncio.create_task(left.drain())
+            await asyncio.sleep(0)
+        await draining
+        assert (await task)[0].finish_reason == "cancelled"
+
+    run(main())
+
+
+def test_text_without_a_tokenizer_reaches_its_task_as_an_error() -> None:
+    async def main() -> None:
+        async with AsyncEngine(make_engine()) as served:
+            with pytest.raises(ValueError, match="the engine has no tokenizer"):
+                await served.complete(Request("abc"))
+
+    run(main())
+
+
 def test_a_task_cancelled_before_it_wakes_cancels_its_request() -> None:
     async def main() -> None:
         engine = make_engine()

@@ -62,6 +62,7 @@ class Schedules(RuleBasedStateMachine):
     )
     def make(self, slots: int, max_len: int, rows: int, reuse: bool, buckets: tuple[int, ...]) -> None:
         self.max_len = max_len
+        self.now = 0.0
         self.model = FakeModel()
         self.engine = Engine(
             self.model,
@@ -72,6 +73,7 @@ class Schedules(RuleBasedStateMachine):
             prefill_buckets=buckets,
             max_queue=MAX_QUEUE,
             reuse_prefixes=reuse,
+            clock=lambda: self.now,
             make_steps=FakeSteps,
         )
         self.submitted: list[Submitted] = []
@@ -85,6 +87,7 @@ class Schedules(RuleBasedStateMachine):
         seed=st.integers(0, 3),
         n=st.integers(1, MAX_QUEUE + 1),
         priority=st.integers(-1, 1),
+        user=st.sampled_from(["ann", "bob", None]),
         stop_at=st.integers(-6, 8),
         options=st.fixed_dictionaries(
             {},
@@ -93,19 +96,20 @@ class Schedules(RuleBasedStateMachine):
                 "stop_ids": st.lists(st.integers(0, VOCAB - 1), max_size=2),
                 "prompt_logprobs": st.booleans(),
                 "logprobs": st.integers(0, 2),
+                "deadline": st.integers(1, 15),
                 "allowed_tokens": st.sets(st.integers(0, VOCAB - 1), min_size=1).map(
                     lambda ids: [token in ids for token in range(VOCAB)]
                 ),
             },
         ),
     )
-    def submit(self, text, length, own, max_new_tokens, seed, n, priority, stop_at, options) -> None:
+    def submit(self, text, length, own, max_new_tokens, seed, n, priority, user, stop_at, options) -> None:
         prompt = text[:length] + own
         # A stop string that will come, unless something ends the text before.
         letters = Letters().decode(continuation(prompt, 12, seed=seed)).replace("\ufffd", "")
         coming = letters[stop_at:][:2] if stop_at >= 0 else ""
         numbers = {"max_new_tokens": max_new_tokens, "seed": seed, "n": n, "priority": priority}
-        self.submit_request(Request(prompt, stop=[coming] if coming else [], **numbers, **options))
+        self.submit_request(Request(prompt, stop=[coming] if coming else [], user=user, **numbers, **options))
 
     def submit_request(self, request: Request) -> None:
         waiting = self.engine.metrics().queue_length
@@ -129,6 +133,7 @@ class Schedules(RuleBasedStateMachine):
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
+            self.now += 1
             self.ended += self.engine.step()
 
     @precondition(lambda self: self.submitted)
@@ -188,7 +193,10 @@ class Schedules(RuleBasedStateMachine):
             assert done.finish_reason == "error"
             return
         tokens, text, reason = by_hand(request, done.sample, self.max_len)
-        if done.finish_reason == "cancelled":
+        assert request.deadline is None or done.timings.total < request.deadline + 1
+        if done.finish_reason == "deadline":
+            assert done.timings.total >= request.deadline
+        if done.finish_reason in ("cancelled", "deadline"):
             assert list(done.token_ids) == tokens[: len(done.token_ids)]
             assert done.text == behind(request.prompt, done.token_ids)
         else:

@@ -54,10 +54,18 @@ class TestTrouble:
         assert "the prompt must be text or a list of token ids, not <generator" in str(handle.completion.error)
 
     def test_text_needs_a_tokenizer(self) -> None:
+        """The engine lacks it, not the request: so `submit` says it, and no result has to be looked at."""
         engine = make_engine()
-        for request, message in (("abc", "the engine has no tokenizer"), ([3], "stop strings need a tokenizer")):
-            handle = engine.submit(Request(request, stop="x" if isinstance(request, list) else ()))
-            assert message in str(handle.completion.error)
+        running = engine.submit(Request([3], max_new_tokens=2, ignore_eos=True))
+        for request, message in (
+            (Request("abc"), "the prompt is text and the engine has no tokenizer: give it one, or token ids"),
+            (Request([3], stop="x"), "stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                engine.submit(request)
+        with pytest.raises(ValueError, match="the engine has no tokenizer"):
+            engine.generate(["abc"])
+        assert engine.run() == [running]
 
     def test_a_text_that_is_far_too_long_is_refused_by_its_beginning(self) -> None:
         """To encode all of 50 MB would take half a minute."""
@@ -117,12 +125,14 @@ class TestTrouble:
         engine = make_engine(model=(model := FakeModel()), slots=1)
         handles = [engine.submit(Request([3 + i], max_new_tokens=9, n=2)) for i in range(3)]
         engine.step()
+        assert engine.failure is None
         model.steps.error = RuntimeError("out of memory")
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.step()
         assert all(sample.finish_reason == "error" for handle in handles for sample in handle.samples)
         assert all(handle.is_done for handle in handles)
         assert not engine.has_work
+        assert engine.failure is model.steps.error
         for call in (engine.step, lambda: engine.submit(Request([3]))):
             with pytest.raises(ValueError, match=r"a step of this engine failed \(RuntimeError: out of memory\)"):
                 call()
@@ -276,3 +286,24 @@ def test_requests_of_an_iterator_left_early_are_cancelled() -> None:
     finished.close()
     assert engine.metrics().finished["cancelled"] == 2
     assert engine.run() == []
+
+
+def test_what_is_printed_is_short() -> None:
+    engine = make_engine(Letters(), model=(model := FakeModel()), slots=2)
+    handles = [engine.submit(Request([3] * 60, max_new_tokens=3, n=2, ignore_eos=True, user="ann")) for _ in range(3)]
+    assert repr(engine) == "Engine(open: 2 slots of 64 tokens, 0 running, 6 queued)"
+    engine.step()
+    assert repr(engine) == "Engine(open: 2 slots of 64 tokens, 2 running, 4 queued)"
+    engine.run()
+    request = "Request(prompt=[3, 3, 3, 3, 3, 3, ...], max_new_tokens=3, ignore_eos=True, n=2, user='ann')"
+    assert repr(handles[0]) == f"Handle({request}: 6 tokens, 2 of 2 samples ended)"
+    assert len(repr(handles[0].completion)) < 400
+    assert "prompt_ids=(3, 3, 3, 3, 3, 3, ...), finish_reason='length'" in repr(handles[0].completion)
+    assert len(repr(Request("long " * 1000, allowed_tokens=np.ones(VOCAB, bool)))) < 200
+    model.steps.error = RuntimeError("lost")
+    engine.submit(Request([3]))
+    with pytest.raises(RuntimeError, match="lost"):
+        engine.step()
+    assert repr(engine).startswith("Engine(failed: ")
+    engine.close()
+    assert repr(engine).startswith("Engine(closed: ")

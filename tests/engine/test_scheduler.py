@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jobs import job, scheduler, submit
 
 from grokjax.engine import QueueFullError
-from grokjax.engine.scheduler import Chunk, Job, Scheduler, WaitingQueue, check_buckets, plan_chunks
+from grokjax.engine.queue import WaitingQueue
+from grokjax.engine.scheduler import Chunk, Job, Scheduler, check_buckets, plan_chunks
 
 
 class TestChunks:
