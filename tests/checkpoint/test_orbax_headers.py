@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from builders import DENSE, WrittenCheckpoint, write_checkpoint
 
-from grokjax import CheckpointError, convert, describe, load_parameters, verify
+from grokjax import CheckpointError, convert, describe, load, load_parameters, verify
 from grokjax.checkpoint import open_checkpoint
 
 LEFT_BEHIND = (".DS_Store", "._layers.0", ".nfs00000001", ".snapshot/layers.0", "@eaDir/thumbnail")
@@ -141,6 +141,11 @@ def test_a_manifest_of_a_million_experts_is_refused_at_once(copied: Path, count:
     rewrite(copied / "grokjax.json", many)
     with pytest.raises(CheckpointError, match=rf"num_experts={count} is too large for the 6 folders in weights: use"):
         describe(copied)
+
+
+def test_a_configuration_of_a_thousand_million_layers_is_refused_at_once(copied: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"num_layers=1000000000 is too large for the \d+ parameters in it: use"):
+        load(copied, DENSE.replace(num_layers=10**9))
 
 
 @pytest.mark.parametrize(
