@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -171,6 +172,8 @@ class GrokConfig:
         for name, value in {**values, "model.widening_factor": widening_factor}.items():
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} of the release configuration must be a number.")
+        _check_number("model.emb_size", model["emb_size"], int)
+        _check_number("model.emb_size * widening_factor", model["emb_size"] * widening_factor, float)
         fields = {ours: lm[theirs] for theirs, ours in _LM_FIELDS.items()}
         fields |= {ours: model[theirs] for theirs, ours in _MODEL_FIELDS.items()}
         if fields["num_experts"] <= 1:
@@ -179,14 +182,14 @@ class GrokConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote, or the release's nested names (see `from_release`).
+        """Reads what `to_json` wrote, or the release's nested names (see `from_release`); a byte-order mark is ignored.
 
         Raises:
           ValueError: The text is not JSON, or holds unknown, missing or impossible fields.
         """
         try:
-            mapping = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            mapping = json.loads(text.removeprefix("\ufeff"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the configuration is not JSON: {error}.") from error
         if not isinstance(mapping, dict):
             raise ValueError(f"the configuration must be a JSON object of field names, not a {type(mapping).__name__}.")
@@ -212,6 +215,8 @@ class GrokConfig:
         return dataclasses.replace(self, **changes)
 
 
+# Sizes and ids are int32 on the devices.
+_LARGEST = 2**31 - 1
 # The release's field -> ours. Source: the release's `LanguageModelConfig` and `TransformerConfig`.
 _LM_FIELDS = {
     "vocab_size": "vocab_size",
@@ -234,11 +239,12 @@ _MODEL_FIELDS = {
 
 
 def _check_number(name: str, value: Any, kind: Any) -> None:
+    shown = f"{name}={reprlib.repr(value)}"
     if kind is int:
         is_id = name.endswith("_id")
-        if not isinstance(value, int) or isinstance(value, bool) or value < (0 if is_id else 1):
-            raise ValueError(
-                f"{name}={value!r} must be {'a token id, 0 or more' if is_id else 'an integer, 1 or more'}."
-            )
-    elif not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value!r} must be a finite number above 0.")
+        if not isinstance(value, int) or isinstance(value, bool) or not (0 if is_id else 1) <= value <= _LARGEST:
+            least = "a token id, 0 or more" if is_id else "an integer, 1 or more"
+            raise ValueError(f"{shown} must be {least}, and at most {_LARGEST}.")
+    # Compared as it is: an integer of 400 digits is no float.
+    elif not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{shown} must be a finite number above 0.")

@@ -1,7 +1,6 @@
 """What an engine is asked for and what it answers: requests, pieces of a stream, completions."""
 
 import dataclasses
-import math
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
@@ -213,9 +212,10 @@ def bias_row(request: Request, vocab_size: int, standing: np.ndarray | None = No
     biases = request.logit_bias or {}
     _check_ids("logit_bias", np.array(_integers("logit_bias", biases), object), vocab_size)
     for token, bias in biases.items():
-        if not _is_number(bias) or math.isnan(bias) or bias > -EXCLUDED:
-            raise ValueError(f"logit_bias of token {token} is {bias!r}: give a number up to 1e10, or minus infinity.")
-        row[token] = max(float(bias), EXCLUDED)
+        if not _is_number(bias) or not _plain(bias) <= -EXCLUDED:
+            shown = reprlib.repr(bias)
+            raise ValueError(f"logit_bias of token {token} is {shown}: give a number up to 1e10, or minus infinity.")
+        row[token] = max(_plain(bias), EXCLUDED)
     if request.allowed_tokens is not None:
         row[~_allowed(request.allowed_tokens, vocab_size)] = EXCLUDED
     if standing is not None:
@@ -289,7 +289,7 @@ def check_integer(name: str, value: object, least: int | None = None, most: int 
     if is_integer(value) and (least is None or value >= least) and (most is None or value <= most):
         return int(value)
     limits = "" if least is None else f", {least} or more" if most is None else f" between {least} and {most}"
-    raise ValueError(f"{name}={value!r} must be an integer{limits}.")
+    raise ValueError(f"{name}={reprlib.repr(value)} must be an integer{limits}.")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -305,6 +305,11 @@ def _boolean(name: str, value: object) -> bool:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def _plain(value: float) -> float:
+    """A number as Python's own; an integer stays one, which may be too large for a float."""
+    return value if isinstance(value, int) else float(value)
 
 
 def _integers(name: str, values: object) -> tuple[int, ...]:
@@ -330,14 +335,15 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 
 
 def _check_number(name: str, value: object, largest: float) -> None:
-    if not _is_number(value) or not 0 <= float(value) <= largest:
+    if not _is_number(value) or not 0 <= _plain(value) <= largest:
         limits = "from 0 to 1" if largest == 1 else "finite, 0 (greedy) or more"
-        raise ValueError(f"{name}={value!r} must be a number, {limits}.")
+        raise ValueError(f"{name}={reprlib.repr(value)} must be a number, {limits}.")
 
 
 def _deadline(seconds: object) -> float | None:
     if seconds is None:
         return None
-    if not _is_number(seconds) or not 0 < seconds <= float(np.finfo(np.float32).max):
-        raise ValueError(f"deadline={seconds!r} must be a number of seconds, finite and more than 0, or None.")
-    return float(seconds)
+    if not _is_number(seconds) or not 0 < _plain(seconds) <= float(np.finfo(np.float32).max):
+        shown = reprlib.repr(seconds)
+        raise ValueError(f"deadline={shown} must be a number of seconds, finite and more than 0, or None.")
+    return _plain(seconds)

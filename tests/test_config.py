@@ -60,6 +60,10 @@ def test_json_may_leave_out_fields_with_defaults() -> None:
     assert GrokConfig.from_json(json.dumps(fields)) == GrokConfig.tiny()
 
 
+def test_a_byte_order_mark_is_passed_over() -> None:
+    assert GrokConfig.from_json("\ufeff" + GrokConfig.tiny().to_json()) == GrokConfig.tiny()
+
+
 @pytest.mark.parametrize("name", MODEL_CASES)
 def test_the_release_s_field_names_are_understood(name: str) -> None:
     case = load_case(name)
@@ -111,6 +115,8 @@ def test_the_release_s_default_widening_factor_is_four() -> None:
         ({"num_layers": 2.0}, r"num_layers=2\.0 must be an integer, 1 or more"),
         ({"num_experts": True}, r"num_experts=True must be an integer, 1 or more"),
         ({"model_dim": "64"}, r"model_dim='64' must be an integer, 1 or more"),
+        ({"vocab_size": 10**400}, r"vocab_size=1000.*000 must be an integer, 1 or more, and at most 2147483647"),
+        ({"rope_base": 10**400}, r"rope_base=1000.*000 must be a finite number above 0"),
         ({"pad_id": -1}, r"pad_id=-1 must be a token id, 0 or more"),
         ({"norm_eps": 0.0}, r"norm_eps=0\.0 must be a finite number above 0"),
         ({"rope_base": float("inf")}, r"rope_base=inf must be a finite number above 0"),
@@ -129,6 +135,7 @@ def test_impossible_sizes_are_refused_in_words(changes: dict[str, Any], message:
     [
         ("{", r"the configuration is not JSON: "),
         ("[" * 100_000, r"the configuration is not JSON: "),
+        ("9" * 5000, r"the configuration is not JSON: "),
         ("[1]", r"the configuration must be a JSON object of field names, not a list"),
         (
             '{"depth": 3}',
@@ -143,7 +150,7 @@ def test_impossible_sizes_are_refused_in_words(changes: dict[str, Any], message:
             r"lacks lm\.vocab_size, .*model\.emb_size.*: add what the checkpoint was made with",
         ),
     ],
-    ids=["no_json", "nested", "a_list", "unknown", "misspelt", "empty_release"],
+    ids=["no_json", "nested", "endless", "a_list", "unknown", "misspelt", "empty_release"],
 )
 def test_json_that_is_no_config_is_refused_in_words(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -161,6 +168,8 @@ def _changed(**changes: Any) -> dict[str, Any]:
         ({"lm": 3, "model": {}}, r"'lm' is no mapping here"),
         ({"lm": RELEASE["lm"], "model": {"emb_size": 64}}, r"lacks model\.key_size, model\.num_q_heads"),
         (_changed(emb_size="64"), r"model\.emb_size='64' of the release configuration must be a number"),
+        (_changed(emb_size=10**400), r"model\.emb_size=1000.*000 must be an integer, 1 or more"),
+        (_changed(widening_factor=1e308), r"model\.emb_size \* widening_factor=inf must be a finite number"),
         (_changed(widening_factor="8"), r"model\.widening_factor='8' of the release configuration must be a number"),
         (_changed(num_experts=True), r"model\.num_experts=True of the release configuration must be a number"),
         (_changed(num_selected_experts=None), r"model\.num_selected_experts=None of the release configuration"),

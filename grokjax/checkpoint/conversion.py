@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from grokjax.checkpoint.disk import check_room, free_bytes, make_folder
+from grokjax.checkpoint.disk import check_name, check_room, free_bytes, make_folder
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest
-from grokjax.checkpoint.formats.orbax_units import commit, finished_units, prepare_units, write_unit
+from grokjax.checkpoint.formats.orbax_headers import finished_units
+from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_unit
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.parameters import Unit, units_of
 from grokjax.checkpoint.progress import EARLIER, Report, Tally
 from grokjax.checkpoint.recipe import Leaves, Recipe, WeightFormat
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec, specs_of, unit_bytes
-from grokjax.checkpoint.target import done_units, locked, make_manifest
+from grokjax.checkpoint.target import check_source, done_units, locked, make_manifest
 from grokjax.config import GrokConfig
 from grokjax.distributed import is_first, on_first
 
@@ -71,12 +72,13 @@ def plan_conversion(
 
     Raises:
       CheckpointError: The source is no whole checkpoint, or the target exists and is not an interrupted run of this
-        same conversion.
+        same conversion, or has a path that cannot be used.
       ValueError: The options do not fit the source.
     """
+    folder = Path(target).absolute()
+    check_name(folder)
     checkpoint = open_checkpoint(source, config)
     recipe = Recipe(weights, scale_blocks)
-    folder = Path(target).absolute()
     if folder.resolve().is_relative_to(checkpoint.path.resolve()):
         raise CheckpointError(f"{folder}: the target is the source or lies in it: choose another target.")
     found = specs_of(checkpoint)
@@ -121,7 +123,8 @@ def convert(
       progress: called after each unit, and first for what was there already.
 
     Raises:
-      CheckpointError: The source is damaged, the target exists, the disk is full, or the target cannot be written.
+      CheckpointError: The source is damaged or was changed meanwhile, the target exists, the disk is full, or the
+        target cannot be written.
       ValueError: The options do not fit the source.
     """
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
@@ -133,7 +136,7 @@ def convert(
     with contextlib.ExitStack() as until_committed:
         on_first(f"the beginning of {plan.target}", lambda: until_committed.enter_context(_begun(plan, manifest)))
         _write_units(plan, manifest, tally)
-        on_first(f"the end of {plan.target}", lambda: commit(plan.target))
+        on_first(f"the end of {plan.target}", lambda: _end(plan, manifest))
 
 
 @contextlib.contextmanager
@@ -146,6 +149,12 @@ def _begun(plan: ConversionPlan, manifest: Manifest) -> Iterator[None]:
         manifest.write(plan.target, UNFINISHED)
         prepare_units(plan.target, manifest)
         yield
+
+
+def _end(plan: ConversionPlan, manifest: Manifest) -> None:
+    """Makes the target a checkpoint if its source has stayed as it was."""
+    check_source(plan.source, manifest)
+    commit(plan.target, manifest)
 
 
 def _write_units(plan: ConversionPlan, manifest: Manifest, tally: Tally) -> None:

@@ -1,12 +1,19 @@
-"""What is asked of a disk: room, a folder, a file that is there whole or not at all, one writer at a time."""
+"""What is asked of a disk: room, folders, files that are themselves, unchanged, and whole or absent; one writer.
 
+Nothing is written or removed through a link. Of what is read, only the files of the public layouts may be links.
+"""
+
+import contextlib
 import errno
 import importlib
 import json
 import os
+import re
 import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from humanize import naturalsize
 
@@ -17,6 +24,28 @@ PARTIAL = ".part"
 # The byte that is locked on Windows, where no other program may touch it then: far behind the contents of most files,
 # and a position that 31 bits hold, as the C library wants.
 _LOCKED_BYTE = (1 << 31) - 2
+# Opens what has a name and not what a link there leads to, and does not wait for the other end of a pipe.
+_ITSELF = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+# What a path may not have in it -> how that is called. Source: TensorStore takes a backslash for a separator everywhere
+# and keeps `.__lock` for itself; Orbax turns `gs:/` into the address of a bucket.
+_UNUSABLE = {
+    r"\\": "a backslash",
+    r"gs:(/|$)": "a folder whose name ends in gs:",
+    r"\.__lock(/|$)": "a folder whose name ends in .__lock",
+    r"[\ud800-\udfff]": "a character that is not UTF-8",
+}
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is no longer the one that it was.
+
+    Attributes:
+      num_bytes: its size.
+      written_ns: when it was last written, in nanoseconds.
+    """
+
+    num_bytes: int
+    written_ns: int
 
 
 def free_bytes(folder: Path) -> int:
@@ -38,12 +67,29 @@ def check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
+def check_name(folder: Path) -> None:
+    """Refuses a folder whose path the storage library does not take as it is: its arrays would come to lie elsewhere.
+
+    Raises:
+      CheckpointError: It is such a path.
+    """
+    path = str(folder) if os.sep == "/" else folder.as_posix()
+    for pattern, what in _UNUSABLE.items():
+        if re.search(pattern, path):
+            shown = path.encode(errors="backslashreplace").decode()
+            raise CheckpointError(
+                f"{shown}: the library that stores arrays cannot use a path with {what}: choose another path, or "
+                "rename the folder."
+            )
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and its parents.
 
     Raises:
-      CheckpointError: It cannot be made.
+      CheckpointError: It cannot be made, or its path cannot be used.
     """
+    check_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,33 +98,117 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def read_json(path: Path, advice: str) -> object:
-    """Reads a JSON file.
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, in order, without what systems leave there: `.DS_Store`, `._x`, `.snapshot`, `@eaDir`."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "@")))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """What is no folder in a folder and in those below it, in order, without what systems leave; links stay links."""
+    for entry in entries(folder):
+        if entry.is_dir() and not entry.is_symlink():
+            yield from files_below(entry)
+        else:
+            yield entry
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a file is there, and no link, pipe, device or folder in its place."""
+    return path.is_file() and not path.is_symlink()
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """Reads a JSON file, with or without a byte-order mark.
 
     Args:
       path: of the file.
       advice: what to do where it is not JSON, for the error.
 
     Raises:
-      CheckpointError: It cannot be read, or is not JSON.
+      CheckpointError: It cannot be read, is a link, a pipe or a folder, or is not JSON.
     """
+    if path.exists() and not is_regular(path):
+        raise CheckpointError(
+            f"{path}: a link, a pipe or a folder, and a file of its own is needed: put the file itself there."
+        )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}): {advice}.") from error
 
 
+def stamp_of(path: Path) -> Stamp:
+    """The stamp of a file, or of that to which a link leads.
+
+    Raises:
+      CheckpointError: It is not there.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): put the file back.") from error
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def unchanged(path: Path, stamp: Stamp) -> Iterator[None]:
+    """Stands around what reads a file that was opened earlier, and got its stamp then.
+
+    Raises:
+      CheckpointError: Before or after the reading it is another file, or has been written.
+    """
+    _check_stamp(path, stamp)
+    yield
+    _check_stamp(path, stamp)
+
+
+def _check_stamp(path: Path, stamp: Stamp) -> None:
+    if stamp_of(path) != stamp:
+        raise CheckpointError(f"{path}: the file was changed or replaced after it had been opened: open it again.")
+
+
+def check_no_link(path: Path) -> None:
+    """Refuses a link where something is to be written or removed.
+
+    Raises:
+      CheckpointError: It is a link.
+    """
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path}: a link, and nothing is written or removed through one: remove the link, then try again."
+        )
+
+
+def open_to_write(path: Path) -> IO[str]:
+    """Opens a text file, empty, which is made if it is not there; never what a link leads to.
+
+    Raises:
+      CheckpointError: It is a link, of either kind, a pipe or the like.
+      OSError: It cannot be opened.
+    """
+    check_no_link(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | _ITSELF, 0o666)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: not a file with this name alone: remove it, then try again.")
+    os.ftruncate(descriptor, 0)
+    return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
 def write_json(path: Path, document: object) -> None:
     """Writes a file so that it is there whole or not at all; what was there before stays until then.
 
     Raises:
+      CheckpointError: A link has the name that the file has until it is whole.
       OSError: The disk is full, or the folder cannot be written; what was written is removed.
     """
     partial = path.with_name(path.name + PARTIAL)
+    stream = open_to_write(partial)
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        with stream:
             stream.write(json.dumps(document, indent=2) + "\n")
             stream.flush()
             os.fsync(stream.fileno())

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from grokjax.checkpoint.parameters import parameter_shapes, stack_name
+from grokjax.checkpoint.sizes import check_count
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, mismatches
 from grokjax.config import GrokConfig
 
@@ -43,6 +44,7 @@ def map_sources(
       ValueError: The layers are not the checkpoint's, or an expression is none.
     """
     config = checkpoint.config if config is None else config
+    check_count(checkpoint.path, config, "num_layers", len(checkpoint.tensors), "parameters in it")
     chosen = range(config.num_layers) if layers is None else check_layers(layers, checkpoint.config)
     config = config.replace(num_layers=len(chosen))
     sources = map_parameters(config, chosen, rename, exclude)

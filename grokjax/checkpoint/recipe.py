@@ -12,6 +12,7 @@ import numpy as np
 from grokjax.checkpoint.parameters import Part, find_parameter
 from grokjax.checkpoint.stored import Array, ArraySpec, Checkpoint, TensorSpec
 from grokjax.quantization import QuantizedArray, dequantize, quantize
+from grokjax.request import check_integer
 
 WeightFormat = Literal["keep", "int8", "bfloat16", "float32"]
 Leaves = dict[str, Array]
@@ -33,7 +34,7 @@ class Recipe:
       scale_blocks: Q of the weights that are quantised here, along the contracting axis; must divide it.
 
     Raises:
-      ValueError: `weights` is none of these.
+      ValueError: `weights` is none of these, or `scale_blocks` is no number.
     """
 
     weights: WeightFormat = "keep"
@@ -42,6 +43,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.weights not in get_args(WeightFormat):
             raise ValueError(f"weights={self.weights!r}: choose one of {', '.join(get_args(WeightFormat))}.")
+        check_integer("scale_blocks", self.scale_blocks, 1)
 
     @classmethod
     def of_origin(cls, origin: Mapping[str, Any]) -> Self:
@@ -56,7 +58,7 @@ class Recipe:
         """
         shape, row = spec.weight.shape, find_parameter(parameter)
         if self.weights == "int8" and row.is_quantizable and spec.scales is None:
-            if self.scale_blocks < 1 or shape[-2] % self.scale_blocks:
+            if shape[-2] % self.scale_blocks:
                 raise ValueError(
                     f"scale_blocks={self.scale_blocks} does not divide the {shape[-2]} rows of {parameter}: "
                     "choose a divisor."

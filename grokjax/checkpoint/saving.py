@@ -49,7 +49,7 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     for unit in units_of(model.config):
         write_unit(folder, unit.name, {part.name: _take(values, part) for part in unit.parts})
         tally.add(unit_bytes(specs, unit), unit.name, unit.name)
-    on_first(f"the end of {folder}", lambda: commit(folder), together=together)
+    on_first(f"the end of {folder}", lambda: commit(folder, manifest), together=together)
 
 
 def _begin(folder: Path, manifest: Manifest, num_bytes: int) -> None:

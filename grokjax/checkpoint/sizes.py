@@ -1,4 +1,4 @@
-"""Sizes that the files of a checkpoint tell by themselves, and the model that they are recognised as."""
+"""What the files of a checkpoint tell of sizes by themselves: the model that they are, and how many there can be."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,6 +6,27 @@ from pathlib import Path
 
 from grokjax.checkpoint.stored import CheckpointError
 from grokjax.config import GrokConfig
+
+
+def check_count(path: Path, config: GrokConfig, field: str, most: int, what: str) -> None:
+    """Refuses a configuration with more layers or experts than there is room for, before each of them is listed.
+
+    Args:
+      path: of the checkpoint, or of the file that holds the configuration.
+      config: what was given or found.
+      field: `num_layers` or `num_experts`.
+      most: the number of things of which each needs one.
+      what: these things are called.
+
+    Raises:
+      CheckpointError: There are too few.
+    """
+    count = getattr(config, field)
+    if count > most:
+        raise CheckpointError(
+            f"{path}: {field}={count} is too large for the {most} {what}: use the configuration that the checkpoint "
+            "was made with, or restore damaged files from a copy."
+        )
 
 
 def recognise(folder: Path, sizes: Mapping[str, int], advice: str) -> GrokConfig:

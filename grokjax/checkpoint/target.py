@@ -2,21 +2,22 @@
 
 import contextlib
 import dataclasses
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from grokjax.checkpoint.disk import PARTIAL, lock_file
+from grokjax.checkpoint.disk import PARTIAL, entries, files_below, lock_file, open_to_write, stamp_of
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
-from grokjax.checkpoint.formats.orbax_units import finished_units
+from grokjax.checkpoint.formats.orbax_headers import finished_units
 from grokjax.checkpoint.recipe import Recipe
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec
 
 _LOCK = "lock"
 # What a run leaves that was killed before it had said what it was.
 _BEFORE_MANIFEST = {_LOCK, f"{UNFINISHED}{PARTIAL}"}
-# Bytes of each file of a source, at its beginning and at its end, by which an interrupted conversion knows it again.
-_SAMPLE_BYTES = 4096
+# Of each file of a source so many samples are taken, evenly from its beginning to its end, each of so many bytes.
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def make_manifest(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> Manifest:
@@ -31,17 +32,40 @@ def make_manifest(checkpoint: Checkpoint, recipe: Recipe, specs: Mapping[str, Te
     return Manifest(checkpoint.config, specs, origin)
 
 
+def check_source(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Refuses a source that was changed since its conversion began.
+
+    Raises:
+      CheckpointError: It was.
+    """
+    if _fingerprint(checkpoint.path) != manifest.origin["fingerprint"]:
+        raise CheckpointError(
+            f"{checkpoint.path}: its files were changed while they were converted: remove what was written, and "
+            "convert again when nobody writes them."
+        )
+
+
 def _fingerprint(folder: Path) -> str:
-    """CRC-32 of names, sizes, beginnings and ends of the files in a folder, wherever it lies."""
+    """CRC-32 of names, sizes, times and samples of the files in a folder, wherever it lies.
+
+    Raises:
+      CheckpointError: A file cannot be read.
+    """
     crc = 0
-    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST):
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            head = stream.read(_SAMPLE_BYTES)
-            stream.seek(max(0, size - _SAMPLE_BYTES))
-            crc = zlib.crc32(f"{file.relative_to(folder)} {size}".encode() + head + stream.read(_SAMPLE_BYTES), crc)
+    for file in [file for file in files_below(folder) if file.is_file() and file.name != MANIFEST]:
+        stamp = stamp_of(file)
+        crc = zlib.crc32(os.fsencode(f"{file.relative_to(folder)} {stamp}") + _samples(file, stamp.num_bytes), crc)
     return f"{crc:08x}"
+
+
+def _samples(file: Path, num_bytes: int) -> bytes:
+    last = max(num_bytes - _SAMPLE_BYTES, 0)
+    offsets = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
+    try:
+        with file.open("rb", buffering=0) as stream:
+            return b"".join(stream.read(_SAMPLE_BYTES) for offset in offsets if stream.seek(offset) == offset)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}): check its permissions.") from error
 
 
 def _is_same(ours: Manifest, theirs: Manifest) -> bool:
@@ -65,7 +89,7 @@ def done_units(folder: Path, manifest: Manifest) -> set[str]:
                 f"{folder}: {state}, of another source or with other options: choose another target, or remove it "
                 "first."
             )
-    if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - _BEFORE_MANIFEST):
+    if folder.exists() and (not folder.is_dir() or {entry.name for entry in entries(folder)} - _BEFORE_MANIFEST):
         raise CheckpointError(f"{folder}: exists and is not empty: choose another target, or remove it first.")
     return set()
 
@@ -78,7 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
       CheckpointError: Another process is writing it, or the folder or its disk does not allow a lock.
     """
     try:
-        lock = (folder / _LOCK).open("w")
+        lock = open_to_write(folder / _LOCK)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}): choose another target.") from error
     with lock:

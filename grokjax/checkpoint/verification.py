@@ -37,7 +37,7 @@ def verify(
     Args:
       target: a checkpoint of ours.
       source: what it was converted from.
-      config: what the source was made with, where its files cannot tell.
+      config: what the source was made with; by default what the checkpoint says.
       progress: called after each unit.
 
     Returns:
@@ -48,7 +48,7 @@ def verify(
     """
     stored = open_orbax(target)
     if source is not None:
-        expected = _of_source(stored, open_checkpoint(source, config))
+        expected = _of_source(stored, open_checkpoint(source, config or stored.config))
     elif stored.manifest.checksums:
         expected = _of_manifest(stored)
     else:

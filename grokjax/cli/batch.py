@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import reprlib
 import signal
@@ -131,7 +132,7 @@ def _read_object(line: str, number: int, path: Path, default: Request) -> Prompt
         fields["logit_bias"] = _token_keys(fields["logit_bias"], where)
     try:
         return Prompt(key, number, dataclasses.replace(default, **fields))
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -183,7 +184,7 @@ class Results:
         """Appends the result of a prompt that has ended.
 
         Raises:
-          ValueError: It cannot be written.
+          ValueError: It cannot be written, or what has the output's name is no longer this file.
         """
         record = _record(prompt, handle)
         rest = json.dumps(record).encode() + b"\n"
@@ -195,7 +196,19 @@ class Results:
                 f"--output {self.file.name} cannot be written: {error.strerror}. The results so far are kept, and "
                 "the same command goes on after them."
             ) from error
+        self._check_place()
         self.failed[prompt.id] = "error" in record
+
+    def _check_place(self) -> None:
+        try:
+            is_there = os.path.samestat(os.fstat(self.file.fileno()), Path(self.file.name).stat())
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise ValueError(
+                f"--output {self.file.name} was removed, moved or replaced while its job ran: put it back, if you can, "
+                "and give the same command again; it goes on after the results that it finds there."
+            )
 
 
 @contextlib.contextmanager

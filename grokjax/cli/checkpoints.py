@@ -88,7 +88,9 @@ def _add_verify(commands: Any) -> None:
     command = commands.add_parser("verify", help="compare the arrays of a checkpoint of ours with their checksums")
     command.add_argument("target", metavar="PATH", type=Path, help="a checkpoint of ours")
     command.add_argument("--source", metavar="SRC", type=Path, help="what it was converted from; compare with that")
-    command.add_argument("--config", metavar="FILE", type=Path, help="what the source was made with")
+    command.add_argument(
+        "--config", metavar="FILE", type=Path, help="what the source was made with (default: as PATH says)"
+    )
     command.set_defaults(run=_run_verify)
 
 

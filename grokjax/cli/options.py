@@ -50,7 +50,7 @@ def read_config(option: str, path: Path) -> GrokConfig:
       ValueError: It cannot be read or is no configuration.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{option} {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

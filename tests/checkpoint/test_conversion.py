@@ -39,6 +39,7 @@ from grokjax import (
     make_mesh,
     plan_conversion,
     quantize,
+    save,
     verify,
 )
 from grokjax.checkpoint import conversion
@@ -262,6 +263,24 @@ class TestRefused:
                 convert(converted, target)
         assert (tmp_path / "mine").read_text() == "precious"
 
+    def test_a_target_that_the_storage_library_would_write_elsewhere(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A path of Windows, on a system where a backslash is a letter as any other."""
+        monkeypatch.chdir(tmp_path)
+        for write in (
+            lambda: plan_conversion(source.path, r"D:\grok\out", source.config),
+            lambda: convert(source.path, r"D:\grok\out", source.config),
+            lambda: save(load(converted), r"D:\grok\out"),
+            lambda: export(converted, r"D:\grok\out"),
+        ):
+            with pytest.raises(CheckpointError, match="cannot use a path with a backslash: choose another path"):
+                write()
+        assert not list(tmp_path.iterdir())
+        shutil.copytree(converted, r"D:\grok\out")
+        with pytest.raises(CheckpointError, match="with a backslash: choose another path, or rename the folder"):
+            load(r"D:\grok\out")
+
     def test_a_target_that_cannot_be_made(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(CheckpointError, match="cannot be made"):
@@ -299,6 +318,11 @@ class TestVerify:
         finally:
             chunk.write_bytes(good)
         verify(converted)
+
+    def test_the_source_is_read_with_the_configuration_of_the_checkpoint(
+        self, source: WrittenCheckpoint, converted: Path
+    ) -> None:
+        verify(converted, source.path)
 
     def test_a_swapped_source_is_found(self, source: WrittenCheckpoint, converted: Path, tmp_path: Path) -> None:
         other = write_checkpoint(tmp_path, source.config, scale_blocks=4, seed=1)

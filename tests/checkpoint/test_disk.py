@@ -1,4 +1,4 @@
-"""What is asked of a disk: the lock in its two forms, and files that are there whole or not at all."""
+"""What is asked of a disk: paths, the lock in its two forms, and files that are there whole or not at all."""
 
 import errno
 import json
@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from grokjax import CheckpointError
-from grokjax.checkpoint.disk import lock_file, write_json
+from grokjax.checkpoint.disk import check_name, lock_file, write_json
 
 ANOTHER = "model: another process is writing it: wait until it has finished, or choose another path"
 
@@ -92,3 +93,34 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, mon
             write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_a_file_is_not_written_through_a_link(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    (tmp_path / "precious").write_text("precious")
+    link(tmp_path / "precious", tmp_path / "a.json.part")
+    with pytest.raises(
+        CheckpointError, match=r"a\.json\.part: (a link, and nothing is written|not a file with this name)"
+    ):
+        write_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("/disk/D:\\grok\\out", "a backslash"),
+        ("/disk/gs:/out", "a folder whose name ends in gs:"),
+        ("/disk/logs:", "a folder whose name ends in gs:"),
+        ("/disk/a.__lock", r"a folder whose name ends in \.__lock"),
+        ("/disk/caf\udce9", "a character that is not UTF-8"),
+    ],
+)
+def test_paths_that_the_storage_library_would_read_otherwise_are_refused(path: str, what: str) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot use a path with {what}: choose another path") as caught:
+        check_name(Path(path))
+    str(caught.value).encode()
+
+
+def test_other_unusual_paths_are_taken() -> None:
+    check_name(Path("/disk/D:/x y/é|?#%20/gs/file:/a\nb/__lock"))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from goldens import MODEL_CASES, GoldenCase, load_case
 
-from grokjax.checkpoint import CheckpointError, open_release, parameter_names
+from grokjax.checkpoint import CheckpointError, Progress, load, open_release, parameter_names
 from grokjax.checkpoint.formats.release import find_release, infer_sizes, read_tensor, release_name
 from grokjax.config import GrokConfig
 from grokjax.testing import tensor_pickle, write_release_checkpoint, write_tensor
@@ -256,9 +256,42 @@ class TestFileSet:
             open_release(folder, TINY)
 
     def test_other_files_do_not_matter(self, folder: Path) -> None:
-        (folder / "README.md").write_text("notes")
+        for name in ("README.md", ".DS_Store", "._tensor00000_000"):
+            (folder / name).write_text("notes")
         (folder / "tensor00000_000.part").write_bytes(b"")
         assert len(open_release(folder, TINY).tensors) == 26
+
+    def test_more_layers_than_files_are_refused_at_once(self, folder: Path) -> None:
+        with pytest.raises(CheckpointError, match="num_layers=1000000000 is too large for the 26 files in it: use"):
+            open_release(folder, TINY.replace(num_layers=10**9))
+
+    def test_a_file_that_changes_after_it_was_opened_is_named(self, folder: Path) -> None:
+        """Shortened, written, replaced or removed: the bytes would be others, or none."""
+        table = open_release(folder, TINY).tensors["embedding.table"].weight
+        data = table.path.read_bytes()
+        other = folder / "other"
+        other.write_bytes(bytes(len(data)))
+        for change in (
+            lambda: table.path.write_bytes(data[:-100]),
+            lambda: table.path.write_bytes(data),
+            lambda: other.replace(table.path),
+        ):
+            change()
+            for index in ((), (3,), (slice(0, 2),)):
+                with pytest.raises(CheckpointError, match="tensor00000_000: the file was changed or replaced after it"):
+                    table.read(index)
+        table.path.unlink()
+        with pytest.raises(CheckpointError, match=r"tensor00000_000: cannot be read \(No such file or directory\)"):
+            table.read()
+
+    def test_a_file_that_changes_under_a_load_ends_it(self, folder: Path) -> None:
+        last = max(folder.iterdir())
+
+        def shorten(_: Progress) -> None:
+            last.write_bytes(last.read_bytes()[:-1])
+
+        with pytest.raises(CheckpointError, match=f"{last.name}: the file was changed or replaced after it"):
+            load(folder, TINY, progress=shorten)
 
     def test_all_mismatches_are_listed(self, folder: Path) -> None:
         write_tensor(folder / "tensor00000_000", np.ones((512, 32), np.float32))

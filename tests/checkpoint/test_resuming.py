@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -104,16 +105,58 @@ class TestInterrupted:
         convert(source.path, target, source.config)
         assert contents(target) == contents(converted)
 
-    def test_a_source_that_changed_meanwhile_is_refused(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
-        target, changed = tmp_path / "model", tmp_path / "release"
-        shutil.copytree(source.path, changed)
+    @pytest.mark.parametrize("changed", ["its time", "its bytes"])
+    def test_a_source_that_changed_meanwhile_is_refused(
+        self, source: WrittenCheckpoint, tmp_path: Path, changed: str
+    ) -> None:
+        target, release = tmp_path / "model", tmp_path / "release"
+        shutil.copytree(source.path, release)
         with pytest.raises(KeyboardInterrupt):
-            convert(changed, target, source.config, progress=raise_interrupt)
-        file = sorted(path for path in changed.rglob("tensor*"))[3]
-        data = file.read_bytes()
-        file.write_bytes(data[:2000] + bytes(8) + data[2008:])
+            convert(release, target, source.config, progress=raise_interrupt)
+        change(max(release.rglob("tensor*"), key=lambda file: file.stat().st_size), changed)
         with pytest.raises(CheckpointError, match="unfinished conversion, of another source"):
-            convert(changed, target, source.config)
+            convert(release, target, source.config)
+
+    @pytest.mark.parametrize("changed", ["its time", "its bytes"])
+    def test_a_source_that_changes_under_a_conversion_ends_it(
+        self, source: WrittenCheckpoint, tmp_path: Path, changed: str
+    ) -> None:
+        """The first file, which has been read by then."""
+        release = tmp_path / "release"
+        shutil.copytree(source.path, release)
+
+        def disturb(progress: Progress) -> None:
+            if progress.done_bytes == progress.total_bytes:
+                change(min(release.rglob("tensor*")), changed)
+
+        with pytest.raises(CheckpointError, match="its files were changed while they were converted: remove what was"):
+            convert(release, tmp_path / "model", source.config, progress=disturb)
+        assert not (tmp_path / "model" / "grokjax.json").exists()
+
+    def test_a_unit_that_vanishes_is_noticed_at_the_end(
+        self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "model"
+
+        def remove(progress: Progress) -> None:
+            if progress.done_bytes == progress.total_bytes:
+                shutil.rmtree(target / "weights" / "layers.1")
+
+        with pytest.raises(
+            CheckpointError, match=r"1 of its 52 parts, such as weights/layers\.1, were written and have"
+        ):
+            convert(source.path, target, source.config, progress=remove)
+        assert not (target / "grokjax.json").exists()
+        convert(source.path, target, source.config)
+        assert contents(target) == contents(converted)
+        with pytest.raises(
+            CheckpointError, match=r"weights/layers\.1, were written .* then remove the folder and save"
+        ):
+            save(
+                load(converted),
+                tmp_path / "saved",
+                progress=lambda _: shutil.rmtree(tmp_path / "saved" / "weights" / "layers.1", ignore_errors=True),
+            )
 
     def test_goes_on_if_killed_before_it_said_what_it_was(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path
@@ -126,12 +169,35 @@ class TestInterrupted:
         assert not (tmp_path / "model" / "lock").exists()
 
     def test_strange_files_are_removed(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
+        """What systems leave stays: some of them do not let it be removed."""
         target = tmp_path / "model"
         with pytest.raises(KeyboardInterrupt):
             convert(source.path, target, source.config, progress=raise_interrupt)
-        (target / "weights" / ".DS_Store").write_text("")
+        for name in (".DS_Store", "layers.7", "notes"):
+            (target / "weights" / name).write_text("")
         convert(source.path, target, source.config)
         verify(target, source.path, source.config)
+        assert (target / "weights" / ".DS_Store").exists()
+        assert not (target / "weights" / "notes").exists()
+
+    @pytest.mark.parametrize("name", ["weights", "lock", "unfinished.json.part", "unfinished.json"])
+    def test_nothing_is_written_or_removed_through_a_link(
+        self, source: WrittenCheckpoint, tmp_path: Path, name: str
+    ) -> None:
+        target, outside = tmp_path / "model", tmp_path / "outside"
+        with pytest.raises(KeyboardInterrupt):
+            convert(source.path, target, source.config, progress=raise_interrupt)
+        if name == "weights":
+            outside.mkdir()
+            (outside / "precious").write_text("precious")
+            shutil.rmtree(target / name)
+        else:
+            outside.write_text("precious")
+            (target / name).unlink(missing_ok=True)
+        (target / name).symlink_to(outside)
+        with pytest.raises(CheckpointError, match=rf"{name}: a link, "):
+            convert(source.path, target, source.config)
+        assert (outside / "precious" if name == "weights" else outside).read_text() == "precious"
 
     def test_ctrl_c_waits_for_the_unit(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -208,6 +274,22 @@ class TestUnwritable:
         (tmp_path / "away").rename(target / "weights")
         assert plan_conversion(source.path, target, source.config).num_done == 1
 
+    def test_no_thread_stays_after_a_unit_that_could_not_be_written(
+        self, source: WrittenCheckpoint, tmp_path: Path
+    ) -> None:
+        """The process would wait for it at its end, five minutes."""
+        target, before = tmp_path / "model", set(threading.enumerate())
+
+        def take_away(_: Progress) -> None:
+            (target / "weights").rename(tmp_path / "away")
+            (target / "weights").write_text("")
+
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.*Not a directory.*run the same conversion"):
+            convert(source.path, target, source.config, progress=take_away)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(5)
+            assert thread.daemon or not thread.is_alive()
+
     def test_an_end_that_could_not_be_written_can_be_made_up_for(
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -248,6 +330,18 @@ def refuse_the_end(path: Path, target: Path) -> Path:
         raise PermissionError(errno.EACCES, "Permission denied")
     path.rename(target)
     return target
+
+
+def change(file: Path, what: str) -> None:
+    """Sets a file's time; or writes bytes in its middle, and sets the time back."""
+    before = file.stat()
+    if what == "its time":
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    else:
+        data = file.read_bytes()
+        middle = len(data) // 2
+        file.write_bytes(data[:middle] + bytes(byte ^ 1 for byte in data[middle : middle + 8]) + data[middle + 8 :])
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def raise_interrupt(_) -> None:

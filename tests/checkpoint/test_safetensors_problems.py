@@ -1,6 +1,7 @@
 """Safetensors checkpoints: their configuration, and a sentence for whatever is wrong with them."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -92,14 +93,31 @@ class TestConfig:
             read_config(tmp_path / "config.json")
 
     def test_one_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"cannot be read \(Is a directory\): check its permissions"):
-            read_config(tmp_path)
+        with pytest.raises(
+            CheckpointError, match=r"cannot be read \(No such file or directory\): check its permissions"
+        ):
+            read_config(tmp_path / "config.json")
+        os.mkfifo(tmp_path / "config.json")
+        with pytest.raises(CheckpointError, match=r"a link, a pipe or a folder, and a file of its own is needed"):
+            read_config(tmp_path / "config.json")
 
-    def test_more_layers_than_tensors_are_refused(self, tmp_path: Path) -> None:
+    def test_a_byte_order_mark_is_passed_over(self, tmp_path: Path) -> None:
+        path = self.write_config(tmp_path)
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+        assert read_config(path) == SMALL
+
+    def test_a_link_is_followed(self, tmp_path: Path) -> None:
+        """As they lie in the cache of the hub's client."""
+        blob = self.write_config(tmp_path).rename(tmp_path / "blob")
+        (tmp_path / "config.json").symlink_to(blob)
+        assert read_config(tmp_path / "config.json") == SMALL
+
+    @pytest.mark.parametrize("field", ["num_layers", "num_experts"])
+    def test_more_layers_or_experts_than_tensors_are_refused(self, tmp_path: Path, field: str) -> None:
         """A number that would take hours to go through is refused at once."""
-        write(tmp_path, as_stored(TWELVE, draw(TWELVE, "float32"), hpcai_name))
-        with pytest.raises(CheckpointError, match=r"has 1000000000 layers and the files \d+ tensors: give the conf"):
-            open_safetensors(tmp_path, TWELVE.replace(num_layers=10**9))
+        write(tmp_path, as_stored(SMALL, draw(SMALL, "float32"), hpcai_name))
+        with pytest.raises(CheckpointError, match=rf"{field}=1000000000 is too large for the \d+ tensors in its files"):
+            open_safetensors(tmp_path, SMALL.replace(**{field: 10**9}))
 
     def test_unknown_sizes_are_asked_for(self, tmp_path: Path) -> None:
         write(tmp_path, as_stored(TWELVE, draw(TWELVE, "float32"), hpcai_name))
@@ -149,12 +167,23 @@ class TestFiles:
         assert advice == "Download these files again."
         return [line.strip() for line in lines]
 
-    def test_missing_and_surplus_ones_are_listed(self, folder: Path) -> None:
-        (folder / self.FIRST).rename(folder / "model-00004-of-00003.safetensors")
-        assert self.problems(folder) == [
-            f"{self.FIRST}: missing, model.safetensors.index.json names it",
-            "model-00004-of-00003.safetensors: surplus, model.safetensors.index.json does not name it",
-        ]
+    def test_missing_ones_are_listed(self, folder: Path) -> None:
+        (folder / self.FIRST).unlink()
+        assert self.problems(folder) == [f"{self.FIRST}: missing, model.safetensors.index.json names it"]
+
+    def test_one_that_the_index_does_not_name_is_not_read_and_said_so(self, folder: Path) -> None:
+        (folder / "consolidated.safetensors").write_bytes(b"something else")
+        with pytest.warns(UserWarning, match=r"index\.json does not name consolidated\.safetensors, which is not read"):
+            assert open_safetensors(folder, SMALL).config == SMALL
+
+    @pytest.mark.parametrize("with_index", [True, False])
+    def test_what_systems_leave_is_passed_over(self, folder: Path, with_index: bool) -> None:
+        for name in (f"._{self.FIRST}", ".DS_Store", f"@eaDir/{self.FIRST}"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"left by a system")
+        if not with_index:
+            (folder / "model.safetensors.index.json").unlink()
+        assert open_safetensors(folder, SMALL).config == SMALL
 
     def test_other_tensors_than_the_index_says_are_listed(self, folder: Path) -> None:
         resave(folder / self.FIRST, lambda tensors: tensors.update(strange=tensors.pop(self.HELD)))
@@ -188,10 +217,10 @@ class TestFiles:
     def test_one_that_was_replaced_after_opening_is_named(self, folder: Path) -> None:
         gate = open_safetensors(folder, SMALL).tensors["layers.0.feed_forward.gate"].weight
         resave(folder / self.FIRST, lambda tensors: tensors.update({self.HELD: np.ones((40, 23), np.float32)}))
-        with pytest.raises(CheckpointError, match=f"{self.FIRST}: the file was replaced after .*: open it again"):
+        with pytest.raises(CheckpointError, match=f"{self.FIRST}: the file was changed or replaced after .*: open it"):
             gate.read()
         (folder / self.FIRST).write_bytes(b"short")
-        with pytest.raises(CheckpointError, match=rf"{self.FIRST}: cannot be read \(.*\): download it again"):
+        with pytest.raises(CheckpointError, match=f"{self.FIRST}: the file was changed or replaced after .*: open it"):
             gate.read((0,))
         (folder / self.FIRST).unlink()
         with pytest.raises(CheckpointError, match=rf"{self.FIRST}: cannot be read \(No such file"):
@@ -202,6 +231,7 @@ class TestFiles:
         ("index", "message"),
         [
             ("{", "index.json: not JSON .*: download it again"),
+            ("\ufeff{}", "index.json: has no weight_map"),
             ("[]", "index.json: holds no JSON object but a list"),
             ("{}", "index.json: has no weight_map from tensors to files: download it again"),
             ('{"weight_map": {}}', "index.json: has no weight_map"),

@@ -106,7 +106,7 @@ class TestPrompts:
                 "allowed_tokens='ab' must be a list with true or false for each",
             ),
             ('{"prompt": "4"}\n{"prompt": "4", "top_p": 2}', "line 2: top_p=2 must be a number, from 0 to 1"),
-            ('{"prompt": "4", "temperature": 1' + "0" * 400 + "}", "line 1: int too large"),
+            ('{"prompt": "4", "temperature": 1' + "0" * 400 + "}", "line 1: temperature=1000"),
             ('{"prompt": "4", "id": "b"}\n{"prompt": "5", "id": "b"}', "lines 1 and 2 have the id 'b'"),
             ('{"prompt": "4", "id": 2}\n{"prompt": "5"}', "lines 1 and 2 have the id 2: give each its own"),
             ("\n \n", "has no prompts: give it at least one line"),
@@ -318,6 +318,25 @@ class TestResumed:
         assert len((tmp_path / "out").read_bytes()) == 1000
         run(prompts, tmp_path / "out")
         assert len(records(tmp_path / "out")) == 10
+
+    @pytest.mark.parametrize("change", ["removed", "moved", "replaced"])
+    def test_an_output_that_is_taken_away_ends_the_job(
+        self, prompts: tuple[Prompt, ...], tmp_path: Path, change: str
+    ) -> None:
+        out = tmp_path / "out"
+
+        def take_away(done: int, tokens: int) -> None:
+            if (tmp_path / "moved").exists() or not out.exists():
+                return
+            if change == "removed":
+                out.unlink()
+            else:
+                out.rename(tmp_path / "moved")
+            if change == "replaced":
+                out.write_text("")
+
+        with pytest.raises(ValueError, match="out was removed, moved or replaced while its job ran: put it back"):
+            run(prompts, out, take_away)
 
     @pytest.mark.parametrize(
         ("content", "message"),

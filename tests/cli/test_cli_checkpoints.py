@@ -65,6 +65,11 @@ def test_convert_says_how_far_it_is(download: Path, tmp_path: Path, capsys: pyte
     assert f"{tmp_path / 'new'} is complete" in output.err
 
 
+def test_a_configuration_may_begin_with_a_byte_order_mark(download: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((download / "config.json").read_text(), encoding="utf-8-sig")
+    assert main(["info", str(download), "--config", str(tmp_path / "config.json")]) == 0
+
+
 def test_convert_needs_the_configuration(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(download), str(tmp_path / "new")]) == 2
     assert "pass the whole configuration, config=GrokConfig(...) or --config FILE" in capsys.readouterr().err
@@ -73,6 +78,7 @@ def test_convert_needs_the_configuration(download: Path, tmp_path: Path, capsys:
 def test_verify_says_that_all_is_well(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(converted)]) == 0
     assert main(["verify", str(converted), "--source", str(download), *config_of(download)]) == 0
+    assert main(["verify", str(converted), "--source", str(download)]) == 0
     assert "every array is as it should be" in capsys.readouterr().err
 
 

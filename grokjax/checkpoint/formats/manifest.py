@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from grokjax.checkpoint.disk import read_json, write_json
 from grokjax.checkpoint.parameters import Unit, units_of
+from grokjax.checkpoint.sizes import check_count
 from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec
 from grokjax.config import GrokConfig
 
@@ -81,7 +83,7 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(document, dict) or document.get("format") != "grokjax":
         raise CheckpointError(f"{path}: not the manifest of a grokjax checkpoint: check the path.")
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: written in format version {version!r}, this grokjax reads {FORMAT_VERSION}: "
             "install the version of grokjax that wrote it, or convert again."
@@ -89,13 +91,20 @@ def read_manifest(path: Path) -> Manifest:
     try:
         specs = {parameter: _tensor_spec(entry) for parameter, entry in document["tensors"].items()}
         config = GrokConfig(**document["config"])
-        if config.num_layers > len(specs):
-            raise ValueError(f"num_layers={config.num_layers} for {len(specs)} tensors")
-        return Manifest(config, specs, dict(document["origin"]), dict(document["checksums"]))
+        manifest = Manifest(config, specs, dict(document["origin"]), dict(document["checksums"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}): restore it from a copy or convert again.") from error
+    check_count(path, config, "num_layers", len(specs), "tensors in it")
+    return manifest
 
 
 def _tensor_spec(entry: Mapping[str, Any]) -> TensorSpec:
-    leaves = {name: ArraySpec(tuple(leaf["shape"]), np.dtype(leaf["dtype"])) for name, leaf in entry.items()}
+    leaves = {name: ArraySpec(_shape(leaf["shape"]), np.dtype(str(leaf["dtype"]))) for name, leaf in entry.items()}
     return TensorSpec(leaves["weight"], leaves.get("scales"))
+
+
+def _shape(sizes: Sequence[Any]) -> tuple[int, ...]:
+    """The sizes of an array's axes, which must not be 64.0 or true."""
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"the shape {reprlib.repr(sizes)} has other sizes than integers of 1 or more")
+    return tuple(sizes)

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import tensorstore
 
+from grokjax.checkpoint.disk import check_name
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
-from grokjax.checkpoint.formats.orbax_units import WEIGHTS, how_to_go_on, missing_bytes, read_unit, reason, unit_path
+from grokjax.checkpoint.formats.orbax_headers import WEIGHTS, check_unit, unit_fault, unit_names, unit_path
+from grokjax.checkpoint.formats.orbax_units import how_to_go_on, read_unit, reason
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
+from grokjax.checkpoint.sizes import check_count
 from grokjax.checkpoint.stored import (
     Array,
     CheckpointError,
@@ -63,6 +66,7 @@ class OrbaxArray:
 
     def _read_rows(self, part: Part, index: Index) -> Array:
         """A region of a part, by Orbax's own storage library: Orbax itself reads whole arrays."""
+        check_unit(self.folder, self.manifest, part.unit)
         array = unit_path(self.folder, part.unit) / "state" / f"{part.name}.{self.leaf}"
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array)}}
         try:
@@ -128,7 +132,7 @@ class OrbaxCheckpoint:
 def find_orbax(path: str | Path) -> Path | None:
     """`path` if it is a checkpoint of ours, whole or unfinished, else None."""
     folder = Path(path)
-    return folder if any((folder / name).is_file() for name in (MANIFEST, UNFINISHED)) else None
+    return folder if any((folder / name).exists() for name in (MANIFEST, UNFINISHED)) else None
 
 
 def open_orbax(path: str | Path) -> OrbaxCheckpoint:
@@ -138,11 +142,13 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
       CheckpointError: It is unfinished, of a newer format, or damaged.
     """
     folder = Path(path).absolute()
-    if not (folder / MANIFEST).is_file():
+    check_name(folder)
+    if not (folder / MANIFEST).exists():
         raise CheckpointError(
             f"{folder / MANIFEST}: the writing of this checkpoint was interrupted: {how_to_go_on(folder)}."
         )
     manifest = read_manifest(folder / MANIFEST)
+    check_count(folder, manifest.config, "num_experts", len(unit_names(folder)), f"folders in {WEIGHTS}")
     tensors = {parameter: _tensor(folder, manifest, parameter) for parameter in manifest.specs}
     problems = _shape_problems(tensors, manifest.config) or _unit_problems(folder, manifest)
     if problems:
@@ -169,12 +175,6 @@ def _shape_problems(tensors: Mapping[str, StoredTensor], config: GrokConfig) -> 
 
 
 def _unit_problems(folder: Path, manifest: Manifest) -> list[str]:
-    units = manifest.units
-    there = {entry.name for entry in (folder / WEIGHTS).iterdir()} if (folder / WEIGHTS).is_dir() else set()
-    problems = [f"{WEIGHTS}/{name}: missing" for name in units if name not in there]
-    problems += [f"{WEIGHTS}/{name}: surplus" for name in sorted(there - set(units))]
-    for name in [name for name in units if name in there]:
-        missing = missing_bytes(folder, manifest, name)
-        if missing:
-            problems.append(f"{WEIGHTS}/{name}: {missing} bytes of its arrays are missing")
-    return problems
+    faults = {name: unit_fault(folder, manifest, name) for name in manifest.units}
+    problems = [f"{WEIGHTS}/{name}: {fault}" for name, fault in faults.items() if fault is not None]
+    return problems + [f"{WEIGHTS}/{name}: surplus" for name in sorted(unit_names(folder) - faults.keys())]

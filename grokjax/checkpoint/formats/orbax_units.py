@@ -21,16 +21,15 @@ import jax
 from humanize import naturalsize
 from orbax.checkpoint import v1 as ocp
 
-from grokjax.checkpoint.disk import free_bytes
+from grokjax.checkpoint.disk import check_no_link, entries, free_bytes
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
+from grokjax.checkpoint.formats.orbax_headers import WEIGHTS, check_unit, finished_units, unit_path
 from grokjax.checkpoint.stored import CheckpointError
 from grokjax.errors import first_line
 
-WEIGHTS = "weights"
 _CHUNK_BYTES = 16 << 20
 # Large enough to cut the table between rows only: such chunks are written without a copy.
 _TABLE_CHUNK_BYTES = 128 << 20
-_CHUNK_INDEX_BYTES = 20
 _READ_BYTES = 1 << 30
 # A save and a load in two threads of one process mix up each other's temporary folders (orbax-checkpoint 0.12.8).
 _ORBAX = threading.Lock()
@@ -75,6 +74,7 @@ def read_unit(
     Raises:
       CheckpointError: The unit is missing, damaged, or holds something else.
     """
+    check_unit(folder, manifest, name)
     path = unit_path(folder, name)
     # All that is in the unit must be named, so that one in another's place is an error.
     tree = {
@@ -94,29 +94,18 @@ def read_unit(
         ) from error
 
 
-def unit_path(folder: Path, name: str) -> Path:
-    """The folder of one unit."""
-    return folder / WEIGHTS / name
-
-
-def finished_units(folder: Path, manifest: Manifest) -> set[str]:
-    """Names of the units that are there with all their bytes: after a power cut, files may have lost theirs."""
-    weights = folder / WEIGHTS
-    there = {entry.name for entry in weights.iterdir()} if weights.is_dir() else set()
-    return {name for name in manifest.units if name in there and missing_bytes(folder, manifest, name) == 0}
-
-
 def prepare_units(folder: Path, manifest: Manifest) -> None:
     """Makes room for the units: removes what an interrupted write left of others than the finished ones.
 
     Raises:
-      CheckpointError: The folder cannot be written.
+      CheckpointError: The folder cannot be written, or is a link.
     """
     weights = folder / WEIGHTS
+    check_no_link(weights)
     try:
         weights.mkdir(exist_ok=True)
         finished = finished_units(folder, manifest)
-        for entry in weights.iterdir():
+        for entry in entries(weights):
             if entry.name not in finished:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     except OSError as error:
@@ -126,14 +115,20 @@ def prepare_units(folder: Path, manifest: Manifest) -> None:
         ) from error
 
 
-def commit(folder: Path) -> None:
+def commit(folder: Path, manifest: Manifest) -> None:
     """Makes a folder with all its units a checkpoint.
 
     As after a copy, the kernel writes the bytes back when it likes; if it never does, `open_orbax` misses them.
 
     Raises:
-      CheckpointError: The folder cannot be written.
+      CheckpointError: A unit is not where it was written, or the folder cannot be written.
     """
+    lost = sorted(manifest.units.keys() - finished_units(folder, manifest))
+    if lost:
+        raise CheckpointError(
+            f"{folder}: {len(lost)} of its {len(manifest.units)} parts, such as {WEIGHTS}/{lost[0]}, were written and "
+            f"have vanished, or lost bytes: check the disk and who else writes there, then {how_to_go_on(folder)}."
+        )
     try:
         (folder / UNFINISHED).replace(folder / MANIFEST)
     except OSError as error:
@@ -148,26 +143,6 @@ def how_to_go_on(folder: Path) -> str:
     if read_manifest(folder / UNFINISHED).origin.get("made_by") == "save":
         return "remove the folder and save the model again"
     return "run the same conversion again; it goes on where it stopped"
-
-
-def missing_bytes(folder: Path, manifest: Manifest, name: str) -> int:
-    """The bytes that a unit's arrays lack; where a file that describes them is empty, those of all of them."""
-    state = unit_path(folder, name) / "state"
-    missing = 0
-    for part in manifest.units[name].parts:
-        for leaf, spec in manifest.specs[part.parameter].part(part).leaves().items():
-            array = state / f"{part.name}.{leaf}"
-            needed = math.prod(spec.shape) * spec.dtype.itemsize
-            # Zarr keeps the chunks of an array in a folder `c`, all of one size, each with an index behind its values.
-            sizes = [file.stat().st_size for file in (array / "c").rglob("*") if file.is_file()]
-            expected = max(needed + _CHUNK_INDEX_BYTES * len(sizes), max(sizes, default=0) * len(sizes))
-            is_described = _has_text(array / "zarr.json") and _has_text(state / "_METADATA")
-            missing += expected - sum(sizes) if is_described else needed
-    return missing
-
-
-def _has_text(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size > 0
 
 
 @contextlib.contextmanager
@@ -195,6 +170,8 @@ def _context(wanted: Any = (), read_bytes: int | None = None) -> ocp.Context:
     """Options for a save, in which all processes take part, or a load: this one alone, unless arrays span them."""
     logging.getLogger("absl").addFilter(_is_wanted)
     context = ocp.Context()
+    # Else, where a folder cannot be made, threads that wait for it would keep the process for five minutes.
+    context.asynchronous.create_directories_asynchronously = False
     leaves = [leaf for leaf in jax.tree.leaves(wanted) if isinstance(leaf, jax.ShapeDtypeStruct)]
     if wanted and all(leaf.sharding is None or leaf.sharding.is_fully_addressable for leaf in leaves):
         context.multiprocessing.primary_host = jax.process_index()

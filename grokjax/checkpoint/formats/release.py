@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from grokjax.checkpoint.disk import Stamp, stamp_of, unchanged
 from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
 from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes
-from grokjax.checkpoint.sizes import recognise
+from grokjax.checkpoint.sizes import check_count, recognise
 from grokjax.checkpoint.stored import (
     Array,
     CheckpointError,
@@ -39,12 +40,14 @@ class Payload:
       offset: of the first element, in bytes; need not be aligned to the element size.
       shape: sizes of the axes, C order.
       dtype: int8, float32 or bfloat16.
+      stamp: of the file when its header was read.
     """
 
     path: Path
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    stamp: Stamp
 
     @property
     def num_bytes(self) -> int:
@@ -56,7 +59,15 @@ class Payload:
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
     def read(self, index: Index = ()) -> Array:
-        """A region of the array in memory of its own; leading numbers alone are read without a map."""
+        """A region of the array in memory of its own; leading numbers alone are read without a map.
+
+        Raises:
+          CheckpointError: The file is no longer the one that was opened.
+        """
+        with unchanged(self.path, self.stamp):
+            return self._read(index)
+
+    def _read(self, index: Index) -> Array:
         numbers = [entry for entry in index if isinstance(entry, int)]
         if len(numbers) < len(index):
             return np.array(self.array()[index], order="C")
@@ -130,14 +141,15 @@ def read_tensor(path: str | Path) -> ReleaseTensor:
     if not path.is_file():
         raise CheckpointError(f"{path}: not a file; a file of the release is needed: check the path.")
     try:
+        stamp = stamp_of(path)
         with path.open("rb", buffering=1024) as stream:
-            header = parse_tensor(stream, path.stat().st_size)
+            header = parse_tensor(stream, stamp.num_bytes)
     except PickleFormatError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
-    scales = None if header.scales is None else _payload(path, header.scales)
-    return ReleaseTensor(path, _payload(path, header.weight), scales)
+    scales = None if header.scales is None else _payload(path, header.scales, stamp)
+    return ReleaseTensor(path, _payload(path, header.weight, stamp), scales)
 
 
 def find_release(path: str | Path) -> Path | None:
@@ -240,8 +252,9 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
     """
     folder = _folder(path)
     config = recognise(folder, infer_sizes(folder), "pass") if config is None else config
-    names, shapes = parameter_names(config), parameter_shapes(config)
     present = _file_names(folder)
+    check_count(folder, config, "num_layers", len(present), "files in it")
+    names, shapes = parameter_names(config), parameter_shapes(config)
     problems = [f"missing {files}" for files in _ranges(set(names) - present)]
     problems += [f"surplus {files}" for files in _ranges(present - set(names))]
     tensors: dict[str, ReleaseTensor] = {}
@@ -260,8 +273,8 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
     return ReleaseCheckpoint(folder, config, types.MappingProxyType(tensors))
 
 
-def _payload(path: Path, header: ArrayHeader) -> Payload:
-    return Payload(path, header.offset, header.shape, header.dtype)
+def _payload(path: Path, header: ArrayHeader, stamp: Stamp) -> Payload:
+    return Payload(path, header.offset, header.shape, header.dtype, stamp)
 
 
 def _file_name(number: int) -> str:

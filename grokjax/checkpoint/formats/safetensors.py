@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from grokjax.checkpoint.disk import unchanged
 from grokjax.checkpoint.formats.safetensors_headers import Header, find_safetensors, opened, read_headers
 from grokjax.checkpoint.formats.safetensors_names import (
     CONFIG,
@@ -27,7 +28,7 @@ from grokjax.checkpoint.formats.safetensors_names import (
     read_config,
 )
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
-from grokjax.checkpoint.sizes import recognise
+from grokjax.checkpoint.sizes import check_count, recognise
 from grokjax.checkpoint.stored import (
     Array,
     ArraySpec,
@@ -128,11 +129,8 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
     scheme = _find_scheme(folder, headers)
     if config is None:
         config = _find_config(folder, scheme, headers)
-    if config.num_layers > len(headers):
-        raise CheckpointError(
-            f"{folder}: the configuration has {config.num_layers} layers and the files {len(headers)} tensors: "
-            f"give the configuration that they were made with, or correct {CONFIG}."
-        )
+    for field in ("num_layers", "num_experts"):
+        check_count(folder, config, field, len(headers), "tensors in its files")
     tensors: dict[str, SafetensorsTensor] = {}
     problems: list[str] = []
     used = {TIED}
@@ -172,10 +170,8 @@ def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bo
     rows, *columns = bounds[::-1] if transposed else bounds
     step = max(1, BLOCK_BYTES * len(rows) // target.nbytes)
     target = target.view(bits).T if transposed else target.view(bits)
-    with opened(source.file) as file:
+    with unchanged(source.file, source.stamp), opened(source.file) as file:
         stored = file.get_slice(source.name)
-        if (tuple(stored.get_shape()), stored.get_dtype()) != (source.shape, source.dtype):
-            raise CheckpointError(f"{source.file}: the file was replaced after it had been opened: open it again.")
         for start in range(0, len(rows), step):
             block = (rows[start : start + step], *columns)
             target[start : start + step] = stored[tuple(slice(bound.start, bound.stop) for bound in block)].view(bits)
@@ -213,7 +209,7 @@ def _tied_faults(headers: Mapping[str, Header], shape: tuple[int, int]) -> Itera
 
 
 def _find_config(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) -> GrokConfig:
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).exists():
         return read_config(folder / CONFIG)
     return recognise(folder, _infer_sizes(folder, scheme, headers), f"put the model's {CONFIG} beside them, or pass")
 

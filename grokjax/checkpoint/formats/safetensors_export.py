@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from humanize import naturalsize
 
-from grokjax.checkpoint.disk import PARTIAL, check_room, free_bytes, make_folder, write_json
+from grokjax.checkpoint.disk import PARTIAL, check_room, entries, free_bytes, make_folder, write_json
 from grokjax.checkpoint.formats.safetensors_names import CONFIG, INDEX, INSTALL, KEYFAN, config_fields, is_transposed
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
 from grokjax.checkpoint.stored import Array, CheckpointError
@@ -92,7 +92,7 @@ def _make_folder(folder: Path, total: int) -> None:
     """An empty folder with room for `total` bytes."""
     make_folder(folder)
     with _explained(folder):
-        found = [entry.name for entry in folder.iterdir()]
+        found = [entry.name for entry in entries(folder)]
     if found:
         unfinished = any(name.endswith(PARTIAL) for name in found)
         state = "holds what an interrupted export left" if unfinished else "exists and is not empty"

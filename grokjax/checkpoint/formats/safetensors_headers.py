@@ -5,10 +5,12 @@ The package `safetensors` is optional, and is imported when a file is opened.
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grokjax.checkpoint.disk import Stamp, entries, stamp_of
 from grokjax.checkpoint.formats.safetensors_names import INDEX, INSTALL, read_object
 from grokjax.checkpoint.stored import CheckpointError, list_problems
 
@@ -22,18 +24,20 @@ class Header:
       name: of the tensor.
       shape: as stored.
       dtype: the format's name of it, such as `BF16`.
+      stamp: of the file when this was read.
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    stamp: Stamp
 
 
 def find_safetensors(path: str | Path) -> Path | None:
     """`path` if it is a folder with an index or any `*.safetensors` file, else None."""
     folder = Path(path)
-    return folder if folder.is_dir() and ((folder / INDEX).is_file() or _file_names(folder)) else None
+    return folder if folder.is_dir() and ((folder / INDEX).exists() or _file_names(folder)) else None
 
 
 @contextlib.contextmanager
@@ -56,16 +60,18 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """The tensors of all files, which are those of the index where there is one.
+    """The tensors of all files, which are those of the index where there is one; a warning names others.
 
     Raises:
-      CheckpointError: Files or tensors are missing, surplus, twice there or damaged; all of them are listed.
+      CheckpointError: Files are missing or damaged, or tensors missing, surplus or twice there; all of them are listed.
     """
     present = _file_names(folder)
-    index = _read_index(folder / INDEX) if (folder / INDEX).is_file() else None
+    index = _read_index(folder / INDEX) if (folder / INDEX).exists() else None
     files = present if index is None else set(index)
+    if present - files:
+        unread = ", ".join(sorted(present - files))
+        warnings.warn(f"{folder}: {INDEX} does not name {unread}, which is not read.", stacklevel=2)
     problems = [f"{name}: missing, {INDEX} names it" for name in sorted(files - present)]
-    problems += [f"{name}: surplus, {INDEX} does not name it" for name in sorted(present - files)]
     headers: dict[str, Header] = {}
     for file in sorted(files & present):
         try:
@@ -98,12 +104,14 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 
 
 def _read_file(path: Path) -> dict[str, Header]:
+    stamp = stamp_of(path)
     with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
         return {
-            name: Header(path, name, tuple(stored.get_shape()), stored.get_dtype()) for name, stored in slices.items()
+            name: Header(path, name, tuple(stored.get_shape()), stored.get_dtype(), stamp)
+            for name, stored in slices.items()
         }
 
 
 def _file_names(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir() if entry.suffix == ".safetensors" and entry.is_file()}
+    return {entry.name for entry in entries(folder) if entry.suffix == ".safetensors" and entry.is_file()}

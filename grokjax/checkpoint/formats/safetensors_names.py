@@ -6,6 +6,7 @@ Norms may end in `.weight` or `.scale`. Matrices are stored [O, C], the other wa
 """
 
 import dataclasses
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: It cannot be read or holds anything else.
     """
-    document = read_json(path, "download it again")
+    # The hub's client keeps links in its cache: a file is what they lead to.
+    document = read_json(Path(os.path.realpath(path)), "download it again")
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds no JSON object but a {type(document).__name__}: download it again.")
     return document

@@ -1,0 +1,143 @@
+"""What lies in the units of our own checkpoints, looked at without the storage library.
+
+What the files say of themselves is compared with the manifest, and their sizes are counted, before that library sees
+them: a header that asks for more memory than there is would end the process.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grokjax.checkpoint.disk import entries, files_below, is_regular, read_json
+from grokjax.checkpoint.formats.manifest import Manifest
+from grokjax.checkpoint.stored import ArraySpec, CheckpointError
+
+WEIGHTS = "weights"
+_METADATA, _HEADER = "_METADATA", "zarr.json"
+_CHUNK_INDEX_BYTES = 20
+_LITTLE_ENDIAN = {"endian": "little"}
+_ADVICE = "restore it from a copy or convert again"
+
+
+def unit_path(folder: Path, name: str) -> Path:
+    """The folder of one unit."""
+    return folder / WEIGHTS / name
+
+
+def unit_names(folder: Path) -> set[str]:
+    """Names of the units that are there, whole or not, and of all else that somebody has put beside them."""
+    return {entry.name for entry in entries(folder / WEIGHTS)} if (folder / WEIGHTS).is_dir() else set()
+
+
+def finished_units(folder: Path, manifest: Manifest) -> set[str]:
+    """Names of the units that are there with all their bytes: after a power cut, files may have lost theirs."""
+    there = unit_names(folder)
+    return {name for name in manifest.units if name in there and unit_fault(folder, manifest, name) is None}
+
+
+def check_unit(folder: Path, manifest: Manifest, name: str) -> None:
+    """Refuses a unit that the storage library must not see.
+
+    Raises:
+      CheckpointError: It is not what the manifest says.
+    """
+    fault = unit_fault(folder, manifest, name)
+    if fault is not None:
+        raise CheckpointError(f"{unit_path(folder, name)}: {fault}: restore this folder from a copy or convert again.")
+
+
+def unit_fault(folder: Path, manifest: Manifest, name: str) -> str | None:
+    """What of a unit is not as the manifest says, for a sentence; None if it is whole."""
+    unit = unit_path(folder, name)
+    if not unit.is_dir():
+        return "missing"
+    strange = [file for file in files_below(unit) if not is_regular(file)]
+    if strange:
+        return f"{strange[0].relative_to(unit)} is a link or no file"
+    specs = {
+        f"{part.name}.{leaf}": spec
+        for part in manifest.units[name].parts
+        for leaf, spec in manifest.specs[part.parameter].part(part).leaves().items()
+    }
+    try:
+        missing = _missing_bytes(unit / "state", specs)
+    except CheckpointError as error:
+        return str(error)
+    return f"{missing} bytes of its arrays are missing" if missing else None
+
+
+def _missing_bytes(state: Path, specs: Mapping[str, ArraySpec]) -> int:
+    """The bytes that a unit's arrays lack; where a file that describes them is empty, those of all of them.
+
+    Raises:
+      CheckpointError: A file says something else than the manifest.
+    """
+    if not _has_text(state / _METADATA):
+        return sum(_num_bytes(spec.shape, spec) for spec in specs.values())
+    document = read_json(state / _METADATA, _ADVICE)
+    # Otherwise Orbax would look for arrays in files of other kinds.
+    if not isinstance(document, dict) or (document.get("use_zarr3"), document.get("use_ocdbt")) != (True, False):
+        raise CheckpointError(f"{state / _METADATA} does not say that the arrays are stored as we store them")
+    return sum(_missing_of_array(state / name, spec) for name, spec in specs.items())
+
+
+def _missing_of_array(array: Path, spec: ArraySpec) -> int:
+    needed = _num_bytes(spec.shape, spec)
+    if not _has_text(array / _HEADER):
+        return needed
+    chunk = _chunk_shape(array / _HEADER, spec)
+    count = math.prod(-(-size // step) for size, step in zip(spec.shape, chunk, strict=True))
+    # Zarr keeps the chunks in a folder `c`, each in a file of its own with an index behind its values.
+    sizes = [file.stat().st_size for file in files_below(array / "c")] if (array / "c").is_dir() else []
+    return max(count * (_num_bytes(chunk, spec) + _CHUNK_INDEX_BYTES) - sum(sizes), 0)
+
+
+def _chunk_shape(path: Path, spec: ArraySpec) -> Sequence[int]:
+    """The shape of the chunks of an array, by its header, which says in all else what we write.
+
+    Raises:
+      CheckpointError: It says something else.
+    """
+    header = read_json(path, _ADVICE)
+    try:
+        chunk = header["chunk_grid"]["configuration"]["chunk_shape"]
+        is_ours = all(
+            type(step) is int and 0 < step <= size for step, size in zip(chunk, spec.shape, strict=True)
+        ) and _as_text({name: header[name] for name in _expected(spec, chunk)}) == _as_text(_expected(spec, chunk))
+    except (KeyError, TypeError, ValueError):
+        is_ours = False
+    if not is_ours:
+        raise CheckpointError(f"{path} does not describe the {spec.dtype.name} {list(spec.shape)} of the manifest")
+    found: Sequence[int] = chunk
+    return found
+
+
+def _expected(spec: ArraySpec, chunk: Sequence[int]) -> dict[str, Any]:
+    """What a header says of an array in such chunks, apart from what a reader need not know."""
+    values = {"name": "bytes"} | ({} if spec.dtype.itemsize == 1 else {"configuration": _LITTLE_ENDIAN})
+    index = [{"name": "bytes", "configuration": _LITTLE_ENDIAN}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": chunk, "codecs": [values], "index_codecs": index}
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(spec.shape),
+        "data_type": spec.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+
+
+def _as_text(header: Mapping[str, Any]) -> str:
+    """A header to compare: as values, 64 would equal 64.0, and 1 true."""
+    return json.dumps(header, sort_keys=True)
+
+
+def _num_bytes(shape: Sequence[int], spec: ArraySpec) -> int:
+    return math.prod(shape) * spec.dtype.itemsize
+
+
+def _has_text(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
