@@ -5,7 +5,7 @@
 * Its steps: `forward`, `prefill`, `decode`, `decode_and_sample`, `generate` (`Generated`), with a `KVCache`.
 * Drawing tokens: `SampleSettings`, `sample_token`, `SampleOutput`, `row_keys`.
 * Checkpoints: `load`, `load_parameters`, `save`, `describe` (`CheckpointInfo`), `plan_conversion` (`ConversionPlan`),
-  `convert`, `verify`, `keep_checksums`, `export`; `Progress`, `CheckpointError`.
+  `convert`, `verify`, `verify_finite`, `keep_checksums`, `export`; `Progress`, `CheckpointError`.
 * Text: `TextGenerator` (`GeneratedText`), `Tokenizer`, `load_tokenizer`, `SentencePieceTokenizer`, `ByteTokenizer`.
 * Many requests: `Engine`, `AsyncEngine`, `Request`, `Completion`, `Piece`, `Handle`, `Metrics`, `QueueFullError`;
   over several processes `follow`, `DistributedError`, and `grokjax.distributed.initialize`.
@@ -27,6 +27,7 @@ from grokjax.checkpoint import (
     plan_conversion,
     save,
     verify,
+    verify_finite,
 )
 from grokjax.config import GrokConfig
 from grokjax.distributed import DistributedError
@@ -92,4 +93,5 @@ __all__ = [
     "save",
     "suggest",
     "verify",
+    "verify_finite",
 ]

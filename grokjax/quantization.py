@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,30 @@ class QuantizedArray:
     def num_blocks(self) -> int:
         """Q, the scale blocks along the contracting axis."""
         return self.scales.shape[-2]
+
+    def __getitem__(self, index: object) -> Self:
+        """The array itself for `...`, by which Flax variables give their value.
+
+        Raises:
+          ValueError: The index is anything else.
+        """
+        if index is not ...:
+            raise ValueError(
+                "an int8 weight is not indexed: take what you want of its leaves, w.weight and w.scales, or of the "
+                "plain weight, grokjax.dequantize(w)."
+            )
+        return self
+
+    def __setitem__(self, index: object, value: object) -> NoReturn:
+        """Refuses to change an array, which is a value.
+
+        Raises:
+          ValueError: Always.
+        """
+        raise ValueError(
+            "an int8 weight is not changed in place: make a new one, as grokjax.quantize does of a plain weight, and "
+            "give it to the parameter with set_value."
+        )
 
     def refine(self, num_blocks: int) -> "QuantizedArray":
         """The same values with each scale block cut into equal parts, `num_blocks` (a multiple of Q) in all."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -55,6 +56,20 @@ def test_refined_blocks_mean_the_same() -> None:
     assert quantized.refine(8).num_blocks == 8
     with pytest.raises(ValueError, match="2 scale blocks over 16 rows cannot be cut into 3"):
         quantized.refine(3)
+
+
+def test_an_int8_weight_is_a_value_that_is_not_indexed() -> None:
+    """Of a parameter, `[...]` is its value, int8 or plain."""
+    param = nnx.Param(quantize(jnp.asarray(random(4, 4))))
+    assert isinstance(param[...], QuantizedArray)
+    np.testing.assert_array_equal(param[...].weight, param.get_value().weight)
+    with pytest.raises(ValueError, match=r"an int8 weight is not indexed: take what you want of its leaves, w\.weight"):
+        param[0]
+    for index in (0, ...):
+        with pytest.raises(
+            ValueError, match=r"an int8 weight is not changed in place: make a new one, as grokjax.quan"
+        ):
+            param[index] = jnp.ones((4, 4))
 
 
 def test_indivisible_blocks_are_refused() -> None:

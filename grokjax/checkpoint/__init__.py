@@ -2,18 +2,21 @@
 
 Read `parameters` first: the table from which every layout's names derive. Then `stored`: what all layouts share, arrays
 that are read slice by slice. The folder `formats` has the layouts, and a reading order of its own; `layouts` finds out
-which one a folder has, and `sizes` whether files that cannot tell all sizes are Grok-1's.
+which one a folder has, `beside` what lies beside the files, and `sizes` whether files that cannot tell all sizes are
+Grok-1's.
 `loading` has `load`: `mapping` says which parameter comes from where, `stacks` where each part has its place, and
 `assembly` puts it there. `saving` goes the other way, and `info` tells what a checkpoint holds. `conversion` goes from
 checkpoint to checkpoint: `recipe` is what it does with a matrix, `target` the folder that it writes; `verification`
 reads both again, and `exporting` writes for other programs. `disk` and `progress` serve all of them.
 """
 
+from grokjax.checkpoint.beside import find_config, find_tokenizer, tokenizer_places
 from grokjax.checkpoint.conversion import ConversionPlan, convert, plan_conversion
 from grokjax.checkpoint.disk import lock_file
 from grokjax.checkpoint.exporting import export
 from grokjax.checkpoint.formats.release import open_release, parameter_names
 from grokjax.checkpoint.formats.safetensors import SafetensorsCheckpoint
+from grokjax.checkpoint.formats.safetensors_names import SchemeName
 from grokjax.checkpoint.info import CheckpointInfo, describe
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.loading import load, load_parameters
@@ -22,7 +25,7 @@ from grokjax.checkpoint.progress import EARLIER, Progress
 from grokjax.checkpoint.recipe import WeightFormat
 from grokjax.checkpoint.saving import save
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError
-from grokjax.checkpoint.verification import keep_checksums, verify
+from grokjax.checkpoint.verification import keep_checksums, verify, verify_finite
 
 __all__ = [
     "EARLIER",
@@ -32,11 +35,14 @@ __all__ = [
     "ConversionPlan",
     "Progress",
     "SafetensorsCheckpoint",
+    "SchemeName",
     "WeightFormat",
     "convert",
     "describe",
     "export",
+    "find_config",
     "find_parameter",
+    "find_tokenizer",
     "keep_checksums",
     "load",
     "load_parameters",
@@ -48,5 +54,7 @@ __all__ = [
     "parts_of",
     "plan_conversion",
     "save",
+    "tokenizer_places",
     "verify",
+    "verify_finite",
 ]

@@ -14,7 +14,7 @@ from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
 from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, specs_of
 from grokjax.model import Grok, init_parameters, named_parameters, with_values
-from grokjax.quantization import QuantizedArray, Weight, partition_specs
+from grokjax.quantization import QuantizedArray, Weight, dequantize, partition_specs, shardable_blocks
 from grokjax.sharding import Axes, Partitioner, with_shardings, zeros
 
 
@@ -31,13 +31,20 @@ class Builder:
         self.checkpoint, self.partitioner, self.max_host_bytes = checkpoint, partitioner, max_host_bytes
 
     def build_model(
-        self, abstract: Grok, sources: Mapping[str, str | None], *, seed: int, progress: Report | None
+        self,
+        abstract: Grok,
+        sources: Mapping[str, str | None],
+        *,
+        quantized: bool | Sequence[str],
+        seed: int,
+        progress: Report | None,
     ) -> Grok:
         """The model of an abstract one.
 
         Args:
-          abstract: of `abstract_model`, with plain weights; what the checkpoint has in int8 becomes int8.
+          abstract: of `abstract_model`, with plain weights.
           sources: each of its parameters, with the layer's number -> the checkpoint's path, None for a fresh value.
+          quantized: what becomes int8 where the checkpoint has it so, as for `load`.
           seed: of the fresh values.
           progress: called after each part, and first for each fresh value.
         """
@@ -45,7 +52,7 @@ class Builder:
         tally = Tally(sum(specs[source].num_bytes for source in sources.values() if source is not None), progress)
         for parameter in [parameter for parameter, source in sources.items() if source is None]:
             tally.add(0, parameter, None)
-        stacks = stacks_of(abstract, sources)
+        stacks = stacks_of(abstract, sources, quantized)
         return with_values(abstract, self._build(stacks, self._fresh(abstract, stacks, seed), tally))
 
     def build_parameters(self, one_layer: Grok, names: Sequence[str]) -> dict[str, Weight]:
@@ -91,7 +98,7 @@ class Builder:
         for stack in stacks:
             found = [tensors[source].scales is not None for source in stack.sources if source is not None]
             if None in stack.sources:
-                names[found[0] if found else any_int8].append(stack.name)
+                names[stack.keeps_int8 and (found[0] if found else any_int8)].append(stack.name)
         make = functools.partial(init_parameters, model.config, self.partitioner, seed=seed, dtype=model.dtype)
         values: dict[str, Weight] = {}
         for quantized, wanted in names.items():
@@ -186,13 +193,17 @@ def _read_spec(partitioner: Partitioner, stack: Stack, shape: tuple[int, ...]) -
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("axes", "partitioner"))
 def _put_part(value: Weight, part: Weight, at: jax.Array, *, axes: Axes, partitioner: Partitioner) -> Weight:
-    """Writes one part into its place in the stack, `at` int32 [1] or [2]. DONATES `value`."""
-    if isinstance(value, QuantizedArray):
-        assert isinstance(part, QuantizedArray)
-        part = QuantizedArray(part.weight, part.refine(value.num_blocks).scales.astype(value.scales.dtype))
+    """Writes one part into its place in the stack, `at` int32 [1] or [2], plain where the stack is. DONATES `value`."""
     skipped = 2 if axes[1:2] == ("experts",) else 1
     into = partition_specs(value, axes, partitioner)
-    whole = jax.tree.map(lambda spec: PartitionSpec(*spec[skipped:]), into, is_leaf=_is_spec)
+    if isinstance(part, QuantizedArray):
+        blocks, dtype = shardable_blocks(part.num_blocks, axes, partitioner), part.scales.dtype
+        if isinstance(value, QuantizedArray):
+            blocks, dtype = value.num_blocks, value.scales.dtype
+        part = QuantizedArray(part.weight, part.refine(blocks).scales.astype(dtype))
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(value.shape[:skipped] + leaf.shape, leaf.dtype), part)
+    as_stacked = partition_specs(stacked, axes, partitioner)
+    whole = jax.tree.map(lambda spec: PartitionSpec(*spec[skipped:]), as_stacked, is_leaf=_is_spec)
 
     def write(stack: jax.Array, new: jax.Array) -> jax.Array:
         start = [at[0], *[jnp.zeros((), at.dtype)] * (stack.ndim - 1)]
@@ -205,6 +216,9 @@ def _put_part(value: Weight, part: Weight, at: jax.Array, *, axes: Axes, partiti
         return lax.dynamic_update_slice(stack, new, start)
 
     def write_all(stacks: Weight, news: Weight) -> Weight:
+        if not isinstance(stacks, QuantizedArray):
+            # Here, where each device has its own share: in floats the part is never whole.
+            news = dequantize(news, stacks.dtype)
         return jax.tree.map(write, stacks, news)
 
     written: Weight = partitioner.shard_map(write_all, in_specs=(into, whole), out_specs=into)(value, part)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from grokjax.checkpoint.beside import find_tokenizer
 from grokjax.checkpoint.formats.safetensors_export import write_safetensors
+from grokjax.checkpoint.formats.safetensors_names import SCHEMES, SchemeName
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.parameters import parts_of
 from grokjax.checkpoint.progress import Report, Tally
@@ -23,10 +25,12 @@ def export(
     target: str | Path,
     config: GrokConfig | None = None,
     *,
+    names: SchemeName = "keyfan",
     dtype: DTypeLike = "bfloat16",
+    tokenizer: str | Path | None = None,
     progress: Report | None = None,
 ) -> None:
-    """Writes a checkpoint of any layout as safetensors files with the names of keyfan/grok-1-hf.
+    """Writes a checkpoint of any layout as safetensors files, with the names of a public checkpoint.
 
     int8 weights are written as what they stand for: exactly so in float32, rounded in bfloat16.
 
@@ -34,13 +38,22 @@ def export(
       source: a checkpoint of any layout.
       target: a folder that does not exist or is empty.
       config: what the source was made with, where its files cannot tell.
+      names: `keyfan` for those of keyfan/grok-1-hf, `hpcai` for those of hpcai-tech/grok-1; docs/checkpoints.md says
+        which programs read which.
       dtype: of all arrays, float32 or bfloat16.
+      tokenizer: a file that is copied to `tokenizer.model` in the target; by default the `tokenizer.model` beside the
+        source, if there is one.
       progress: called after each part, with the bytes that are written.
 
     Raises:
       CheckpointError: The source is damaged, the target exists or cannot be written, or the disk is full.
-      ValueError: The dtype is neither of the two.
+      ValueError: The names or the dtype are none of these, or there is no such tokenizer.
     """
+    if names not in SCHEMES:
+        raise ValueError(f"names={names!r}: choose one of {', '.join(SCHEMES)}.")
+    beside = find_tokenizer(source) if tokenizer is None else Path(tokenizer)
+    if beside is not None and not beside.is_file():
+        raise ValueError(f"there is no tokenizer file {beside}: name the release's tokenizer.model, or leave it out.")
     checkpoint = open_checkpoint(source, config)
     name = check_dtype(dtype).name
     found = specs_of(checkpoint)
@@ -53,7 +66,7 @@ def export(
             yield part.parameter, part.expert, array
             tally.add(array.nbytes, part.name, part.name)
 
-    write_safetensors(target, checkpoint.config, parts(), dtype=name)
+    write_safetensors(target, checkpoint.config, parts(), dtype=name, scheme=SCHEMES[names], tokenizer=beside)
 
 
 def _plain(leaves: Leaves, dtype: np.dtype[Any]) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -50,16 +51,18 @@ class CheckpointInfo:
         *,
         rules: ShardingRules | None = None,
         dtype: DTypeLike = jnp.bfloat16,
+        quantized: bool | Sequence[str] = True,
     ) -> int:
         """Bytes of the parameters on each device after `load` onto a mesh of (data, model) devices; none are needed.
 
         Raises:
-          ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
+          ValueError: The mesh or the rules do not fit the configuration, the dtype is not a compute dtype, or
+            `quantized` is none of what `load` takes.
         """
         partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)
         model = abstract_model(self.config, partitioner, dtype=dtype, quantized=False)
         leaves: list[jax.ShapeDtypeStruct] = []
-        for stack in stacks_of(model, {name: name for name in self.specs}):
+        for stack in stacks_of(model, {name: name for name in self.specs}, quantized):
             shapes = stack_shapes(stack, self.specs, partitioner)
             shardings = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
             leaves += jax.tree.leaves(with_shardings(shapes, shardings))

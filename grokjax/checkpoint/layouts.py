@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from grokjax.checkpoint.beside import find_config
 from grokjax.checkpoint.formats.manifest import MANIFEST
 from grokjax.checkpoint.formats.orbax import find_orbax, open_orbax
 from grokjax.checkpoint.formats.release import find_release, open_release
 from grokjax.checkpoint.formats.safetensors import open_safetensors
 from grokjax.checkpoint.formats.safetensors_headers import find_safetensors
+from grokjax.checkpoint.formats.safetensors_names import read_config
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError
 from grokjax.config import GrokConfig
 
@@ -16,7 +18,8 @@ def open_checkpoint(path: str | Path, config: GrokConfig | None = None) -> Check
 
     Args:
       path: the folder of the release's files, of safetensors files, or of `grokjax.json`.
-      config: what the checkpoint was made with, for layouts whose files do not say; ours do.
+      config: what the checkpoint was made with, for layouts whose files do not say; ours do. By default that of a
+        `config.json` beside them (see `find_config`).
 
     Raises:
       CheckpointError: There is no checkpoint, or something is wrong with it; the message lists all that is.
@@ -28,13 +31,26 @@ def open_checkpoint(path: str | Path, config: GrokConfig | None = None) -> Check
     if find_safetensors(path) is not None:
         return open_safetensors(path, config)
     if find_release(path) is not None:
-        return open_release(path, config)
+        return _open_release(path, config)
     found = "a folder without a checkpoint" if Path(path).is_dir() else "no such folder"
     found = "a file" if Path(path).is_file() else found
     raise CheckpointError(
         f"{path}: {found}: a folder with tensorNNNNN_000 files (the release), with *.safetensors files, or with "
         f"{MANIFEST} (written by grokjax) is needed."
     )
+
+
+def _open_release(path: str | Path, config: GrokConfig | None) -> Checkpoint:
+    beside = find_config(path) if config is None else None
+    if beside is None:
+        return open_release(path, config)
+    config = read_config(beside)
+    try:
+        return open_release(path, config)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\nThe configuration was that of {beside}: correct it, or pass another."
+        ) from error
 
 
 def _check_config(checkpoint: Checkpoint, config: GrokConfig | None) -> None:

@@ -26,6 +26,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     *,
+    quantized: bool | Sequence[str] = True,
     quantized_table: bool = False,
     rules: ShardingRules | None = None,
     layers: Sequence[int] | None = None,
@@ -44,8 +45,10 @@ def load(
       path: the folder of the release's files or its parent, of safetensors files, or of `grokjax.json`.
       config: the sizes; without it they are the checkpoint's, which the files of the release only tell for Grok-1.
       mesh: from `make_mesh`; one device by default.
-      dtype: compute dtype and dtype of the plain weights, float32 or bfloat16. int8 weights and their scales stay as
-        they are, norms and router are float32.
+      dtype: compute dtype and dtype of the plain weights, float32 or bfloat16; norms and router are float32.
+      quantized: which weights that are int8 in the checkpoint stay so, with their scales: all, none, or those in whose
+        path, such as `layers.attention.query`, one of some regular expressions is found. The others become plain: 2 or
+        4 bytes a weight in place of 1. Weights that are plain in the checkpoint stay plain.
       quantized_table: makes the embedding table int8, with a scale for each token, once it is on the devices; see
         docs/model.md for its error. `save` does not take such a model.
       rules: sharding rules; tensor parallel by default.
@@ -60,7 +63,7 @@ def load(
 
     Raises:
       CheckpointError: There is no checkpoint, it is damaged, or it does not fit the model: every mismatch is listed.
-      ValueError: The mesh, the rules, the layers or the dtype do not fit the configuration.
+      ValueError: The mesh, the rules, the layers or the dtype do not fit the configuration, or an expression is none.
 
     Source: `layers`, `rename` and `exclude` do what the release's `runners.py` and `checkpoint.py` call rename and
     exclude rules.
@@ -71,7 +74,7 @@ def load(
     partitioner = Partitioner.create(config, mesh, rules)
     abstract = abstract_model(config, partitioner, dtype=dtype, quantized=False)
     builder = Builder(checkpoint, partitioner, max_host_bytes)
-    model = builder.build_model(abstract, sources, seed=seed, progress=progress)
+    model = builder.build_model(abstract, sources, quantized=quantized, seed=seed, progress=progress)
     return with_quantized_table(model) if quantized_table else model
 
 

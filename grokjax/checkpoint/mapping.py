@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from grokjax.checkpoint.parameters import parameter_shapes, stack_name
+from grokjax.checkpoint.parameters import PARAMETERS, parameter_shapes, stack_name
 from grokjax.checkpoint.sizes import check_count
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, mismatches
 from grokjax.config import GrokConfig
@@ -59,7 +59,7 @@ def map_parameters(
     sources: dict[str, str | None] = {}
     for parameter in parameter_shapes(config):
         name = re.sub(r"^layers\.(\d+)\.", lambda found: f"layers.{layers[int(found[1])]}.", parameter)
-        sources[parameter] = None if _is_excluded(name, exclude) else _renamed(name, rename)
+        sources[parameter] = None if is_found(name, exclude) else _renamed(name, rename)
     return sources
 
 
@@ -92,8 +92,32 @@ def check_expression(pattern: str) -> None:
         ) from error
 
 
-def _is_excluded(name: str, exclude: Sequence[str]) -> bool:
-    return any(_search(pattern, name) for pattern in exclude)
+def check_quantized(quantized: bool | Sequence[str]) -> None:
+    """Refuses what does not say which weights stay int8.
+
+    Raises:
+      ValueError: It is neither true nor false nor a list of expressions of which each finds a matrix of attention or
+        experts.
+    """
+    if isinstance(quantized, bool):
+        return
+    if isinstance(quantized, str) or not isinstance(quantized, Sequence):
+        raise ValueError(f"quantized={quantized!r}: give true, false, or a list of regular expressions.")
+    for pattern in quantized:
+        if not any(row.is_quantizable and _search(pattern, name) for name, row in PARAMETERS.items()):
+            raise ValueError(
+                f"quantized={pattern!r} is found in no weight that may be int8: those are "
+                f"{', '.join(name for name, row in PARAMETERS.items() if row.is_quantizable)}."
+            )
+
+
+def is_found(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of some regular expressions is found in a parameter's path.
+
+    Raises:
+      ValueError: One is no expression.
+    """
+    return any(_search(pattern, name) for pattern in patterns)
 
 
 def _renamed(name: str, rename: Sequence[tuple[str, str]]) -> str:
@@ -148,7 +172,7 @@ def check_sources(
     problems += [
         f"{name}: not used by the model"
         for name in checkpoint.tensors
-        if name in unused and not _is_excluded(name, may_leave)
+        if name in unused and not is_found(name, may_leave)
     ]
     if problems:
         advice = (

@@ -12,9 +12,9 @@ from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_unit
 from grokjax.checkpoint.parameters import Part, parameter_shapes, stack_name, units_of
 from grokjax.checkpoint.progress import Report, Tally
-from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, unit_bytes
+from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, mismatches, unit_bytes
 from grokjax.distributed import on_first
-from grokjax.model import Grok, named_parameters
+from grokjax.model import Grok, abstract_model, named_parameters
 from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
 from grokjax.sharding import own_context
 
@@ -33,12 +33,14 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
 
     Raises:
       CheckpointError: The folder exists, cannot be written, or the disk is full.
-      ValueError: The model's embedding table is int8.
+      ValueError: The model has parameters that a checkpoint has no place for, or lacks some, or some have another shape
+        or dtype than a checkpoint holds; all are listed. Or its embedding table is int8.
     """
     if isinstance(model.embedding.table.get_value(), QuantizedTable):
         raise ValueError(
             "the embedding table is int8, and checkpoints hold it plain: save the model made without quantized_table."
         )
+    _check_parameters(model)
     folder = Path(path).absolute()
     values = named_parameters(model)
     specs = {name: _saved_spec(values, name, shape) for name, shape in parameter_shapes(model.config).items()}
@@ -50,6 +52,30 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
         write_unit(folder, unit.name, {part.name: _take(values, part) for part in unit.parts})
         tally.add(unit_bytes(specs, unit), unit.name, unit.name)
     on_first(f"the end of {folder}", lambda: commit(folder, manifest), together=together)
+
+
+def _check_parameters(model: Grok) -> None:
+    """Refuses a model that would not come back from its checkpoint as it is."""
+    found = named_parameters(model)
+    known = named_parameters(abstract_model(model.config, model.partitioner, dtype=model.dtype, quantized=False))
+    problems = [f"{name}: checkpoints have no place for it" for name in found if name not in known]
+    problems += [f"{name}: missing" for name in known if name not in found]
+    for name in [name for name in known if name in found]:
+        spec = _spec_of(found[name].get_value())
+        problems += [f"{name}: {text}" for text in mismatches(spec, name, known[name].get_value().shape)]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise ValueError(
+            f"the model does not fit into a checkpoint:{listed}\nKeep what was added in a file of its own, take it out "
+            "of the model, and save again; restore what is missing or has another shape or dtype."
+        )
+
+
+def _spec_of(value: Weight) -> TensorSpec:
+    if not isinstance(value, QuantizedArray):
+        return TensorSpec(ArraySpec(value.shape, value.dtype), None)
+    weight, scales = (ArraySpec(leaf.shape, leaf.dtype) for leaf in (value.weight, value.scales))
+    return TensorSpec(weight, scales)
 
 
 def _begin(folder: Path, manifest: Manifest, num_bytes: int) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from grokjax.checkpoint.mapping import check_quantized, is_found
 from grokjax.checkpoint.parameters import Part, stack_name
 from grokjax.checkpoint.stored import Shaped, StoredTensor, TensorSpec
 from grokjax.model import Grok, named_parameters
@@ -25,9 +26,10 @@ class Stack:
     Attributes:
       name: path without the layer, such as `layers.feed_forward.gate` or `embedding.table`.
       shape: [L, ...] for a parameter of the layers.
-      dtype: of plain values; int8 values stay int8, and scales keep the checkpoint's dtype.
+      dtype: of plain values; scales keep the checkpoint's dtype.
       axes: logical axes, one for each dimension.
       sources: the checkpoint's path of each layer, None where it keeps its fresh value; one entry without layers.
+      keeps_int8: whether what the checkpoint has in int8 stays so, or becomes plain.
     """
 
     name: str
@@ -35,12 +37,13 @@ class Stack:
     dtype: np.dtype[Any]
     axes: Axes
     sources: tuple[str | None, ...]
+    keeps_int8: bool = True
 
     @classmethod
-    def of(cls, name: str, param: nnx.Variable, sources: tuple[str | None, ...]) -> Self:
+    def of(cls, name: str, param: nnx.Variable, sources: tuple[str | None, ...], *, keeps_int8: bool = True) -> Self:
         """The stack of a parameter of an abstract model."""
         value = param.get_value()
-        return cls(name, value.shape, value.dtype, param.logical_axes, sources)
+        return cls(name, value.shape, value.dtype, param.logical_axes, sources, keeps_int8)
 
     @property
     def is_layered(self) -> bool:
@@ -79,17 +82,23 @@ class Placement:
         return Part(layer + self.stack.name.removeprefix("layers."), self.part.expert).name
 
 
-def stacks_of(model: Grok, sources: Mapping[str, str | None]) -> list[Stack]:
+def stacks_of(model: Grok, sources: Mapping[str, str | None], quantized: bool | Sequence[str]) -> list[Stack]:
     """The parameters of an abstract model.
 
     Args:
       model: of `abstract_model`.
       sources: each of its parameters, with the layer's number -> the checkpoint's path, or None.
+      quantized: as for `load`.
+
+    Raises:
+      ValueError: `quantized` is none of what `load` takes.
     """
+    check_quantized(quantized)
     stacks = []
     for name, param in named_parameters(model).items():
         own = tuple(source for parameter, source in sources.items() if stack_name(parameter) == name)
-        stacks.append(Stack.of(name, param, own))
+        keeps_int8 = quantized if isinstance(quantized, bool) else is_found(name, quantized)
+        stacks.append(Stack.of(name, param, own, keeps_int8=keeps_int8))
     return stacks
 
 
@@ -97,7 +106,7 @@ def stack_shapes(stack: Stack, tensors: Mapping[str, StoredTensor | TensorSpec],
     """The stack as `jax.ShapeDtypeStruct`s, its scale blocks fit for all layers and the mesh."""
     chosen = [tensors[source] for source in stack.sources if source is not None]
     scales: list[Shaped] = [tensor.scales for tensor in chosen if tensor.scales is not None]
-    if not scales:
+    if not scales or not stack.keeps_int8:
         return jax.ShapeDtypeStruct(stack.shape, stack.dtype)
     blocks = math.lcm(*(array.shape[-2] for array in scales))
     blocks = shardable_blocks(blocks, stack.axes, partitioner)

@@ -1,6 +1,7 @@
-"""Verification of a checkpoint of ours: its arrays beside those of its source, or beside checksums that were kept."""
+"""Verification: the arrays of a checkpoint of ours beside its source's or kept checksums; whether values are finite."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +11,18 @@ import numpy as np
 from grokjax.checkpoint.formats.manifest import MANIFEST
 from grokjax.checkpoint.formats.orbax import OrbaxCheckpoint, open_orbax
 from grokjax.checkpoint.layouts import open_checkpoint
-from grokjax.checkpoint.parameters import Part, units_of
+from grokjax.checkpoint.parameters import Part, parts_of, units_of
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.recipe import Leaves, Recipe, read_part
-from grokjax.checkpoint.stored import Checkpoint, CheckpointError, list_problems, specs_of, unit_bytes
+from grokjax.checkpoint.stored import (
+    ArraySpec,
+    Checkpoint,
+    CheckpointError,
+    TensorSpec,
+    list_problems,
+    specs_of,
+    unit_bytes,
+)
 from grokjax.config import GrokConfig
 
 # `PART/weight` or `PART/scales` -> CRC-32 of the array's bytes, in hexadecimal digits.
@@ -57,6 +66,45 @@ def verify(
             "and keep them."
         )
     return _compare(stored, expected, progress)
+
+
+def verify_finite(path: str | Path, config: GrokConfig | None = None, *, progress: Report | None = None) -> None:
+    """Looks for values that are NaN or infinite among the floats of a checkpoint: plain weights, and scales of int8.
+
+    Args:
+      path: a checkpoint of any layout.
+      config: what it was made with, where its files cannot tell.
+      progress: called after each part, with the bytes of its floats.
+
+    Raises:
+      CheckpointError: There are such values; the arrays that have any are listed.
+    """
+    checkpoint = open_checkpoint(path, config)
+    parts = [part for parameter in checkpoint.tensors for part in parts_of(parameter, checkpoint.config)]
+    tally = Tally(sum(_num_float_bytes(checkpoint, part) for part in parts), progress)
+    problems: list[str] = []
+    for part in parts:
+        for name in _float_leaves(checkpoint, part):
+            array = getattr(checkpoint.tensors[part.parameter], name).read(part.index)
+            count = array.size - np.count_nonzero(np.isfinite(array))
+            if count:
+                problems.append(f"{part.name}/{name}: {count} of {array.size} values")
+        tally.add(_num_float_bytes(checkpoint, part), part.name, part.name)
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems[:_MOST_LISTED])
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(problems)} arrays have values that are NaN or infinite:{listed}\n"
+            "Compare the files with the published ones, or load it with other values there: see `exclude` of load."
+        )
+
+
+def _float_leaves(checkpoint: Checkpoint, part: Part) -> dict[str, ArraySpec]:
+    leaves = TensorSpec.of(checkpoint.tensors[part.parameter]).part(part).leaves()
+    return {name: leaf for name, leaf in leaves.items() if leaf.dtype != np.int8}
+
+
+def _num_float_bytes(checkpoint: Checkpoint, part: Part) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _float_leaves(checkpoint, part).values())
 
 
 def keep_checksums(target: str | Path, checksums: Checksums) -> None:

@@ -13,16 +13,19 @@ from rich.table import Column, Table
 from grokjax.checkpoint import (
     CheckpointInfo,
     ConversionPlan,
+    SchemeName,
     WeightFormat,
     convert,
     describe,
     export,
+    find_tokenizer,
     keep_checksums,
     plan_conversion,
     verify,
+    verify_finite,
 )
 from grokjax.cli.console import ByteProgress, say, table_text
-from grokjax.cli.options import read_config, read_extents
+from grokjax.cli.options import checkpoint_config, read_config, read_extents
 from grokjax.cli.streams import write
 from grokjax.config import GrokConfig
 from grokjax.sharding import RULES
@@ -60,7 +63,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _run_convert(arguments: argparse.Namespace) -> None:
-    source, target, config = arguments.source, arguments.target, _config(arguments)
+    source, target, config = arguments.source, arguments.target, checkpoint_config(arguments.config, arguments.source)
     weights, scale_blocks = arguments.weights, arguments.scale_blocks
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
     _say_plan(plan)
@@ -86,8 +89,10 @@ def _say_plan(plan: ConversionPlan) -> None:
 
 def _add_verify(commands: Any) -> None:
     command = commands.add_parser("verify", help="compare the arrays of a checkpoint of ours with their checksums")
-    command.add_argument("target", metavar="PATH", type=Path, help="a checkpoint of ours")
-    command.add_argument("--source", metavar="SRC", type=Path, help="what it was converted from; compare with that")
+    command.add_argument("target", metavar="PATH", type=Path, help="a checkpoint of ours; with --finite, of any layout")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--source", metavar="SRC", type=Path, help="what it was converted from; compare with that")
+    what.add_argument("--finite", action="store_true", help="look for values that are NaN or infinite instead")
     command.add_argument(
         "--config", metavar="FILE", type=Path, help="what the source was made with (default: as PATH says)"
     )
@@ -95,8 +100,15 @@ def _add_verify(commands: Any) -> None:
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:
+    if arguments.finite:
+        config = checkpoint_config(arguments.config, arguments.target)
+        with ByteProgress("looked at") as progress:
+            verify_finite(arguments.target, config, progress=progress)
+        say(f"{arguments.target}: every value is finite")
+        return
+    config = None if arguments.config is None else read_config("--config", arguments.config)
     with ByteProgress("verified") as progress:
-        checksums = verify(arguments.target, arguments.source, _config(arguments), progress=progress)
+        checksums = verify(arguments.target, arguments.source, config, progress=progress)
     if arguments.source is not None:
         keep_checksums(arguments.target, checksums)
     say(f"{arguments.target}: every array is as it should be")
@@ -106,18 +118,37 @@ def _add_export(commands: Any) -> None:
     command = commands.add_parser(
         "export",
         help="write a checkpoint as safetensors for other programs",
-        description="Writes a checkpoint of any layout as safetensors files with the names of keyfan/grok-1-hf.",
+        description="Writes a checkpoint of any layout as safetensors files with the names of a public one.",
     )
     _add_source(command)
     command.add_argument("target", metavar="DST", type=Path, help="the new folder")
+    command.add_argument(
+        "--names",
+        choices=get_args(SchemeName),
+        default="keyfan",
+        help="those of keyfan/grok-1-hf, as llama.cpp reads, or of hpcai-tech/grok-1, as vLLM does (default: keyfan)",
+    )
+    command.add_argument(
+        "--tokenizer", metavar="FILE", type=Path, help="copied to DST (default: tokenizer.model beside SRC, if any)"
+    )
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     command.set_defaults(run=_run_export)
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
+    source, target, config = arguments.source, arguments.target, checkpoint_config(arguments.config, arguments.source)
+    tokenizer = arguments.tokenizer or find_tokenizer(source)
     with ByteProgress("exported") as progress:
-        export(arguments.source, arguments.target, _config(arguments), dtype=arguments.dtype, progress=progress)
-    say(f"{arguments.target} is complete")
+        export(
+            source,
+            target,
+            config,
+            names=arguments.names,
+            dtype=arguments.dtype,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    say(f"{target} is complete" + (f", with {tokenizer}" if tokenizer else ", without a tokenizer: none is beside SRC"))
 
 
 def _add_info(commands: Any) -> None:
@@ -126,14 +157,16 @@ def _add_info(commands: Any) -> None:
     command.add_argument("--mesh", metavar="DATA,MODEL", default="1,8", help="devices (default: %(default)s)")
     command.add_argument("--rules", choices=tuple(RULES), default="tensor", help="parallelism (default: %(default)s)")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    command.add_argument("--plain", action="store_true", help="int8 weights as plain ones")
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     command.set_defaults(run=_run_info)
 
 
 def _run_info(arguments: argparse.Namespace) -> None:
-    info = describe(arguments.source, _config(arguments))
+    info = describe(arguments.source, checkpoint_config(arguments.config, arguments.source))
     mesh, dtype = read_extents(arguments.mesh), jnp.dtype(arguments.dtype)
-    per_device = info.bytes_per_device(mesh, rules=RULES[arguments.rules], dtype=dtype)
+    rules, quantized = RULES[arguments.rules], not arguments.plain
+    per_device = info.bytes_per_device(mesh, rules=rules, dtype=dtype, quantized=quantized)
     if arguments.json:
         write(f"{json.dumps(_info_record(info) | {'mesh': list(mesh), 'bytes_per_device': per_device})}\n")
         return
@@ -210,9 +243,5 @@ def _run_fixture(arguments: argparse.Namespace) -> None:
 def _add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SRC", type=Path, help="a checkpoint of any layout")
     command.add_argument(
-        "--config", metavar="FILE", type=Path, help="JSON configuration; not needed where the files tell, or for Grok-1"
+        "--config", metavar="FILE", type=Path, help="JSON configuration (default: config.json beside the files)"
     )
-
-
-def _config(arguments: argparse.Namespace) -> GrokConfig | None:
-    return None if arguments.config is None else read_config("--config", arguments.config)

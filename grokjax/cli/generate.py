@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
-from grokjax.checkpoint import Checkpoint, open_checkpoint
+from grokjax.checkpoint import Checkpoint, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, ByteProgress, say
-from grokjax.cli.options import add_processes, choose_mesh, join_processes, named_config, read_config
+from grokjax.cli.options import add_processes, checkpoint_config, choose_mesh, join_processes, named_config
 from grokjax.cli.streams import write
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
@@ -66,7 +66,10 @@ def _add_model(generate: argparse.ArgumentParser) -> None:
         "--random", metavar="NAME_OR_FILE", help="random weights: tiny, bench_1b, grok_1 or a configuration file"
     )
     generate.add_argument(
-        "--config", metavar="FILE", type=Path, help="our JSON or the release's names; not needed for the released model"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="our JSON or the release's names (default: config.json beside the files)",
     )
     generate.add_argument(
         "--tokenizer",
@@ -80,6 +83,7 @@ def _add_model(generate: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float32", "int8"),
         help="of keys and values (default: bfloat16, on CPUs and with --dtype float32 float32)",
     )
+    generate.add_argument("--plain", action="store_true", help="int8 weights as plain ones: 2 or 4 times the memory")
     generate.add_argument("--quantized-table", action="store_true", help="the embedding table in int8, with an error")
     generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
 
@@ -251,9 +255,8 @@ def _random_source(arguments: argparse.Namespace) -> _Source:
 
 
 def _checkpoint_source(arguments: argparse.Namespace) -> _Source:
-    path = _find_tokenizer(arguments.checkpoint, arguments.tokenizer)
-    checkpoint = _open_checkpoint(arguments)
-    tokenizer = _tokenizer(checkpoint.config, path)
+    checkpoint = open_checkpoint(arguments.checkpoint, checkpoint_config(arguments.config, arguments.checkpoint))
+    tokenizer = _tokenizer(checkpoint.config, arguments.tokenizer or _tokenizer_beside(arguments.checkpoint))
     return _Source(checkpoint.config, tokenizer, functools.partial(_load_model, checkpoint, arguments))
 
 
@@ -269,13 +272,9 @@ def _random_model(config: GrokConfig, arguments: argparse.Namespace) -> Grok:
         config,
         mesh=choose_mesh(arguments.mesh, config),
         dtype=jnp.dtype(arguments.dtype),
+        quantized=not arguments.plain,
         quantized_table=arguments.quantized_table,
     )
-
-
-def _open_checkpoint(arguments: argparse.Namespace) -> Checkpoint:
-    config = None if arguments.config is None else read_config("--config", arguments.config)
-    return open_checkpoint(arguments.checkpoint, config)
 
 
 def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
@@ -286,19 +285,18 @@ def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
             checkpoint.config,
             mesh,
             jnp.dtype(arguments.dtype),
+            quantized=not arguments.plain,
             quantized_table=arguments.quantized_table,
             progress=progress,
         )
 
 
-def _find_tokenizer(checkpoint: Path, given: Path | None) -> Path:
-    if given is not None:
-        return given
-    found = [folder / "tokenizer.model" for folder in (checkpoint, checkpoint.absolute().parent)]
-    for path in found:
-        if path.is_file():
-            return path
-    raise ValueError(f"there is no {found[0]} and no {found[1]}: name the release's tokenizer.model with --tokenizer.")
+def _tokenizer_beside(checkpoint: Path) -> Path:
+    found = find_tokenizer(checkpoint)
+    if found is None:
+        places = " and no ".join(map(str, tokenizer_places(checkpoint)))
+        raise ValueError(f"there is no {places}: name the release's tokenizer.model with --tokenizer.")
+    return found
 
 
 def _tokenizer(config: GrokConfig, path: Path | None) -> Tokenizer:

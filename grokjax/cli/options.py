@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from grokjax.checkpoint import find_config
+from grokjax.cli.console import say
 from grokjax.config import GrokConfig
 from grokjax.distributed import initialize
 from grokjax.sharding import divides, make_mesh
@@ -56,6 +58,20 @@ def read_config(option: str, path: Path) -> GrokConfig:
     except UnicodeDecodeError as error:
         raise ValueError(f"{option} {path} is not a text file: give a JSON configuration.") from error
     return GrokConfig.from_json(text)
+
+
+def checkpoint_config(path: Path | None, checkpoint: Path) -> GrokConfig | None:
+    """The configuration that `--config` names; None leaves it to the checkpoint, and to the file beside it, if any.
+
+    Raises:
+      ValueError: The file cannot be read or is no configuration.
+    """
+    if path is not None:
+        return read_config("--config", path)
+    beside = find_config(checkpoint)
+    if beside is not None:
+        say(f"the configuration is that of {beside}")
+    return None
 
 
 def named_config(option: str, name: str) -> GrokConfig:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Self
 
+import numpy as np
 from jax.typing import DTypeLike
 from prometheus_client.registry import CollectorRegistry
 
@@ -343,7 +344,15 @@ class Engine(OneThread):
         assert sample.slot is not None
         tokens, targets = group.tokens()[0], group.tokens(offset=1)[0]
         pending = self._steps.score(tokens, targets, chunk.count, chunk.start, sample.slot)
-        self._in_flight.append(lambda: sample.push_scores(pending.read()[: chunk.count]))
+        self._in_flight.append(lambda: self._push_scores(sample, pending.read()[: chunk.count]))
+
+    def _push_scores(self, sample: LiveSample, scores: np.ndarray) -> None:
+        """Takes the log-probabilities of a chunk of a prompt, which all samples of its request share."""
+        try:
+            sample.push_scores(scores)
+        except ValueError as error:
+            for other in [other for other in self._live if other.handle is sample.handle]:
+                self._finish(other, "error", error)
 
     def _begin(self, samples: list[LiveSample]) -> None:
         """Draws the first tokens of samples whose prompts are prefilled."""

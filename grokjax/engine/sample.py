@@ -1,7 +1,9 @@
 """One sample of a request on its way: its tokens, the text they make, when it ends, and what is reported of it."""
 
 import dataclasses
+import math
 import reprlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -153,9 +155,12 @@ class LiveSample(Job):
         self._text_is_over = False
 
     def push(self, drawn: Drawn, now: float) -> FinishReason | None:
-        """Takes the next token; says why the sample ends with it, if it does."""
-        if np.isnan(drawn.logprob):
-            raise ValueError("the model's logits are not finite: look at its weights, or compute in float32.")
+        """Takes the next token; says why the sample ends with it, if it does.
+
+        Raises:
+          ValueError: The logits that it was drawn from are not finite, or what a tokenizer raises.
+        """
+        _check_finite([drawn.logprob, *drawn.top_logprobs[: self.handle.request.logprobs or 0]])
         self.times.first_token = now if self.times.first_token is None else self.times.first_token
         self.times.last_token = now
         token = drawn.token_id
@@ -172,8 +177,14 @@ class LiveSample(Job):
         return "length" if len(self.token_ids) >= self.limit else None
 
     def push_scores(self, scores: np.ndarray) -> None:
-        """Takes the log-probabilities [n] of the next tokens of the prompt; that after its end is not one."""
-        self.prompt_logprobs.extend(scores[: len(self.prompt) - len(self.prompt_logprobs)].tolist())
+        """Takes the log-probabilities [n] of the next tokens of the prompt; that after its end is not one.
+
+        Raises:
+          ValueError: One is not finite.
+        """
+        own = scores[: len(self.prompt) - len(self.prompt_logprobs)].tolist()
+        _check_finite(own)
+        self.prompt_logprobs.extend(own)
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> Completion:
         """Ends the sample: its last piece and its completion go to the handle."""
@@ -215,3 +226,12 @@ class LiveSample(Job):
         if checked.stopped:
             return checked.text, "stop" if reason == "length" else reason
         return checked.text + self._stop.flush(), reason
+
+
+def _check_finite(logprobs: Iterable[float]) -> None:
+    """Refuses what a model with NaN or infinite values makes: of finite logits every log-probability is finite."""
+    if not all(map(math.isfinite, logprobs)):
+        raise ValueError(
+            "the model's logits are not finite: look for NaN or infinite weights with grokjax verify --finite, or "
+            "compute in float32."
+        )

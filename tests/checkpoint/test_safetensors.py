@@ -78,10 +78,17 @@ class TestValues:
         assert_holds(open_safetensors(tmp_path, SMALL), weights)
 
     @pytest.mark.parametrize("names", SCHEMES)
-    def test_tied_head_is_not_read(self, tmp_path: Path, names: Names) -> None:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_head_must_be_the_table(self, tmp_path: Path, names: Names, dtype: str) -> None:
+        """One of its own would be dropped."""
         weights = draw(SMALL, "bfloat16")
-        write(tmp_path, as_stored(SMALL, weights, names) | {"lm_head.weight": np.full((56, 24), np.nan, np.float32)})
+        head = weights["embedding.table"].astype(dtype)
+        write(tmp_path, as_stored(SMALL, weights, names) | {"lm_head.weight": head})
         assert_holds(open_safetensors(tmp_path, SMALL), weights)
+        trained = np.ascontiguousarray(head * 1.25)
+        write(tmp_path, as_stored(SMALL, weights, names) | {"lm_head.weight": trained})
+        with pytest.raises(CheckpointError, match=r"lm_head.weight: row 0 is not that of the embedding; Grok ties"):
+            open_safetensors(tmp_path, SMALL)
 
 
 INDICES: dict[str, list[tuple[int | slice, ...]]] = {

@@ -13,17 +13,51 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import WrittenCheckpoint
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from safetensors_files import BFLOAT16, DENSE, DTYPES, SMALL, TWELVE, as_stored, assert_holds, draw, keyfan_name
+from safetensors_files import (
+    BFLOAT16,
+    DENSE,
+    DTYPES,
+    SMALL,
+    TWELVE,
+    as_stored,
+    assert_holds,
+    draw,
+    hpcai_name,
+    keyfan_name,
+)
 
-from grokjax.checkpoint import CheckpointError, parameter_shapes, parts_of
+from grokjax.checkpoint import CheckpointError, SchemeName, describe, export, parameter_shapes, parts_of
 from grokjax.checkpoint.formats.safetensors import open_safetensors
 from grokjax.checkpoint.formats.safetensors_export import write_safetensors
 from grokjax.checkpoint.formats.safetensors_headers import find_safetensors
+from grokjax.checkpoint.formats.safetensors_names import HPCAI, KEYFAN, Scheme
 from grokjax.config import GrokConfig
 
 Parts = Iterator[tuple[str, int | None, np.ndarray]]
+
+# What the configurations of the public repositories say of their classes.
+KEYFAN_FIELDS = {
+    "architectures": ["GrokForCausalLM"],
+    "model_type": "grok",
+    "auto_map": {
+        "AutoConfig": "configuration_grok.GrokConfig",
+        "AutoModelForCausalLM": "modeling_grok.GrokForCausalLM",
+    },
+    "num_local_experts": 8,
+}
+HPCAI_FIELDS = {
+    "architectures": ["Grok1ModelForCausalLM"],
+    "model_type": "grok-1",
+    "auto_map": {
+        "AutoConfig": "configuration_grok1.Grok1Config",
+        "AutoModel": "modeling_grok1.Grok1Model",
+        "AutoModelForCausalLM": "modeling_grok1.Grok1ModelForCausalLM",
+    },
+    "num_experts": 8,
+}
 
 
 def parts(config: GrokConfig, weights: dict[str, np.ndarray]) -> Parts:
@@ -46,6 +80,15 @@ class TestRoundTrip:
         checkpoint = open_safetensors(tmp_path)
         assert checkpoint.config == config
         assert_holds(checkpoint, weights)
+
+    def test_comes_back_with_the_other_names(self, tmp_path: Path) -> None:
+        weights = draw(SMALL, "bfloat16")
+        options = {"dtype": "bfloat16", "scheme": HPCAI, "max_shard_bytes": 6000}
+        write_safetensors(tmp_path, SMALL, parts(SMALL, weights), **options)
+        assert_holds(open_safetensors(tmp_path), weights)
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        head = SMALL.vocab_size * SMALL.model_dim * 2
+        assert index["metadata"] == {"total_size": num_bytes(SMALL, "bfloat16") + head}
 
     def test_comes_back_from_a_file_for_each_part(self, tmp_path: Path) -> None:
         weights = draw(DENSE, "float32")
@@ -109,11 +152,15 @@ class TestFiles:
         assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
         assert index["metadata"] == {"total_size": num_bytes(SMALL, "bfloat16")}
 
-    def test_configuration_has_the_published_fields(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("scheme", "fields"), [(KEYFAN, KEYFAN_FIELDS), (HPCAI, HPCAI_FIELDS)])
+    def test_configuration_has_the_published_fields(
+        self, tmp_path: Path, scheme: Scheme, fields: dict[str, Any]
+    ) -> None:
         config = GrokConfig.grok_1().replace(**{name: getattr(SMALL, name) for name in ("vocab_size", "model_dim")})
         config = config.replace(num_layers=1, ffn_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
-        write_safetensors(tmp_path, config, parts(config, draw(config, "float32")), dtype="float32")
+        write_safetensors(tmp_path, config, parts(config, draw(config, "float32")), dtype="float32", scheme=scheme)
         assert json.loads((tmp_path / "config.json").read_text()) == {
+            **fields,
             "vocab_size": 56,
             "hidden_size": 24,
             "intermediate_size": 8,
@@ -121,7 +168,6 @@ class TestFiles:
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "head_dim": 4,
-            "num_experts": 8,
             "num_experts_per_tok": 2,
             "max_position_embeddings": 8192,
             "embedding_multiplier_scale": 78.38367176906169,
@@ -133,8 +179,44 @@ class TestFiles:
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,
+            "tie_word_embeddings": True,
             "torch_dtype": "float32",
         }
+        assert open_safetensors(tmp_path).config == config
+
+    @pytest.mark.parametrize("names", ["keyfan", "hpcai"])
+    def test_an_export_is_what_the_public_checkpoint_would_be(
+        self, tmp_path: Path, source: WrittenCheckpoint, names: SchemeName
+    ) -> None:
+        """Of int8 weights: every name, shape and value, and the tokenizer beside the source."""
+        tokenizer = source.path / "tokenizer.model"
+        tokenizer.write_bytes(b"pieces")
+        export(source.path, tmp_path / "out", source.config, names=names, dtype="float32")
+        tokenizer.unlink()
+        weights = {name: tensor.dequantised() for name, tensor in source.tensors.items()}
+        expected = as_stored(source.config, weights, {"keyfan": keyfan_name, "hpcai": hpcai_name}[names])
+        if names == "hpcai":
+            expected["lm_head.weight"] = weights["embedding.table"]
+        found = {
+            name: array for file in (tmp_path / "out").glob("*.safetensors") for name, array in load_file(file).items()
+        }
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+        assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
+        assert describe(tmp_path / "out").config == source.config
+
+    def test_the_tokenizer_may_be_named(self, tmp_path: Path, source: WrittenCheckpoint) -> None:
+        (tmp_path / "other.model").write_bytes(b"others")
+        export(source.path, tmp_path / "out", source.config, tokenizer=tmp_path / "other.model")
+        assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"others"
+        for options, message in (
+            ({"tokenizer": tmp_path / "none"}, "there is no tokenizer file .*none: name the release's"),
+            ({"names": "hf"}, "names='hf': choose one of keyfan, hpcai"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                export(source.path, tmp_path / "new", source.config, **options)
+            assert not (tmp_path / "new").exists()
 
     def test_may_be_read_by_whom_other_new_files_may(self, tmp_path: Path) -> None:
         write_safetensors(tmp_path / "out", SMALL, parts(SMALL, draw(SMALL, "float32")), dtype="float32")

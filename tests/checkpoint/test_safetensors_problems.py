@@ -14,13 +14,15 @@ from safetensors_files import BFLOAT16, DENSE, SMALL, TWELVE, as_stored, draw, h
 
 from grokjax.checkpoint import CheckpointError
 from grokjax.checkpoint.formats.safetensors import open_safetensors
-from grokjax.checkpoint.formats.safetensors_names import config_fields, read_config
+from grokjax.checkpoint.formats.safetensors_names import HPCAI, KEYFAN, Scheme, config_fields, read_config
 from grokjax.config import GrokConfig
 
 
 class TestConfig:
     def write_config(self, folder: Path, **changes: Any) -> Path:
-        fields = {name: value for name, value in {**config_fields(SMALL), **changes}.items() if value != "absent"}
+        fields = {
+            name: value for name, value in {**config_fields(SMALL, HPCAI), **changes}.items() if value != "absent"
+        }
         (folder / "config.json").write_text(json.dumps(fields))
         return folder / "config.json"
 
@@ -28,8 +30,15 @@ class TestConfig:
         "config",
         [SMALL, GrokConfig.grok_1(), DENSE.replace(rope_base=5e5, norm_eps=1e-6, eos_id=9, attention_softcap=50)],
     )
-    def test_comes_back_as_it_was_written(self, tmp_path: Path, config: GrokConfig) -> None:
-        assert read_config(self.write_config(tmp_path, **config_fields(config))) == config
+    @pytest.mark.parametrize("scheme", [KEYFAN, HPCAI])
+    def test_comes_back_as_it_was_written(self, tmp_path: Path, config: GrokConfig, scheme: Scheme) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config_fields(config, scheme)))
+        assert read_config(tmp_path / "config.json") == config
+
+    def test_ours_is_understood(self, tmp_path: Path) -> None:
+        write(tmp_path, as_stored(SMALL, draw(SMALL, "float32"), hpcai_name))
+        (tmp_path / "config.json").write_text(SMALL.to_json())
+        assert open_safetensors(tmp_path).config == SMALL
 
     def test_published_fields_of_grok_1_are_understood(self, tmp_path: Path) -> None:
         fields = {

@@ -161,6 +161,52 @@ def test_progress_counts_every_byte(tmp_path: Path, model: Grok) -> None:
     assert done[-1] == calls[0].total_bytes == describe(tmp_path / "model").num_bytes
 
 
+class TestWhatDoesNotComeBack:
+    """Nothing of a model is dropped, or written so that it cannot be loaded: it is refused, and named."""
+
+    def refuse(self, model: Grok, path: Path) -> str:
+        with pytest.raises(ValueError, match="the model does not fit into a checkpoint") as caught:
+            save(model, path)
+        assert not path.exists()
+        return str(caught.value)
+
+    def test_what_was_added_is_named(self, tmp_path: Path) -> None:
+        model = init(CONFIG)
+        model.layers.steering = nnx.Param(jnp.zeros((1, 32)))
+        model.layers.attention.probe = jnp.zeros(3)
+        said = self.refuse(model, tmp_path / "model")
+        assert "layers.steering: checkpoints have no place for it" in said
+        assert "layers.attention.probe: checkpoints have no place for it" in said
+        assert "take it out of the model, and save again" in said
+        del model.layers.steering, model.layers.attention.probe
+        save(model, tmp_path / "model")
+        assert_same_model(load(tmp_path / "model"), model)
+
+    def test_a_module_around_the_layers_is_named(self, tmp_path: Path) -> None:
+        class Around(nnx.Module):
+            def __init__(self, inner: nnx.Module):
+                self.inner = inner
+
+        model = init(CONFIG)
+        model.final_norm = Around(model.final_norm)
+        said = self.refuse(model, tmp_path / "model")
+        assert "final_norm.inner.scale: checkpoints have no place for it" in said
+        assert "final_norm.scale: missing" in said
+
+    def test_other_shapes_and_dtypes_are_named(self, tmp_path: Path) -> None:
+        model = init(CONFIG.replace(num_layers=2), quantized=False)
+        for param, change in (
+            (model.layers.attention.query, lambda value: value[:1]),
+            (model.layers.attention.key, lambda value: value.astype(jnp.float16)),
+            (model.final_norm.scale, lambda value: value[:3]),
+        ):
+            param.set_value(change(param.get_value()))
+        said = self.refuse(model, tmp_path / "model")
+        assert "layers.attention.query: the weight has the shape [1, 32, 64], the configuration asks for [2, " in said
+        assert "layers.attention.key: the weight is float16 without scales; only float32 and bfloat16 go" in said
+        assert "final_norm.scale: the weight has the shape [3], the configuration asks for [32]" in said
+
+
 class TestPartialLoads:
     def test_some_layers_are_a_model_of_their_own(self, tmp_path: Path) -> None:
         model = init(CONFIG.replace(num_layers=3))

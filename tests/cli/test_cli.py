@@ -116,7 +116,7 @@ def test_a_tokenizer_beside_the_checkpoint_is_found(
         (["--random", "tiny", "--temperature", "-1", "hi"], "temperature"),
         (["--random", "tiny", "--tokenizer", "nowhere.model", "hi"], "nowhere.model"),
         (["--checkpoint", "nowhere", "--tokenizer", "x", "hi"], "nowhere"),
-        (["--checkpoint", str(E2E), "--tokenizer", "x", "hi"], "config"),
+        (["--checkpoint", str(E2E), "--tokenizer", "x", "hi"], "there is no tokenizer file 'x'"),
         (
             ["--checkpoint", str(E2E), "--tokenizer", "x", "--config", "nowhere.json", "hi"],
             "nowhere.json cannot be read",

@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from grokjax import GrokConfig
 from grokjax.checkpoint import EARLIER, Progress
 from grokjax.cli import main
 from grokjax.cli.console import ByteProgress
+from grokjax.testing import write_release_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,37 @@ def test_a_configuration_may_begin_with_a_byte_order_mark(download: Path, tmp_pa
     assert main(["info", str(download), "--config", str(tmp_path / "config.json")]) == 0
 
 
-def test_convert_needs_the_configuration(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(download), str(tmp_path / "new")]) == 2
+def test_a_configuration_beside_the_files_is_used_and_said(
+    download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source in (download, download / "ckpt-0"):
+        assert main(["convert", str(source), str(tmp_path / "new"), "--dry-run"]) == 0
+        assert f"the configuration is that of {download / 'config.json'}" in capsys.readouterr().err
+    shutil.copytree(download / "ckpt-0", tmp_path / "alone")
+    assert main(["convert", str(tmp_path / "alone"), str(tmp_path / "new")]) == 2
     assert "pass the whole configuration, config=GrokConfig(...) or --config FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--checkpoint", "nothere", "hello"],
+        ["generate", "--checkpoint", "nothere", "--tokenizer", "nothere.model", "hello"],
+        ["convert", "nothere", "new"],
+        ["export", "nothere", "new"],
+        ["info", "nothere"],
+        ["verify", "nothere"],
+        ["verify", "nothere", "--finite"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_is_not_there_is_said_to_be_not_there(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert "grokjax: error: nothere: no such folder: a folder" in capsys.readouterr().err.replace(": the f", ": a f")
+    assert not any(tmp_path.iterdir())
 
 
 def test_verify_says_that_all_is_well(converted: Path, download: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +129,8 @@ def test_info_says_the_same_of_every_layout(
         assert f"--mesh {mesh}: give two numbers of 1 or more, such as 1,8" in capsys.readouterr().err
     assert main(["info", str(converted), "--mesh", "1,3"]) == 2
     assert "does not divide" in capsys.readouterr().err
+    assert main(["info", str(converted), "--plain", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes_per_device"] > ours["bytes_per_device"]
     assert main(["info", str(converted)]) == 0
     text = capsys.readouterr().out
     assert f"on a mesh of 1 x 8 devices: {ours['bytes_per_device']} bytes on each" in text
@@ -105,9 +139,51 @@ def test_info_says_the_same_of_every_layout(
 
 def test_export_makes_safetensors(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(converted), str(tmp_path / "exported")]) == 0
+    assert "is complete, without a tokenizer: none is beside" in capsys.readouterr().err
     assert (tmp_path / "exported" / "model.safetensors.index.json").is_file()
     assert main(["info", str(tmp_path / "exported"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"] == "safetensors"
+    (tmp_path / "pieces").write_bytes(b"pieces")
+    command = ["export", str(converted), str(tmp_path / "other"), "--names", "hpcai", "--tokenizer"]
+    assert main([*command, str(tmp_path / "pieces")]) == 0
+    assert f"is complete, with {tmp_path / 'pieces'}" in capsys.readouterr().err
+    index = json.loads((tmp_path / "other" / "model.safetensors.index.json").read_text())
+    assert "model.layers.0.attn.q_proj.weight" in index["weight_map"]
+    assert (tmp_path / "other" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_weights_that_are_not_finite_are_found_and_say_so(
+    download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `verify --finite`; and whoever generates with them is told, for one prompt as for many."""
+    assert main(["verify", "--finite", str(download)]) == 0
+    assert "every value is finite" in capsys.readouterr().err
+    config = GrokConfig.from_json((download / "config.json").read_text())
+    for number, value in enumerate((np.nan, np.inf)):
+        broken = tmp_path / str(number)
+        write_release_checkpoint(broken, config, weights={"final_norm.scale": np.full(config.model_dim, value, "f4")})
+        shutil.copy(download / "config.json", broken)
+        assert main(["verify", "--finite", str(broken)]) == 2
+        assert "final_norm.scale/weight: 64 of 64 values" in capsys.readouterr().err
+        command = [
+            "generate",
+            "--checkpoint",
+            str(broken),
+            "--tokenizer",
+            "bytes",
+            "--mesh",
+            "1,1",
+            "--max-new-tokens=4",
+        ]
+        assert main([*command, "hello"]) == 2
+        said = capsys.readouterr()
+        assert "grokjax: error: the model's logits are not finite" in said.err
+        assert said.out.strip() == ""
+        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "hello", "prompt_logprobs": True}))
+        output = tmp_path / f"{number}.jsonl"
+        assert main([*command, "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(output)]) == 1
+        record = json.loads(output.read_text(), parse_constant=pytest.fail)
+        assert "the model's logits are not finite" in record["error"]
 
 
 def test_every_layout_generates_the_same_text(
@@ -118,6 +194,7 @@ def test_every_layout_generates_the_same_text(
     ours = capsys.readouterr().out
     assert main(["generate", "--checkpoint", str(download), *config_of(download), *options]) == 0
     assert capsys.readouterr().out == ours
+    assert main(["generate", "--checkpoint", str(converted), "--plain", "--dtype", "float32", *options]) == 0
 
 
 def test_progress_names_what_is_renamed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,39 @@ class TestTrouble:
         assert list(bad.completion.token_ids) == continuation([4], 2)
         assert list(good.completion.token_ids) == continuation([3], 5)
 
+    @pytest.mark.parametrize("logprob", [np.nan, np.inf, -np.inf])
+    def test_scores_that_are_not_finite_end_their_request_alone(self, logprob: float) -> None:
+        """All of its samples, which share them, at the chunk that has the first."""
+
+        class Failing(FakeSteps):
+            def score(self, tokens, targets, count, start, row):
+                pending = super().score(tokens, targets, count, start, row)
+                pending.scores[targets == 20] = logprob
+                return pending
+
+        engine = make_engine(make_steps=Failing)
+        bad = engine.submit(Request(list(range(3, 24)), max_new_tokens=3, prompt_logprobs=True, n=2))
+        good = engine.submit(Request([3, 4, 5], max_new_tokens=3, prompt_logprobs=True, ignore_eos=True))
+        engine.run()
+        for sample in bad.samples:
+            assert (sample.finish_reason, sample.prompt_logprobs) == ("error", None)
+            assert "the model's logits are not finite" in str(sample.error)
+        assert good.completion.prompt_logprobs == (None, -4.0, -6.0)
+        assert list(good.completion.token_ids) == continuation([3, 4, 5], 3)
+
+    @pytest.mark.parametrize("where", ["logprobs", "top_logprobs"])
+    def test_infinite_log_probabilities_are_not_finite_either(self, where: str) -> None:
+        class Failing(FakeSteps):
+            def draw_rows(self, settings, ends, number):
+                pending = super().draw_rows(settings, ends, number)
+                getattr(pending.drawn, where)[...] = -np.inf
+                return pending
+
+        engine = make_engine(make_steps=Failing)
+        [done] = engine.generate([[3]], logprobs=2)
+        assert "the model's logits are not finite" in str(done.error)
+        assert (done.token_ids, done.logprobs) == ((), ())
+
     def test_a_step_that_fails_ends_the_engine_and_says_so(self) -> None:
         engine = make_engine(model=(model := FakeModel()), slots=1)
         handles = [engine.submit(Request([3 + i], max_new_tokens=9, n=2)) for i in range(3)]

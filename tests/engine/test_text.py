@@ -151,7 +151,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     model = init(CONFIG, dtype=jnp.float32)
     model.final_norm.scale.set_value(model.final_norm.scale.get_value() * np.nan)
     broken = TextGenerator(model, ByteTokenizer(CONFIG.vocab_size))
-    message = "the model's logits are not finite: look at its weights"
+    message = "the model's logits are not finite: look for NaN or infinite weights with grokjax verify --finite"
     with pytest.raises(ValueError, match=message):
         broken.generate("hello")
     pieces = broken.stream("hello")

@@ -139,10 +139,13 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
     """Opens the folder that holds `grokjax.json` and checks that all units are there; no array is read.
 
     Raises:
-      CheckpointError: It is unfinished, of a newer format, or damaged.
+      CheckpointError: It is not there, unfinished, of a newer format, or damaged.
     """
     folder = Path(path).absolute()
     check_name(folder)
+    if find_orbax(folder) is None:
+        found = f"a folder without {MANIFEST}" if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{path}: {found}: the folder of a checkpoint that grokjax wrote is needed.")
     if not (folder / MANIFEST).exists():
         raise CheckpointError(
             f"{folder / MANIFEST}: the writing of this checkpoint was interrupted: {how_to_go_on(folder)}."

@@ -145,7 +145,7 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
             array = SafetensorsArray(sources, shape, _DTYPES[sources[0].dtype], is_transposed(parameter))
             tensors[parameter] = SafetensorsTensor(array)
     problems += [f"{name}: surplus" for name in headers if name not in used]
-    problems += _tied_faults(headers, (config.vocab_size, config.model_dim))
+    problems += _tied_faults(headers, tensors.get("embedding.table"), (config.vocab_size, config.model_dim))
     if problems:
         advice = "Pass the configuration that the checkpoint was made with, or download these files again."
         raise CheckpointError(list_problems(folder, problems, advice))
@@ -202,10 +202,23 @@ def _faults(sources: Sequence[Header], parameter: str, shape: tuple[int, ...]) -
         yield f"{parameter}: its experts are stored as {' and '.join(dtypes)}; one dtype for all is allowed"
 
 
-def _tied_faults(headers: Mapping[str, Header], shape: tuple[int, int]) -> Iterator[str]:
-    if TIED in headers and headers[TIED].shape != shape:
-        found = list(headers[TIED].shape)
-        yield f"{TIED}: the weight has the shape {found}, the embedding {list(shape)}; Grok ties them"
+def _tied_faults(
+    headers: Mapping[str, Header], table: SafetensorsTensor | None, shape: tuple[int, int]
+) -> Iterator[str]:
+    """What is wrong with a second copy of the embedding table; a trained head of its own differs in every row."""
+    if TIED not in headers:
+        return
+    head = headers[TIED]
+    if head.shape != shape:
+        yield f"{TIED}: the weight has the shape {list(head.shape)}, the embedding {list(shape)}; Grok ties them"
+    elif table is not None and head.dtype in _DTYPES:
+        copy = SafetensorsArray((head,), shape, _DTYPES[head.dtype], is_transposed=False)
+        narrow = min(copy.dtype, table.weight.dtype, key=lambda dtype: dtype.itemsize)
+        for row in (0, shape[0] // 2, shape[0] - 1):
+            ours, theirs = (array.read((row,)).astype(narrow) for array in (table.weight, copy))
+            if ours.tobytes() != theirs.tobytes():
+                yield f"{TIED}: row {row} is not that of the embedding; Grok ties them, and this head would be lost"
+                return
 
 
 def _find_config(folder: Path, scheme: Scheme, headers: Mapping[str, Header]) -> GrokConfig:

@@ -1,11 +1,13 @@
-"""Writes checkpoints of the safetensors format with the names of `keyfan/grok-1-hf` (see `safetensors_names`).
+"""Writes checkpoints of the safetensors format with the names of a public one (see `safetensors_names`).
 
 Shards are written under names that no reader looks for, `shard-00001.part`, and get their own when all are there; the
 index comes last. So an interrupted export is not mistaken for a checkpoint.
 """
 
 import contextlib
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,18 @@ import numpy.typing as npt
 from humanize import naturalsize
 
 from grokjax.checkpoint.disk import PARTIAL, check_room, entries, free_bytes, make_folder, write_json
-from grokjax.checkpoint.formats.safetensors_names import CONFIG, INDEX, INSTALL, KEYFAN, config_fields, is_transposed
-from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
+from grokjax.checkpoint.formats.safetensors_names import (
+    CONFIG,
+    INDEX,
+    INSTALL,
+    KEYFAN,
+    TIED,
+    TOKENIZER,
+    Scheme,
+    config_fields,
+    is_transposed,
+)
+from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes, parts_of
 from grokjax.checkpoint.stored import Array, CheckpointError
 from grokjax.config import GrokConfig
 
@@ -34,6 +46,8 @@ def write_safetensors(
     parts: Iterable[tuple[str, int | None, Array]],
     *,
     dtype: npt.DTypeLike,
+    scheme: Scheme = KEYFAN,
+    tokenizer: Path | None = None,
     max_shard_bytes: int = 1 << 30,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -47,6 +61,8 @@ def write_safetensors(
       parts: every part of the model once (`parameters.parts_of`), in any order: our parameter path, the expert or None,
         and the array [C, O], [V, D] or [D], float32 or bfloat16, which must not be changed afterwards.
       dtype: that all of them are written in, norms and router too: float32 or bfloat16.
+      scheme: whose names are given, and which classes the configuration names.
+      tokenizer: a file to copy beside the shards as `tokenizer.model`; None for none.
       max_shard_bytes: the most that a file holds; a larger part has a file of its own.
       progress: called after each shard with the bytes of the arrays written so far, and in all.
 
@@ -63,12 +79,13 @@ def write_safetensors(
     folder = Path(path)
     # Before anything is written, and not after hours of reading.
     _require_package(folder)
-    total = sum(int(np.prod(shape)) for shape in parameter_shapes(config).values()) * dtype.itemsize
+    heads = config.vocab_size * config.model_dim if scheme.has_head else 0
+    total = (sum(math.prod(shape) for shape in parameter_shapes(config).values()) + heads) * dtype.itemsize
     _make_folder(folder, total)
     with _removed_on_failure() as written:
         places: dict[str, int] = {}
         done = 0
-        for number, shard in enumerate(_shards(_tensors(config, parts, dtype), max_shard_bytes)):
+        for number, shard in enumerate(_shards(_tensors(config, parts, dtype, scheme), max_shard_bytes)):
             with _explained(folder):
                 _write_shard(folder / f"shard-{number + 1:05d}{PARTIAL}", shard, written)
             places |= dict.fromkeys(shard, number)
@@ -78,7 +95,8 @@ def write_safetensors(
             if progress is not None:
                 progress(done, total)
         with _explained(folder):
-            _commit(folder, {**config_fields(config), "torch_dtype": dtype.name}, places, total, written)
+            document = {**config_fields(config, scheme), "torch_dtype": dtype.name}
+            _commit(folder, document, tokenizer, places, total, written)
 
 
 def _require_package(path: Path) -> None:
@@ -127,7 +145,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _tensors(
-    config: GrokConfig, parts: Iterable[tuple[str, int | None, Array]], dtype: np.dtype[Any]
+    config: GrokConfig, parts: Iterable[tuple[str, int | None, Array]], dtype: np.dtype[Any], scheme: Scheme
 ) -> Iterator[tuple[str, Array]]:
     """Stored names and arrays as they are stored; ends with the error if parts are left over."""
     left = {
@@ -146,7 +164,9 @@ def _tensors(
                 f"{part.name} is {array.dtype.name} {list(array.shape)}: float32 or bfloat16 {list(shape)} is needed."
             )
         stored = _transpose(array, dtype) if is_transposed(parameter) else np.ascontiguousarray(array, dtype)
-        yield KEYFAN.name(part), stored
+        yield scheme.name(part), stored
+        if scheme.has_head and find_parameter(parameter).kind == "table":
+            yield TIED, stored
     if left:
         raise ValueError(f"{len(left)} of the {num_parts} parts were not given, such as {next(iter(left)).name}.")
 
@@ -191,10 +211,18 @@ def _write_shard(path: Path, shard: Shard, written: list[Path]) -> None:
 
 
 def _commit(
-    folder: Path, config: dict[str, int | float | str], places: dict[str, int], total: int, written: list[Path]
+    folder: Path,
+    config: dict[str, Any],
+    tokenizer: Path | None,
+    places: dict[str, int],
+    total: int,
+    written: list[Path],
 ) -> None:
     """Gives the shards their names and writes the other files; `written` is kept up to date."""
     count = len(written)
+    if tokenizer is not None:
+        written.append(folder / TOKENIZER)
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
     written.append(folder / CONFIG)
     write_json(folder / CONFIG, config)
     for i in range(count):

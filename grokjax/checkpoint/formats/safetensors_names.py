@@ -2,14 +2,15 @@
 
 Two sets of tensor names are in use, those of `keyfan/grok-1-hf` and those of `hpcai-tech/grok-1` (see `parameters`).
 Norms may end in `.weight` or `.scale`. Matrices are stored [O, C], the other way round than ours; the table is [V, D].
-`lm_head.weight` may stand beside the table and is not read: Grok ties them.
+`lm_head.weight` may stand beside the table and must be the same: Grok ties them.
 """
 
 import dataclasses
+import json
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grokjax.checkpoint.disk import read_json
 from grokjax.checkpoint.parameters import PARAMETERS, Part, find_parameter, stack_name
@@ -18,21 +19,28 @@ from grokjax.config import GrokConfig
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+TOKENIZER = "tokenizer.model"
 TIED = "lm_head.weight"
 INSTALL = "the package safetensors is not installed: pip install 'grokjax[safetensors]'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """Names of the tensors in one family of public checkpoints.
+    """Names in one family of public checkpoints.
 
     Attributes:
-      prefix: what the names begin with.
+      prefix: what the names of tensors begin with.
       names: the model's path -> the name, with `{layer}` and `{expert}` in it.
+      has_head: whether the table stands there a second time, as `lm_head.weight`.
+      num_experts: the field of `config.json` with the number of experts.
+      classes: the fields of `config.json` that say which classes of other programs read the checkpoint.
     """
 
     prefix: str
     names: Mapping[str, str]
+    has_head: bool
+    num_experts: str
+    classes: Mapping[str, Any]
 
     @property
     def layer_prefix(self) -> str:
@@ -53,8 +61,38 @@ class Scheme:
         return name
 
 
-KEYFAN = Scheme("transformer.", {path: row.keyfan for path, row in PARAMETERS.items()})
-HPCAI = Scheme("model.", {path: row.hpcai for path, row in PARAMETERS.items()})
+# Source: `config.json` and the modules of the two repositories.
+KEYFAN = Scheme(
+    "transformer.",
+    {path: row.keyfan for path, row in PARAMETERS.items()},
+    has_head=False,
+    num_experts="num_local_experts",
+    classes={
+        "architectures": ["GrokForCausalLM"],
+        "model_type": "grok",
+        "auto_map": {
+            "AutoConfig": "configuration_grok.GrokConfig",
+            "AutoModelForCausalLM": "modeling_grok.GrokForCausalLM",
+        },
+    },
+)
+HPCAI = Scheme(
+    "model.",
+    {path: row.hpcai for path, row in PARAMETERS.items()},
+    has_head=True,
+    num_experts="num_experts",
+    classes={
+        "architectures": ["Grok1ModelForCausalLM"],
+        "model_type": "grok-1",
+        "auto_map": {
+            "AutoConfig": "configuration_grok1.Grok1Config",
+            "AutoModel": "modeling_grok1.Grok1Model",
+            "AutoModelForCausalLM": "modeling_grok1.Grok1ModelForCausalLM",
+        },
+    },
+)
+SchemeName = Literal["keyfan", "hpcai"]
+SCHEMES: Mapping[SchemeName, Scheme] = {"keyfan": KEYFAN, "hpcai": HPCAI}
 
 # Field of `config.json` -> ours. Source: `Grok1Config` of hpcai-tech/grok-1. `rope_base` is our own addition: the
 # public files hold no base, and some carry an unused `rope_theta` of another value, which must not be believed.
@@ -86,20 +124,26 @@ def is_transposed(parameter: str) -> bool:
     return find_parameter(parameter).kind not in ("table", "norm")
 
 
-def config_fields(config: GrokConfig) -> dict[str, int | float]:
-    """The configuration by the names of `config.json`; `read_config` reads it back equal."""
-    return {name: getattr(config, ours) for name, ours in _FIELDS.items()}
+def config_fields(config: GrokConfig, scheme: Scheme) -> dict[str, Any]:
+    """What `config.json` says of a checkpoint with the scheme's names; `read_config` reads the configuration back."""
+    sizes = {name: getattr(config, ours) for name, ours in _FIELDS.items()}
+    sizes[scheme.num_experts] = sizes.pop("num_experts")
+    return {**scheme.classes, **sizes, "tie_word_embeddings": True}
 
 
 def read_config(path: Path) -> GrokConfig:
-    """Reads a `config.json`; fields that say nothing about our configuration are ignored.
+    """Reads a `config.json`: the published fields, or what `GrokConfig.from_json` reads.
 
-    Without `head_dim` it is D / N; other fields that `GrokConfig` has a default for may be absent or null too.
+    Of the published fields, those that say nothing about our configuration are ignored. Without `head_dim` it is D / N;
+    other fields that `GrokConfig` has a default for may be absent or null too.
 
     Raises:
       CheckpointError: It cannot be read, lacks a field, or holds an impossible one.
     """
     document = read_object(path)
+    if "model_dim" in document or {"lm", "model"} <= document.keys():
+        return _parsed(path, lambda: GrokConfig.from_json(json.dumps(document)))
+    document.setdefault("num_experts", document.get(KEYFAN.num_experts))
     fields: dict[str, Any] = {ours: document[name] for name, ours in _FIELDS.items() if document.get(name) is not None}
     required = {field.name for field in dataclasses.fields(GrokConfig) if field.default is dataclasses.MISSING}
     missing = [name for name, ours in _FIELDS.items() if ours in required - {*fields, "head_dim"}]
@@ -112,8 +156,12 @@ def read_config(path: Path) -> GrokConfig:
     whole = isinstance(dim, int) and isinstance(heads, int) and heads > 0
     # Where D or N is impossible, GrokConfig names it before it comes to this 0.
     fields.setdefault("head_dim", dim // heads if whole else 0)
+    return _parsed(path, lambda: GrokConfig(**fields))
+
+
+def _parsed(path: Path, parse: Callable[[], GrokConfig]) -> GrokConfig:
     try:
-        return GrokConfig(**fields)
+        return parse()
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
