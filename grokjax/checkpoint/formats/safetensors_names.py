@@ -18,7 +18,7 @@ from grokjax.config import GrokConfig
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 TIED = "lm_head.weight"
-INSTALL = "the package safetensors is not installed: pip install 'grokjax[safetensors]'"
+INSTALL = "the package safetensors is not installed: run pip install '.[safetensors]' in the checkout"
 
 
 @dataclasses.dataclass(frozen=True)
