@@ -397,7 +397,7 @@ def default_mesh(config: GrokConfig, rules: ShardingRules | None = None) -> Mesh
     Raises:
       ValueError: The hosts cannot share the devices evenly.
     """
-    device = jax.config.jax_default_device
+    device = jax.config.values["jax_default_device"]
     if device is not None:
         return make_mesh(devices=[jax.local_devices(backend=device)[0] if isinstance(device, str) else device])
     extents = default_extents(config, rules, jax.device_count(), uses_all=jax.process_count() > 1)

@@ -39,7 +39,7 @@ def describe_unseen(root: Path = Path("/")) -> str | None:
     Args:
       root: where the system's files lie.
     """
-    if jax.config.jax_platforms or jax.default_backend() != "cpu":
+    if jax.config.values["jax_platforms"] or jax.default_backend() != "cpu":
         return None
     for pattern, extra in _TRACES.items():
         found = next(root.glob(pattern), None)
