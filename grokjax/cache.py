@@ -155,10 +155,11 @@ class KVCache:
         Raises:
           ValueError: They have too little memory left.
         """
+        sharding: Any = self.lengths.sharding
         check_fits(
             f"a cache of batch_size={self.batch_size}, max_len={self.max_len}",
             device_bytes(jax.tree.leaves(self)),
-            self.lengths.sharding.mesh,
+            sharding.mesh,
             remedy="take fewer rows, fewer tokens a row, int8 entries or more devices",
         )
 

@@ -106,7 +106,7 @@ def test_the_default_mesh_has_as_many_devices_as_divide_the_sizes(
 
 def test_over_several_hosts_the_default_mesh_leaves_no_device_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_extents(TINY, None, 16, uses_all=True) == (2, 8)
-    assert default_extents(TINY.replace(num_heads=12), None, 6, uses_all=True) == (6, 1)
+    assert default_extents(TINY.replace(num_heads=12), None, 6, uses_all=True) == (3, 2)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(ValueError, match="3 hosts cannot share a mesh of 2 x 4: make one of the numbers a multiple"):
         spread_over_hosts(2, 4)
