@@ -119,8 +119,8 @@ class LlamaCpp:
             import llama_cpp
         except ImportError as error:
             raise SystemExit(
-                f"--peer llama.cpp needs a package that is not installed ({error.name}): pip install "
-                "'grokjax[peer-llama]', which builds it from source."
+                f"--peer llama.cpp needs a package that is not installed ({error.name}): pip install '.[peer-llama]' "
+                "in the checkout, which builds it from source."
             ) from error
         config = model.config
         if config.num_heads * config.head_dim != config.model_dim:

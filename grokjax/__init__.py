@@ -40,6 +40,8 @@ from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_toke
 from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AsyncEngine",
     "ByteTokenizer",

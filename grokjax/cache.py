@@ -10,7 +10,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.sharding import Axes, Partitioner, ShardingRules, own_context, zeros
+from grokjax.context import own_context
+from grokjax.memory import check_fits
+from grokjax.sharding import Axes, Partitioner, ShardingRules, device_bytes, zeros
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
 
@@ -84,6 +86,7 @@ class KVCache:
         dtype: DTypeLike | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         rules: ShardingRules | None = None,
+        allow_oom: bool = False,
     ) -> Self:
         """An empty cache, each shard made on its own device.
 
@@ -94,14 +97,16 @@ class KVCache:
           dtype: of keys and values: float32, bfloat16, or int8 with a scale for each head and position. By default
             bfloat16, but float32 on CPUs, which gain nothing from bfloat16 (and jax 0.10 converts the whole cache at
             each write there).
-          mesh: the model's mesh; one device by default.
+          mesh: the model's mesh; by default that of a model made without one, see `default_mesh`.
           rules: the model's sharding rules.
+          allow_oom: try it even where the devices have too little memory left.
 
         Raises:
-          ValueError: A size is below 1, `max_len` exceeds the configuration's longest sequence, or the dtype is
-            another one.
+          ValueError: A size is below 1, `max_len` exceeds the configuration's longest sequence, the dtype is another
+            one, or the devices have too little memory left.
         """
-        return zeros(cls.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules))
+        shapes = cls.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
+        return shapes.allocate(allow_oom=allow_oom)
 
     @classmethod
     @own_context()
@@ -136,6 +141,27 @@ class KVCache:
         whole = partitioner.sharding((None,), (batch_size,))
         lengths: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=whole)
         return cls(keys=entries, values=entries, lengths=lengths)
+
+    @own_context()
+    def allocate(self, *, allow_oom: bool = False) -> Self:
+        """The empty cache that this one of shapes, from `abstract`, describes; see `create`."""
+        if not allow_oom:
+            self.check_fits()
+        return zeros(self)
+
+    def check_fits(self) -> None:
+        """Checks that the devices have room for the cache that this one of shapes describes.
+
+        Raises:
+          ValueError: They have too little memory left.
+        """
+        sharding: Any = self.lengths.sharding
+        check_fits(
+            f"a cache of batch_size={self.batch_size}, max_len={self.max_len}",
+            device_bytes(jax.tree.leaves(self)),
+            sharding.mesh,
+            remedy="take fewer rows, fewer tokens a row, int8 entries or more devices",
+        )
 
     @property
     def batch_size(self) -> int:

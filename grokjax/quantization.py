@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from grokjax.sharding import Axes, Partitioner, in_own_context
+from grokjax.context import in_own_context
+from grokjax.sharding import Axes, Partitioner
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from grokjax.sharding import in_own_context, own_context
+from grokjax.context import in_own_context, own_context
 
 # The logit of a token that must not be drawn. Source: the release's `runners.py`, `top_p_filter` and `sample_token`.
 EXCLUDED = -1e10

@@ -1,11 +1,9 @@
 """Where arrays live: the mesh, rules from logical axes to mesh axes, and the one translator to `NamedSharding`."""
 
-import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +12,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grokjax.config import GrokConfig
+from grokjax.context import is_traced, own_context, with_auto_axes
 
 Axes = tuple[str | None, ...]
-P = ParamSpec("P")
-R = TypeVar("R")
 T = TypeVar("T")
 
 MESH_AXES = ("data", "model")
@@ -78,12 +75,19 @@ def make_mesh(
     return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def divides(config: GrokConfig, num_devices: int) -> bool:
-    """Whether a model axis of so many devices divides all that tensor parallelism splits."""
-    kv_heads = config.num_kv_heads
-    split = (config.num_heads, config.ffn_dim, config.vocab_size)
-    return not any(size % num_devices for size in split) and (
-        kv_heads % num_devices == 0 or num_devices % kv_heads == 0
+def spread_over_hosts(data: int, model: int) -> Mesh:
+    """A mesh over all hosts: the data axis crosses them if their number divides it, else the model axis.
+
+    Raises:
+      ValueError: The hosts cannot share it evenly, or there are not as many devices.
+    """
+    hosts = jax.process_count()
+    if data % hosts == 0:
+        return make_mesh((data // hosts, model), (hosts, 1))
+    if model % hosts == 0:
+        return make_mesh((data, model // hosts), (1, hosts))
+    raise ValueError(
+        f"{hosts} hosts cannot share a mesh of {data} x {model}: make one of the numbers a multiple of {hosts}."
     )
 
 
@@ -144,7 +148,7 @@ class Partitioner:
     def create(
         cls, config: GrokConfig, mesh: Mesh | AbstractMesh | None = None, rules: ShardingRules | None = None
     ) -> Self:
-        """The translator for `config` on `mesh` (one device by default), with every size checked once.
+        """The translator for `config` on `mesh` (by default that of `default_mesh`), with every size checked once.
 
         The axes of the mesh may be of any type: the model keeps a mesh of the same devices whose axes are all Auto. An
         `AbstractMesh` is enough where only shapes are asked for.
@@ -152,10 +156,11 @@ class Partitioner:
         Raises:
           ValueError: The mesh lacks an axis that a rule names, or an axis does not divide a size of `config`.
         """
-        mesh = make_mesh() if mesh is None else _with_auto_axes(mesh)
-        partitioner = cls(mesh, ShardingRules() if rules is None else rules)
-        partitioner._check_rules()
-        partitioner._check_sizes(config)
+        rules = ShardingRules() if rules is None else rules
+        mesh = default_mesh(config, rules) if mesh is None else with_auto_axes(mesh)
+        partitioner = cls(mesh, rules)
+        for problem in partitioner.find_problems(config):
+            raise ValueError(problem)
         return partitioner
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -269,7 +274,7 @@ class Partitioner:
             with Explicit axes.
         """
         context = jax.sharding.get_abstract_mesh()
-        if context.empty or not _is_traced():
+        if context.empty or not is_traced():
             return
         used = {getattr(self.rules, axis) for axis in _LOGICAL_AXES}
         manual = [name for name in context.manual_axes if name in used or context.shape_tuple != self.mesh.shape_tuple]
@@ -315,7 +320,7 @@ class Partitioner:
         how the array is divided.
         """
         context = jax.sharding.get_abstract_mesh()
-        if context.empty or not (_is_traced() or _devices(jax.sharding.get_mesh()) == _devices(self.mesh)):
+        if context.empty or not (is_traced() or _devices(jax.sharding.get_mesh()) == _devices(self.mesh)):
             return x
         is_alike = context.shape_tuple == self.mesh.shape_tuple
         if context.explicit_axes:
@@ -346,21 +351,24 @@ class Partitioner:
             return None
         raise ValueError(_indivisible(f"{axis} of size {size}", name, self.mesh.shape[name]))
 
-    def _check_rules(self) -> None:
+    def find_problems(self, config: GrokConfig) -> Iterator[str]:
+        """What of the rules, and of the sizes of `config`, does not fit the mesh, in sentences."""
         for axis in _LOGICAL_AXES:
             name = getattr(self.rules, axis)
             if name is not None and name not in self.mesh.shape:
-                raise ValueError(
+                yield (
                     f"the rule {axis}={name!r} names no axis of the mesh, which has {self.mesh.axis_names}: name one "
                     "of these in the rule, or give a mesh with that axis, such as make_mesh makes."
                 )
+                return
         if self.rules.heads != self.rules.kv_heads:
-            raise ValueError(
+            yield (
                 f"the rules heads={self.rules.heads!r} and kv_heads={self.rules.kv_heads!r} must name the same mesh "
                 "axis: a device needs the kv heads of its query heads."
             )
+        yield from self._find_indivisible(config)
 
-    def _check_sizes(self, config: GrokConfig) -> None:
+    def _find_indivisible(self, config: GrokConfig) -> Iterator[str]:
         sizes = {
             "heads": ("num_heads", config.num_heads),
             "ffn": ("ffn_dim", config.ffn_dim),
@@ -370,13 +378,51 @@ class Partitioner:
         }
         for axis, (field, size) in sizes.items():
             if size % self.shards(axis):
-                raise ValueError(_indivisible(f"{field}={size}", getattr(self.rules, axis), self.shards(axis)))
+                yield _indivisible(f"{field}={size}", getattr(self.rules, axis), self.shards(axis))
         shards, heads = self.shards("kv_heads"), config.num_kv_heads
         if heads % shards and (shards % heads or heads * config.head_dim % shards):
-            raise ValueError(
+            yield (
                 _indivisible(f"num_kv_heads={heads}", self.rules.kv_heads, shards)
                 + " A longer axis works too where it is a multiple of the kv heads."
             )
+
+
+def default_mesh(config: GrokConfig, rules: ShardingRules | None = None) -> Mesh:
+    """The mesh of `init`, `load`, a cache or a command that is given none.
+
+    It has all devices along the model axis, or as many as divide what the rules split there. Over several hosts none is
+    left out: what the model axis does not take, the data axis does. If the user has set a default device
+    (`jax.default_device`, `jax_default_device`, JAX_DEFAULT_DEVICE), it is that device alone.
+
+    Raises:
+      ValueError: The hosts cannot share the devices evenly.
+    """
+    device = jax.config.values["jax_default_device"]
+    if device is not None:
+        return make_mesh(devices=[jax.local_devices(backend=device)[0] if isinstance(device, str) else device])
+    extents = default_extents(config, rules, jax.device_count(), uses_all=jax.process_count() > 1)
+    return spread_over_hosts(*extents)
+
+
+def default_extents(
+    config: GrokConfig, rules: ShardingRules | None, num_devices: int, *, uses_all: bool
+) -> tuple[int, int]:
+    """The (data, model) extents with the longest model axis that divides what the rules split.
+
+    Args:
+      config: the sizes.
+      rules: tensor parallel by default.
+      num_devices: that there are.
+      uses_all: whether the data axis takes what the model axis leaves; else it is 1, and devices may be left out.
+    """
+    rules = ShardingRules() if rules is None else rules
+    lengths = [n for n in range(num_devices, 0, -1) if not uses_all or num_devices % n == 0]
+    extents = [(num_devices // n if uses_all else 1, n) for n in lengths]
+    for one in extents:
+        mesh: Any = AbstractMesh(one, MESH_AXES)
+        if not any(Partitioner(mesh, rules).find_problems(config)):
+            return one
+    return extents[-1]  # whoever makes a mesh of it is told why it does not fit either
 
 
 def _on_default_device(
@@ -389,74 +435,8 @@ def _on_default_device(
 _LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(ShardingRules))
 
 
-def _with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh:
-    """The same mesh with Auto axes only; an abstract one is taken for a mesh by whoever asks for shapes alone."""
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise ValueError(
-            f"mesh={mesh!r} is a {type(mesh).__name__} and must be a jax.sharding.Mesh: make one with make_mesh."
-        )
-    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
 def _devices(mesh: Mesh) -> set[jax.Device]:
     return NamedSharding(mesh, PartitionSpec()).device_set
-
-
-def _is_traced() -> bool:
-    """Whether this runs inside `jax.jit` or another of JAX's transformations, where no mesh may be set."""
-    try:
-        jax.sharding.get_mesh()
-    except ValueError:
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def own_context() -> Iterator[None]:
-    """Around code of this package, which sees no mesh that a caller has set, and so does the same under any.
-
-    Inside a caller's `shard_map` the axes that are Manual there stay so, and the others are Auto. What it moves between
-    host and devices it means to, whatever a caller's transfer guard forbids. It decorates too.
-    """
-    context = jax.sharding.get_abstract_mesh()
-    if not _is_traced():
-        with jax.set_mesh(None), jax.transfer_guard("allow"):
-            yield
-        return
-    if context.empty:  # else what JAX has traced already would be traced, and written into the program, again
-        yield
-        return
-    if context.manual_axes:
-        kinds = tuple(kind if kind == AxisType.Manual else AxisType.Auto for kind in context.axis_types)
-        own = context.update(axis_types=kinds)
-    else:
-        own = AbstractMesh((), (), abstract_device=context.abstract_device)
-    with jax.sharding.use_abstract_mesh(own), jax.transfer_guard("allow"):
-        yield
-
-
-def in_own_context(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of arrays, made to run as if its caller had set no mesh; arrays on Explicit axes move to Auto ones.
-
-    The results stay on Auto axes.
-    """
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with own_context():
-            received: Any = jax.tree.map(_on_auto_axes, (args, kwargs))
-            return function(*received[0], **received[1])
-
-    return wrapped
-
-
-def _on_auto_axes(value: Any) -> Any:
-    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
-        return value
-    sharding = value.sharding
-    if not isinstance(sharding, NamedSharding) or not sharding.mesh.explicit_axes:
-        return value
-    return jax.device_put(value, NamedSharding(_with_auto_axes(sharding.mesh), sharding.spec))
 
 
 def check_has_devices(mesh: Mesh | AbstractMesh) -> None:
@@ -465,7 +445,7 @@ def check_has_devices(mesh: Mesh | AbstractMesh) -> None:
     Raises:
       ValueError: It is an `AbstractMesh`.
     """
-    if isinstance(mesh, AbstractMesh) and not _is_traced():
+    if isinstance(mesh, AbstractMesh) and not is_traced():
         raise ValueError(
             f"no array can lie on {mesh}, which has no devices: give a Mesh of devices, such as make_mesh makes, or "
             "ask for shapes only, by jax.eval_shape or KVCache.abstract."

@@ -23,6 +23,8 @@ if _OPTIMIZATION not in _flags[0]:
     if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know it, and stop at what they do not know
         _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
+# A model that is given no mesh lies on one device, and not on all eight: it takes less to compile.
+os.environ.setdefault("JAX_DEFAULT_DEVICE", "cpu")
 # The checkout's own package and the modules beside this file, also where another grokjax is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 # What one process has compiled, no other compiles again. A folder that is named outlives the run, and the next one is

@@ -87,7 +87,7 @@ class FakeSteps:
       error: raised by the next step, if set.
     """
 
-    def __init__(self, model: FakeModel, *, slots: int, max_len: int, num_top: int, cache_dtype: None = None):
+    def __init__(self, model: FakeModel, *, slots: int, max_len: int, num_top: int, cache_dtype: None, allow_oom: bool):
         model.steps = self
         self.slots, self.max_len, self.num_top = slots, max_len, num_top
         self.vocab_size = model.config.vocab_size

@@ -162,6 +162,7 @@ def main() -> None:
     devices = 4 if job == "work" else 1
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    jax.config.update("jax_default_device", None)  # a command without --mesh takes the devices of both processes
     distributed.initialize(
         f"localhost:{port}", 2, process_id, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=60
     )

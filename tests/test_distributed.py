@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 import re
 import signal
 import socket
@@ -171,11 +172,13 @@ def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "-euc", script],
         cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_DEVICE"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert "8 x cpu, mesh 1 x 8, int8 weights, bfloat16" in done.stderr  # those of both processes
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(results) == 2

@@ -16,9 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
-from grokjax.model import Grok, abstract_model, forward, init
+from grokjax.model import Grok, abstract_model, forward, init, prefill
 from grokjax.quantization import QuantizedArray, partition_specs
-from grokjax.sharding import Partitioner, ShardingRules, device_bytes, make_mesh
+from grokjax.sharding import (
+    Partitioner,
+    ShardingRules,
+    default_extents,
+    default_mesh,
+    device_bytes,
+    make_mesh,
+    spread_over_hosts,
+)
 
 TINY = GrokConfig.tiny()
 SMALL = TINY.replace(num_layers=1)
@@ -60,6 +68,48 @@ def test_a_mesh_that_leaves_out_a_process_is_refused(monkeypatch: pytest.MonkeyP
         make_mesh((1, 1), (1, 2))
     monkeypatch.undo()
     assert make_mesh((1, 4), devices=jax.devices()[4:]).devices.tolist() == [jax.devices()[4:]]
+
+
+def test_without_a_mesh_a_model_and_its_cache_lie_on_all_devices() -> None:
+    with jax.default_device(None):
+        model, cache = init(SMALL, dtype=jnp.float32), KVCache.create(SMALL, 1, 8)
+        assert model.partitioner.mesh == default_mesh(SMALL) == cache.keys.sharding.mesh == make_mesh((1, 8))
+        logits, _ = prefill(model, [[7, 8, 9]], [3], cache)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("device", [jax.devices()[3], "cpu"], ids=str)
+def test_a_default_device_that_the_user_has_set_is_the_whole_mesh(device: jax.Device | str) -> None:
+    with jax.default_device(device):
+        (found,) = KVCache.create(TINY, 1, 8).keys.devices()
+        assert found == (jax.devices()[0] if device == "cpu" else device)
+        assert default_mesh(TINY).devices.tolist() == [[found]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules", "extents"),
+    [
+        ({}, {}, (1, 8)),
+        ({"num_heads": 12}, {}, (1, 4)),
+        ({"num_heads": 12}, {"heads": None, "kv_heads": None}, (1, 8)),
+        ({"num_experts": 4}, {"experts": "model", "ffn": None}, (1, 4)),
+        ({"vocab_size": 510, "num_heads": 12, "num_kv_heads": 6, "ffn_dim": 96}, {}, (1, 6)),
+    ],
+    ids=str,
+)
+def test_the_default_mesh_has_as_many_devices_as_divide_the_sizes(
+    changes: dict[str, int], rules: dict[str, str | None], extents: tuple[int, int]
+) -> None:
+    with jax.default_device(None):
+        assert default_mesh(TINY.replace(**changes), ShardingRules().replace(**rules)).devices.shape == extents
+
+
+def test_over_several_hosts_the_default_mesh_leaves_no_device_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_extents(TINY, None, 16, uses_all=True) == (2, 8)
+    assert default_extents(TINY.replace(num_heads=12), None, 6, uses_all=True) == (3, 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ValueError, match="3 hosts cannot share a mesh of 2 x 4: make one of the numbers a multiple"):
+        spread_over_hosts(2, 4)
 
 
 def test_specs_follow_the_rules() -> None:

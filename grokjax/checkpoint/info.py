@@ -5,18 +5,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from grokjax.checkpoint.layouts import open_checkpoint
-from grokjax.checkpoint.stacks import stack_shapes, stacks_of
+from grokjax.checkpoint.stacks import bytes_of_stacks, stacks_of
 from grokjax.checkpoint.stored import TensorSpec, specs_of
 from grokjax.config import GrokConfig
 from grokjax.model import abstract_model
-from grokjax.quantization import partition_specs
-from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules, device_bytes, with_shardings
+from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +59,8 @@ class CheckpointInfo:
         """
         partitioner = Partitioner.create(self.config, AbstractMesh(mesh, MESH_AXES), rules)
         model = abstract_model(self.config, partitioner, dtype=dtype, quantized=False)
-        leaves: list[jax.ShapeDtypeStruct] = []
-        for stack in stacks_of(model, {name: name for name in self.specs}, quantized):
-            shapes = stack_shapes(stack, self.specs, partitioner)
-            shardings = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
-            leaves += jax.tree.leaves(with_shardings(shapes, shardings))
-        return device_bytes(leaves)
+        stacks = stacks_of(model, {name: name for name in self.specs}, quantized)
+        return bytes_of_stacks(stacks, self.specs, partitioner)
 
 
 def describe(path: str | Path, config: GrokConfig | None = None) -> CheckpointInfo:

@@ -11,10 +11,12 @@ from grokjax.checkpoint.assembly import Builder
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.mapping import map_sources, match_parameters
 from grokjax.checkpoint.progress import Report
+from grokjax.checkpoint.stacks import bytes_of_stacks, stacks_of
 from grokjax.config import GrokConfig
-from grokjax.model import Grok, abstract_model, check_dtype, with_quantized_table
+from grokjax.context import own_context
+from grokjax.model import Grok, abstract_model, check_dtype, check_weights_fit, with_quantized_table
 from grokjax.quantization import Weight
-from grokjax.sharding import Partitioner, ShardingRules, own_context
+from grokjax.sharding import Partitioner, ShardingRules
 
 HOST_BYTES = 1 << 30
 
@@ -35,6 +37,7 @@ def load(
     seed: int = 0,
     max_host_bytes: int = HOST_BYTES,
     progress: Report | None = None,
+    allow_oom: bool = False,
 ) -> Grok:
     """Reads a checkpoint of any layout into a sharded model, whatever mesh it was written from.
 
@@ -44,7 +47,7 @@ def load(
     Args:
       path: the folder of the release's files or its parent, of safetensors files, or of `grokjax.json`.
       config: the sizes; without it they are the checkpoint's, which the files of the release only tell for Grok-1.
-      mesh: from `make_mesh`; one device by default.
+      mesh: from `make_mesh`; by default all devices along the model axis that divide the sizes, see `default_mesh`.
       dtype: compute dtype and dtype of the plain weights, float32 or bfloat16; norms and router are float32.
       quantized: which weights that are int8 in the checkpoint stay so, with their scales: all, none, or those in whose
         path, such as `layers.attention.query`, one of some regular expressions is found. The others become plain: 2 or
@@ -60,10 +63,12 @@ def load(
       seed: of the fresh values.
       max_host_bytes: what reading may hold on the host at once; one matrix is always allowed.
       progress: called after each part, and first for each parameter that keeps its fresh value.
+      allow_oom: try it even where the devices have too little memory left.
 
     Raises:
       CheckpointError: There is no checkpoint, it is damaged, or it does not fit the model: every mismatch is listed.
-      ValueError: The mesh, the rules, the layers or the dtype do not fit the configuration, or an expression is none.
+      ValueError: The mesh, the rules, the layers or the dtype do not fit the configuration, an expression is none, or
+        the devices have too little memory left.
 
     Source: `layers`, `rename` and `exclude` do what the release's `runners.py` and `checkpoint.py` call rename and
     exclude rules.
@@ -73,6 +78,9 @@ def load(
     config, sources = map_sources(checkpoint, config, layers, rename, exclude)
     partitioner = Partitioner.create(config, mesh, rules)
     abstract = abstract_model(config, partitioner, dtype=dtype, quantized=False)
+    if not allow_oom:
+        stacks = stacks_of(abstract, sources, quantized)
+        check_weights_fit(bytes_of_stacks(stacks, checkpoint.tensors, partitioner), partitioner)
     builder = Builder(checkpoint, partitioner, max_host_bytes)
     model = builder.build_model(abstract, sources, quantized=quantized, seed=seed, progress=progress)
     return with_quantized_table(model) if quantized_table else model

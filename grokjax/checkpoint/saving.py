@@ -13,10 +13,10 @@ from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_
 from grokjax.checkpoint.parameters import Part, parameter_shapes, stack_name, units_of
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, mismatches, unit_bytes
+from grokjax.context import own_context
 from grokjax.distributed import on_first
 from grokjax.model import Grok, abstract_model, named_parameters
 from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
-from grokjax.sharding import own_context
 
 
 @own_context()

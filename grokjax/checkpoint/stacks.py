@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -15,8 +15,10 @@ from grokjax.checkpoint.mapping import check_quantized, is_found
 from grokjax.checkpoint.parameters import Part, stack_name
 from grokjax.checkpoint.stored import Shaped, StoredTensor, TensorSpec
 from grokjax.model import Grok, named_parameters
-from grokjax.quantization import QuantizedArray, shardable_blocks
-from grokjax.sharding import Axes, Partitioner
+from grokjax.quantization import QuantizedArray, partition_specs, shardable_blocks
+from grokjax.sharding import Axes, Partitioner, device_bytes, with_shardings
+
+Tensor = StoredTensor | TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,17 @@ def stacks_of(model: Grok, sources: Mapping[str, str | None], quantized: bool | 
     return stacks
 
 
-def stack_shapes(stack: Stack, tensors: Mapping[str, StoredTensor | TensorSpec], partitioner: Partitioner) -> Any:
+def bytes_of_stacks(stacks: Iterable[Stack], tensors: Mapping[str, Tensor], partitioner: Partitioner) -> int:
+    """Bytes of some stacks on each device; one that keeps its fresh value counts as plain."""
+    leaves: list[Any] = []
+    for stack in stacks:
+        shapes = stack_shapes(stack, tensors, partitioner)
+        shardings = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
+        leaves += jax.tree.leaves(with_shardings(shapes, shardings))
+    return device_bytes(leaves)
+
+
+def stack_shapes(stack: Stack, tensors: Mapping[str, Tensor], partitioner: Partitioner) -> Any:
     """The stack as `jax.ShapeDtypeStruct`s, its scale blocks fit for all layers and the mesh."""
     chosen = [tensors[source] for source in stack.sources if source is not None]
     scales: list[Shaped] = [tensor.scales for tensor in chosen if tensor.scales is not None]

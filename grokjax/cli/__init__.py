@@ -1,7 +1,8 @@
 """The command line, `python -m grokjax` and `grokjax`.
 
 Read `commands`, which has `main`, then the file of a command: `generate` (with `batch` for files of prompts),
-`checkpoints` and `plan`. `console` has what they say, `streams` where to, `options` what their options share.
+`checkpoints` and `plan`. `console` has what they say, `streams` where to, `machine` what they say of the devices,
+`options` what their options share.
 """
 
 from grokjax.cli.commands import main

@@ -2,13 +2,13 @@
 
 import argparse
 import functools
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from grokjax import __version__
 from grokjax.cli import checkpoints, generate, plan
 from grokjax.cli.console import say, say_error
 from grokjax.cli.streams import ReaderLeft, standard_streams, write
@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="grokjax", description="Grok-1 in JAX.")
-    parser.add_argument("--version", action="version", version=f"grokjax {importlib.metadata.version('grokjax')}")
+    parser.add_argument("--version", action="version", version=f"grokjax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
     checkpoints.add_commands(commands)

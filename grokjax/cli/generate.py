@@ -13,15 +13,23 @@ import jax
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
-from grokjax.checkpoint import Checkpoint, find_tokenizer, open_checkpoint, tokenizer_places
+from grokjax.checkpoint import Checkpoint, describe, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, ByteProgress, say
+from grokjax.cli.machine import say_machine
 from grokjax.cli.options import add_processes, checkpoint_config, choose_mesh, join_processes, named_config
 from grokjax.cli.streams import write
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
 from grokjax.errors import first_line
+from grokjax.memory import check_fits
+from grokjax.model import SlotState, abstract_model
 from grokjax.request import Request, check_integer
+from grokjax.sharding import Partitioner, device_bytes
+
+# Options that take less memory.
+_SMALLER_ROW = "a smaller --max-len"
+_SMALLER_BATCH = f"fewer --slots or {_SMALLER_ROW}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +94,9 @@ def _add_model(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--plain", action="store_true", help="int8 weights as plain ones: 2 or 4 times the memory")
     generate.add_argument("--quantized-table", action="store_true", help="the embedding table in int8, with an error")
     generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    generate.add_argument(
+        "--allow-oom", action="store_true", help="try it even where there seems to be too little memory"
+    )
 
 
 def _add_settings(generate: argparse.ArgumentParser) -> None:
@@ -113,9 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
     _check_settings(source.config, arguments)
     if arguments.prompts is not None:
         kept = " The results so far are kept, and the same command goes on after them."
-        with _model_failures("fewer --slots or a smaller --max-len", kept):
+        with _model_failures(_SMALLER_BATCH, kept):
             return _run_batch(source, arguments)
-    with _model_failures("a smaller --max-len"):
+    with _model_failures(_SMALLER_ROW):
         return _run_prompt(source, arguments)
 
 
@@ -199,6 +210,7 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
             slots=arguments.slots,
             max_len=arguments.max_len,
             cache_dtype=arguments.cache_dtype,
+            allow_oom=arguments.allow_oom,
             add_bos=arguments.add_bos,
         )
         with engine, BatchProgress(len(prompts)) as progress:
@@ -218,8 +230,14 @@ def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
     if not is_first():
         follow(model)
         return 0
-    cache_dtype = arguments.cache_dtype
-    generator = TextGenerator(model, source.tokenizer, max_len=max_len, add_bos=add_bos, cache_dtype=cache_dtype)
+    generator = TextGenerator(
+        model,
+        source.tokenizer,
+        max_len=max_len,
+        add_bos=add_bos,
+        cache_dtype=arguments.cache_dtype,
+        allow_oom=arguments.allow_oom,
+    )
     _stream(generator, arguments)
     return 0
 
@@ -268,26 +286,35 @@ def _random_config(arguments: argparse.Namespace) -> GrokConfig:
 
 def _random_model(config: GrokConfig, arguments: argparse.Namespace) -> Grok:
     say(f"the weights are random ({arguments.random}): expect noise")
+    abstract = _abstract_model(config, arguments, quantized=not arguments.plain)
+    _check_machine(abstract, device_bytes(jax.tree.leaves(abstract)), arguments, is_int8=not arguments.plain)
     return init(
         config,
-        mesh=choose_mesh(arguments.mesh, config),
-        dtype=jnp.dtype(arguments.dtype),
+        mesh=abstract.partitioner.mesh,
+        dtype=abstract.dtype,
         quantized=not arguments.plain,
         quantized_table=arguments.quantized_table,
+        allow_oom=arguments.allow_oom,
     )
 
 
 def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
-    mesh = choose_mesh(arguments.mesh, checkpoint.config)
+    abstract = _abstract_model(checkpoint.config, arguments, quantized=False)
+    mesh, info = abstract.partitioner.mesh, describe(checkpoint.path, checkpoint.config)
+    extents = mesh.shape["data"], mesh.shape["model"]
+    weights_bytes = info.bytes_per_device(extents, dtype=abstract.dtype, quantized=not arguments.plain)
+    is_int8 = not arguments.plain and any(spec.scales is not None for spec in info.specs.values())
+    _check_machine(abstract, weights_bytes, arguments, is_int8=is_int8)
     with ByteProgress("loaded") as progress:
         return load(
             checkpoint.path,
             checkpoint.config,
             mesh,
-            jnp.dtype(arguments.dtype),
+            abstract.dtype,
             quantized=not arguments.plain,
             quantized_table=arguments.quantized_table,
             progress=progress,
+            allow_oom=arguments.allow_oom,
         )
 
 
@@ -297,6 +324,41 @@ def _tokenizer_beside(checkpoint: Path) -> Path:
         places = " and no ".join(map(str, tokenizer_places(checkpoint)))
         raise ValueError(f"there is no {places}: name the release's tokenizer.model with --tokenizer.")
     return found
+
+
+def _abstract_model(config: GrokConfig, arguments: argparse.Namespace, *, quantized: bool) -> Grok:
+    """The model that the options ask for, of shapes alone, on its mesh."""
+    partitioner = Partitioner.create(config, choose_mesh(arguments.mesh, config))
+    return abstract_model(config, partitioner, dtype=jnp.dtype(arguments.dtype), quantized=quantized)
+
+
+def _check_machine(abstract: Grok, weights_bytes: int, arguments: argparse.Namespace, *, is_int8: bool) -> None:
+    """Says what a model will run on, and refuses what would not fit there, before minutes of loading.
+
+    Args:
+      abstract: the model, whose weights may be of another kind than those that it gets.
+      weights_bytes: of these on each device.
+      arguments: of the command.
+      is_int8: whether these are in int8.
+
+    Raises:
+      ValueError: The devices have too little memory left for the weights and the rows of an engine.
+    """
+    mesh = abstract.partitioner.mesh
+    say_machine(mesh, weights="int8" if is_int8 else "plain", dtype=arguments.dtype)
+    if arguments.allow_oom:
+        return
+    slots, asked, smaller = 1, "", _SMALLER_ROW
+    if arguments.prompts is not None:
+        slots, asked, smaller = arguments.slots, f"--slots {arguments.slots} and ", _SMALLER_BATCH
+    cache = abstract.abstract_cache(slots, arguments.max_len, dtype=arguments.cache_dtype)
+    state = SlotState.abstract(abstract, cache)
+    check_fits(
+        f"the model with {asked}--max-len {cache.max_len}",
+        weights_bytes + device_bytes(jax.tree.leaves(state)),
+        mesh,
+        remedy=f"take more devices or larger ones (`grokjax plan` tells which do), {smaller}",
+    )
 
 
 def _tokenizer(config: GrokConfig, path: Path | None) -> Tokenizer:

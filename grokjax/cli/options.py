@@ -3,14 +3,13 @@
 import argparse
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from grokjax.checkpoint import find_config
 from grokjax.cli.console import say
 from grokjax.config import GrokConfig
 from grokjax.distributed import initialize
-from grokjax.sharding import divides, make_mesh
+from grokjax.sharding import default_mesh, spread_over_hosts
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:
@@ -104,21 +103,9 @@ def read_extents(text: str) -> tuple[int, int]:
 
 
 def choose_mesh(text: str | None, config: GrokConfig) -> Mesh:
-    """The mesh of a `--mesh` option, or the widest model axis that fits the configuration and the devices.
-
-    Over several hosts, the data axis crosses them if it can, else the model axis.
+    """The mesh of a `--mesh` option, or that of `default_mesh`.
 
     Raises:
       ValueError: There are not as many devices, or the hosts cannot share them evenly.
     """
-    hosts, num_devices = jax.process_count(), jax.device_count()
-    if text is not None:
-        data, model = read_extents(text)
-    else:
-        model = max(n for n in range(1, num_devices + 1) if divides(config, n) and (hosts == 1 or num_devices % n == 0))
-        data = 1 if hosts == 1 else num_devices // model
-    if data % hosts == 0:
-        return make_mesh((data // hosts, model), (hosts, 1))
-    if model % hosts == 0:
-        return make_mesh((data, model // hosts), (1, hosts))
-    raise ValueError(f"--mesh {text}: {hosts} hosts cannot share it: make one of the numbers a multiple of {hosts}.")
+    return default_mesh(config) if text is None else spread_over_hosts(*read_extents(text))

@@ -261,7 +261,9 @@ def _draw(made: Plan, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ValueError("--plot needs matplotlib: install grokjax[plot].") from None
+        raise ValueError(
+            "--plot needs matplotlib, the extra `plot`: run pip install '.[plot]' in the checkout."
+        ) from None
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.subplots()
     left = 0.0

@@ -54,12 +54,13 @@ class Engine(OneThread):
         smallest bucket.
       add_bos: put the beginning-of-sequence token before prompts that are text.
       cache_dtype: of the cache, as in `Grok.new_cache`.
+      allow_oom: try it even where the devices have too little memory left for the slots.
       clock: seconds, for timings.
       make_steps: makes the `Steps` of the model; another one serves tests.
 
     Raises:
-      ValueError: A number is out of range, the tokenizer has more tokens than the model, or the model spans processes
-        and this is not the first: the others call `follow`.
+      ValueError: A number is out of range, the tokenizer has more tokens than the model, the devices have too little
+        memory left, or the model spans processes and this is not the first: the others call `follow`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Engine(OneThread):
         reuse_prefixes: bool = True,
         add_bos: bool = False,
         cache_dtype: DTypeLike | None = None,
+        allow_oom: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         make_steps: MakeSteps = steps_of_model,
     ):
@@ -93,7 +95,12 @@ class Engine(OneThread):
             reuse_prefixes=reuse_prefixes,
         )
         self._steps = make_steps(
-            model, slots=self._scheduler.slots, max_len=max_len, num_top=max_logprobs, cache_dtype=cache_dtype
+            model,
+            slots=self._scheduler.slots,
+            max_len=max_len,
+            num_top=max_logprobs,
+            cache_dtype=cache_dtype,
+            allow_oom=allow_oom,
         )
         self._clock, self._meter = clock, Meter(self._scheduler)
         self._registry = make_registry(self._meter)

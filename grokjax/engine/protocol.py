@@ -65,5 +65,7 @@ class Steps(Protocol):
 class MakeSteps(Protocol):
     """What makes the steps of a model for an engine."""
 
-    def __call__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None) -> Steps:
+    def __call__(
+        self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None, allow_oom: bool
+    ) -> Steps:
         """The steps of a model; the arguments are those of `ModelSteps`."""

@@ -13,14 +13,22 @@ from grokjax.errors import first_line
 from grokjax.model import DeviceScores, DeviceTokens, Grok, ModelSteps, SlotSettings
 
 
-def make_steps(model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None) -> Steps:
+def make_steps(
+    model: Grok,
+    *,
+    slots: int,
+    max_len: int,
+    num_top: int,
+    cache_dtype: DTypeLike | None = None,
+    allow_oom: bool = False,
+) -> Steps:
     """The steps of a model: `SharedSteps` where its mesh spans processes, else `ModelSteps`.
 
     Raises:
-      ValueError: Its mesh spans processes, and this is not the first.
+      ValueError: Its mesh spans processes, and this is not the first; or the devices have too little memory left.
     """
     kind = SharedSteps if model.partitioner.mesh.is_multi_process else ModelSteps
-    return kind(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype)
+    return kind(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype, allow_oom=allow_oom)
 
 
 class SharedSteps:
@@ -29,17 +37,29 @@ class SharedSteps:
     The other processes call `follow(model)`. The arguments are those of `ModelSteps`.
     """
 
-    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
+    def __init__(
+        self,
+        model: Grok,
+        *,
+        slots: int,
+        max_len: int,
+        num_top: int,
+        cache_dtype: DTypeLike | None = None,
+        allow_oom: bool = False,
+    ):
         if jax.process_index():
             raise ValueError(
                 f"the model spans {jax.process_count()} processes, and the engine runs on process 0: "
                 f"call follow(model) on process {jax.process_index()}."
             )
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
+        # Made first: where they are refused for want of memory, the others have been told nothing yet.
+        self._steps = ModelSteps(
+            model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype, allow_oom=allow_oom
+        )
         self._channel = Channel.open()
         dtype = "" if cache_dtype is None else jnp.dtype(cache_dtype).name
         self._channel.send("start", _fingerprint(model), dtype, slots, max_len, num_top)
-        self._steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`."""
@@ -103,7 +123,10 @@ def follow(model: Grok) -> None:
             "load the same with the same mesh, rules and dtype."
         )
     slots, max_len, num_top = (size.item() for size in sizes)
-    steps = ModelSteps(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=str(dtype) or None)
+    # Process 0, whose devices hold as much, has found room or shall try.
+    steps = ModelSteps(
+        model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=str(dtype) or None, allow_oom=True
+    )
     drawn: DeviceTokens | None = None
     try:
         while name != "close":

@@ -43,6 +43,7 @@ class TextGenerator:
       max_len: tokens of prompt and continuation together, by default the configuration's longest sequence.
       add_bos: put the beginning-of-sequence token before every prompt; the release does not.
       cache_dtype: of the cache, as in `Grok.new_cache`.
+      allow_oom: try it even where the devices have too little memory left for the cache.
 
     Raises:
       ValueError: The tokenizer has more tokens than the model, or `max_len` exceeds the longest sequence.
@@ -56,8 +57,10 @@ class TextGenerator:
         max_len: int | None = None,
         add_bos: bool = False,
         cache_dtype: DTypeLike | None = None,
+        allow_oom: bool = False,
     ):
-        self.model, self.tokenizer, self.add_bos, self.cache_dtype = model, tokenizer, add_bos, cache_dtype
+        self.model, self.tokenizer, self.add_bos = model, tokenizer, add_bos
+        self.cache_dtype, self.allow_oom = cache_dtype, allow_oom
         self.max_len = model.config.max_seq_len if max_len is None else max_len
         self._intake = Intake(tokenizer, config=model.config, max_len=self.max_len, max_logprobs=0, add_bos=add_bos)
 
@@ -160,6 +163,7 @@ class TextGenerator:
             prefill_rows=1,
             max_logprobs=0,
             cache_dtype=self.cache_dtype,
+            allow_oom=self.allow_oom,
         )
 
 

@@ -8,6 +8,7 @@ batch whose rows are an engine's slots, and `slots` what both say to each other.
 
 from grokjax.model.building import (
     abstract_model,
+    check_weights_fit,
     init,
     init_parameters,
     named_parameters,
@@ -33,6 +34,7 @@ __all__ = [
     "SlotState",
     "abstract_model",
     "check_dtype",
+    "check_weights_fit",
     "decode",
     "decode_and_sample",
     "forward",

@@ -12,10 +12,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
+from grokjax.context import own_context
+from grokjax.memory import check_fits
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
 from grokjax.sampling import seed_key
-from grokjax.sharding import Partitioner, ShardingRules, check_has_devices, own_context, with_shardings
+from grokjax.sharding import Partitioner, ShardingRules, check_has_devices, device_bytes, with_shardings
 
 
 @own_context()
@@ -28,26 +30,45 @@ def init(
     dtype: DTypeLike = jnp.bfloat16,
     quantized: bool = True,
     quantized_table: bool = False,
+    allow_oom: bool = False,
 ) -> Grok:
     """A model with random weights, each shard made on its own device; the same weights on every mesh.
 
     Args:
       config: the sizes.
       seed: of the weights; its low 32 bits count.
-      mesh: from `make_mesh`; one device by default.
+      mesh: from `make_mesh`; by default all devices along the model axis that divide the sizes, see `default_mesh`.
       rules: sharding rules; tensor parallel by default.
       dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
       quantized: int8 weights in attention and experts, else plain ones.
       quantized_table: the embedding table in int8 too, with a scale for each token; see docs/model.md for its error.
+      allow_oom: try it even where the devices have too little memory left.
 
     Raises:
-      ValueError: The mesh or the rules do not fit the configuration, or the dtype is not a compute dtype.
+      ValueError: The mesh or the rules do not fit the configuration, the dtype is not a compute dtype, or the devices
+        have too little memory left.
     """
     partitioner = Partitioner.create(config, mesh, rules)
     abstract = abstract_model(config, partitioner, dtype=dtype, quantized=quantized)
+    if not allow_oom:
+        check_weights_fit(device_bytes(jax.tree.leaves(abstract)), partitioner)
     values = init_parameters(config, partitioner, seed=seed, dtype=dtype, quantized=quantized)
     model = with_values(abstract, values)
     return with_quantized_table(model) if quantized_table else model
+
+
+def check_weights_fit(num_bytes: int, partitioner: Partitioner) -> None:
+    """Checks that the devices have room for the weights of a model, before any is made.
+
+    Args:
+      num_bytes: of the weights on each device.
+      partitioner: of the model.
+
+    Raises:
+      ValueError: They have too little memory left.
+    """
+    remedy = "take more devices, or larger ones (`grokjax plan` tells which do), or a model of fewer layers"
+    check_fits("a model", num_bytes, partitioner.mesh, remedy=remedy)
 
 
 @own_context()

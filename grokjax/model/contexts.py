@@ -8,7 +8,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import jax
 
 from grokjax.cache import KVCache
-from grokjax.sharding import Axes, Partitioner, own_context
+from grokjax.context import own_context
+from grokjax.sharding import Axes, Partitioner
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import Entries, KVCache, default_cache_dtype
 from grokjax.config import GrokConfig
+from grokjax.context import own_context
 from grokjax.kernels import CachePlace
 from grokjax.model.attention import Attention
 from grokjax.model.contexts import in_any_context
@@ -15,7 +16,7 @@ from grokjax.model.feed_forward import FeedForward
 from grokjax.model.layers import RMSNorm
 from grokjax.model.stack import Carry, run_stack
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
-from grokjax.sharding import Partitioner, own_context
+from grokjax.sharding import Partitioner
 
 
 class DecoderLayers(nnx.Module):
@@ -117,7 +118,7 @@ class Grok(nnx.Module):
         """
         embedded = self._embed(tokens, embeddings)
         batch, num_new, _ = embedded.shape
-        scratch = self._new_cache(self.config.replace(num_layers=1), batch, num_new)
+        scratch = self._abstract_cache(self.config.replace(num_layers=1), batch, num_new).allocate()
         count = jnp.full((batch,), num_new, jnp.int32)
         hidden, _ = self._run(embedded, count, scratch, rows=None, keeps=False)
         return hidden
@@ -154,22 +155,34 @@ class Grok(nnx.Module):
         return self.final_norm(x), KVCache(keys, values, lengths)
 
     @in_any_context
-    def new_cache(self, batch_size: int, max_len: int | None = None, *, dtype: DTypeLike | None = None) -> KVCache:
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        allow_oom: bool = False,
+    ) -> KVCache:
         """An empty cache on the model's mesh, see `KVCache.create`.
 
         Args:
           batch_size: B, rows.
           max_len: S, entries a row can hold.
           dtype: by default that of `default_cache_dtype`.
+          allow_oom: try it even where the devices have too little memory left.
         """
-        return self._new_cache(self.config, batch_size, max_len, dtype)
+        return self.abstract_cache(batch_size, max_len, dtype=dtype).allocate(allow_oom=allow_oom)
 
-    def _new_cache(
+    def abstract_cache(self, batch_size: int, max_len: int | None = None, *, dtype: DTypeLike | None = None) -> KVCache:
+        """The cache that `new_cache` makes, as `jax.ShapeDtypeStruct`s with shardings."""
+        return self._abstract_cache(self.config, batch_size, max_len, dtype)
+
+    def _abstract_cache(
         self, config: GrokConfig, batch_size: int, max_len: int | None, dtype: DTypeLike | None = None
     ) -> KVCache:
         mesh, rules = self.partitioner.mesh, self.partitioner.rules
         dtype = default_cache_dtype(self.partitioner.platform, self.dtype) if dtype is None else dtype
-        return KVCache.create(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
+        return KVCache.abstract(config, batch_size, max_len, dtype=dtype, mesh=mesh, rules=rules)
 
     @in_any_context
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -11,12 +11,14 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from grokjax.cache import CACHE_AXES, Entries, KVCache
+from grokjax.context import own_context
 from grokjax.kernels import copy_row
+from grokjax.memory import check_fits
 from grokjax.model.grok import Grok
 from grokjax.model.slots import DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
-from grokjax.sharding import own_context, zeros
+from grokjax.sharding import device_bytes, zeros
 
 # Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
@@ -65,13 +67,35 @@ class ModelSteps:
       max_len: S, tokens that each row holds.
       num_top: most probable tokens that a request may ask for.
       cache_dtype: as in `KVCache.create`; by default float32 for a float32 model.
+      allow_oom: try it even where the devices have too little memory left.
+
+    Raises:
+      ValueError: The devices have too little memory left.
     """
 
     @own_context()
-    def __init__(self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None = None):
+    def __init__(
+        self,
+        model: Grok,
+        *,
+        slots: int,
+        max_len: int,
+        num_top: int,
+        cache_dtype: DTypeLike | None = None,
+        allow_oom: bool = False,
+    ):
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._model = model
-        self._state = SlotState.create(model, model.new_cache(slots, max_len, dtype=cache_dtype))
+        if not allow_oom:
+            shapes = SlotState.abstract(model, model.abstract_cache(slots, max_len, dtype=cache_dtype))
+            check_fits(
+                f"an engine of slots={slots}, max_len={max_len}",
+                device_bytes(jax.tree.leaves(shapes)),
+                model.partitioner.mesh,
+                remedy="take fewer slots, a smaller max_len, int8 entries or more devices",
+            )
+        cache = model.new_cache(slots, max_len, dtype=cache_dtype, allow_oom=allow_oom)
+        self._state = SlotState.create(model, cache)
 
     @property
     def state(self) -> SlotState:

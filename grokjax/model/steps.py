@@ -160,6 +160,7 @@ def generate(
     keys: jax.Array | None = None,
     eos_id: int | None = None,
     cache_dtype: DTypeLike | None = None,
+    allow_oom: bool = False,
 ) -> Generated:
     """Continues prompts, the whole loop on the device, until every row has ended.
 
@@ -175,10 +176,11 @@ def generate(
       keys: a key for each row, [B]; by default folded from seed 0 and the row's number.
       eos_id: token that ends a row; none by default, so that every row gets `max_new_tokens`.
       cache_dtype: as in `Grok.new_cache`.
+      allow_oom: try it even where the devices have too little memory left for the cache.
 
     Raises:
       ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, there is no room,
-        or it is called inside a `shard_map`.
+        the devices have too little memory left for the cache, or it is called inside a `shard_map`.
     """
     if jax.sharding.get_abstract_mesh().manual_axes:  # the compiler of jax 0.10 aborts the process there
         raise ValueError("generate does not run inside a shard_map: call it outside, or loop over decode inside.")
@@ -202,6 +204,8 @@ def generate(
     if keys is None:
         keys = jax.vmap(functools.partial(jax.random.fold_in, seed_key(0)))(jnp.arange(batch, dtype=jnp.int32))
     cache_dtype = None if cache_dtype is None else check_cache_dtype(cache_dtype)
+    if not allow_oom:
+        model.abstract_cache(batch, longest + max_new_tokens, dtype=cache_dtype).check_fits()
     return _generate(
         model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id, cache_dtype=cache_dtype
     )

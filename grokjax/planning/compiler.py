@@ -17,7 +17,7 @@ from grokjax.model import Grok, SlotState, abstract_model, check_dtype, lower_de
 from grokjax.planning.compiled import Program, read_program
 from grokjax.planning.costs import StepCost, step_cost
 from grokjax.planning.targets import Target
-from grokjax.sharding import Partitioner, ShardingRules, device_bytes, divides
+from grokjax.sharding import Partitioner, ShardingRules, default_extents, device_bytes
 
 # Kind, devices, whether between hosts.
 Route = tuple[str, int, bool]
@@ -101,7 +101,9 @@ class StepCompiler:
         config = GrokConfig.grok_1() if config is None else config
         if cache_dtype is None:
             cache_dtype = default_cache_dtype(target.accelerator.kind, check_dtype(dtype))
-        mesh = _default_mesh(config, target.num_devices) if mesh is None else (mesh[0], mesh[1])
+        if mesh is None:
+            mesh = default_extents(config, rules, target.num_devices, uses_all=True)
+        mesh = (mesh[0], mesh[1])
         compiler = cls(config, target, mesh, rules, check_dtype(dtype), check_cache_dtype(cache_dtype), quantized)
         _ = compiler.partitioner  # refused now, if it does not fit
         return compiler
@@ -206,11 +208,6 @@ def _compile_quickly(lowered: jax.stages.Lowered, compiler: str) -> jax.stages.C
         if "No such compile option" not in str(error):
             raise
         return lowered.compile()  # options come and go with versions of a compiler
-
-
-def _default_mesh(config: GrokConfig, num_devices: int) -> tuple[int, int]:
-    model = max(n for n in range(1, num_devices + 1) if num_devices % n == 0 and divides(config, n))
-    return num_devices // model, model
 
 
 def _traffic(program: Program, num_layers: int, group_size: int | None) -> dict[Route, Traffic]:

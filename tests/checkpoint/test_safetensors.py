@@ -207,9 +207,7 @@ class TestFind:
         write(tmp_path, as_stored(SMALL, draw(SMALL, "float32"), keyfan_name))
         monkeypatch.setitem(sys.modules, "safetensors", None)
         assert find_safetensors(tmp_path) == tmp_path
-        with pytest.raises(
-            CheckpointError, match=r"safetensors is not installed: pip install 'grokjax\[safetensors\]'"
-        ):
+        with pytest.raises(CheckpointError, match=r"safetensors is not installed: run pip install '\.\[safetensors\]'"):
             open_safetensors(tmp_path, SMALL)
 
 

@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
 from goldens import GOLDEN_DIR, load_e2e
 
-from grokjax import Grok, GrokConfig, load_tokenizer
+from grokjax import Grok, GrokConfig, __version__, load_tokenizer
 from grokjax.cli import main
 from grokjax.quantization import QuantizedTable
 from grokjax.testing import write_release_checkpoint
@@ -74,16 +75,22 @@ def test_a_random_model_says_so_and_is_the_same_on_every_mesh(
     assert main([*command, "--mesh", "2,4", "hello"]) == 0
     first = capsys.readouterr()
     assert "the weights are random" in first.err
+    assert "8 x cpu, mesh 2 x 4, int8 weights, bfloat16" in first.err
     assert "3 tokens" in first.err
     assert "random" not in first.out
-    assert main([*command, "hello"]) == 0
-    assert capsys.readouterr().out == first.out
+    with jax.default_device(None):
+        assert main([*command, "hello"]) == 0
+    second = capsys.readouterr()
+    assert "8 x cpu, mesh 1 x 8, int8 weights, bfloat16" in second.err
+    assert second.out == first.out
 
 
 def test_stop_strings_end_the_text(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--random", str(small_config), "--max-new-tokens", "9", "--ignore-eos", "--mesh", "1,1"]
     assert main([*command, "hello"]) == 0
-    text = capsys.readouterr().out.removesuffix("\n")
+    whole = capsys.readouterr()
+    assert "1 x cpu (of 8), mesh 1 x 1, int8 weights, bfloat16" in whole.err
+    text = whole.out.removesuffix("\n")
     stop = text[2:4]
     assert main([*command, "--stop", "never there", f"--stop={stop}", "hello"]) == 0
     stopped = capsys.readouterr()
@@ -214,13 +221,48 @@ def test_a_model_that_fails_is_a_sentence(
     assert capsys.readouterr().err.splitlines()[-1] == f"grokjax: error: {message}"
 
 
+@pytest.mark.parametrize(
+    ("what", "rows", "smaller"),
+    [
+        (["hello"], "--max-len 8192", "a smaller --max-len"),
+        (
+            ["--prompts", "prompts.txt", "--output", "out.jsonl"],
+            "--slots 8 and --max-len 8192",
+            "fewer --slots or a smaller",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_any_of_it_is_made(
+    what: list[str],
+    rows: str,
+    smaller: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("hello")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=24 << 30))
+    made = []
+    monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **options: made.append(options) or sys.exit(3))
+    assert main(["generate", "--random", "grok_1", *what]) == 2
+    shown = capsys.readouterr().err
+    assert re.search(rf"the model with {rows} needs \d+\.\d GiB on one device \(cpu\), and 24\.0 GiB is left", shown)
+    assert f"{smaller}" in shown
+    assert "--allow-oom" in shown
+    assert not made
+    with pytest.raises(SystemExit, match="3"):
+        main(["generate", "--random", "grok_1", "--allow-oom", *what])
+    assert made[0]["allow_oom"] is True
+
+
 def test_usage_errors_end_with_2_and_the_version_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "hello"])
     assert "--checkpoint --random is required" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
-    assert capsys.readouterr().out.startswith("grokjax ")
+    assert capsys.readouterr().out == f"grokjax {__version__}\n"
 
 
 def test_no_option_is_taken_by_its_beginning_alone(small_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,7 @@ def test_a_picture_needs_matplotlib(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["plan", *SMALL, "--plot", str(tmp_path / "plan.png")]) == 2
-    assert "--plot needs matplotlib: install grokjax[plot]" in capsys.readouterr().err
+    assert "--plot needs matplotlib, the extra `plot`: run pip install" in capsys.readouterr().err
 
 
 def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

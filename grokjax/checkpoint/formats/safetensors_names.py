@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 TIED = "lm_head.weight"
-INSTALL = "the package safetensors is not installed: pip install 'grokjax[safetensors]'"
+INSTALL = "the package safetensors is not installed: run pip install '.[safetensors]' in the checkout"
 
 
 @dataclasses.dataclass(frozen=True)
