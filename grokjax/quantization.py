@@ -2,14 +2,23 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from grokjax.printing import describe_fields, display
 from grokjax.sharding import Axes, Partitioner, in_own_context
+
+
+def _refuse_index(array: Any, *_: Any) -> NoReturn:
+    raise ValueError(
+        f"a {type(array).__name__} is not indexed: its numbers mean nothing without their scales. Index its `weight` "
+        "and `scales`. A parameter that holds one is read by `get_value()` and written by `set_value(...)`; "
+        'docs/model.md shows it under "Changing weights".'
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +38,10 @@ class QuantizedArray:
 
     weight: jax.Array
     scales: jax.Array
+
+    __repr__ = describe_fields
+    __treescope_repr__ = display
+    __getitem__ = __setitem__ = _refuse_index
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,6 +112,10 @@ class QuantizedTable:
 
     weight: jax.Array
     scales: jax.Array
+
+    __repr__ = describe_fields
+    __treescope_repr__ = display
+    __getitem__ = __setitem__ = _refuse_index
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -120,3 +121,18 @@ def test_rounding_a_table_holds_no_float32_copy_of_the_table() -> None:
     table = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
     compiled = jax.jit(quantize_table).lower(table).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < table.size
+
+
+@pytest.mark.parametrize("quantise", [quantize, quantize_table])
+def test_a_quantised_array_is_not_indexed_and_says_how_to_read_and_write_it(quantise) -> None:
+    array = quantise(jnp.ones((4, 4)))
+    message = r"is not indexed.*`weight` and `scales`.*`get_value\(\)` and written by `set_value\(\.\.\.\)`"
+    with pytest.raises(ValueError, match=message):
+        array[0]
+    with pytest.raises(ValueError, match=message):
+        array[0] = 1
+    param = nnx.Param(array)
+    with pytest.raises(ValueError, match=message):
+        param[...]
+    with pytest.raises(ValueError, match=message):
+        param[1, 3] = 0.0
