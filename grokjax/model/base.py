@@ -96,8 +96,8 @@ def view(module: M, cut: Callable[[jax.Array], jax.Array], **changes: Any) -> M:
     graphdef, state = nnx.split(module)
     viewed = nnx.merge(graphdef, jax.tree.map(view_of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
     vars(viewed).update(changes)
-    for _, part in nnx.iter_modules(viewed):
-        vars(part)["is_view"] = True
+    for _, inner in nnx.iter_modules(viewed):
+        vars(inner)["is_view"] = True
     return viewed
 
 

@@ -21,7 +21,7 @@ from grokjax.sharding import RULES
 def test_a_plan_prints_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "compile_step", made_up_step)
     lines = repr(plan(TINY, target="h100:8", batch_size=4)).splitlines()
-    assert re.fullmatch(r"Plan\( # h100:8: [\d.]+ KiB of 76\.0 GiB usable on each device", lines[0])
+    assert re.fullmatch(r"Plan\( # h100-80g:8: [\d.]+ KiB of 75\.1 GiB usable on each device", lines[0])
     assert "  mesh=(1, 8)," in lines
     assert "  batch_size=4," in lines
     assert "  fits=True," in lines
