@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -12,9 +13,13 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.memory import check_fits
+from grokjax.printing import describe, describe_devices, describe_fields, display, on_lines
 from grokjax.sharding import Axes, Partitioner, ShardingRules, device_bytes, zeros
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
+
+# Of so many rows a cache prints each one's length.
+_FEW_ROWS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +34,9 @@ class QuantizedEntries:
 
     numbers: jax.Array
     scales: jax.Array
+
+    __repr__ = describe_fields
+    __treescope_repr__ = display
 
     @classmethod
     def of(cls, entries: jax.Array) -> Self:
@@ -163,6 +171,28 @@ class KVCache:
             remedy="take fewer rows, fewer tokens a row, int8 entries or more devices",
         )
 
+    def __repr__(self) -> str:
+        attributes = {"keys": describe(self.keys), "values": describe(self.values), "lengths": self._describe_lengths()}
+        return on_lines(type(self).__name__, describe_devices(self), attributes)
+
+    __treescope_repr__ = display
+
+    def _describe_lengths(self) -> str:
+        """How many entries are filled: of each row, or from the shortest to the longest of many."""
+        if self.is_donated:
+            return "donated to a step, which returned another cache in this one's memory"
+        if not _is_concrete(self.lengths):
+            return describe(self.lengths)
+        with jax.transfer_guard("allow"):
+            lengths = np.asarray(self.lengths)
+        filled = lengths.tolist() if len(lengths) <= _FEW_ROWS else f"{lengths.min()} to {lengths.max()}"
+        return f"{filled} of {self.max_len}"
+
+    @property
+    def is_donated(self) -> bool:
+        """Whether a step has taken this cache's memory: then only the cache that it returned can be used."""
+        return any(_is_concrete(leaf) and leaf.is_deleted() for leaf in jax.tree.leaves(self))
+
     @property
     def batch_size(self) -> int:
         """How many rows there are, B."""
@@ -172,6 +202,19 @@ class KVCache:
     def max_len(self) -> int:
         """How many entries each row can hold, S."""
         return self.keys.shape[3]
+
+    def check_is_there(self) -> None:
+        """Checks that no step has taken this cache's memory.
+
+        Raises:
+          ValueError: One has.
+        """
+        if self.is_donated:
+            raise ValueError(
+                "this cache was donated to a step, which returned another one in its memory: go on with that, as in "
+                "`logits, cache = decode(model, tokens, cache)`. To keep a cache, give the step a copy: "
+                "jax.tree.map(jnp.copy, cache)."
+            )
 
     @own_context()
     def insert(self, row_cache: "KVCache", row: jax.Array | int) -> "KVCache":
@@ -183,8 +226,10 @@ class KVCache:
 
         Raises:
           ValueError: `row_cache` has more than one row, is longer, of another model or mesh, or in int8 where this one
-            is not, or `row` is outside the batch.
+            is not, `row` is outside the batch, or a step has taken the memory of one of them.
         """
+        self.check_is_there()
+        row_cache.check_is_there()
         if row_cache.batch_size != 1 or row_cache.max_len > self.max_len:
             raise ValueError(
                 f"insert takes a cache of one row and at most {self.max_len} entries, not {row_cache.batch_size} rows "
@@ -211,7 +256,12 @@ class KVCache:
 
     @own_context()
     def reset(self, row: jax.Array | int) -> "KVCache":
-        """This cache with row `row` empty."""
+        """This cache with row `row` empty.
+
+        Raises:
+          ValueError: `row` is outside the batch, or a step has taken this cache's memory.
+        """
+        self.check_is_there()
         return dataclasses.replace(self, lengths=self.lengths.at[self._check_row(row)].set(0))
 
     def _check_row(self, row: jax.Array | int) -> jax.Array:
@@ -222,6 +272,10 @@ class KVCache:
         if row not in range(self.batch_size):
             raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows: give one of 0, 1, ...")
         return jnp.asarray(int(row), jnp.int32)
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def _entry_shape(cache: KVCache) -> tuple[int, ...]:
@@ -245,6 +299,10 @@ def check_cache_dtype(dtype: DTypeLike) -> jnp.dtype:
     Raises:
       ValueError: It is none of float32, bfloat16 and int8.
     """
-    if jnp.dtype(dtype) not in [jnp.dtype(known) for known in (jnp.float32, jnp.bfloat16, jnp.int8)]:
-        raise ValueError(f"the cache's dtype {jnp.dtype(dtype).name} must be float32, bfloat16 or int8.")
-    return jnp.dtype(dtype)
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"the cache's dtype {dtype!r} must be float32, bfloat16 or int8.") from error
+    if found not in [jnp.dtype(known) for known in (jnp.float32, jnp.bfloat16, jnp.int8)]:
+        raise ValueError(f"the cache's dtype {found.name} must be float32, bfloat16 or int8.")
+    return found

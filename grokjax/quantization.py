@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,23 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from grokjax.context import in_own_context
+from grokjax.printing import describe_fields, display
 from grokjax.sharding import Axes, Partitioner
+
+_T = TypeVar("_T")
+
+
+def _value(array: _T, index: Any) -> _T:
+    """The array itself for `...`, by which Flax's parameters give their value; anything else is refused."""
+    return array if index is ... else _refuse_index(array)
+
+
+def _refuse_index(array: Any, *_: Any) -> NoReturn:
+    raise ValueError(
+        f"a {type(array).__name__} is not indexed: its numbers mean nothing without their scales. Index its `weight` "
+        "and `scales`, or take the plain weight, grokjax.dequantize(w). A parameter that holds one is read by "
+        '`get_value()` and written by `set_value(...)`; docs/model.md shows it under "Changing weights".'
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +47,11 @@ class QuantizedArray:
     weight: jax.Array
     scales: jax.Array
 
+    __repr__ = describe_fields
+    __treescope_repr__ = display
+    __getitem__ = _value
+    __setitem__ = _refuse_index
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight that this stands for."""
@@ -45,30 +66,6 @@ class QuantizedArray:
     def num_blocks(self) -> int:
         """Q, the scale blocks along the contracting axis."""
         return self.scales.shape[-2]
-
-    def __getitem__(self, index: object) -> Self:
-        """The array itself for `...`, by which Flax variables give their value.
-
-        Raises:
-          ValueError: The index is anything else.
-        """
-        if index is not ...:
-            raise ValueError(
-                "an int8 weight is not indexed: take what you want of its leaves, w.weight and w.scales, or of the "
-                "plain weight, grokjax.dequantize(w)."
-            )
-        return self
-
-    def __setitem__(self, index: object, value: object) -> NoReturn:
-        """Refuses to change an array, which is a value.
-
-        Raises:
-          ValueError: Always.
-        """
-        raise ValueError(
-            "an int8 weight is not changed in place: make a new one, as grokjax.quantize does of a plain weight, and "
-            "give it to the parameter with set_value."
-        )
 
     def refine(self, num_blocks: int) -> "QuantizedArray":
         """The same values with each scale block cut into equal parts, `num_blocks` (a multiple of Q) in all."""
@@ -124,6 +121,11 @@ class QuantizedTable:
 
     weight: jax.Array
     scales: jax.Array
+
+    __repr__ = describe_fields
+    __treescope_repr__ = display
+    __getitem__ = _value
+    __setitem__ = _refuse_index
 
     @property
     def shape(self) -> tuple[int, ...]:

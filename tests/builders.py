@@ -18,8 +18,8 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import reference
 
+from grokjax import reference
 from grokjax.checkpoint import parameter_names, parameter_shapes
 from grokjax.config import GrokConfig
 from grokjax.sharding import RULES

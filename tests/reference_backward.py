@@ -1,16 +1,17 @@
-"""The backward pass of `reference.py` in NumPy and float64, for one row of tokens: what derivatives are compared with.
+"""The backward pass of `grokjax.reference`, also in NumPy and float64: what derivatives are compared with.
 
-Written from the description of the model, step by step in the order in which `reference.py` goes forward, reversed.
-Each function is given the cotangents of what its counterpart returns, and adds those of the weights to `found`.
+Written from the description of the model, for one row of tokens, step by step in the order in which the reference goes
+forward, reversed. Each function is given the cotangents of what its counterpart returns, and adds those of the weights
+to `found`.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from reference import Weights, forward
 
 from grokjax.config import GrokConfig
+from grokjax.reference import Weights, forward
 
 
 def backward(

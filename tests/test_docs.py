@@ -161,7 +161,7 @@ def test_the_site_has_every_document_and_every_department_s_public_names() -> No
 
 def test_the_site_has_the_files_that_its_pages_link_to(tmp_path: Path) -> None:
     make_site.gather(["README.md", "docs/fidelity.md", "reference/grokjax.engine.md"], tmp_path)
-    for file in ("README.md", "LICENSE", "grokjax/model/steps.py", "docs/fidelity.md", "tests/reference.py"):
+    for file in ("README.md", "LICENSE", "grokjax/model/steps.py", "docs/fidelity.md", "grokjax/reference.py"):
         assert (tmp_path / file).read_bytes() == (ROOT / file).read_bytes()
     assert not (tmp_path / "tests" / "golden").exists()  # a page, which comes by its own name
     assert "\n::: grokjax.engine\n" in (tmp_path / "reference" / "grokjax.engine.md").read_text()

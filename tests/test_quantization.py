@@ -58,20 +58,6 @@ def test_refined_blocks_mean_the_same() -> None:
         quantized.refine(3)
 
 
-def test_an_int8_weight_is_a_value_that_is_not_indexed() -> None:
-    """Of a parameter, `[...]` is its value, int8 or plain."""
-    param = nnx.Param(quantize(jnp.asarray(random(4, 4))))
-    assert isinstance(param[...], QuantizedArray)
-    np.testing.assert_array_equal(param[...].weight, param.get_value().weight)
-    with pytest.raises(ValueError, match=r"an int8 weight is not indexed: take what you want of its leaves, w\.weight"):
-        param[0]
-    for index in (0, ...):
-        with pytest.raises(
-            ValueError, match=r"an int8 weight is not changed in place: make a new one, as grokjax.quan"
-        ):
-            param[index] = jnp.ones((4, 4))
-
-
 def test_indivisible_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="num_blocks=3 does not divide the 16 rows"):
         quantize(jnp.ones((16, 4)), num_blocks=3)
@@ -135,3 +121,18 @@ def test_rounding_a_table_holds_no_float32_copy_of_the_table() -> None:
     table = jax.ShapeDtypeStruct((4096, 256), jnp.bfloat16)
     compiled = jax.jit(quantize_table).lower(table).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < table.size
+
+
+@pytest.mark.parametrize("quantise", [quantize, quantize_table])
+def test_a_quantised_array_is_not_indexed_and_says_how_to_read_and_write_it(quantise) -> None:
+    array = quantise(jnp.ones((4, 4)))
+    message = r"is not indexed.*`weight` and `scales`.*dequantize.*`get_value\(\)` and written by `set_value\(\.\.\.\)`"
+    with pytest.raises(ValueError, match=message):
+        array[0]
+    with pytest.raises(ValueError, match=message):
+        array[0] = 1
+    param = nnx.Param(array)
+    np.testing.assert_array_equal(param[...].weight, array.weight)
+    for index in (..., (1, 3)):
+        with pytest.raises(ValueError, match=message):
+            param[index] = 0.0

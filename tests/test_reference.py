@@ -11,10 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference_backward
+from builders import DENSE as SMALL_DENSE
+from builders import SMALL
 from goldens import MODEL_CASES, load_case
-from reference import ReferenceOutput, forward, greedy, random_weights
 
+import grokjax
 from grokjax.config import GrokConfig
+from grokjax.reference import ReferenceOutput, forward, greedy, random_weights, unpack_weights
 
 TOLERANCE = 6e-5
 PARAMETERS = {
@@ -204,3 +207,39 @@ def test_the_backward_pass_is_the_slope_of_the_forward_pass(config: GrokConfig) 
             for sign in (1, -1)
         ]
         np.testing.assert_allclose((sums[0] - sums[1]) / 2, np.sum(found[name] * step), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        pytest.param(SMALL, {"quantized_table": True}, id="int8, its table too"),
+        pytest.param(SMALL_DENSE, {"quantized": False, "mesh": (2, 4)}, id="dense, plain, on a mesh"),
+    ],
+)
+def test_a_model_s_weights_unpacked_give_its_logits(config: GrokConfig, options: dict[str, Any]) -> None:
+    if "mesh" in options:
+        options = {**options, "mesh": grokjax.make_mesh(options["mesh"])}
+    model = grokjax.init(config, dtype=np.float32, **options)
+    tokens = np.arange(3, 9)
+    weights = unpack_weights(model)
+    assert {name: value.shape for name, value in weights.items()} == {
+        name: value.shape for name, value in random_weights(config, 0).items()
+    }
+    expected = forward(weights, config, tokens).logits
+    np.testing.assert_allclose(grokjax.forward(model, tokens[None])[0], expected, atol=5e-5 * expected.std(), rtol=0)
+
+
+def test_scale_blocks_are_unpacked_each_to_its_rows() -> None:
+    model = grokjax.init(SMALL, dtype=np.float32)
+    output = model.layers.attention.output
+    plain = np.random.default_rng(0).standard_normal(output.get_value().shape).astype(np.float32)
+    output.set_value(grokjax.quantize(plain, num_blocks=4))
+    found = unpack_weights(model)["layers.0.attention.output"]
+    np.testing.assert_allclose(found, grokjax.dequantize(output.get_value())[0], rtol=1e-6)
+    assert np.abs(found - plain[0]).max() < 0.05
+
+
+@pytest.mark.parametrize("tokens", ["hello", [[5, 6]], [], [5.0], [-1], [512]])
+def test_what_is_no_row_of_tokens_is_refused(tokens: Any) -> None:
+    with pytest.raises(ValueError, match="tokens must be one row of ids from 0 to 511, such as"):
+        forward(random_weights(GrokConfig.tiny(), 0), GrokConfig.tiny(), tokens)

@@ -1,17 +1,18 @@
 """Grok-1: its modules in Flax NNX, and the pure steps that run it.
 
 Read `grok` first: the stack of decoder layers, which `stack` runs. Then its parts: `attention`, `feed_forward`,
-`embedding`, `layers` and `weights`, which they share; `contexts` lets them run under any mesh that a caller has set.
+`embedding`, `layers` and `weights`, which they share; `base` says how all of them print and are viewed, and `contexts`
+lets them run under any mesh that a caller has set.
 `building` makes models. `steps` has `forward`, `prefill`, `decode` and `generate`; `slot_steps` has the same for a
 batch whose rows are an engine's slots, and `slots` what both say to each other.
 """
 
+from grokjax.model.base import named_parameters
 from grokjax.model.building import (
     abstract_model,
     check_weights_fit,
     init,
     init_parameters,
-    named_parameters,
     with_quantized_table,
     with_values,
 )

@@ -13,13 +13,14 @@ from jax.typing import DTypeLike
 from grokjax.cache import CACHE_AXES, Entries
 from grokjax.config import GrokConfig
 from grokjax.kernels import CachePlace, attend, matmul, matmuls, own_place, write
+from grokjax.model.base import Module
 from grokjax.model.layers import rotate
 from grokjax.model.weights import LayerWeights, weight_param
 from grokjax.quantization import Weight
 from grokjax.sharding import Partitioner
 
 
-class Attention(nnx.Module):
+class Attention(Module):
     """Grouped-query attention with RoPE and capped scores, for a stack of layers.
 
     Parameters: query [L, D, N * H], key and value [L, D, K * H], output [L, N * H, D].

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.memory import check_fits
+from grokjax.model.base import named_parameters, parameter_name
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
 from grokjax.sampling import seed_key
@@ -73,7 +73,7 @@ def check_weights_fit(num_bytes: int, partitioner: Partitioner) -> None:
 
 @own_context()
 def with_quantized_table(model: Grok) -> Grok:
-    """The model with its embedding table in int8, on the same devices; everything else is shared."""
+    """The model with its embedding table in int8, on the same devices; the other arrays are shared."""
     param, partitioner = model.embedding.table, model.partitioner
     shapes = jax.eval_shape(quantize_table, param.get_value())
     shardings: QuantizedTable = partitioner.shardings(partition_specs(shapes, param.logical_axes, partitioner))
@@ -82,27 +82,19 @@ def with_quantized_table(model: Grok) -> Grok:
 
 
 def with_values(model: Grok, values: Mapping[str, Weight | QuantizedTable]) -> Grok:
-    """The model, or an abstract one, with other values of some parameters; everything else is shared.
+    """The model, or an abstract one, with other values of some parameters; of the others the arrays are shared.
 
     Args:
       model: stays as it is.
       values: path of a parameter (`layers.attention.query`) -> its value, of the shape that it has in the model.
     """
     graphdef, state = nnx.split(model)
-    params = {_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
+    params = {parameter_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
     for name, value in values.items():
         path, param = params[name]
         params[name] = path, param.replace(value)
-    return nnx.merge(graphdef, nnx.from_flat_state(list(params.values())))
-
-
-def named_parameters(model: Grok) -> dict[str, nnx.Variable]:
-    """A model's parameters by path, such as `layers.attention.query`; the model may be abstract."""
-    return {_name(path): param for path, param in nnx.to_flat_state(nnx.split(model)[1])}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
+    # Without `copy` both models would have the same variables, and who changes one would change the other.
+    return nnx.merge(graphdef, nnx.from_flat_state(list(params.values())), copy=True)
 
 
 @own_context()

@@ -26,6 +26,8 @@ def in_any_context(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         model, *others = args or [kwargs.pop(first)]
+        if not hasattr(model, "partitioner"):
+            raise ValueError(f"the model must be one that init or load makes, not a {type(model).__name__}.")
         partitioner: Partitioner = model.partitioner
         partitioner.check_context()
         with own_context():
@@ -49,6 +51,7 @@ def _map(function: Callable[[Any, Partitioner], Any], tree: R, partitioner: Part
 def _receive(value: Any, partitioner: Partitioner) -> Any:
     if not isinstance(value, KVCache):
         return partitioner.receive(value) if partitioner.is_foreign(value) else value
+    value.check_is_there()
     if any(map(partitioner.is_foreign, jax.tree.leaves(value))):
         raise ValueError(
             f"the cache lies elsewhere than the model, which is on a mesh of {dict(partitioner.mesh.shape)}: create it "

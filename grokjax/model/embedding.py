@@ -12,16 +12,17 @@ from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.kernels import unembed
+from grokjax.model.base import Module, Parameter
 from grokjax.quantization import QuantizedTable, Table, partition_specs
 from grokjax.sharding import Partitioner
 
 
-class Embedding(nnx.Module):
+class Embedding(Module):
     """The token table, used to embed tokens and, transposed, to make logits: [V, D], plain or a `QuantizedTable`."""
 
     def __init__(self, config: GrokConfig, *, dtype: DTypeLike, partitioner: Partitioner, rngs: nnx.Rngs):
         self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
-        self.table = nnx.Param(_random_table(rngs, config, dtype), logical_axes=("vocab", "embed"))
+        self.table = Parameter(_random_table(rngs, config, dtype), logical_axes=("vocab", "embed"))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds tokens, int32 [B, T], into the compute dtype [B, T, D], multiplier applied.

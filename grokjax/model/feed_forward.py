@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.kernels import GatedWeights, evaluate_experts
+from grokjax.model.base import Module
 from grokjax.model.weights import LayerWeights, weight_param
 from grokjax.sharding import Partitioner
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Module):
     """Gated feed-forward experts with a softmax router, for a stack of layers; with E = 1 a dense block, no router.
 
     Parameters: router [L, D, E] in float32, gate and up [L, E, D, F], down [L, E, F, D].

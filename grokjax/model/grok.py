@@ -1,8 +1,13 @@
 """The decoder: four norms around attention and experts, stacked, between the two uses of the embedding table."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.nnx import reprlib
 from jax.typing import DTypeLike
 
 from grokjax.cache import Entries, KVCache, default_cache_dtype
@@ -10,6 +15,7 @@ from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.kernels import CachePlace
 from grokjax.model.attention import Attention
+from grokjax.model.base import Module, view
 from grokjax.model.contexts import in_any_context
 from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
@@ -19,10 +25,10 @@ from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_toke
 from grokjax.sharding import Partitioner
 
 
-class DecoderLayers(nnx.Module):
+class DecoderLayers(Module):
     """All decoder layers: every parameter has a leading [L] axis and is indexed where it is used.
 
-    `layers[i]` is a view of one layer, the same module with L = 1, for reading its parameters.
+    `layers[i]` is a view of one layer, the same module with L = 1, for reading: it refuses to be written.
     """
 
     def __init__(
@@ -38,13 +44,12 @@ class DecoderLayers(nnx.Module):
 
     @own_context()
     def __getitem__(self, index: int) -> "DecoderLayers":
+        if not isinstance(index, int | np.integer):
+            raise TypeError(f"layers[{index!r}] is not one layer: give its number, from 0 to {self.num_layers - 1}.")
         if not -self.num_layers <= index < self.num_layers:
             raise IndexError(f"layer {index} does not exist: the model has {self.num_layers} layers.")
         index %= self.num_layers
-        graphdef, state = nnx.split(self)
-        view = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index : index + 1], state))
-        view.num_layers = 1
-        return view
+        return view(self, lambda leaf: leaf[index : index + 1], num_layers=1)
 
     def __call__(
         self, x: jax.Array, keys: Entries, values: Entries, *, layer: jax.Array, place: CachePlace
@@ -60,7 +65,7 @@ class DecoderLayers(nnx.Module):
             return x + self.post_feed_forward_norm(mixed, layer), keys, values
 
 
-class Grok(nnx.Module):
+class Grok(Module):
     """Grok-1: a decoder with grouped-query attention and a mixture of experts.
 
     Make one with `init` or `load`; run it with `forward`, `prefill`, `decode` and `generate`.
@@ -78,6 +83,15 @@ class Grok(nnx.Module):
         self.embedding = Embedding(config, dtype=dtype, partitioner=partitioner, rngs=rngs)
         self.layers = DecoderLayers(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.final_norm = RMSNorm(config)
+
+    def __nnx_repr__(self) -> Iterator[Any]:
+        head, *parameters = super().__nnx_repr__()
+        yield head
+        yield reprlib.Attr("config", self.config)
+        yield reprlib.Attr("dtype", self.dtype.name, use_raw_value=True)
+        yield reprlib.Attr("mesh", dict(self.partitioner.mesh.shape))
+        yield reprlib.Attr("rules", self.partitioner.rules)
+        yield from parameters
 
     @in_any_context
     def __call__(
@@ -213,6 +227,10 @@ def check_dtype(dtype: DTypeLike) -> jnp.dtype:
     Raises:
       ValueError: It is neither float32 nor bfloat16.
     """
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"dtype={jnp.dtype(dtype).name} is not a compute dtype: choose float32 or bfloat16.")
-    return jnp.dtype(dtype)
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype={dtype!r} is not a compute dtype: choose float32 or bfloat16.") from error
+    if found not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"dtype={found.name} is not a compute dtype: choose float32 or bfloat16.")
+    return found

@@ -2,21 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 from grokjax.config import GrokConfig
+from grokjax.model.base import Module, Parameter
 from grokjax.sharding import Axes
 
 
-class RMSNorm(nnx.Module):
+class RMSNorm(Module):
     """Scales vectors [..., D] to unit root mean square, then by a learnt factor; in float32 inside."""
 
     def __init__(self, config: GrokConfig, *, num_layers: int | None = None):
         stack = () if num_layers is None else (num_layers,)
         axes: Axes = (None,) if num_layers is None else ("layers", None)
         self.epsilon = config.norm_eps
-        self.scale = nnx.Param(jnp.ones((*stack, config.model_dim), jnp.float32), logical_axes=axes)
+        self.scale = Parameter(jnp.ones((*stack, config.model_dim), jnp.float32), logical_axes=axes)
 
     def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
         """Normalises x [..., D]; `layer`, int32 [], picks the factor where the norm is stacked."""

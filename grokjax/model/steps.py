@@ -61,8 +61,8 @@ def prefill(
 
     Raises:
       ValueError: Shapes disagree, a token is outside the vocabulary, a length is outside 0 ... T, a row has no room,
-        is outside the cache or named twice. Under a caller's own jit only shapes are checked, and what does not fit
-        into a row is dropped.
+        is outside the cache or named twice, or the cache was donated to an earlier step. Under a caller's own jit only
+        shapes are checked, and what does not fit into a row is dropped.
     """
     tokens = _check_tokens(model, tokens, ndim=2)
     lengths = _check_lengths(lengths, tokens, least=0)
@@ -96,7 +96,8 @@ def decode(
       Logits, float32 [B, V], and the cache.
 
     Raises:
-      ValueError: Shapes disagree, a token is outside the vocabulary, or an active row is full.
+      ValueError: Shapes disagree, a token is outside the vocabulary, an active row is full, or the cache was donated to
+        an earlier step.
     """
     tokens = _check_tokens(model, tokens, ndim=1)
     active = jnp.ones(tokens.shape, bool) if active is None else jnp.asarray(active, bool)
@@ -116,7 +117,7 @@ def decode_and_sample(
 ) -> tuple[SampleOutput, KVCache]:
     """`decode`, then a draw of the next token: one step of a host's loop, which never waits. DONATES `cache`.
 
-    Nothing is checked but shapes: the caller keeps count of the room left in each row.
+    Nothing is checked but shapes, and that the cache is there: the caller keeps count of the room left in each row.
 
     Args:
       model: the model.
@@ -127,7 +128,12 @@ def decode_and_sample(
 
     Returns:
       The drawn tokens and the cache.
+
+    Raises:
+      ValueError: Shapes disagree, tokens are no integers, or the cache was donated to an earlier step.
     """
+    tokens = _check_tokens(model, tokens, ndim=1)
+    _check_cache(model, cache, tokens.shape[0])
     logits, cache = _decode_step(model, tokens, cache, settings.active)
     return model.sample(logits, settings, keys=keys, positions=cache.lengths), cache
 
@@ -187,18 +193,24 @@ def generate(
     tokens = _check_tokens(model, tokens, ndim=2)
     lengths = _check_lengths(lengths, tokens, least=1)
     batch, longest = tokens.shape
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1 or longest + max_new_tokens > model.config.max_seq_len:
+    most = model.config.max_seq_len - longest
+    if not isinstance(max_new_tokens, int | np.integer) or not 1 <= max_new_tokens <= most:
         raise ValueError(
-            f"{longest} prompt tokens and max_new_tokens={max_new_tokens} must leave at least one new token and fit "
+            f"{longest} prompt tokens and max_new_tokens={max_new_tokens!r} must leave at least one new token and fit "
             f"into max_seq_len={model.config.max_seq_len}."
         )
-    if eos_id is not None and not 0 <= eos_id < model.config.vocab_size:
+    is_known = eos_id is None or (isinstance(eos_id, int | np.integer) and 0 <= eos_id < model.config.vocab_size)
+    if not is_known:
         raise ValueError(
-            f"eos_id={eos_id} is outside the vocabulary of {model.config.vocab_size} tokens: it would never come."
+            f"eos_id={eos_id!r} is outside the vocabulary of {model.config.vocab_size} tokens: it would never come."
         )
-    if keys is not None and keys.shape[:1] != (batch,):
+    if keys is not None and np.shape(keys)[:1] != (batch,):
         raise ValueError(
-            f"keys has shape {keys.shape} for {batch} rows: pass one key for each, such as jax.random.split gives."
+            f"keys has shape {np.shape(keys)} for {batch} rows: pass one key for each, such as jax.random.split gives."
+        )
+    if not isinstance(settings, SampleSettings | None):
+        raise ValueError(
+            f"settings must be made by SampleSettings.create({batch}, ...), not a {type(settings).__name__}."
         )
     settings = SampleSettings.create(batch, temperature=0.0) if settings is None else settings
     if keys is None:
@@ -207,7 +219,14 @@ def generate(
     if not allow_oom:
         model.abstract_cache(batch, longest + max_new_tokens, dtype=cache_dtype).check_fits()
     return _generate(
-        model, tokens, lengths, settings, keys, max_new_tokens=max_new_tokens, eos_id=eos_id, cache_dtype=cache_dtype
+        model,
+        tokens,
+        lengths,
+        settings,
+        keys,
+        max_new_tokens=int(max_new_tokens),
+        eos_id=eos_id,
+        cache_dtype=cache_dtype,
     )
 
 
@@ -297,16 +316,22 @@ def _is_concrete(*arrays: jax.Array) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
-def _as_integers(values: ArrayLike) -> jax.Array:
+def _as_integers(name: str, values: ArrayLike) -> jax.Array:
     """The values as they are, int64 included: the check of their range must come before the cast."""
-    array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
+    try:
+        array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must have rows of one length: pad the shorter ones on the right.") from error
+    if array.dtype.kind in "SU":
+        raise ValueError(f'{name} must be integers, not text: encode it first, as in [tokenizer.encode("hello")].')
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"tokens and lengths must be integers, not {array.dtype}.")
+        found = type(values).__name__ if array.dtype == object else array.dtype
+        raise ValueError(f"{name} must be integers, not {found}.")
     return array
 
 
 def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
-    tokens = _as_integers(tokens)
+    tokens = _as_integers("tokens", tokens)
     if tokens.ndim != ndim or not tokens.size:
         shape = "[batch, length]" if ndim == 2 else "[batch]"
         raise ValueError(f"tokens must have shape {shape} and not be empty; these have shape {tokens.shape}.")
@@ -317,14 +342,19 @@ def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
 
 def _check_embeddings(model: Grok, embeddings: jax.Array | None) -> None:
     size = model.config.model_dim
-    if embeddings is not None and (embeddings.ndim != 3 or not embeddings.size or embeddings.shape[2] != size):
+    if embeddings is None:
+        return
+    if not isinstance(embeddings, jax.Array | np.ndarray) or not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        found = getattr(embeddings, "dtype", type(embeddings).__name__)
+        raise ValueError(f"embeddings must be an array of floats, such as model.embedding.embed makes, not {found}.")
+    if embeddings.ndim != 3 or not embeddings.size or embeddings.shape[2] != size:
         raise ValueError(
             f"embeddings must have shape [batch, length, {size}] and not be empty; these have shape {embeddings.shape}."
         )
 
 
 def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.Array:
-    lengths = _as_integers(lengths)
+    lengths = _as_integers("lengths", lengths)
     if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
     if _is_concrete(lengths):
@@ -333,7 +363,7 @@ def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.
 
 
 def _check_rows(rows: ArrayLike, tokens: jax.Array, cache: KVCache) -> jax.Array:
-    rows = _as_integers(rows)
+    rows = _as_integers("rows", rows)
     if rows.shape != tokens.shape[:1]:
         raise ValueError(f"rows has shape {rows.shape} and tokens {tokens.shape}: name one of the cache for each.")
     if _is_concrete(rows):
@@ -353,6 +383,11 @@ def _check_range(name: str, values: jax.Array, most: int, least: int = 0) -> Non
 
 
 def _check_cache(model: Grok, cache: KVCache, batch_size: int) -> None:
+    if not isinstance(cache, KVCache):
+        raise ValueError(
+            f"the cache must be a KVCache, such as model.new_cache({batch_size}, max_len) makes, not a "
+            f"{type(cache).__name__}."
+        )
     heads = model.config.num_kv_heads * model.partitioner.kv_copies(model.config)
     needed = (model.config.num_layers, batch_size, heads, cache.max_len, model.config.head_dim)
     if cache.keys.shape != needed:

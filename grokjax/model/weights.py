@@ -11,13 +11,14 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from grokjax.model.base import Parameter
 from grokjax.quantization import QuantizedArray, Weight, partition_specs
 from grokjax.sharding import Axes, Partitioner
 
 
 def weight_param(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, quantized: bool = False
-) -> nnx.Param:
+) -> Parameter:
     """A random weight [L, ..., C, O] that keeps the scale of what it multiplies, its logical axes beside it.
 
     Plain weights are normal with deviation `C ** -0.5`; quantised ones are born as uniform int8 of that deviation.
@@ -29,11 +30,11 @@ def weight_param(
         def draw(key: jax.Array) -> jax.Array:
             return jax.random.normal(key, shape[1:], dtype) * jnp.asarray(deviation, dtype)
 
-        return nnx.Param(lax.map(draw, jax.random.split(rngs.params(), shape[0])), logical_axes=axes)
+        return Parameter(lax.map(draw, jax.random.split(rngs.params(), shape[0])), logical_axes=axes)
     weight = lax.map(lambda key: _random_int8(key, shape[1:]), jax.random.split(rngs.params(), shape[0]))
     uniform_deviation = (127 * 128 / 3) ** 0.5  # of the integers -127 ... 127
     scales = jnp.full((*shape[:-2], 1, shape[-1]), deviation / uniform_deviation, jnp.bfloat16)
-    return nnx.Param(QuantizedArray(weight, scales), logical_axes=axes)
+    return Parameter(QuantizedArray(weight, scales), logical_axes=axes)
 
 
 def _random_int8(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -14,6 +14,7 @@ from grokjax.planning.accelerators import Accelerator
 from grokjax.planning.compiler import Measured, StepCompiler, Traffic
 from grokjax.planning.costs import StepCost
 from grokjax.planning.targets import Target
+from grokjax.printing import describe_size, display, on_lines
 from grokjax.sharding import ShardingRules
 
 Bound = Literal["memory", "compute", "transfers"]
@@ -45,6 +46,14 @@ class StepPlan:
     compute_seconds: float | None
     transfer_seconds: float | None
     num_tokens: int
+
+    def __repr__(self) -> str:
+        if self.seconds is None:
+            return f"StepPlan(reads {describe_size(self.cost.num_bytes)} on each device, at an unknown speed)"
+        speed = f"{self.tokens_per_second:.3g} tokens/s"
+        return f"StepPlan({self.seconds * 1e3:.3g} ms at best, {speed}, bound by {self.bound})"
+
+    __treescope_repr__ = display
 
     @property
     def seconds(self) -> float | None:
@@ -98,6 +107,26 @@ class Plan:
     weights_bytes: int
     cache_bytes: int
     total_bytes: int
+
+    def __repr__(self) -> str:
+        counts = ("batch_size", "max_len", "prompt_len", "prefill_rows")
+        sizes = ("weights_bytes", "cache_bytes", "temporary_bytes")
+        attributes = {
+            "config": repr(self.compiler.config),
+            "mesh": repr(self.mesh),
+            "rules": repr(self.compiler.rules or ShardingRules()),
+            **{name: str(getattr(self, name)) for name in counts},
+            **{name: describe_size(getattr(self, name)) for name in sizes},
+            "fits": repr(self.fits),
+            "decode": repr(self.decode),
+            "prefill": repr(self.prefill),
+        }
+        usable = self.target.accelerator.usable_bytes
+        room = "" if usable is None else f" of {describe_size(usable)} usable"
+        comment = f"{self.target}: {describe_size(self.total_bytes)}{room} on each device"
+        return on_lines(type(self).__name__, comment, attributes)
+
+    __treescope_repr__ = display
 
     @property
     def target(self) -> Target:

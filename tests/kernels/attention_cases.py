@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from reference import attend_row
 
 from grokjax.kernels import CachePlace
 
@@ -47,6 +46,19 @@ class AttentionCase:
         """Where the new tokens lie."""
         start, count = jnp.asarray(self.start, jnp.int32), jnp.full(2, num_new, jnp.int32)
         return CachePlace(layer=jnp.int32(1), rows=jnp.asarray(ROWS), start=start, count=count)
+
+
+def attend_row(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, *, start: int, multiplier: float, softcap: float
+) -> np.ndarray:
+    """Causal attention of queries [T, N, H] from position `start` on over entries [K, S, H]: [T, N * H]."""
+    group = query.shape[1] // len(keys)
+    k, v = (np.repeat(np.asarray(entries, np.float64), group, axis=0) for entries in (keys, values))
+    scores = softcap * np.tanh(np.einsum("tnh,nsh->nts", np.asarray(query, np.float64), k) * multiplier / softcap)
+    entry, position = np.arange(k.shape[1])[None], start + np.arange(len(query))[:, None]
+    weights = np.where(entry <= position, np.exp(scores), 0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("nts,nsh->tnh", weights, v).reshape(len(query), -1)
 
 
 # Sizes that all forms take, with more entries than one block of keys has.

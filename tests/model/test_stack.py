@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, label, or_thorough
 from flax import nnx
 from reference_backward import backward
 
-from grokjax import Grok, GrokConfig, ShardingRules, decode, forward, init, make_mesh, prefill
+from grokjax import Grok, GrokConfig, ShardingRules, decode, forward, init, make_mesh, prefill, reference
 from grokjax.model import named_parameters, with_values
 from grokjax.quantization import QuantizedArray, QuantizedTable, dequantize, partition_specs, quantize
 

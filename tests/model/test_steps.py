@@ -59,6 +59,11 @@ class TestRefusals:
             (np.zeros((1, 0), int), "not be empty"),
             ([[0.5]], "must be integers, not float64"),
             ([[3] * 33], "33 tokens exceed max_seq_len=32"),
+            ("hello", r"tokens must be integers, not text: encode it first, as in \[tokenizer.encode\("),
+            (["hello"], "tokens must be integers, not text"),
+            ([[3, 4], [5]], "tokens must have rows of one length: pad the shorter ones on the right"),
+            ([[3, "x"]], "tokens must be integers, not text"),
+            ([[object()]], "tokens must be integers, not list"),
         ],
     )
     def test_forward_refuses_what_are_no_tokens(self, tokens, message: str) -> None:
@@ -144,12 +149,17 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"max_new_tokens": 4.5}, r"max_new_tokens=4\.5 must leave"),
+            ({"max_new_tokens": "4"}, "max_new_tokens='4' must leave"),
+            ({"eos_id": "</s>"}, "eos_id='</s>' is outside the vocabulary of 512 tokens"),
+            ({"keys": 0}, r"keys has shape \(\) for 3 rows"),
+            ({"settings": 0.8}, r"settings must be made by SampleSettings\.create\(3, \.\.\.\), not a float"),
+            ({"cache_dtype": "int7"}, "the cache's dtype 'int7' must be float32, bfloat16 or int8"),
             ({"eos_id": 512}, "eos_id=512 is outside the vocabulary of 512 tokens"),
             ({"eos_id": -1}, "eos_id=-1 is outside the vocabulary"),
             ({"keys": jax.random.key(0)}, r"keys has shape \(\) for 3 rows: pass one key for each"),
             ({"keys": jax.random.split(jax.random.key(0), 2)}, r"keys has shape \(2,\) for 3 rows"),
         ],
-        ids=["half_a_token", "eos_512", "eos_-1", "one_key", "two_keys"],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
     )
     def test_generate_refuses_impossible_options(self, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
@@ -164,6 +174,68 @@ class TestRefusals:
         wide = abstract_model(CONFIG, place, dtype=jnp.float32, quantized=True)
         with pytest.raises(ValueError, match="create it with the model's configuration, mesh and rules"):
             decode(wide, [3, 4, 5], empty())
+
+
+class TestWhatIsPassedInPlaceOfAnother:
+    """Each argument taken for another one, as happens: a sentence says what is wanted."""
+
+    @pytest.mark.parametrize("step", [forward, decode], ids=["forward", "decode"])
+    def test_no_model(self, step) -> None:
+        with pytest.raises(ValueError, match="the model must be one that init or load makes, not a GrokConfig"):
+            step(CONFIG, TOKENS, *([empty()] if step is decode else []))
+
+    def test_no_cache(self) -> None:
+        message = r"the cache must be a KVCache, such as model\.new_cache\(3, max_len\) makes, not a "
+        with pytest.raises(ValueError, match=message + "ndarray"):
+            prefill(model(), TOKENS, LENGTHS, LENGTHS)
+        with pytest.raises(ValueError, match=message + "NoneType"):
+            decode(model(), [3, 4, 5], None)
+        settings, keys = SampleSettings.create(3), jax.random.split(jax.random.key(0), 3)
+        with pytest.raises(ValueError, match=message + "NoneType"):
+            decode_and_sample(model(), jnp.array([3, 4, 5]), None, settings, keys)
+        with pytest.raises(ValueError, match="lengths must be integers, not KVCache"):
+            prefill(model(), TOKENS, empty(), LENGTHS)
+
+    def test_no_tokens(self) -> None:
+        with pytest.raises(ValueError, match="tokens must be integers, not text"):
+            decode(model(), "abc", empty())
+        settings, keys = SampleSettings.create(3), jax.random.split(jax.random.key(0), 3)
+        with pytest.raises(ValueError, match="tokens must be integers, not float32"):
+            decode_and_sample(model(), jnp.ones(3), empty(), settings, keys)
+        with pytest.raises(ValueError, match=r"tokens must have shape \[batch\] and not be empty"):
+            decode_and_sample(model(), jnp.ones((3, 1), jnp.int32), empty(), settings, keys)
+
+    @pytest.mark.parametrize("embeddings", [[[[0.5] * 64]], np.ones((1, 2, 64), np.int32)], ids=["list", "integers"])
+    def test_no_embeddings(self, embeddings) -> None:
+        with pytest.raises(ValueError, match=r"embeddings must be an array of floats.*, not (list|int32)"):
+            forward(model(), embeddings=embeddings)
+
+
+DONATED = "this cache was donated to a step, which returned another one in its memory: go on with that"
+
+
+def test_a_cache_that_a_step_has_taken_is_refused_by_whatever_takes_a_cache() -> None:
+    taken = empty()
+    assert not taken.is_donated
+    _, cache = decode(model(), [3, 4, 5], taken)
+    assert taken.is_donated
+    settings, keys = SampleSettings.create(3), jax.random.split(jax.random.key(0), 3)
+    uses = [
+        lambda: prefill(model(), TOKENS, LENGTHS, taken),
+        lambda: decode(model(), [3, 4, 5], taken),
+        lambda: decode_and_sample(model(), jnp.array([3, 4, 5]), taken, settings, keys),
+        lambda: model()(jnp.array([[3], [4], [5]]), jnp.ones(3, jnp.int32), taken),
+        lambda: taken.reset(0),
+        lambda: taken.insert(empty(1), 0),
+        lambda: cache.insert(taken, 0),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=DONATED):
+            use()
+    assert "lengths=donated to a step, which returned another cache" in repr(taken)
+    kept = jax.tree.map(jnp.copy, cache)  # as the message says
+    decode(model(), [3, 4, 5], kept)
+    decode(model(), [3, 4, 5], cache)
 
 
 def test_generate_fills_the_longest_sequence() -> None:

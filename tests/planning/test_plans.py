@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,19 @@ from grokjax.planning import GIB, Target, compiler, plan
 from grokjax.planning.accelerators import find_accelerator
 from grokjax.planning.plans import find_largest
 from grokjax.sharding import RULES
+
+
+def test_a_plan_prints_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "compile_step", made_up_step)
+    lines = repr(plan(TINY, target="h100:8", batch_size=4)).splitlines()
+    assert re.fullmatch(r"Plan\( # h100-80g:8: [\d.]+ KiB of 75\.1 GiB usable on each device", lines[0])
+    assert "  mesh=(1, 8)," in lines
+    assert "  batch_size=4," in lines
+    assert "  fits=True," in lines
+    assert any(re.fullmatch(r"  weights_bytes=[\d.]+ KiB,", line) for line in lines)
+    assert any(re.fullmatch(r"  decode=StepPlan\(.* ms at best, .* tokens/s, bound by \w+\),", line) for line in lines)
+    assert len([line for line in lines if "GrokConfig(" in line]) == 1
+    assert "decode=StepPlan(reads " in repr(plan(TINY, target="cpu:8"))  # of which no speed is known
 
 
 class TestRoofline:
