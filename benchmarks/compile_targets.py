@@ -1,7 +1,7 @@
 """Compiles a decode or prefill step for hardware that is not here, and reads what the compiler made of it.
 
 `python benchmarks/compile_targets.py --target h200:8` compiles the real model from shapes alone, on any machine. GPUs
-and TPUs need the extras `plan-gpu` and `plan-tpu`, without them the compiler for CPUs stands in. It prints the compile
+and TPUs need the extras `plan-gpu` and `tpu`, without them the compiler for CPUs stands in. It prints the compile
 time, the memory and the collectives per device, the largest matrices that the step writes (a copied, converted or
 gathered weight would stand there), and last one JSON line. What a machine needs in all is told by `grokjax plan`.
 `--check` compiles 8 layers for every target of `CHECKS` instead, and fails where a step takes more memory than stated.

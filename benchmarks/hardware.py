@@ -1,7 +1,7 @@
 """Plans Grok-1 in int8 for real machines and writes the table of docs/hardware.md.
 
 `python benchmarks/hardware.py --write` compiles the whole model for each machine, without any of them, and replaces the
-table between the two marks. It needs the extras `plan-gpu` and `plan-tpu`; without them it says so and the compiler for
+table between the two marks. It needs the extras `plan-gpu` and `tpu`; without them it says so and the compiler for
 CPUs stands in. The last line is JSON.
 """
 
