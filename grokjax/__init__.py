@@ -10,7 +10,12 @@
 * Many requests: `Engine`, `AsyncEngine`, `Request`, `Completion`, `Piece`, `Handle`, `Metrics`, `QueueFullError`;
   over several processes `follow`, `DistributedError`, and `grokjax.distributed.initialize`.
 * Machines: `plan` (`Plan`), `suggest` (`Suggestion`).
+
+What takes long tells the logger `grokjax` how far it has come. Nothing is shown unless the program asks for it, as by
+`logging.basicConfig(level=logging.INFO)`.
 """
+
+import logging
 
 from grokjax.cache import KVCache
 from grokjax.checkpoint import (
@@ -38,6 +43,8 @@ from grokjax.request import Completion, Piece, Request
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "AsyncEngine",

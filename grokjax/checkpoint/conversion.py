@@ -118,14 +118,15 @@ def convert(
       weights: `keep` leaves every array as it is; `int8` quantises float weights of attention and experts;
         `bfloat16` and `float32` make everything plain in that dtype, norms and router excepted.
       scale_blocks: Q of weights that are quantised here.
-      progress: called after each unit, and first for what was there already.
+      progress: called after each unit, and first for what was there already; without it the logger is told now and
+        then.
 
     Raises:
       CheckpointError: The source is damaged, the target exists, the disk is full, or the target cannot be written.
       ValueError: The options do not fit the source.
     """
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
-    tally = Tally(sum(spec.num_bytes for spec in plan.specs.values()), progress)
+    tally = Tally("converted", sum(spec.num_bytes for spec in plan.specs.values()), progress)
     if plan.num_done == plan.num_units and (plan.target / MANIFEST).is_file():
         tally.add(tally.total_bytes, EARLIER, EARLIER)
         return

@@ -35,7 +35,7 @@ def export(
       target: a folder that does not exist or is empty.
       config: what the source was made with, where its files cannot tell.
       dtype: of all arrays, float32 or bfloat16.
-      progress: called after each part, with the bytes that are written.
+      progress: called after each part, with the bytes that are written; without it the logger is told now and then.
 
     Raises:
       CheckpointError: The source is damaged, the target exists or cannot be written, or the disk is full.
@@ -45,7 +45,7 @@ def export(
     name = check_dtype(dtype).name
     found = specs_of(checkpoint)
     num_values = sum(math.prod(spec.weight.shape) for spec in found.values())
-    tally = Tally(num_values * np.dtype(name).itemsize, progress)
+    tally = Tally("exported", num_values * np.dtype(name).itemsize, progress)
 
     def parts() -> Iterator[tuple[str, int | None, Array]]:
         for part in [part for parameter in found for part in parts_of(parameter, checkpoint.config)]:

@@ -118,7 +118,9 @@ def _processor() -> jax.Device:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        named = jax.config.values["jax_platforms"]
+        named = jax.config.values["jax_platforms"] or ""
+        if "cpu" in named.split(","):
+            raise  # JAX says which of the others it cannot find
         raise ValueError(
             f"weights are rounded on the processor, which JAX_PLATFORMS={named} leaves out: add it, as in {named},cpu."
         ) from error

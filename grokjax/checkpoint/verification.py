@@ -38,7 +38,7 @@ def verify(
       target: a checkpoint of ours.
       source: what it was converted from.
       config: what the source was made with, where its files cannot tell.
-      progress: called after each unit.
+      progress: called after each unit; without it the logger is told now and then.
 
     Returns:
       The checksums, for `keep_checksums`.
@@ -94,7 +94,7 @@ def _of_source(stored: OrbaxCheckpoint, original: Checkpoint) -> Callable[[Part]
 def _compare(stored: OrbaxCheckpoint, expected: Callable[[Part], Checksums], progress: Report | None) -> dict[str, str]:
     """The checksums of all arrays; the error if some are not as expected."""
     specs = stored.manifest.specs
-    tally = Tally(sum(spec.num_bytes for spec in specs.values()), progress)
+    tally = Tally("verified", sum(spec.num_bytes for spec in specs.values()), progress)
     checksums: dict[str, str] = {}
     differing: list[str] = []
     for unit in units_of(stored.config):

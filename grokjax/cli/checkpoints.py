@@ -21,7 +21,7 @@ from grokjax.checkpoint import (
     plan_conversion,
     verify,
 )
-from grokjax.cli.console import ByteProgress, say, table_text
+from grokjax.cli.console import byte_progress, say, table_text
 from grokjax.cli.options import read_config, read_extents
 from grokjax.cli.streams import write
 from grokjax.config import GrokConfig
@@ -66,10 +66,10 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     _say_plan(plan)
     if arguments.dry_run:
         return
-    with ByteProgress("converted") as progress:
+    with byte_progress("converted") as progress:
         convert(source, target, config, weights=weights, scale_blocks=scale_blocks, progress=progress)
     if arguments.verify:
-        with ByteProgress("verified") as progress:
+        with byte_progress("verified") as progress:
             checksums = verify(target, source, config, progress=progress)
         keep_checksums(target, checksums)
         say("every array is what it was made from; the checksums are kept in grokjax.json")
@@ -93,7 +93,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:
-    with ByteProgress("verified") as progress:
+    with byte_progress("verified") as progress:
         checksums = verify(arguments.target, arguments.source, _config(arguments), progress=progress)
     if arguments.source is not None:
         keep_checksums(arguments.target, checksums)
@@ -113,7 +113,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
-    with ByteProgress("exported") as progress:
+    with byte_progress("exported") as progress:
         export(arguments.source, arguments.target, _config(arguments), dtype=arguments.dtype, progress=progress)
     say(f"{arguments.target} is complete")
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
 from grokjax.checkpoint import Checkpoint, open_checkpoint
 from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_batch
-from grokjax.cli.console import BatchProgress, ByteProgress, say
-from grokjax.cli.options import add_processes, choose_mesh, join_processes, named_config, read_config
+from grokjax.cli.console import BatchProgress, byte_progress, say
+from grokjax.cli.options import add_processes, choose_mesh, join_processes, named_config, read_config, read_extents
 from grokjax.cli.streams import write
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
@@ -103,16 +103,21 @@ def _add_settings(generate: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a prompt of a file ended with an error, else 0."""
-    _check_output(arguments)
-    join_processes(arguments)
-    source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
-    _check_settings(source.config, arguments)
+    source = join_processes(arguments, lambda: _check(arguments))
     if arguments.prompts is not None:
         kept = " The results so far are kept, and the same command goes on after them."
         with _model_failures("fewer --slots or a smaller --max-len", kept):
             return _run_batch(source, arguments)
     with _model_failures("a smaller --max-len"):
         return _run_prompt(source, arguments)
+
+
+def _check(arguments: argparse.Namespace) -> _Source:
+    """Refuses now what would be refused after the processes are joined and the model has loaded, which take minutes."""
+    _check_output(arguments)
+    source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
+    _check_settings(source.config, arguments)
+    return source
 
 
 @contextlib.contextmanager
@@ -144,13 +149,14 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
-    """Refuses now what would be refused after the model has loaded, which takes minutes."""
     check_integer("max_new_tokens", arguments.max_new_tokens, 1)
     _request(arguments)
     if arguments.slots < 1:
         raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
         raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+    if arguments.mesh is not None:
+        read_extents(arguments.mesh)
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -280,7 +286,7 @@ def _open_checkpoint(arguments: argparse.Namespace) -> Checkpoint:
 
 def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
     mesh = choose_mesh(arguments.mesh, checkpoint.config)
-    with ByteProgress("loaded") as progress:
+    with byte_progress("loaded") as progress:
         return load(
             checkpoint.path,
             checkpoint.config,
