@@ -1,11 +1,9 @@
 """Several processes, one for each host: joining them, what they tell each other, what only the first does."""
 
 import contextlib
-import errno
 import io
 import itertools
 import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
@@ -15,6 +13,8 @@ from jax._src import distributed as coordination
 from jax._src import xla_bridge
 
 from grokjax.errors import first_line
+from grokjax.rendezvous import DistributedError as DistributedError
+from grokjax.rendezvous import Meeting
 
 T = TypeVar("T")
 
@@ -28,10 +28,6 @@ _STEP = "the engine's next step"
 # At a barrier, for what other processes may do before. If one of them dies, the barrier fails within the heartbeat's
 # time; of shorter waits, the first that passed would end it for all.
 _FOREVER_MS = 1000 * 3600 * 24 * 7
-
-
-class DistributedError(RuntimeError):
-    """Another process has failed, ended or come elsewhere; the message says what to do."""
 
 
 def initialize(
@@ -62,7 +58,8 @@ def initialize(
 
     Raises:
       ValueError: The arguments are incomplete, and no launcher is found that tells them; or they are out of range.
-      DistributedError: It was called before, JAX has used a device already, or another program has the port.
+      DistributedError: It was called before, or JAX has used a device already. Or, where the first three arguments are
+        given: another process does not come or cannot go on, or another program has the port.
 
     Source: a thin cover of `jax.distributed.initialize`.
     """
@@ -74,8 +71,9 @@ def initialize(
         raise ValueError(f"process_id={process_id} must be between 0 and {num_processes - 1}, one of each.")
     if heartbeat_timeout_seconds < 1:
         raise ValueError(f"heartbeat_timeout_seconds={heartbeat_timeout_seconds} must be 1 or more.")
-    if coordinator_address is not None and process_id == 0:
-        _check_port(coordinator_address)
+    is_late = xla_bridge.backends_are_initialized() or jax.distributed.is_initialized()  # which JAX refuses
+    if coordinator_address is not None and num_processes is not None and process_id is not None and not is_late:
+        Meeting(coordinator_address, num_processes, process_id).hold(initialization_timeout_seconds)
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator_address,
@@ -98,19 +96,6 @@ def initialize(
             f"the processes cannot be joined ({error}): call initialize once, first of all, on every process; "
             "process 0 must run and be reachable."
         ) from error
-
-
-def _check_port(coordinator_address: str) -> None:
-    """Refuses a port on which another program listens."""
-    port = int(coordinator_address.rpartition(":")[2])
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise DistributedError(
-                f"port {port} of {coordinator_address} is in use on this host, maybe by an earlier run: end that, or "
-                "give all processes another port."
-            ) from error
 
 
 def is_first() -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import re
-import socket
 import types
 from typing import Any
 
@@ -17,6 +16,7 @@ from grokjax.config import GrokConfig
 from grokjax.distributed import Channel, DistributedError, initialize, on_first, sharing_errors
 from grokjax.engine import SharedSteps, follow
 from grokjax.model import Grok, ModelSteps, SlotSettings, init
+from grokjax.rendezvous import Meeting
 
 
 class FakeClient:
@@ -127,13 +127,6 @@ def test_alone_an_error_is_shared_with_nobody() -> None:
         raise ValueError("mine")
 
 
-def test_a_port_in_use_is_named() -> None:
-    with socket.create_server(("", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(DistributedError, match=rf"port {port} of localhost:{port} is in use on this host"):
-            initialize(f"localhost:{port}", 2, 0)
-
-
 def fail_as_after_a_death(*_: Any) -> None:
     raise jax.errors.JaxRuntimeError("UNAVAILABLE: Task 2 heartbeat timeout.\nDetails")
 
@@ -237,7 +230,10 @@ def test_alone_everything_is_done_here() -> None:
         (("localhost", 2, 0), r"coordinator_address='localhost' has no port: give it as HOST:PORT\."),
         (("localhost:1", 2, 2), r"process_id=2 must be between 0 and 1"),
         (("localhost:1", 0, 0), r"num_processes=0 must be 1 or more"),
-        (("localhost:1", 2, 0), r"the processes cannot be joined .*: call initialize once, first of all"),
+        (
+            ("localhost:1", 2, 0),
+            r"the processes cannot be joined .*: call initialize once, first of all",
+        ),
     ],
 )
 def test_arguments_that_cannot_join_are_refused(arguments: tuple[Any, ...], message: str) -> None:
@@ -297,19 +293,17 @@ def test_the_command_joins_the_processes(joined: list[dict[str, Any]], capsys: p
 def test_what_is_wrong_on_one_process_is_told_to_the_others(
     options: list[str],
     told: str,
-    client: FakeClient,
     joined: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It joins them for that, though not for long."""
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    """Before they are joined."""
+    meetings: list[Meeting] = []
+    monkeypatch.setattr(Meeting, "hold", lambda meeting: meetings.append(meeting))
     with contextlib.suppress(SystemExit):  # By which a command ends whose options are unknown.
         assert cli.main(["generate", "a", *options, *BY_HAND]) == 2
-    assert joined == [JOINED | {"initialization_timeout_seconds": 30}]
-    monkeypatch.setattr(jax, "process_index", lambda: 0)
-    monkeypatch.setattr(client, "blocking_key_value_get_bytes", nothing_yet)
-    with pytest.raises(ValueError, match=f"^process 1: .*{re.escape(told)}"):
-        on_first("the beginning", lambda: None)
+    assert [(meeting.address, meeting.count, meeting.number) for meeting in meetings] == [("host:1", 2, 1)]
+    assert told in meetings[0].refusal
+    assert joined == []
 
 
 def test_the_first_leads_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,7 @@ def test_a_conversion_that_rounds_names_the_processor_that_is_left_out(tmp_path:
         "grokjax: error: weights are rounded on the processor, which JAX_PLATFORMS=cuda leaves out: add it, as in "
         "cuda,cpu."
     )
+    assert not (tmp_path / "target").exists()
 
 
 def test_what_jax_refuses_is_not_said_to_be_short_of_memory(

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from grokjax.checkpoint.disk import check_room, free_bytes, make_folder
@@ -126,6 +127,8 @@ def convert(
       ValueError: The options do not fit the source.
     """
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
+    plan.recipe.check_processor()
+    jax.devices()  # Orbax would ask for them in the middle of its work: where there are none, JAX says so now
     tally = Tally("converted", sum(spec.num_bytes for spec in plan.specs.values()), progress)
     if plan.num_done == plan.num_units and (plan.target / MANIFEST).is_file():
         tally.add(tally.total_bytes, EARLIER, EARLIER)

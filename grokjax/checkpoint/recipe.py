@@ -67,6 +67,15 @@ class Recipe:
             return TensorSpec(ArraySpec(shape, _BFLOAT16 if self.weights == "bfloat16" else np.dtype(np.float32)), None)
         return spec
 
+    def check_processor(self) -> None:
+        """Looks for the processor, on which weights are rounded.
+
+        Raises:
+          ValueError: JAX may not use it, and they are to be rounded.
+        """
+        if self.weights != "keep":
+            _processor()
+
     def apply(self, leaves: Leaves, spec: TensorSpec) -> Leaves:
         """Turns the arrays of a part into those of `spec`."""
         if spec.scales is not None and "scales" not in leaves:

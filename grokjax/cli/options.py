@@ -10,15 +10,14 @@ import jax
 from jax.sharding import Mesh
 
 from grokjax.config import GrokConfig
-from grokjax.distributed import DistributedError, exchange, initialize, sharing_errors
+from grokjax.distributed import DistributedError, initialize
+from grokjax.rendezvous import Meeting
 from grokjax.sharding import divides, make_mesh
 
 T = TypeVar("T")
 
 # What is given by hand -> the argument of `initialize`.
 _BY_HAND = {"coordinator": "coordinator_address", "num_processes": "num_processes", "process_id": "process_id"}
-# Seconds for which a process that cannot go on waits for the others, to tell them.
-_TELLING_SECONDS = 30
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:
@@ -36,39 +35,44 @@ def add_processes(command: argparse.ArgumentParser) -> None:
 def join_processes(arguments: argparse.Namespace, check: Callable[[], T]) -> T:
     """Checks what a process can alone, then joins the others, if the options of `add_processes` say so.
 
-    A process whose check fails joins them, too: within `sharing_errors`, it tells them, and they end as it does.
+    If they say how by hand, a process whose check fails tells the others, and they end as it does. Elsewhere launchers
+    end them.
 
     Returns:
       What `check` returns.
 
     Raises:
-      ValueError: The options are incomplete, or what `check` raises, on this process or on another.
-      DistributedError: The processes cannot be joined.
+      ValueError: The options are incomplete; or what `check` raises.
+      DistributedError: The processes cannot be joined, or another cannot go on.
     """
     given = _how_to_join(arguments)
     if given is None:
         return check()
     try:
         checked = check()
-    except (ValueError, OSError):
-        with contextlib.suppress(DistributedError):  # nobody has come to be told
-            initialize(**given, initialization_timeout_seconds=_TELLING_SECONDS)
+    except (ValueError, OSError) as error:
+        _refuse(given, str(error))
         raise
     initialize(**given)
-    exchange("the beginning of the command", "")
     return checked
 
 
 def tell_of_options(argv: Sequence[str] | None) -> None:
-    """Where the command line of this process cannot be read, joins the others, if it says how, and tells them."""
+    """Where the command line of this process cannot be read, tells the others, if it says by hand who they are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_processes(parser)
-    with contextlib.suppress(argparse.ArgumentError, ValueError, DistributedError), sharing_errors():
-        join_processes(parser.parse_known_args(argv)[0], _refuse_options)
+    with contextlib.suppress(argparse.ArgumentError, ValueError):
+        given = _how_to_join(parser.parse_known_args(argv)[0])
+        if given is not None:
+            _refuse(given, "its options are wrong: see its message.")
 
 
-def _refuse_options() -> None:
-    raise ValueError("its options are wrong: see its message.")
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    """Tells the other processes why this one cannot go on, if it is known who they are."""
+    address, count, number = (given[name] for name in _BY_HAND.values())
+    if address is not None:
+        with contextlib.suppress(DistributedError):  # nobody has come to be told
+            Meeting(address, count, number, reason).hold()
 
 
 def _how_to_join(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -235,4 +235,4 @@ def test_a_warm_up_tells_each_step_to_a_callback_else_to_the_logger(caplog: pyte
         engine.warm_up()
     assert told == [(step.name, number, len(steps)) for number, step in enumerate(steps, start=1)]
     assert len(caplog.messages) == len(steps)
-    assert caplog.messages[1].startswith(f"compiled 2 of {len(steps)} steps: decode 2 in ")
+    assert caplog.messages[1].startswith(f"compiled 2 of {len(steps)} steps: decode 3 in ")
