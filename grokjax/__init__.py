@@ -10,7 +10,12 @@
 * Many requests: `Engine`, `AsyncEngine`, `Request`, `Completion`, `Piece`, `Handle`, `Metrics`, `QueueFullError`;
   over several processes `follow`, `DistributedError`, and `grokjax.distributed.initialize`.
 * Machines: `plan` (`Plan`), `suggest` (`Suggestion`).
+
+What takes long tells the logger `grokjax` how far it has come. Nothing is shown unless the program asks for it, as by
+`logging.basicConfig(level=logging.INFO)`.
 """
+
+import logging
 
 from grokjax.cache import KVCache
 from grokjax.checkpoint import (
@@ -41,6 +46,8 @@ from grokjax.sharding import ShardingRules, make_mesh
 from grokjax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "AsyncEngine",

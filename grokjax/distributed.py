@@ -1,31 +1,33 @@
-"""Several processes, one for each host: joining them, what only the first does, its messages to the others."""
+"""Several processes, one for each host: joining them, what they tell each other, what only the first does."""
 
 import contextlib
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 from jax._src import distributed as coordination
+from jax._src import xla_bridge
 
 from grokjax.errors import first_line
+from grokjax.rendezvous import DistributedError as DistributedError
+from grokjax.rendezvous import Meeting
 
 T = TypeVar("T")
 
-# A message is waited for in turns of so many milliseconds, between which Python hears of Ctrl-C.
-_POLL_MS = 10_000
+# A message is waited for in turns of so many milliseconds, between which Python hears of Ctrl-C and of an error that
+# another process shares.
+_POLL_MS = 1000
+_ERRORS = "grokjax/errors"
 # A message waits for the others after as many, so that read messages can be deleted.
 _MESSAGES_AT_ONCE = 64
 _STEP = "the engine's next step"
 # At a barrier, for what other processes may do before. If one of them dies, the barrier fails within the heartbeat's
 # time; of shorter waits, the first that passed would end it for all.
 _FOREVER_MS = 1000 * 3600 * 24 * 7
-
-
-class DistributedError(RuntimeError):
-    """Another process has failed, ended or come elsewhere; the message says what to do."""
 
 
 def initialize(
@@ -56,11 +58,12 @@ def initialize(
 
     Raises:
       ValueError: The arguments are incomplete, and no launcher is found that tells them; or they are out of range.
-      DistributedError: It was called before, or JAX has used a device already.
+      DistributedError: It was called before, or JAX has used a device already. Or, where the first three arguments are
+        given: another process does not come or cannot go on, or another program has the port.
 
     Source: a thin cover of `jax.distributed.initialize`.
     """
-    if coordinator_address is not None and not coordinator_address.rpartition(":")[2].isdecimal():
+    if coordinator_address is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator_address):
         raise ValueError(f"coordinator_address={coordinator_address!r} has no port: give it as HOST:PORT.")
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"num_processes={num_processes} must be 1 or more: count this one, too.")
@@ -68,6 +71,9 @@ def initialize(
         raise ValueError(f"process_id={process_id} must be between 0 and {num_processes - 1}, one of each.")
     if heartbeat_timeout_seconds < 1:
         raise ValueError(f"heartbeat_timeout_seconds={heartbeat_timeout_seconds} must be 1 or more.")
+    is_late = xla_bridge.backends_are_initialized() or jax.distributed.is_initialized()  # which JAX refuses
+    if coordinator_address is not None and num_processes is not None and process_id is not None and not is_late:
+        Meeting(coordinator_address, num_processes, process_id).hold(initialization_timeout_seconds)
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator_address,
@@ -93,8 +99,22 @@ def initialize(
 
 
 def is_first() -> bool:
-    """Whether this is process 0, or the only one. Does not start JAX's devices, which must come after `initialize`."""
+    """Whether this is process 0, or the only one. Alone, it does not start JAX's devices."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def process_index() -> int:
+    """This process's number for messages, 0 alone: before JAX has devices, the one that it was joined by."""
+    with contextlib.suppress(RuntimeError, AssertionError):  # JAX has not found the devices that it was told to use
+        if xla_bridge.backends_are_initialized():
+            return jax.process_index()
+    return joined_as()[0]
+
+
+def joined_as() -> tuple[int, int]:
+    """The number that this process was joined by, and how many were: (0, 1) alone. Does not start JAX's devices."""
+    state = coordination.global_state
+    return (state.process_id, state.num_processes) if jax.distributed.is_initialized() else (0, 1)
 
 
 def coordination_client() -> Any:
@@ -137,15 +157,56 @@ def on_first(what: str, function: Callable[[], T], *, together: bool = True) -> 
     return result
 
 
+def exchange(what: str, value: str, *, together: bool = True) -> list[str]:
+    """Tells a value to all processes, and waits for theirs. Does not start JAX's devices.
+
+    Args:
+      what: the same on all processes, and what an error calls it: "the loading of a checkpoint".
+      value: of this process.
+      together: whether the processes work together; else each is alone with its value.
+
+    Returns:
+      The values of all processes, in the order of their numbers.
+
+    Raises:
+      DistributedError: Another process has gone, or has come to something else.
+      ValueError: Another process shares an error instead.
+    """
+    number, count = joined_as()
+    if not together or count == 1:
+        return [value]
+    client = coordination_client()
+    folder = f"{_meet(client, what)}/values"
+    with _gone_before(what):
+        client.key_value_set(f"{folder}/{number}", value)
+    return [_wait(client, f"{folder}/{other}", what).decode() for other in range(count)]
+
+
+@contextlib.contextmanager
+def sharing_errors() -> Iterator[None]:
+    """An error that ends this block is told to the other processes: within a second, those that wait raise it, too.
+
+    They wait in `on_first`, `exchange`, `follow`, and where a checkpoint is loaded or an engine made.
+    """
+    try:
+        yield
+    except BaseException as error:
+        client = coordination_client()
+        if client is not None:
+            told = f"process {joined_as()[0]}: {str(error) or type(error).__name__}"
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others have gone, or hear of an earlier error
+                client.key_value_set(f"{_ERRORS}/first", told)
+        raise
+
+
 def _meet(client: Any, what: str) -> str:
     """Waits until all processes have come to the same thing; returns a folder for it."""
+    number, count = joined_as()
     with _gone_before(what):
-        number = client.key_value_increment(f"grokjax/meetings/{jax.process_index()}", 1)
-        folder = f"grokjax/meeting/{number}"
-        client.key_value_set(f"{folder}/names/{jax.process_index()}", what)
-        client.wait_at_barrier(folder, _FOREVER_MS)
-        names = {int(key.rpartition("/")[2]): name for key, name in client.key_value_dir_get(f"{folder}/names")}
-    for process, name in sorted(names.items()):
+        folder = f"grokjax/meeting/{client.key_value_increment(f'grokjax/meetings/{number}', 1)}"
+        client.key_value_set(f"{folder}/names/{number}", what)
+    names = [_wait(client, f"{folder}/names/{other}", what).decode() for other in range(count)]
+    for process, name in enumerate(names):
         if name != names[0]:
             raise DistributedError(
                 f"process 0 has come to {names[0]}, and process {process} to {name}: make the same calls in the same "
@@ -215,7 +276,11 @@ class Channel:
 
 
 def _wait(client: Any, key: str, what: str) -> bytes:
-    """The value of a key, as soon as process 0 has set it."""
+    """The value of a key, as soon as another process has set it.
+
+    Raises:
+      ValueError: A process shares an error instead.
+    """
     while True:
         with _gone_before(what):
             try:
@@ -224,6 +289,9 @@ def _wait(client: Any, key: str, what: str) -> bytes:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
+            shared = client.key_value_dir_get(_ERRORS)
+        if shared:
+            raise ValueError(shared[0][1])
 
 
 @contextlib.contextmanager

@@ -21,15 +21,17 @@ from goldens import load_case
 from jax.experimental import multihost_utils
 
 from grokjax import cli, distributed
-from grokjax.checkpoint import convert, describe, load, save
+from grokjax.checkpoint import CheckpointError, convert, describe, load, save
 from grokjax.checkpoint.formats import release
 from grokjax.cli import generate
+from grokjax.config import GrokConfig
 from grokjax.engine import Engine, follow
 from grokjax.model import Grok, ModelSteps, forward
 from grokjax.request import Request
 from grokjax.sharding import ShardingRules, make_mesh
 
 CASE = "tiny-moe-s8"
+TINY = GrokConfig.tiny().replace(num_layers=1, max_seq_len=16)
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
 ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,), "prefill_rows": 1}
 GENERATE = ["generate", "--dtype", "float32", "--ignore-eos", "--random"]
@@ -78,6 +80,10 @@ def work_together(folder: Path) -> dict[str, Any]:
         save(model, folder / "saved")
     except ValueError as error:
         found["refused"] = str(error)
+    try:
+        load(folder / f"seed-{jax.process_index()}", TINY, make_mesh(*MESHES["1x8"]))
+    except CheckpointError as error:
+        found["other_weights"] = str(error)
     try:
         distributed.on_first(f"the end of /{jax.process_index()}", lambda: None)
     except distributed.DistributedError as error:

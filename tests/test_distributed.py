@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from builders import ROOT, or_thorough
+from builders import ROOT, or_thorough, write_checkpoint
 from flax import nnx
 from goldens import check_logits, load_case
-from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, answer, show
+from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, TINY, answer, show
 
 from grokjax.checkpoint import describe, load, save, verify
 from grokjax.config import GrokConfig
@@ -55,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have done their work, and one has saved what they loaded."""
     folder = tmp_path_factory.mktemp("together")
     save(golden_model(), folder / "alone")
-    (folder / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=16).to_json())
+    (folder / "config.json").write_text(TINY.to_json())
+    for number in range(2):
+        write_checkpoint(folder / f"seed-{number}", TINY, seed=number)
     with two_processes("work", folder) as processes:
         for number, process in enumerate(processes):
             assert process.wait(600) == 0, (folder / f"work-{number}.log").read_text()
@@ -105,6 +107,11 @@ def test_what_two_save_one_restores(folder: Path) -> None:
 def test_what_the_first_refuses_all_refuse(found: list[dict[str, Any]]) -> None:
     assert re.search("saved: exists already: choose another path", found[0]["refused"])
     assert found[1]["refused"] == f"process 0: {found[0]['refused']}"
+
+
+def test_another_checkpoint_of_the_same_sizes_on_one_host_is_refused_on_all(found: list[dict[str, Any]]) -> None:
+    for number, result in enumerate(found):
+        assert re.search(f"seed-{number}.*: process 1 has other weights there than process 0", result["other_weights"])
 
 
 def test_processes_that_come_to_different_things_say_so(found: list[dict[str, Any]]) -> None:
@@ -157,6 +164,37 @@ def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
     told = (tmp_path / f"{job}-{mortal}-{1 - mortal}.log").read_text()
     assert re.search(TOLD[job, mortal], told), told
     assert f'File "{ROOT}' not in told  # as in a traceback
+
+
+@contextlib.contextmanager
+def commands(folder: Path, *options: list[str], port: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """A command on each of two processes, with an option of its own."""
+    joining = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number, own in enumerate(options):
+            command = [sys.executable, "-m", "grokjax", *GENERATE, "tiny", "abc", *joining, str(number), *own]
+            process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        yield processes
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (["--temperature", "-1"], "temperature=-1.0 must be"),
+        pytest.param(["--dtype", "float8"], "its options are wrong: see its message", marks=pytest.mark.thorough),
+        pytest.param(["--mesh", "1,3"], "--mesh 1,3: 2 hosts cannot share it", marks=pytest.mark.thorough),
+    ],
+)
+def test_an_option_that_is_wrong_on_one_process_ends_all(tmp_path: Path, option: list[str], told: str) -> None:
+    """Within seconds, of which Python needs some to start; the first process has been told, and did not look itself."""
+    with commands(tmp_path, [], option, port=free_port()) as processes:
+        (_, first), (_, second) = [process.communicate(timeout=BOUND_SECONDS) for process in processes]
+        assert [process.returncode for process in processes] == [2, 2]
+    assert re.search(rf"^grokjax: error: process 1: .*{re.escape(told)}", first, re.MULTILINE), first
+    assert "Traceback" not in first + second
 
 
 def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What one of several processes says and does, told by a stand-in for the service that they share."""
 
+import contextlib
 import itertools
 import re
 import types
@@ -12,9 +13,10 @@ import pytest
 from grokjax import cli, distributed
 from grokjax.cli import options as cli_options
 from grokjax.config import GrokConfig
-from grokjax.distributed import Channel, DistributedError, initialize, on_first
+from grokjax.distributed import Channel, DistributedError, initialize, on_first, sharing_errors
 from grokjax.engine import SharedSteps, follow
 from grokjax.model import Grok, ModelSteps, SlotSettings, init
+from grokjax.rendezvous import Meeting
 
 
 class FakeClient:
@@ -35,6 +37,9 @@ class FakeClient:
 
     def key_value_set(self, key: str, value: str) -> None:
         self.values[key] = value.encode()
+        folder, _, number = key.rpartition("/")
+        if number in ("0", "1"):  # The other process does the same, if the test does not say otherwise.
+            self.values.setdefault(f"{folder}/{1 - int(number)}", value.encode())
 
     def key_value_increment(self, key: str, amount: int) -> int:
         return amount
@@ -75,11 +80,12 @@ def test_waiting_goes_on_until_the_first_has_gone() -> None:
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
-    """That of process 0 of two; what the other does is up to the test."""
+    """That of process 0 of two; the other does the same, if the test does not say otherwise."""
     client = FakeClient()
     monkeypatch.setattr(distributed, "coordination_client", lambda: client)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "joined_as", lambda: (jax.process_index(), 2))
     return client
 
 
@@ -96,6 +102,31 @@ def test_others_hear_of_every_error_of_the_first(error: Exception, monkeypatch: 
         on_first("the end", fail)
 
 
+@pytest.mark.usefixtures("client")
+def test_an_error_of_one_ends_those_that_wait(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second process cannot go on; the first waits for it, in a meeting or for a value."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(OSError, match="No space"), sharing_errors():
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    message = r"^process 1: \[Errno 28\] No space left on device$"
+    client.failure = "DEADLINE_EXCEEDED: nothing yet"
+    with pytest.raises(ValueError, match=message):
+        Channel(client, "a").receive()
+    monkeypatch.setattr(client, "blocking_key_value_get_bytes", nothing_yet)
+    with pytest.raises(ValueError, match=message):
+        on_first("the end", lambda: pytest.fail("it was done without all"))
+
+
+def nothing_yet(*_: Any) -> None:
+    raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: nothing yet")
+
+
+def test_alone_an_error_is_shared_with_nobody() -> None:
+    with pytest.raises(ValueError, match="mine"), sharing_errors():
+        raise ValueError("mine")
+
+
 def fail_as_after_a_death(*_: Any) -> None:
     raise jax.errors.JaxRuntimeError("UNAVAILABLE: Task 2 heartbeat timeout.\nDetails")
 
@@ -103,9 +134,9 @@ def fail_as_after_a_death(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("process", "call"),
     [
-        (0, "wait_at_barrier"),
-        (1, "wait_at_barrier"),
-        (1, "key_value_increment"),
+        (0, "key_value_increment"),
+        (0, "blocking_key_value_get_bytes"),
+        (1, "key_value_set"),
         (1, "blocking_key_value_get_bytes"),
     ],
 )
@@ -113,7 +144,6 @@ def test_a_death_before_a_meeting_or_in_it(
     process: int, call: str, client: FakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    client.values["grokjax/meeting/1/names/0"] = b"the end of /a"
     monkeypatch.setattr(client, call, fail_as_after_a_death)
     message = (
         r"another process has gone before the end of /a \(UNAVAILABLE: .* timeout\): see its messages, then start all"
@@ -165,6 +195,9 @@ def test_a_failed_step_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         follow(model)
 
 
+ANOTHER_MODEL = r"process 0 has another model: .*; process 1 has .*: load the same with the same mesh, rules and dtype"
+
+
 def test_a_model_of_another_dtype_is_not_followed(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = ({}, {"quantized": False}, {"quantized_table": True}, {"dtype": np.float32})
     for leader, follower in itertools.permutations([small_model(monkeypatch, **options) for options in stored], 2):
@@ -172,8 +205,18 @@ def test_a_model_of_another_dtype_is_not_followed(client: FakeClient, monkeypatc
         monkeypatch.setattr(jax, "process_index", lambda: 0)
         SharedSteps(leader, **SIZES)
         monkeypatch.setattr(jax, "process_index", lambda: 1)
-        with pytest.raises(ValueError, match=r"process 0 has another model: .*; process 1 has .*: load the same with"):
+        with pytest.raises(ValueError, match=ANOTHER_MODEL):
             follow(follower)
+
+
+def test_a_model_of_another_dtype_is_not_led(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(DistributedError, match="gone before the engine's next step"):
+        follow(small_model(monkeypatch))
+    client.values = {key: value for key, value in client.values.items() if not key.endswith("/0")}
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(ValueError, match=ANOTHER_MODEL):
+        SharedSteps(small_model(monkeypatch, dtype=np.float32), **SIZES)
 
 
 def test_alone_everything_is_done_here() -> None:
@@ -187,7 +230,10 @@ def test_alone_everything_is_done_here() -> None:
         (("localhost", 2, 0), r"coordinator_address='localhost' has no port: give it as HOST:PORT\."),
         (("localhost:1", 2, 2), r"process_id=2 must be between 0 and 1"),
         (("localhost:1", 0, 0), r"num_processes=0 must be 1 or more"),
-        (("localhost:1", 2, 0), r"the processes cannot be joined .*: call initialize once, first of all"),
+        (
+            ("localhost:1", 2, 0),
+            r"the processes cannot be joined .*: call initialize once, first of all",
+        ),
     ],
 )
 def test_arguments_that_cannot_join_are_refused(arguments: tuple[Any, ...], message: str) -> None:
@@ -210,18 +256,54 @@ def test_what_no_launcher_tells_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         initialize(None, 2, 0)
 
 
-def test_the_command_joins_the_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(cli_options, "initialize", lambda *arguments, **given: calls.append((*arguments, given)))
-    command = ["generate", "a", "--checkpoint", "nowhere", "--coordinator", "host:1"]
-    assert cli.main(command) == 2
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of each call of `initialize` by a command, which does nothing."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(cli_options, "initialize", lambda **given: calls.append(given))
+    return calls
+
+
+JOINED = {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}
+BY_HAND = ["--coordinator", "host:1", "--num-processes", "2", "--process-id", "1"]
+
+
+def test_the_command_joins_the_processes(joined: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Its prompts, of which only the first process knows, are read after that."""
+    command = ["generate", "--prompts", "nowhere", "--output", "results.jsonl", "--random", "tiny"]
+    assert cli.main([*command, "--coordinator", "host:1"]) == 2
     assert "--coordinator, --num-processes and --process-id go together" in capsys.readouterr().err
-    assert cli.main([*command, "--num-processes", "2", "--process-id", "0"]) == 2
-    alone = ["generate", "a", "--checkpoint", "nowhere", "--heartbeat", "20"]
-    assert cli.main(alone) == 2
+    assert cli.main([*command, "--heartbeat", "20"]) == 2
     assert "--heartbeat is of several processes: give --distributed or --coordinator" in capsys.readouterr().err
-    assert cli.main([*alone, "--distributed"]) == 2
-    assert calls == [("host:1", 2, 0, {}), (None, None, None, {"heartbeat_timeout_seconds": 20})]
+    assert joined == []
+    assert cli.main([*command, *BY_HAND]) == 2
+    assert cli.main([*command, "--distributed", "--heartbeat", "20"]) == 2
+    assert joined == [JOINED, dict.fromkeys(JOINED) | {"heartbeat_timeout_seconds": 20}]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--random", "tiny", "--temperature", "-1"], "temperature=-1.0 must be"),
+        (["--random", "tiny", "--mesh", "8"], "--mesh 8: give two numbers"),
+        (["--checkpoint", "nowhere", "--tokenizer", "bytes"], "nowhere: no such folder"),
+        (["--random", "tiny", "--dtype", "float8"], "its options are wrong: see its message"),
+    ],
+)
+def test_what_is_wrong_on_one_process_is_told_to_the_others(
+    options: list[str],
+    told: str,
+    joined: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before they are joined."""
+    meetings: list[Meeting] = []
+    monkeypatch.setattr(Meeting, "hold", lambda meeting: meetings.append(meeting))
+    with contextlib.suppress(SystemExit):  # By which a command ends whose options are unknown.
+        assert cli.main(["generate", "a", *options, *BY_HAND]) == 2
+    assert [(meeting.address, meeting.count, meeting.number) for meeting in meetings] == [("host:1", 2, 1)]
+    assert told in meetings[0].refusal
+    assert joined == []
 
 
 def test_the_first_leads_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,13 +315,12 @@ def test_the_first_leads_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) 
         SharedSteps(model, **SIZES)
 
 
-@pytest.mark.usefixtures("client")
-def test_another_model_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_is_not_followed(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = types.SimpleNamespace(is_multi_process=True, shape={"data": 1, "model": 8})
     model: Any = types.SimpleNamespace(
         partitioner=types.SimpleNamespace(mesh=mesh, rules=None), config="a model of one layer", dtype=np.float32
     )
-    Channel.open().send("start", "a model of two layers", "", 1, 8, 0)
+    client.key_value_set("grokjax/meeting/1/values/0", "a model of two layers")
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(
         ValueError, match="process 0 has another model: a model of two layers; process 1 has a model of"

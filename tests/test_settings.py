@@ -6,6 +6,7 @@ Each setting is tried in a process of its own, `everything.py`, as a user's prog
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import ROOT, or_thorough, program_for
+from builders import ROOT, SMALL, or_thorough, program_for, write_checkpoint
 
 from grokjax.cli import main
 from grokjax.kernels import unembed
@@ -109,16 +110,44 @@ def test_raw_keys_of_another_generator_are_refused() -> None:
         row_keys(keys, jnp.zeros(2, jnp.int32))
 
 
-@pytest.mark.parametrize("platforms", ["cuda", "tpu", "nonsense"])
-def test_a_platform_that_is_not_there_is_a_sentence(platforms: str) -> None:
-    command = [sys.executable, "-m", "grokjax", "generate", "--random", "tiny", "hello"]
-    environment = os.environ | {"JAX_PLATFORMS": platforms}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    *_, last = done.stderr.splitlines()
+def run_command(platforms: str, *command: str) -> str:
+    """The last line of what a command says that fails where JAX_PLATFORMS is this."""
+    done = subprocess.run(
+        [sys.executable, "-m", "grokjax", *command],
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+JOINED = ("--coordinator", "localhost:{port}", "--num-processes", "1", "--process-id", "0")
+
+
+@pytest.mark.parametrize(("platforms", "joining"), [("cuda", JOINED), ("tpu", ()), ("nonsense", ())])
+def test_a_platform_that_is_not_there_is_a_sentence(platforms: str, joining: tuple[str, ...]) -> None:
+    """Also in a process that was joined to others, which knows its number though it has no device."""
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+    joining = tuple(option.format(port=port) for option in joining)
+    last = run_command(platforms, "generate", "--random", "tiny", "hello", *joining)
     assert last.startswith(f"grokjax: error: JAX_PLATFORMS={platforms} asks for devices that JAX cannot find"), last
     assert last.endswith("or set it to cpu.")
-    assert "Traceback" not in done.stderr
+
+
+def test_a_conversion_that_rounds_names_the_processor_that_is_left_out(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, quantized=False)
+    (tmp_path / "config.json").write_text(SMALL.to_json())
+    command = ("convert", str(tmp_path), str(tmp_path / "target"), "--config", str(tmp_path / "config.json"))
+    last = run_command("cuda", *command, "--weights", "int8")
+    assert last == (
+        "grokjax: error: weights are rounded on the processor, which JAX_PLATFORMS=cuda leaves out: add it, as in "
+        "cuda,cpu."
+    )
+    assert not (tmp_path / "target").exists()
 
 
 def test_what_jax_refuses_is_not_said_to_be_short_of_memory(

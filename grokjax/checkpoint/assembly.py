@@ -49,7 +49,8 @@ class Builder:
           progress: called after each part, and first for each fresh value.
         """
         specs = specs_of(self.checkpoint)
-        tally = Tally(sum(specs[source].num_bytes for source in sources.values() if source is not None), progress)
+        total_bytes = sum(specs[source].num_bytes for source in sources.values() if source is not None)
+        tally = Tally("loaded", total_bytes, progress)
         for parameter in [parameter for parameter, source in sources.items() if source is None]:
             tally.add(0, parameter, None)
         stacks = stacks_of(abstract, sources, quantized)
@@ -64,7 +65,7 @@ class Builder:
         """
         params, specs = named_parameters(one_layer), specs_of(self.checkpoint)
         stacks = [Stack.of(name, params[stack_name(name)], (name,)) for name in names]
-        values = self._build(stacks, {}, Tally(sum(specs[name].num_bytes for name in names), None))
+        values = self._build(stacks, {}, Tally("loaded", sum(specs[name].num_bytes for name in names), None))
         layered = {stack.name for stack in stacks if stack.is_layered}
         return {
             name: jax.tree.map(lambda leaf: leaf[0], value) if name in layered else value

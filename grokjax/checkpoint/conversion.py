@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from grokjax.checkpoint.disk import check_name, check_room, free_bytes, make_folder
@@ -120,7 +121,8 @@ def convert(
       weights: `keep` leaves every array as it is; `int8` quantises float weights of attention and experts;
         `bfloat16` and `float32` make everything plain in that dtype, norms and router excepted.
       scale_blocks: Q of weights that are quantised here.
-      progress: called after each unit, and first for what was there already.
+      progress: called after each unit, and first for what was there already; without it the logger is told now and
+        then.
 
     Raises:
       CheckpointError: The source is damaged or was changed meanwhile, the target exists, the disk is full, or the
@@ -128,7 +130,9 @@ def convert(
       ValueError: The options do not fit the source.
     """
     plan = plan_conversion(source, target, config, weights=weights, scale_blocks=scale_blocks)
-    tally = Tally(sum(spec.num_bytes for spec in plan.specs.values()), progress)
+    plan.recipe.check_processor()
+    jax.devices()  # Orbax would ask for them in the middle of its work: where there are none, JAX says so now
+    tally = Tally("converted", sum(spec.num_bytes for spec in plan.specs.values()), progress)
     if plan.num_done == plan.num_units and (plan.target / MANIFEST).is_file():
         tally.add(tally.total_bytes, EARLIER, EARLIER)
         return

@@ -43,7 +43,7 @@ def export(
       dtype: of all arrays, float32 or bfloat16.
       tokenizer: a file that is copied to `tokenizer.model` in the target; by default the `tokenizer.model` beside the
         source, if there is one.
-      progress: called after each part, with the bytes that are written.
+      progress: called after each part, with the bytes that are written; without it the logger is told now and then.
 
     Raises:
       CheckpointError: The source is damaged, the target exists or cannot be written, or the disk is full.
@@ -58,7 +58,7 @@ def export(
     name = check_dtype(dtype).name
     found = specs_of(checkpoint)
     num_values = sum(math.prod(spec.weight.shape) for spec in found.values())
-    tally = Tally(num_values * np.dtype(name).itemsize, progress)
+    tally = Tally("exported", num_values * np.dtype(name).itemsize, progress)
 
     def parts() -> Iterator[tuple[str, int | None, Array]]:
         for part in [part for parameter in found for part in parts_of(parameter, checkpoint.config)]:

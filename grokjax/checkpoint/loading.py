@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from grokjax.checkpoint.assembly import Builder
 from grokjax.checkpoint.layouts import open_checkpoint
+from grokjax.checkpoint.likeness import check_same_weights
 from grokjax.checkpoint.mapping import map_sources, match_parameters
 from grokjax.checkpoint.progress import Report
 from grokjax.checkpoint.stacks import bytes_of_stacks, stacks_of
@@ -42,7 +43,8 @@ def load(
     """Reads a checkpoint of any layout into a sharded model, whatever mesh it was written from.
 
     Every device is given its own slice of one matrix at a time: the host needs no more memory than that, and no device
-    ever holds another's. Files of the release are mapped, never unpickled.
+    ever holds another's. Files of the release are mapped, never unpickled. Where the mesh spans processes, all of them
+    first compare samples of every array of theirs.
 
     Args:
       path: the folder of the release's files or its parent, of safetensors files, or of `grokjax.json`.
@@ -62,11 +64,13 @@ def load(
       exclude: regular expressions; a parameter in whose path one is found keeps its fresh random value.
       seed: of the fresh values.
       max_host_bytes: what reading may hold on the host at once; one matrix is always allowed.
-      progress: called after each part, and first for each parameter that keeps its fresh value.
+      progress: called after each part, and first for each parameter that keeps its fresh value; without it the logger
+        is told now and then.
       allow_oom: try it even where the devices have too little memory left.
 
     Raises:
       CheckpointError: There is no checkpoint, it is damaged, or it does not fit the model: every mismatch is listed.
+        Or another process has other weights.
       ValueError: The mesh, the rules, the layers or the dtype do not fit the configuration, an expression is none, or
         the devices have too little memory left.
 
@@ -77,6 +81,7 @@ def load(
     checkpoint = open_checkpoint(path, config)
     config, sources = map_sources(checkpoint, config, layers, rename, exclude)
     partitioner = Partitioner.create(config, mesh, rules)
+    check_same_weights(checkpoint, together=partitioner.mesh.is_multi_process)
     abstract = abstract_model(config, partitioner, dtype=dtype, quantized=False)
     if not allow_oom:
         stacks = stacks_of(abstract, sources, quantized)
@@ -119,5 +124,6 @@ def load_parameters(
     checkpoint = open_checkpoint(path, config)
     partitioner = Partitioner.create(checkpoint.config, mesh, rules)
     wanted = match_parameters(checkpoint, patterns)
+    check_same_weights(checkpoint, together=partitioner.mesh.is_multi_process)
     one_layer = abstract_model(checkpoint.config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False)
     return Builder(checkpoint, partitioner, max_host_bytes).build_parameters(one_layer, wanted)

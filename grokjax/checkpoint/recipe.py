@@ -69,6 +69,15 @@ class Recipe:
             return TensorSpec(ArraySpec(shape, _BFLOAT16 if self.weights == "bfloat16" else np.dtype(np.float32)), None)
         return spec
 
+    def check_processor(self) -> None:
+        """Looks for the processor, on which weights are rounded.
+
+        Raises:
+          ValueError: JAX may not use it, and they are to be rounded.
+        """
+        if self.weights != "keep":
+            _processor()
+
     def apply(self, leaves: Leaves, spec: TensorSpec) -> Leaves:
         """Turns the arrays of a part into those of `spec`."""
         if spec.scales is not None and "scales" not in leaves:
@@ -120,7 +129,9 @@ def _processor() -> jax.Device:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        named = jax.config.values["jax_platforms"]
+        named = jax.config.values["jax_platforms"] or ""
+        if "cpu" in named.split(","):
+            raise  # JAX says which of the others it cannot find
         raise ValueError(
             f"weights are rounded on the processor, which JAX_PLATFORMS={named} leaves out: add it, as in {named},cpu."
         ) from error

@@ -29,7 +29,7 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     Args:
       model: on any mesh.
       path: a folder that does not exist yet, on a disk that all processes share.
-      progress: called after each unit.
+      progress: called after each unit; without it the logger is told now and then.
 
     Raises:
       CheckpointError: The folder exists, cannot be written, or the disk is full.
@@ -45,7 +45,7 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     values = named_parameters(model)
     specs = {name: _saved_spec(values, name, shape) for name, shape in parameter_shapes(model.config).items()}
     manifest = Manifest(model.config, specs, {"made_by": "save"})
-    tally = Tally(sum(spec.num_bytes for spec in specs.values()), progress)
+    tally = Tally("saved", sum(spec.num_bytes for spec in specs.values()), progress)
     together = model.partitioner.mesh.is_multi_process
     on_first(f"the beginning of {folder}", lambda: _begin(folder, manifest, tally.total_bytes), together=together)
     for unit in units_of(model.config):

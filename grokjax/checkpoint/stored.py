@@ -97,6 +97,9 @@ class Checkpoint(Protocol):
           The arrays of each part.
         """
 
+    def sample(self, part: Part) -> bytes:
+        """A few of the bytes of a part's arrays, which tell it from that of another checkpoint of the same layout."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
@@ -137,6 +140,7 @@ class TensorSpec:
 
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _MOST_LINES = 20
+_SAMPLE_VALUES = 256
 
 
 def read_slices(tensors: Mapping[str, StoredTensor], wanted: Sequence[Wanted]) -> list[Shards]:
@@ -154,6 +158,17 @@ def _read_array(array: StoredArray, part: Part, target: jax.ShapeDtypeStruct) ->
         return data.astype(target.dtype, copy=False)
 
     return jax.make_array_from_callback(target.shape, target.sharding, read)
+
+
+def sample_rows(tensors: Mapping[str, StoredTensor], part: Part) -> bytes:
+    """Samples a part as `Checkpoint.sample` does: the beginning of the middle row of each of its arrays."""
+    tensor = tensors[part.parameter]
+    return b"".join(_sample_row(array, part) for array in (tensor.weight, tensor.scales) if array is not None)
+
+
+def _sample_row(array: StoredArray, part: Part) -> bytes:
+    between = array.shape[len(part.index) : -1]
+    return array.read((*part.index, *(size // 2 for size in between), slice(0, _SAMPLE_VALUES))).tobytes()
 
 
 def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:

@@ -47,7 +47,7 @@ def verify(
       target: a checkpoint of ours.
       source: what it was converted from.
       config: what the source was made with; by default what the checkpoint says.
-      progress: called after each unit.
+      progress: called after each unit; without it the logger is told now and then.
 
     Returns:
       The checksums, for `keep_checksums`.
@@ -74,14 +74,14 @@ def verify_finite(path: str | Path, config: GrokConfig | None = None, *, progres
     Args:
       path: a checkpoint of any layout.
       config: what it was made with, where its files cannot tell.
-      progress: called after each part, with the bytes of its floats.
+      progress: called after each part, with the bytes of its floats; without it the logger is told now and then.
 
     Raises:
       CheckpointError: There are such values; the arrays that have any are listed.
     """
     checkpoint = open_checkpoint(path, config)
     parts = [part for parameter in checkpoint.tensors for part in parts_of(parameter, checkpoint.config)]
-    tally = Tally(sum(_num_float_bytes(checkpoint, part) for part in parts), progress)
+    tally = Tally("looked at", sum(_num_float_bytes(checkpoint, part) for part in parts), progress)
     problems: list[str] = []
     for part in parts:
         for name in _float_leaves(checkpoint, part):
@@ -142,7 +142,7 @@ def _of_source(stored: OrbaxCheckpoint, original: Checkpoint) -> Callable[[Part]
 def _compare(stored: OrbaxCheckpoint, expected: Callable[[Part], Checksums], progress: Report | None) -> dict[str, str]:
     """The checksums of all arrays; the error if some are not as expected."""
     specs = stored.manifest.specs
-    tally = Tally(sum(spec.num_bytes for spec in specs.values()), progress)
+    tally = Tally("verified", sum(spec.num_bytes for spec in specs.values()), progress)
     checksums: dict[str, str] = {}
     differing: list[str] = []
     for unit in units_of(stored.config):

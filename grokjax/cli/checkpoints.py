@@ -24,7 +24,7 @@ from grokjax.checkpoint import (
     verify,
     verify_finite,
 )
-from grokjax.cli.console import ByteProgress, say, table_text
+from grokjax.cli.console import byte_progress, say, table_text
 from grokjax.cli.options import checkpoint_config, read_config, read_extents
 from grokjax.cli.streams import write
 from grokjax.config import GrokConfig
@@ -69,10 +69,10 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     _say_plan(plan)
     if arguments.dry_run:
         return
-    with ByteProgress("converted") as progress:
+    with byte_progress("converted") as progress:
         convert(source, target, config, weights=weights, scale_blocks=scale_blocks, progress=progress)
     if arguments.verify:
-        with ByteProgress("verified") as progress:
+        with byte_progress("verified") as progress:
             checksums = verify(target, source, config, progress=progress)
         keep_checksums(target, checksums)
         say("every array is what it was made from; the checksums are kept in grokjax.json")
@@ -102,12 +102,12 @@ def _add_verify(commands: Any) -> None:
 def _run_verify(arguments: argparse.Namespace) -> None:
     if arguments.finite:
         config = checkpoint_config(arguments.config, arguments.target)
-        with ByteProgress("looked at") as progress:
+        with byte_progress("looked at") as progress:
             verify_finite(arguments.target, config, progress=progress)
         say(f"{arguments.target}: every value is finite")
         return
     config = None if arguments.config is None else read_config("--config", arguments.config)
-    with ByteProgress("verified") as progress:
+    with byte_progress("verified") as progress:
         checksums = verify(arguments.target, arguments.source, config, progress=progress)
     if arguments.source is not None:
         keep_checksums(arguments.target, checksums)
@@ -138,7 +138,7 @@ def _add_export(commands: Any) -> None:
 def _run_export(arguments: argparse.Namespace) -> None:
     source, target, config = arguments.source, arguments.target, checkpoint_config(arguments.config, arguments.source)
     tokenizer = arguments.tokenizer or find_tokenizer(source)
-    with ByteProgress("exported") as progress:
+    with byte_progress("exported") as progress:
         export(
             source,
             target,

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,10 @@ import jax
 
 from grokjax import __version__
 from grokjax.cli import checkpoints, generate, plan
-from grokjax.cli.console import say, say_error
+from grokjax.cli.console import messages, say, say_error, set_level
+from grokjax.cli.options import tell_of_options
 from grokjax.cli.streams import ReaderLeft, standard_streams, write
-from grokjax.distributed import DistributedError
+from grokjax.distributed import DistributedError, sharing_errors
 from grokjax.errors import first_line
 
 
@@ -24,10 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       was interrupted.
     """
     _drop_late_callbacks()
-    with standard_streams():
+    with standard_streams(), messages():
         try:
             arguments = _arguments(argv)
-            return arguments.run(arguments) or 0
+            set_level(arguments.level)
+            with sharing_errors():
+                return arguments.run(arguments) or 0
         except KeyboardInterrupt as interrupt:
             say(str(interrupt) or "interrupted")
             return 130
@@ -46,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         return _parser().parse_args(argv)
+    except SystemExit as ended:
+        if ended.code:
+            tell_of_options(argv)
+        raise
     finally:
         write("")  # a help text is written, or cannot be, before the process ends with 0
 
@@ -79,7 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_command(commands)
     checkpoints.add_commands(commands)
     plan.add_command(commands)
+    for command in commands.choices.values():
+        _add_level(command)
     return parser
+
+
+def _add_level(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(level=logging.INFO)
+    level = command.add_mutually_exclusive_group()
+    constant = functools.partial(level.add_argument, dest="level", action="store_const")
+    constant("-v", "--verbose", const=logging.DEBUG, help="name every array that is read or written, too")
+    constant("-q", "--quiet", const=logging.WARNING, help="show no progress: only warnings and errors")
 
 
 @functools.cache

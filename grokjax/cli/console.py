@@ -1,13 +1,14 @@
 """What the commands say: messages and progress on standard error, tables for standard output."""
 
+import contextlib
 import io
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,10 +24,13 @@ from rich.progress import (
 from rich.table import Table
 
 from grokjax import checkpoint
-from grokjax.distributed import is_first
+from grokjax.distributed import process_index
 
 # One for messages and bars, so that a message is written above a bar and not into it.
 STDERR = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+# The package's, to which its library logs, and that of the commands.
+_PACKAGE, _LOGGER = logging.getLogger("grokjax"), logging.getLogger(__name__)
 
 # Characters of a bar, few so that what follows it fits into 80; and seconds between two lines where there is none.
 _BAR = 12
@@ -40,7 +44,7 @@ _UNBROKEN = 10_000
 class Display(Progress):
     """Progress of one task: a bar and its texts in a terminal, elsewhere the texts alone, a line now and then.
 
-    It is a context, at whose end the bar stays as it is. Of several processes, the first shows it.
+    It is a context, at whose end the bar stays as it is. Of several processes, the first shows it, unless `--quiet`.
 
     Args:
       texts: columns of text; the bar stands after the first.
@@ -49,7 +53,7 @@ class Display(Progress):
 
     def __init__(self, *texts: ProgressColumn, clock: Callable[[], float] = time.perf_counter):
         self.texts, self.said = texts, -math.inf
-        self.has_bar = STDERR.is_terminal and not STDERR.is_dumb_terminal
+        self.has_bar = _has_bars()
         super().__init__(
             texts[0],
             BarColumn(bar_width=_BAR),
@@ -58,7 +62,7 @@ class Display(Progress):
             get_time=clock,
             speed_estimate_period=_RATE_PERIOD,
             redirect_stdout=False,
-            disable=not (self.has_bar and is_first()),
+            disable=not (self.has_bar and process_index() == 0 and _LOGGER.isEnabledFor(logging.INFO)),
         )
 
     def show(self, task: TaskID, **changes: Any) -> None:
@@ -70,33 +74,36 @@ class Display(Progress):
             say(" ".join(filter(None, (str(text.render(shown)) for text in self.texts))))
 
 
+def byte_progress(what: str) -> contextlib.AbstractContextManager[Callable[[checkpoint.Progress], None] | None]:
+    """Whom to tell how many bytes of a checkpoint are done: a bar in a terminal, elsewhere nobody, and so the logger.
+
+    Args:
+      what: has become of the bytes, such as `loaded`.
+    """
+    return ByteProgress(what) if _has_bars() else contextlib.nullcontext()
+
+
 class ByteProgress(Display):
-    """Shows how many bytes of a checkpoint are done, at what rate, and how long the rest takes.
+    """A bar of the bytes of a checkpoint that are done, at what rate, and how long the rest takes.
 
     What is done at the first call, maybe by an earlier run, counts for no rate.
 
     Args:
-      what: the work, such as `loaded`.
-      clock: seconds.
+      what: has become of the bytes, such as `loaded`.
     """
 
-    def __init__(self, what: str, *, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, what: str):
         super().__init__(
             TextColumn("{task.description}", markup=False),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             TextColumn("left: {task.fields[parameter]}", markup=False),
-            clock=clock,
         )
         self.bytes = self.add_task(what, total=None, parameter="")
 
     def __call__(self, progress: checkpoint.Progress) -> None:
-        """Shows one more part; renamed and fresh parameters are always named."""
-        if progress.source is None:
-            say(f"{progress.parameter} keeps its fresh value")
-        elif progress.source != progress.parameter:
-            say(f"{progress.parameter} from {progress.source}")
+        """Shows one more part."""
         self.show(self.bytes, total=progress.total_bytes, completed=progress.done_bytes, parameter=progress.parameter)
 
 
@@ -139,13 +146,47 @@ def table_text(table: Table) -> str:
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
 
+@contextlib.contextmanager
+def messages() -> Iterator[None]:
+    """Meanwhile, what the package logs is written to standard error: all but details, unless `set_level` is told."""
+    handler, level, propagates = _Lines(), _PACKAGE.level, _PACKAGE.propagate
+    _PACKAGE.addHandler(handler)
+    _PACKAGE.propagate = False  # a handler of all loggers, which some library may install, would write it again
+    set_level(logging.INFO)
+    try:
+        yield
+    finally:
+        _PACKAGE.removeHandler(handler)
+        _PACKAGE.propagate = propagates
+        set_level(level)
+
+
+def set_level(level: int) -> None:
+    """Chooses what is written: from `logging.DEBUG`, `INFO` or `WARNING` on."""
+    _PACKAGE.setLevel(level)
+
+
 def say(text: str) -> None:
-    """Writes a line to standard error; of several processes, the first does."""
-    if is_first():
-        STDERR.print(f"grokjax: {text}", soft_wrap=True)
+    """Writes a line to standard error, unless `--quiet`; of several processes, the first does."""
+    _LOGGER.info("%s", text)
 
 
 def say_error(error: Exception) -> None:
     """Writes an error to standard error, on every process that has one."""
-    where = "" if is_first() else f" in process {jax.process_index()}"
-    STDERR.print(f"grokjax: error{where}: {error}", soft_wrap=True)
+    _LOGGER.error("%s", error)
+
+
+class _Lines(logging.Handler):
+    """Writes what is logged to standard error, a line each; warnings and errors on every process that has one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        number, is_warning = process_index(), record.levelno >= logging.WARNING
+        if is_warning:
+            where = f" in process {number}" if number else ""
+            STDERR.print(f"grokjax: {record.levelname.lower()}{where}: {record.getMessage()}", soft_wrap=True)
+        elif not number:
+            STDERR.print(f"grokjax: {record.getMessage()}", soft_wrap=True)
+
+
+def _has_bars() -> bool:
+    return STDERR.is_terminal and not STDERR.is_dumb_terminal

@@ -15,9 +15,16 @@ import jax.numpy as jnp
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
 from grokjax.checkpoint import Checkpoint, describe, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
-from grokjax.cli.console import BatchProgress, ByteProgress, say
+from grokjax.cli.console import BatchProgress, byte_progress, say
 from grokjax.cli.machine import say_machine
-from grokjax.cli.options import add_processes, checkpoint_config, choose_mesh, join_processes, named_config
+from grokjax.cli.options import (
+    add_processes,
+    checkpoint_config,
+    choose_mesh,
+    join_processes,
+    named_config,
+    read_extents,
+)
 from grokjax.cli.streams import write
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
@@ -118,16 +125,21 @@ def _add_settings(generate: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a prompt of a file ended with an error, else 0."""
-    _check_output(arguments)
-    join_processes(arguments)
-    source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
-    _check_settings(source.config, arguments)
+    source = join_processes(arguments, lambda: _check(arguments))
     if arguments.prompts is not None:
         kept = " The results so far are kept, and the same command goes on after them."
         with _model_failures(_SMALLER_BATCH, kept):
             return _run_batch(source, arguments)
     with _model_failures(_SMALLER_ROW):
         return _run_prompt(source, arguments)
+
+
+def _check(arguments: argparse.Namespace) -> _Source:
+    """Refuses now what would be refused after the processes are joined and the model has loaded, which take minutes."""
+    _check_output(arguments)
+    source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
+    _check_settings(source.config, arguments)
+    return source
 
 
 @contextlib.contextmanager
@@ -159,13 +171,14 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
-    """Refuses now what would be refused after the model has loaded, which takes minutes."""
     check_integer("max_new_tokens", arguments.max_new_tokens, 1)
     _request(arguments)
     if arguments.slots < 1:
         raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
         raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+    if arguments.mesh is not None:
+        read_extents(arguments.mesh)
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -305,7 +318,7 @@ def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
     weights_bytes = info.bytes_per_device(extents, dtype=abstract.dtype, quantized=not arguments.plain)
     is_int8 = not arguments.plain and any(spec.scales is not None for spec in info.specs.values())
     _check_machine(abstract, weights_bytes, arguments, is_int8=is_int8)
-    with ByteProgress("loaded") as progress:
+    with byte_progress("loaded") as progress:
         return load(
             checkpoint.path,
             checkpoint.config,

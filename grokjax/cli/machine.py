@@ -1,5 +1,6 @@
 """What a command says of the machine that runs its model: devices and mesh, an accelerator that JAX does not see."""
 
+import logging
 from pathlib import Path
 
 import jax
@@ -30,7 +31,7 @@ def say_machine(mesh: Mesh, *, weights: str, dtype: str) -> None:
     say(f"{mesh.size} x {', '.join(kinds)}{others}, mesh {extents}, {weights} weights, {dtype}")
     unseen = describe_unseen()
     if unseen is not None:
-        say(f"warning: {unseen}")
+        logging.getLogger(__name__).warning("%s", unseen)
 
 
 def describe_unseen(root: Path = Path("/")) -> str | None:

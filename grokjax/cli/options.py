@@ -1,15 +1,24 @@
 """What the commands share of their options: configuration files, meshes, the processes of several hosts."""
 
 import argparse
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
 from grokjax.checkpoint import find_config
 from grokjax.cli.console import say
 from grokjax.config import GrokConfig
-from grokjax.distributed import initialize
+from grokjax.distributed import DistributedError, initialize
+from grokjax.rendezvous import Meeting
 from grokjax.sharding import default_mesh, spread_over_hosts
+
+T = TypeVar("T")
+
+# What is given by hand -> the argument of `initialize`.
+_BY_HAND = {"coordinator": "coordinator_address", "num_processes": "num_processes", "process_id": "process_id"}
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:
@@ -24,24 +33,61 @@ def add_processes(command: argparse.ArgumentParser) -> None:
     )
 
 
-def join_processes(arguments: argparse.Namespace) -> None:
-    """Does what the options of `add_processes` say, before anything else.
+def join_processes(arguments: argparse.Namespace, check: Callable[[], T]) -> T:
+    """Checks what a process can alone, then joins the others, if the options of `add_processes` say so.
+
+    If they say how by hand, a process whose check fails tells the others, and they end as it does. Elsewhere launchers
+    end them.
+
+    Returns:
+      What `check` returns.
 
     Raises:
-      ValueError: They are incomplete.
+      ValueError: The options are incomplete; or what `check` raises.
+      DistributedError: The processes cannot be joined, or another cannot go on.
     """
-    by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    is_alone = by_hand == (None, None, None)
+    given = _how_to_join(arguments)
+    if given is None:
+        return check()
+    try:
+        checked = check()
+    except (ValueError, OSError) as error:
+        _refuse(given, str(error))
+        raise
+    initialize(**given)
+    return checked
+
+
+def tell_of_options(argv: Sequence[str] | None) -> None:
+    """Where the command line of this process cannot be read, tells the others, if it says by hand who they are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_processes(parser)
+    with contextlib.suppress(argparse.ArgumentError, ValueError):
+        given = _how_to_join(parser.parse_known_args(argv)[0])
+        if given is not None:
+            _refuse(given, "its options are wrong: see its message.")
+
+
+def _refuse(given: dict[str, Any], reason: str) -> None:
+    """Tells the other processes why this one cannot go on, if it is known who they are."""
+    address, count, number = (given[name] for name in _BY_HAND.values())
+    if address is not None:
+        with contextlib.suppress(DistributedError):  # nobody has come to be told
+            Meeting(address, count, number, reason).hold()
+
+
+def _how_to_join(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The arguments of `initialize`; None where this process is alone."""
+    by_hand = {name: getattr(arguments, option) for option, name in _BY_HAND.items()}
+    is_alone = set(by_hand.values()) == {None}
     if is_alone and not arguments.distributed:
         if arguments.heartbeat is not None:
             raise ValueError("--heartbeat is of several processes: give --distributed or --coordinator, too.")
-        return
-    if None in by_hand and not is_alone:
+        return None
+    if None in by_hand.values() and not is_alone:
         raise ValueError("--coordinator, --num-processes and --process-id go together: give all three.")
-    if arguments.heartbeat is None:
-        initialize(*by_hand)
-    else:
-        initialize(*by_hand, heartbeat_timeout_seconds=arguments.heartbeat)
+    heartbeat = {} if arguments.heartbeat is None else {"heartbeat_timeout_seconds": arguments.heartbeat}
+    return by_hand | heartbeat
 
 
 def read_config(option: str, path: Path) -> GrokConfig:

@@ -146,12 +146,19 @@ class Engine(OneThread):
         self.close()
 
     @by_one_thread
-    def warm_up(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[WarmedStep, ...]:
+    def warm_up(
+        self,
+        cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        progress: Callable[[WarmedStep, int, int], None] | None = None,
+    ) -> tuple[WarmedStep, ...]:
         """Compiles every step that a request can need, so that none compiles later; an idle engine only.
 
         Args:
           cache_dir: directory of JAX's persistent compilation cache, used for these compilations: what is in it is not
             compiled again.
+          progress: called with each step as soon as it is compiled, how many are, and how many there will be; without
+            it the logger is told.
 
         Returns:
           Each step and how long its first run took.
@@ -166,7 +173,12 @@ class Engine(OneThread):
         scheduler.forget_rows()
         with self._failing():
             return warm_up(
-                self._steps, scheduler.buckets, scheduler.group_sizes, cache_dir=cache_dir, clock=self._clock
+                self._steps,
+                scheduler.buckets,
+                scheduler.group_sizes,
+                cache_dir=cache_dir,
+                clock=self._clock,
+                progress=progress,
             )
 
     @by_one_thread

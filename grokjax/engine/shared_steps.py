@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from grokjax.distributed import Channel, DistributedError
+from grokjax.distributed import Channel, DistributedError, exchange
 from grokjax.engine.protocol import Steps
 from grokjax.errors import first_line
 from grokjax.model import DeviceScores, DeviceTokens, Grok, ModelSteps, SlotSettings
@@ -25,7 +25,8 @@ def make_steps(
     """The steps of a model: `SharedSteps` where its mesh spans processes, else `ModelSteps`.
 
     Raises:
-      ValueError: Its mesh spans processes, and this is not the first; or the devices have too little memory left.
+      ValueError: Its mesh spans processes, and this is not the first or another process has another model; or the
+        devices have too little memory left.
     """
     kind = SharedSteps if model.partitioner.mesh.is_multi_process else ModelSteps
     return kind(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype, allow_oom=allow_oom)
@@ -57,9 +58,10 @@ class SharedSteps:
         self._steps = ModelSteps(
             model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype, allow_oom=allow_oom
         )
+        _check_same(model)
         self._channel = Channel.open()
         dtype = "" if cache_dtype is None else jnp.dtype(cache_dtype).name
-        self._channel.send("start", _fingerprint(model), dtype, slots, max_len, num_top)
+        self._channel.send("start", dtype, slots, max_len, num_top)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`."""
@@ -115,13 +117,9 @@ def follow(model: Grok) -> None:
             f"follow is for the processes after the first, whose model lies on a mesh over all of them; this is "
             f"process {jax.process_index()} with a mesh of {model.partitioner.mesh.size} devices: make an engine."
         )
+    _check_same(model)
     channel = Channel.open()
-    name, (fingerprint, dtype, *sizes) = channel.receive()
-    if str(fingerprint) != _fingerprint(model):
-        raise ValueError(
-            f"process 0 has another model: {fingerprint}; process {jax.process_index()} has {_fingerprint(model)}: "
-            "load the same with the same mesh, rules and dtype."
-        )
+    name, (dtype, *sizes) = channel.receive()
     slots, max_len, num_top = (size.item() for size in sizes)
     # Process 0, whose devices hold as much, has found room or shall try.
     steps = ModelSteps(
@@ -159,7 +157,23 @@ def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> Device
     return None
 
 
+def _check_same(model: Grok) -> None:
+    """Compares what all processes know of their models; they wait for each other.
+
+    Raises:
+      ValueError: One has another model than process 0; all of them say so.
+    """
+    first, *others = exchange("the beginning of an engine", _fingerprint(model))
+    for number, other in enumerate(others, start=1):
+        if other != first:
+            raise ValueError(
+                f"process 0 has another model: {first}; process {number} has {other}: load the same with the same "
+                "mesh, rules and dtype."
+            )
+
+
 def _fingerprint(model: Grok) -> str:
+    """What must be the same of a model on all processes; its weights were compared when they were loaded."""
     partitioner = model.partitioner
     kinds = collections.Counter(np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(model))
     stored = ", ".join(f"{count} x {name}" for name, count in sorted(kinds.items()))

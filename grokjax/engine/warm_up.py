@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,6 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from grokjax.engine.protocol import Steps
 from grokjax.model import SlotSettings
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ def warm_up(
     *,
     cache_dir: str | os.PathLike[str] | None,
     clock: Callable[[], float],
+    progress: Callable[[WarmedStep, int, int], None] | None = None,
 ) -> tuple[WarmedStep, ...]:
     """Runs every step in every shape; what the rows held is lost.
 
@@ -45,16 +49,25 @@ def warm_up(
       row_counts: how many of them may be prefilled together.
       cache_dir: directory of the persistent compilation cache; None leaves JAX's setting as it is.
       clock: seconds.
+      progress: called with each step as soon as it is compiled, how many are, and how many there will be; without it
+        the logger is told.
     """
-    warmed = []
+    warmed: list[WarmedStep] = []
+    runs = list(_runs(steps, buckets, row_counts))
     with contextlib.nullcontext() if cache_dir is None else persistent_cache(cache_dir):
-        for name, shape, run in _runs(steps, buckets, row_counts):
+        for name, shape, run in runs:
             start = clock()
             run()
             # The steps wait for each other, so what is read from this one comes after the one before.
             steps.begin(SlotSettings.of({}, steps.slots)).read()
             warmed.append(WarmedStep(name, shape, clock() - start))
+            (progress or _log_step)(warmed[-1], len(warmed), len(runs))
     return tuple(warmed)
+
+
+def _log_step(step: WarmedStep, done: int, total: int) -> None:
+    shape = " x ".join(map(str, step.shape))
+    _LOGGER.info("compiled %d of %d steps: %s%s in %.1f s", done, total, step.name, shape and f" {shape}", step.seconds)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def show_in_terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
     monkeypatch.setattr(
         console, "STDERR", Console(file=terminal, force_terminal=True, width=80, highlight=False, **options)
     )
-    with BatchProgress(4, clock=lambda: now[0]) as progress:
+    with console.messages(), BatchProgress(4, clock=lambda: now[0]) as progress:
         for now[0], done, tokens in ((1.0, 0, 1), (2.0, 1, 11), (3.0, 2, 21)):
             progress(done, tokens)
         console.say("a message")
@@ -47,7 +47,7 @@ def show_in_terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
 class TestProgress:
     def test_a_line_every_ten_seconds_says_how_long_it_takes(self, capsys: pytest.CaptureFixture[str]) -> None:
         now = [0.0]
-        with BatchProgress(40, clock=lambda: now[0]) as progress:
+        with console.messages(), BatchProgress(40, clock=lambda: now[0]) as progress:
             for now[0], done, tokens in ((1.0, 10, 0), (2.0, 10, 5), (11.0, 20, 95), (12.0, 21, 105), (21.0, 30, 195)):
                 progress(done, tokens)
             progress(40, 200)

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from grokjax import GrokConfig
-from grokjax.checkpoint import EARLIER, Progress
 from grokjax.cli import main
-from grokjax.cli.console import ByteProgress
 from grokjax.testing import write_release_checkpoint
 
 
@@ -65,7 +63,7 @@ def test_convert_says_how_far_it_is(download: Path, tmp_path: Path, capsys: pyte
     assert main(["convert", str(download), str(tmp_path / "new"), *config_of(download)]) == 0
     output = capsys.readouterr()
     assert output.out == ""
-    assert "left: embedding.table" in output.err
+    assert re.search(r"grokjax: converted [\d.]+ kB of [\d.]+ kB: embedding\.table\n", output.err)
     assert f"{tmp_path / 'new'} is complete" in output.err
 
 
@@ -197,18 +195,19 @@ def test_every_layout_generates_the_same_text(
     assert main(["generate", "--checkpoint", str(converted), "--plain", "--dtype", "float32", *options]) == 0
 
 
-def test_progress_names_what_is_renamed(capsys: pytest.CaptureFixture[str]) -> None:
-    with ByteProgress("loaded") as progress:
-        progress(Progress("layers.0.feed_forward.router", None, 0, 100))
-        progress(Progress("final_norm.scale", "last_norm", 50, 100))
-        progress(Progress("embedding.table", "embedding.table", 100, 100))
+def test_a_quiet_command_shows_warnings_and_errors_alone(
+    download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(download), str(tmp_path / "new"), *config_of(download), "--quiet"]
+    assert main(command) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main([*command, "--weights", "float32"]) == 2
+    assert re.match(r"grokjax: error: .* is a whole checkpoint already", capsys.readouterr().err)
+
+
+def test_a_verbose_command_names_every_array(
+    download: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(download), str(tmp_path / "new"), *config_of(download), "-v"]) == 0
     said = capsys.readouterr().err
-    assert "layers.0.feed_forward.router keeps its fresh value" in said
-    assert "final_norm.scale from last_norm" in said
-    assert "loaded 100/100 bytes" in said
-
-
-def test_no_rate_for_what_an_earlier_run_has_done(capsys: pytest.CaptureFixture[str]) -> None:
-    with ByteProgress("converted") as progress:
-        progress(Progress(EARLIER, EARLIER, 70, 100))
-    assert capsys.readouterr().err == "grokjax: converted 70/100 bytes ? -:--:-- left: an earlier run\n"
+    assert len(re.findall(r"grokjax: exported layers\.0\.feed_forward\.\w+\.\d, .* kB\n", said)) == 3 * 8

@@ -1,6 +1,7 @@
 """The engine by hand, over a fake model: which tokens and which text come out."""
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -263,3 +264,14 @@ def test_a_warm_up_forgets_what_the_rows_held() -> None:
         assert list(done.token_ids) == continuation(prompt, 5)
         engine.warm_up()
     assert engine.metrics().reused_tokens == 0
+
+
+def test_a_warm_up_tells_each_step_to_a_callback_else_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
+    engine, told = make_engine(), list[tuple[str, int, int]]()
+    with caplog.at_level(logging.INFO, logger="grokjax"):
+        steps = engine.warm_up(progress=lambda step, done, total: told.append((step.name, done, total)))
+        assert caplog.messages == []
+        engine.warm_up()
+    assert told == [(step.name, number, len(steps)) for number, step in enumerate(steps, start=1)]
+    assert len(caplog.messages) == len(steps)
+    assert caplog.messages[1].startswith(f"compiled 2 of {len(steps)} steps: decode 3 in ")

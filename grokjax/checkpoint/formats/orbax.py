@@ -32,6 +32,8 @@ from grokjax.checkpoint.stored import (
 )
 from grokjax.config import GrokConfig
 
+_SAMPLE_BYTES = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class OrbaxArray:
@@ -127,6 +129,24 @@ class OrbaxCheckpoint:
         targets = {part.name: targets for part, targets in wanted}
         found = read_unit(self.path, self.manifest, unit, targets, max_host_bytes)
         return [found[part.name] for part, _ in wanted]
+
+    def sample(self, part: Part) -> bytes:
+        """A few bytes of a part, as `Checkpoint.sample` says: the beginning of the first chunk of each of its arrays.
+
+        Raises:
+          CheckpointError: It cannot be read.
+        """
+        state, sampled = unit_path(self.path, part.unit) / "state", b""
+        for leaf, spec in self.manifest.specs[part.parameter].part(part).leaves().items():
+            chunk = (state / f"{part.name}.{leaf}" / "c").joinpath(*["0"] * len(spec.shape))
+            try:
+                with chunk.open("rb") as stream:
+                    sampled += stream.read(_SAMPLE_BYTES)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{chunk}: cannot be read ({error.strerror}): restore this folder from a copy or convert again."
+                ) from error
+        return sampled
 
 
 def find_orbax(path: str | Path) -> Path | None:

@@ -27,6 +27,7 @@ from grokjax.checkpoint.stored import (
     list_problems,
     mismatches,
     read_slices,
+    sample_rows,
 )
 from grokjax.config import GrokConfig
 
@@ -116,6 +117,10 @@ class ReleaseCheckpoint:
     def read_parts(self, unit: str, wanted: Sequence[Wanted], max_host_bytes: int) -> list[Shards]:
         """Reads parts as `Checkpoint.read_parts` says; one slice at a time is in flight, whatever is allowed."""
         return read_slices(self.tensors, wanted)
+
+    def sample(self, part: Part) -> bytes:
+        """A few bytes of a part, as `Checkpoint.sample` says."""
+        return sample_rows(self.tensors, part)
 
 
 # Five digits, as the release wrote them; a hostile name with more of them would ask for a huge range of numbers.

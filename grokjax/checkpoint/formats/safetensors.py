@@ -40,6 +40,7 @@ from grokjax.checkpoint.stored import (
     list_problems,
     mismatches,
     read_slices,
+    sample_rows,
 )
 from grokjax.config import GrokConfig
 
@@ -108,6 +109,10 @@ class SafetensorsCheckpoint:
     def read_parts(self, unit: str, wanted: Sequence[Wanted], max_host_bytes: int) -> list[Shards]:
         """Reads parts as `Checkpoint.read_parts` says; one slice at a time is in flight, whatever is allowed."""
         return read_slices(self.tensors, wanted)
+
+    def sample(self, part: Part) -> bytes:
+        """A few bytes of a part, as `Checkpoint.sample` says."""
+        return sample_rows(self.tensors, part)
 
 
 def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> SafetensorsCheckpoint:
