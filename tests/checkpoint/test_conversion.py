@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -404,3 +405,21 @@ class TestPlan:
         for onward in ("keep", "int8", "bfloat16", "float32"):
             specs = {name: Recipe(onward).result(name, spec) for name, spec in plan.specs.items()}
             assert conversion.peak_bytes(ours, plan.specs, specs) <= table + 2**30
+
+
+def test_a_conversion_that_rounds_needs_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX finds the GPUs of a machine, and was told to use nothing else."""
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("Unknown backend cpu")
+
+    source, before = write_checkpoint(tmp_path / "source", quantized=False), jax.config.values["jax_platforms"]
+    monkeypatch.setattr(jax, "local_devices", refuse)
+    try:
+        jax.config.update("jax_platforms", "cuda")
+        message = r"rounded on the processor, which JAX_PLATFORMS=cuda leaves out: add it, as in cuda,cpu\."
+        with pytest.raises(ValueError, match=message):
+            convert(source.path, tmp_path / "target", source.config, weights="int8")
+        convert(source.path, tmp_path / "target", source.config)
+    finally:
+        jax.config.update("jax_platforms", before)
