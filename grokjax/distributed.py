@@ -196,7 +196,8 @@ def sharing_errors() -> Iterator[None]:
     except BaseException as error:
         client = coordination_client()
         if client is not None:
-            told = f"process {joined_as()[0]}: {str(error) or type(error).__name__}"
+            reason = str(error) or f"{type(error).__name__}, see its messages."
+            told = f"process {joined_as()[0]}: {reason}"
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others have gone
                 if isinstance(error, Exception):
                     _check_errors(client)
