@@ -187,16 +187,28 @@ def sharing_errors() -> Iterator[None]:
     """An error that ends this block is told to the other processes: within a second, those that wait raise it, too.
 
     They wait in `on_first`, `exchange`, `follow`, and where a checkpoint is loaded or an engine made.
+
+    Raises:
+      ValueError: The block has failed after another process had told of an error, which may be why.
     """
     try:
         yield
     except BaseException as error:
         client = coordination_client()
         if client is not None:
-            told = f"process {joined_as()[0]}: {str(error) or type(error).__name__}"
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others have gone, or hear of an earlier error
+            reason = str(error) or f"{type(error).__name__}, see its messages."
+            told = f"process {joined_as()[0]}: {reason}"
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others have gone
+                if isinstance(error, Exception):
+                    _check_errors(client)
                 client.key_value_set(f"{_ERRORS}/first", told)
         raise
+
+
+def _check_errors(client: Any) -> None:
+    """Raises `ValueError` where a process has told of an error."""
+    for _, told in client.key_value_dir_get(_ERRORS):
+        raise ValueError(told)
 
 
 def _meet(client: Any, what: str) -> str:
@@ -289,9 +301,7 @@ def _wait(client: Any, key: str, what: str) -> bytes:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
-            shared = client.key_value_dir_get(_ERRORS)
-        if shared:
-            raise ValueError(shared[0][1])
+            _check_errors(client)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,8 @@ def test_an_error_of_one_ends_those_that_wait(client: FakeClient, monkeypatch: p
     monkeypatch.setattr(client, "blocking_key_value_get_bytes", nothing_yet)
     with pytest.raises(ValueError, match=message):
         on_first("the end", lambda: pytest.fail("it was done without all"))
+    with pytest.raises(ValueError, match=message), sharing_errors():
+        raise RuntimeError("what follows from it")
 
 
 def nothing_yet(*_: Any) -> None:
