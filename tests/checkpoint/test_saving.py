@@ -1,5 +1,6 @@
 """Checkpoints of ours: whatever mesh they were written from, every mesh restores them; what is damaged is refused."""
 
+import copy
 import math
 import re
 import shutil
@@ -170,40 +171,42 @@ class TestWhatDoesNotComeBack:
         assert not path.exists()
         return str(caught.value)
 
-    def test_what_was_added_is_named(self, tmp_path: Path) -> None:
-        model = init(CONFIG)
-        model.layers.steering = nnx.Param(jnp.zeros((1, 32)))
-        model.layers.attention.probe = jnp.zeros(3)
-        said = self.refuse(model, tmp_path / "model")
+    def test_what_was_added_is_named(self, model: Grok, tmp_path: Path) -> None:
+        changed = copy.deepcopy(model)
+        changed.layers.steering = nnx.Param(jnp.zeros((1, 32)))
+        changed.layers.attention.probe = jnp.zeros(3)
+        said = self.refuse(changed, tmp_path / "model")
         assert "layers.steering: checkpoints have no place for it" in said
         assert "layers.attention.probe: checkpoints have no place for it" in said
         assert "take it out of the model, and save again" in said
-        del model.layers.steering, model.layers.attention.probe
-        save(model, tmp_path / "model")
+        del changed.layers.steering, changed.layers.attention.probe
+        save(changed, tmp_path / "model")
         assert_same_model(load(tmp_path / "model"), model)
 
-    def test_a_module_around_the_layers_is_named(self, tmp_path: Path) -> None:
+    def test_a_module_around_another_is_named(self, model: Grok, tmp_path: Path) -> None:
         class Around(nnx.Module):
             def __init__(self, inner: nnx.Module):
                 self.inner = inner
 
-        model = init(CONFIG)
-        model.final_norm = Around(model.final_norm)
-        said = self.refuse(model, tmp_path / "model")
+        changed = copy.deepcopy(model)
+        changed.final_norm = Around(changed.final_norm)
+        said = self.refuse(changed, tmp_path / "model")
         assert "final_norm.inner.scale: checkpoints have no place for it" in said
         assert "final_norm.scale: missing" in said
 
-    def test_other_shapes_and_dtypes_are_named(self, tmp_path: Path) -> None:
-        model = init(CONFIG.replace(num_layers=2), quantized=False)
+    def test_other_shapes_and_dtypes_are_named(self, model: Grok, tmp_path: Path) -> None:
+        changed = copy.deepcopy(model)
         for param, change in (
-            (model.layers.attention.query, lambda value: value[:1]),
-            (model.layers.attention.key, lambda value: value.astype(jnp.float16)),
-            (model.final_norm.scale, lambda value: value[:3]),
+            (changed.layers.pre_attention_norm.scale, lambda value: value.repeat(2, axis=0)),
+            (changed.embedding.table, lambda value: value.astype(jnp.float16)),
+            (changed.final_norm.scale, lambda value: value[:3]),
         ):
             param.set_value(change(param.get_value()))
-        said = self.refuse(model, tmp_path / "model")
-        assert "layers.attention.query: the weight has the shape [1, 32, 64], the configuration asks for [2, " in said
-        assert "layers.attention.key: the weight is float16 without scales; only float32 and bfloat16 go" in said
+        said = self.refuse(changed, tmp_path / "model")
+        assert (
+            "layers.pre_attention_norm.scale: the weight has the shape [2, 32], the configuration asks for [1" in said
+        )
+        assert "embedding.table: the weight is float16 without scales; only float32 and bfloat16 go without" in said
         assert "final_norm.scale: the weight has the shape [3], the configuration asks for [32]" in said
 
 
