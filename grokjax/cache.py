@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.context import own_context
+from grokjax.context import is_traced, own_context
 from grokjax.memory import check_fits
 from grokjax.printing import describe, describe_devices, describe_fields, display, on_lines
 from grokjax.sharding import Axes, Partitioner, ShardingRules, device_bytes, zeros
@@ -153,7 +153,7 @@ class KVCache:
     @own_context()
     def allocate(self, *, allow_oom: bool = False) -> Self:
         """The empty cache that this one of shapes, from `abstract`, describes; see `create`."""
-        if not allow_oom:
+        if not (allow_oom or is_traced()):
             self.check_fits()
         return zeros(self)
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from humanize import naturalsize
-from treescope import rendering_parts
 
 from grokjax.sharding import device_bytes
 
@@ -66,4 +65,6 @@ def on_lines(name: str, comment: str, attributes: Mapping[str, str]) -> str:
 
 def display(value: Any, path: str | None, subtree_renderer: Any) -> Any:
     """A `__treescope_repr__` that shows the lines of `repr`, where `nnx.display` would show numbers."""
+    from treescope import rendering_parts  # whoever displays nothing need not wait for it
+
     return rendering_parts.on_separate_lines([rendering_parts.text(line) for line in repr(value).splitlines()])

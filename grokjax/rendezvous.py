@@ -75,9 +75,10 @@ class Meeting:
                 came.add(said["number"])
                 if refusals:
                     deadline = min(deadline, time.monotonic() + _TELLING_SECONDS)
-            missing = ", ".join(str(number) for number in range(self.count) if number not in came)
+            missing = [str(number) for number in range(self.count) if number not in came]
             if missing:
-                refusals.append(f"process {missing} did not come to {self.address} in {timeout:g} s: start all.")
+                named = f"process{'es' * (len(missing) > 1)} {', '.join(missing)}"
+                refusals.append(f"{named} did not come to {self.address} in {timeout:g} s: start all.")
             told = "".join(refusals[:1])
             for guest in guests:
                 _tell_and_part(guest, told)

@@ -17,7 +17,7 @@ from grokjax.checkpoint.disk import lock_file
 from grokjax.checkpoint.exporting import export
 from grokjax.checkpoint.formats.release import open_release, parameter_names
 from grokjax.checkpoint.formats.safetensors import SafetensorsCheckpoint
-from grokjax.checkpoint.formats.safetensors_names import SchemeName
+from grokjax.checkpoint.formats.safetensors_names import SchemeName, read_config
 from grokjax.checkpoint.info import CheckpointInfo, describe
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.loading import load, load_parameters
@@ -54,6 +54,7 @@ __all__ = [
     "parameter_shapes",
     "parts_of",
     "plan_conversion",
+    "read_config",
     "save",
     "tokenizer_places",
     "verify",

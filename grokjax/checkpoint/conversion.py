@@ -50,10 +50,10 @@ class ConversionPlan:
       peak_host_bytes: the most memory that the process takes.
     """
 
-    source: Checkpoint
+    source: Checkpoint = dataclasses.field(repr=False)
     target: Path
     recipe: Recipe
-    specs: Mapping[str, TensorSpec]
+    specs: Mapping[str, TensorSpec] = dataclasses.field(repr=False)
     num_units: int
     num_done: int
     write_bytes: int

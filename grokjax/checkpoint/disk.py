@@ -42,10 +42,12 @@ class Stamp(NamedTuple):
     Attributes:
       num_bytes: its size.
       written_ns: when it was last written, in nanoseconds.
+      number: of the file on its disk, which one that takes its place does not have.
     """
 
     num_bytes: int
     written_ns: int
+    number: int
 
 
 def free_bytes(folder: Path) -> int:
@@ -149,7 +151,7 @@ def stamp_of(path: Path) -> Stamp:
         status = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): put the file back.") from error
-    return Stamp(status.st_size, status.st_mtime_ns)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @contextlib.contextmanager

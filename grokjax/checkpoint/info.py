@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.stacks import bytes_of_stacks, stacks_of
-from grokjax.checkpoint.stored import TensorSpec, specs_of
+from grokjax.checkpoint.stored import Checkpoint, TensorSpec, specs_of
 from grokjax.config import GrokConfig
 from grokjax.model import abstract_model
 from grokjax.sharding import MESH_AXES, Partitioner, ShardingRules
@@ -31,7 +32,12 @@ class CheckpointInfo:
     path: Path
     layout: str
     config: GrokConfig
-    specs: dict[str, TensorSpec]
+    specs: dict[str, TensorSpec] = dataclasses.field(repr=False)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """What an opened checkpoint holds."""
+        return cls(checkpoint.path, checkpoint.layout, checkpoint.config, specs_of(checkpoint))
 
     @property
     def num_bytes(self) -> int:
@@ -65,5 +71,4 @@ class CheckpointInfo:
 
 def describe(path: str | Path, config: GrokConfig | None = None) -> CheckpointInfo:
     """Reads names, shapes and dtypes of a checkpoint of any layout; the arguments and errors are those of `load`."""
-    checkpoint = open_checkpoint(path, config)
-    return CheckpointInfo(checkpoint.path, checkpoint.layout, checkpoint.config, specs_of(checkpoint))
+    return CheckpointInfo.of(open_checkpoint(path, config))

@@ -54,7 +54,8 @@ def _fingerprint(folder: Path) -> str:
     crc = 0
     for file in [file for file in files_below(folder) if file.is_file() and file.name != MANIFEST]:
         stamp = stamp_of(file)
-        crc = zlib.crc32(os.fsencode(f"{file.relative_to(folder)} {stamp}") + _samples(file, stamp.num_bytes), crc)
+        described = f"{file.relative_to(folder)} {stamp.num_bytes} {stamp.written_ns}"
+        crc = zlib.crc32(os.fsencode(described) + _samples(file, stamp.num_bytes), crc)
     return f"{crc:08x}"
 
 

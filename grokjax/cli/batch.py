@@ -359,8 +359,8 @@ def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
 
 
 def _scored(token_id: int, logprob: float | None) -> dict[str, Any]:
-    """A token and its log-probability: null if there is none, or for minus infinity, which JSON has not."""
-    return {"token_id": token_id, "logprob": logprob if logprob is not None and math.isfinite(logprob) else None}
+    """A token and its log-probability, null if there is none."""
+    return {"token_id": token_id, "logprob": logprob}
 
 
 def _sentence(prompt: object, error: Exception) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
-from grokjax.checkpoint import Checkpoint, describe, find_tokenizer, open_checkpoint, tokenizer_places
+from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, byte_progress, say
 from grokjax.cli.machine import say_machine
@@ -313,7 +313,7 @@ def _random_model(config: GrokConfig, arguments: argparse.Namespace) -> Grok:
 
 def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
     abstract = _abstract_model(checkpoint.config, arguments, quantized=False)
-    mesh, info = abstract.partitioner.mesh, describe(checkpoint.path, checkpoint.config)
+    mesh, info = abstract.partitioner.mesh, CheckpointInfo.of(checkpoint)
     extents = mesh.shape["data"], mesh.shape["model"]
     weights_bytes = info.bytes_per_device(extents, dtype=abstract.dtype, quantized=not arguments.plain)
     is_int8 = not arguments.plain and any(spec.scales is not None for spec in info.specs.values())

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
-from grokjax.checkpoint import find_config
+from grokjax import checkpoint
 from grokjax.cli.console import say
 from grokjax.config import GrokConfig
 from grokjax.distributed import DistributedError, initialize
@@ -97,15 +97,12 @@ def read_config(option: str, path: Path) -> GrokConfig:
       ValueError: It cannot be read or is no configuration.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{option} {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} {path} is not a text file: give a JSON configuration.") from error
-    return GrokConfig.from_json(text)
+        return checkpoint.read_config(path, "give a JSON configuration")
+    except checkpoint.CheckpointError as error:
+        raise ValueError(f"{option} {error}") from error
 
 
-def checkpoint_config(path: Path | None, checkpoint: Path) -> GrokConfig | None:
+def checkpoint_config(path: Path | None, folder: Path) -> GrokConfig | None:
     """The configuration that `--config` names; None leaves it to the checkpoint, and to the file beside it, if any.
 
     Raises:
@@ -113,7 +110,7 @@ def checkpoint_config(path: Path | None, checkpoint: Path) -> GrokConfig | None:
     """
     if path is not None:
         return read_config("--config", path)
-    beside = find_config(checkpoint)
+    beside = checkpoint.find_config(folder)
     if beside is not None:
         say(f"the configuration is that of {beside}")
     return None

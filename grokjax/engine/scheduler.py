@@ -249,8 +249,9 @@ class Scheduler(Generic[J]):
 
     def note_draws(self, jobs: Iterable[J]) -> None:
         """Notes that each of these jobs is given a token more; its first was counted with its slot."""
-        for job in jobs:
-            self._queue.shares.charge(job.user, drawn_tokens=1)
+        if self.num_waiting:  # else nothing counts
+            for job in jobs:
+                self._queue.shares.charge(job.user, drawn_tokens=1)
 
     def note_token(self, job: J, token: int) -> None:
         """Notes that the keys and values of a drawn token went into a job's row; harmless where it has none."""

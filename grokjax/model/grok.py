@@ -132,7 +132,7 @@ class Grok(Module):
         """
         embedded = self._embed(tokens, embeddings)
         batch, num_new, _ = embedded.shape
-        scratch = self._abstract_cache(self.config.replace(num_layers=1), batch, num_new).allocate()
+        scratch = self._abstract_cache(self.config.replace(num_layers=1), batch, num_new).allocate(allow_oom=True)
         count = jnp.full((batch,), num_new, jnp.int32)
         hidden, _ = self._run(embedded, count, scratch, rows=None, keeps=False)
         return hidden

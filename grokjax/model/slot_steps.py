@@ -94,7 +94,7 @@ class ModelSteps:
                 model.partitioner.mesh,
                 remedy="take fewer slots, a smaller max_len, int8 entries or more devices",
             )
-        cache = model.new_cache(slots, max_len, dtype=cache_dtype, allow_oom=allow_oom)
+        cache = model.new_cache(slots, max_len, dtype=cache_dtype, allow_oom=True)
         self._state = SlotState.create(model, cache)
 
     @property

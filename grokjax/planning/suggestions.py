@@ -14,6 +14,7 @@ from grokjax.config import GrokConfig
 from grokjax.planning.compiler import StepCompiler
 from grokjax.planning.plans import Plan, plan
 from grokjax.planning.targets import Target
+from grokjax.printing import describe_size
 from grokjax.sharding import RULES
 
 
@@ -137,7 +138,7 @@ def _suggestion(
     weights_bytes, usable = compiler.weights_bytes, compiler.target.accelerator.usable_bytes or 0
     least = weights_bytes + cache_bytes
     if least > usable:
-        reason = f"weights and cache take {_size(least)} of {_size(usable)} a device."
+        reason = f"weights and cache take {describe_size(least)} of {describe_size(usable)} a device."
         return Suggestion(mesh, rules, weights_bytes, cache_bytes, None, reason)
     made = make_plan(mesh=mesh, rules=RULES[rules])
     return Suggestion(mesh, rules, weights_bytes, cache_bytes, made, _reason(made))
@@ -145,10 +146,10 @@ def _suggestion(
 
 def _reason(made: Plan) -> str:
     if not made.fits:
-        return f"needs {_size(made.total_bytes)} a device with what the programs allocate: too much."
+        return f"needs {describe_size(made.total_bytes)} a device with what the programs allocate: too much."
     step = made.decode
     if step.memory_seconds is None or step.compute_seconds is None or step.transfer_seconds is None:
-        return f"takes {_size(made.total_bytes)} a device; the accelerator's speed is unknown."
+        return f"takes {describe_size(made.total_bytes)} a device; the accelerator's speed is unknown."
     what = {
         "memory": f"reading {naturalsize(step.cost.num_bytes)} a device takes {step.memory_seconds * 1e3:.2f} ms",
         "compute": f"{step.cost.operations / 1e9:.0f} GFLOP a device take {step.compute_seconds * 1e3:.2f} ms",
@@ -163,7 +164,3 @@ def _rank(one: Suggestion) -> tuple[bool, float, int]:
     fits = one.plan is not None and bool(one.plan.fits)
     speed = one.plan.decode.tokens_per_second if one.plan is not None else None
     return not fits, -(speed or 0) if fits else math.inf, one.weights_bytes + one.cache_bytes
-
-
-def _size(num_bytes: float) -> str:
-    return naturalsize(num_bytes, binary=True)

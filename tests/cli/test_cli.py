@@ -126,7 +126,7 @@ def test_a_tokenizer_beside_the_checkpoint_is_found(
         (["--checkpoint", str(E2E), "--tokenizer", "x", "hi"], "there is no tokenizer file 'x'"),
         (
             ["--checkpoint", str(E2E), "--tokenizer", "x", "--config", "nowhere.json", "hi"],
-            "nowhere.json cannot be read",
+            "nowhere.json: cannot be read",
         ),
     ],
     ids=str,
@@ -180,7 +180,7 @@ def test_a_binary_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureF
     path = tmp_path / "config.bin"
     path.write_bytes(b"\xff\xfe")
     assert main(["generate", "--random", str(path), "hi"]) == 2
-    assert f"--random {path} is not a text file" in capsys.readouterr().err
+    assert f"--random {path}: not JSON" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_with_130(

@@ -214,11 +214,11 @@ def test_no_file_takes_the_place_of_a_closed_stream(closed: str, here: Path) -> 
 def test_a_table_and_json_need_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a folder that has a name in no encoding at all."""
     named = Path(os.fsdecode(b"convert\xe9\xff"))
-    named.symlink_to("converted")
+    named.symlink_to("download")
     with Path("out.txt").open("w", encoding="ascii") as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         assert main(["info", str(named)]) == 0
         assert main(["info", str(named), "--json"]) == 0
     *lines, record = Path("out.txt").read_text(encoding="ascii").splitlines()
-    assert "convert??: orbax checkpoint" in lines[0]
+    assert "convert??/ckpt-0: release checkpoint" in lines[0]
     assert json.loads(record)["parameters"]

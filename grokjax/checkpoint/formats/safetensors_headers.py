@@ -5,7 +5,7 @@ The package `safetensors` is optional, and is imported when a file is opened.
 
 import contextlib
 import dataclasses
-import warnings
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from grokjax.checkpoint.disk import Stamp, entries, stamp_of
 from grokjax.checkpoint.formats.safetensors_names import INDEX, INSTALL, read_object
 from grokjax.checkpoint.stored import CheckpointError, list_problems
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     files = present if index is None else set(index)
     if present - files:
         unread = ", ".join(sorted(present - files))
-        warnings.warn(f"{folder}: {INDEX} does not name {unread}, which is not read.", stacklevel=2)
+        _LOGGER.warning("%s: %s does not name %s, which is not read.", folder, INDEX, unread)
     problems = [f"{name}: missing, {INDEX} names it" for name in sorted(files - present)]
     headers: dict[str, Header] = {}
     for file in sorted(files & present):

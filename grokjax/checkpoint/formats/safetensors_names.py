@@ -131,16 +131,20 @@ def config_fields(config: GrokConfig, scheme: Scheme) -> dict[str, Any]:
     return {**scheme.classes, **sizes, "tie_word_embeddings": True}
 
 
-def read_config(path: Path) -> GrokConfig:
+def read_config(path: Path, advice: str = "download it again") -> GrokConfig:
     """Reads a `config.json`: the published fields, or what `GrokConfig.from_json` reads.
 
     Of the published fields, those that say nothing about our configuration are ignored. Without `head_dim` it is D / N;
     other fields that `GrokConfig` has a default for may be absent or null too.
 
+    Args:
+      path: of the file.
+      advice: what to do where it holds no JSON object, for the error.
+
     Raises:
       CheckpointError: It cannot be read, lacks a field, or holds an impossible one.
     """
-    document = read_object(path)
+    document = read_object(path, advice)
     if "model_dim" in document or {"lm", "model"} <= document.keys():
         return _parsed(path, lambda: GrokConfig.from_json(json.dumps(document)))
     document.setdefault("num_experts", document.get(KEYFAN.num_experts))
@@ -166,14 +170,14 @@ def _parsed(path: Path, parse: Callable[[], GrokConfig]) -> GrokConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, advice: str = "download it again") -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Raises:
       CheckpointError: It cannot be read or holds anything else.
     """
     # The hub's client keeps links in its cache: a file is what they lead to.
-    document = read_json(Path(os.path.realpath(path)), "download it again")
+    document = read_json(Path(os.path.realpath(path)), advice)
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: holds no JSON object but a {type(document).__name__}: download it again.")
+        raise CheckpointError(f"{path}: holds no JSON object but a {type(document).__name__}: {advice}.")
     return document
