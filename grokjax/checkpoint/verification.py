@@ -62,8 +62,8 @@ def verify(
         expected = _of_manifest(stored)
     else:
         raise CheckpointError(
-            f"{stored.path / MANIFEST}: holds no checksums: verify the checkpoint once beside what it was made from, "
-            "and keep them."
+            f"{stored.path / MANIFEST}: holds no checksums: verify the checkpoint once beside what it was converted "
+            "from (--source SRC, source=...), and they are kept; what `save` wrote has nothing to compare with."
         )
     return _compare(stored, expected, progress)
 

@@ -61,6 +61,9 @@ _KINDS = {
 # What stands in a text for bytes that are no UTF-8, and which no UTF-8 text can hold.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+# Wrong lines of a file of prompts that are shown.
+_MOST_LISTED = 10
+
 # How every line of the output begins; what else stands at the end of a file is not ours to remove.
 _LINE_START = b'{"id": '
 
@@ -91,7 +94,7 @@ def read_prompts(path: Path, default: Request) -> tuple[Prompt, ...]:
       default: whose fields a line's request has where the line does not give them.
 
     Raises:
-      ValueError: The file cannot be read, is UTF-16 or has no prompts, or a line is not as described; it is named.
+      ValueError: The file cannot be read, is UTF-16 or has no prompts, or lines are not as described; they are named.
     """
     try:
         content = path.read_bytes()
@@ -105,11 +108,20 @@ def read_prompts(path: Path, default: Request) -> tuple[Prompt, ...]:
     text = content.decode("utf-8-sig", errors="surrogateescape")
     read = _read_object if path.suffix.lower() == ".jsonl" else _read_text
     lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
-    prompts = tuple(read(line, number, path, default) for number, line in lines if line.strip())
+    prompts, problems = [], []
+    for number, line in lines:
+        if line.strip():
+            try:
+                prompts.append(read(line, number, path, default))
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        more = f"\n... and {len(problems) - _MOST_LISTED} line(s) more." if len(problems) > _MOST_LISTED else ""
+        raise ValueError("\n".join(problems[:_MOST_LISTED]) + more)
     if not prompts:
         raise ValueError(f"--prompts {path} has no prompts: give it at least one line.")
     _check_ids(prompts, path)
-    return prompts
+    return tuple(prompts)
 
 
 def _read_text(line: str, number: int, path: Path, default: Request) -> Prompt:

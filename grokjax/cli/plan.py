@@ -77,9 +77,13 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--suggest tries every mesh and rule and draws nothing: leave out --mesh, --rules, --plot.")
     target, config = _target(arguments), named_config("--config", arguments.config)
     mesh = None if arguments.mesh is None else read_extents(arguments.mesh)
+    figure = None if arguments.plot is None else _new_figure()
     _simulate_devices(target.num_devices)
     if target.missing:
-        say(f"without {target.missing}, the compiler for CPUs stands in for that of {target}")
+        say(
+            f"without {target.missing}, the compiler for CPUs stands in for that of {target}: install the extra that "
+            "docs/hardware.md names for it"
+        )
     ask: Callable[..., Any] = functools.partial(
         suggest if arguments.suggest else plan,
         config,
@@ -100,8 +104,8 @@ def _run(arguments: argparse.Namespace) -> None:
         write(f"{json.dumps(records) if arguments.json else table_text(_suggestions_table(found))}\n")
         return
     made = ask(mesh=mesh, rules=RULES[arguments.rules or "tensor"])
-    if arguments.plot is not None:
-        _draw(made, arguments.plot)
+    if figure is not None:
+        _draw(made, figure, arguments.plot)
     text = json.dumps(plan_record(made)) if arguments.json else f"{_title(made)}\n{table_text(_plan_table(made))}"
     write(f"{text}\n")
 
@@ -257,14 +261,19 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.3f} ms"
 
 
-def _draw(made: Plan, path: Path) -> None:
+def _new_figure() -> Any:
+    """An empty figure, made before the plan, which takes long and would be lost without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ValueError(
             "--plot needs matplotlib, the extra `plot`: run pip install '.[plot]' in the checkout."
         ) from None
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    return Figure(figsize=(7, 2.4), layout="constrained")
+
+
+def _draw(made: Plan, figure: Any, path: Path) -> None:
+    """Draws the memory of a device into a file."""
     axes = figure.subplots()
     left = 0.0
     for name, num_bytes in (

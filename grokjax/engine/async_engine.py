@@ -44,8 +44,8 @@ class AsyncEngine:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests are served: inside the `async with` block, and as long as no step of the model failed."""
-        return self._is_open and self._engine.failure is None
+        """Whether requests are served: inside the `async with` block, while the engine is open and no step failed."""
+        return self._is_open and not self._engine.is_closed and self._engine.failure is None
 
     async def __aenter__(self) -> Self:
         if self._task is not None:

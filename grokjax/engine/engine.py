@@ -82,6 +82,8 @@ class Engine(OneThread):
         make_steps: MakeSteps = steps_of_model,
     ):
         super().__init__()
+        if not hasattr(model, "config"):
+            raise ValueError(f"the model must be one that init or load makes, not a {type(model).__name__}.")
         max_len = model.config.max_seq_len if max_len is None else max_len
         self._intake = Intake(
             tokenizer, config=model.config, max_len=max_len, max_logprobs=max_logprobs, add_bos=add_bos
@@ -123,6 +125,11 @@ class Engine(OneThread):
     def failure(self) -> Exception | None:
         """What made a step of the model fail, after which the engine takes no more requests; None while all is well."""
         return self._failure
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called, after which no request is taken."""
+        return self._is_closed
 
     @property
     def registry(self) -> CollectorRegistry:

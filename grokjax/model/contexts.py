@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def in_any_context(function: Callable[P, R]) -> Callable[P, R]:
-    """A function or method whose first argument is a model, made to run as if its caller had set no mesh.
+    """A function or method whose first argument is a model, or a part of one, made to run as if no mesh were set.
 
     Its arrays may lie anywhere; only a cache must lie where the model does. Under a caller's mesh the results are
     arrays that JAX takes there, but for a cache, which stays on the model's mesh.

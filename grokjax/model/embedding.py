@@ -2,17 +2,20 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.kernels import unembed
 from grokjax.model.base import Module, Parameter
+from grokjax.model.contexts import in_any_context
 from grokjax.quantization import QuantizedTable, Table, partition_specs
 from grokjax.sharding import Partitioner
 
@@ -24,11 +27,18 @@ class Embedding(Module):
         self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
         self.table = Parameter(_random_table(rngs, config, dtype), logical_axes=("vocab", "embed"))
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """Embeds tokens, int32 [B, T], into the compute dtype [B, T, D], multiplier applied.
+    @in_any_context
+    def embed(self, tokens: ArrayLike) -> jax.Array:
+        """Embeds tokens, integers [B, T], into the compute dtype [B, T, D], multiplier applied.
 
         Each device looks up the tokens of its own rows of the table: left to the compiler, XLA:GPU gathers the table.
+
+        Raises:
+          ValueError: They are no integers, or have another rank.
         """
+        tokens = as_integers("tokens", tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape [batch, length]; these have shape {tokens.shape}.")
         partitioner = self.partitioner.without_embed()
         rows = partitioner.spec(("batch", None), tokens.shape)
 
@@ -43,6 +53,7 @@ class Embedding(Module):
         embedded = partitioner.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))(table, tokens)
         return (embedded * self.config.embedding_multiplier).astype(self.dtype)
 
+    @in_any_context
     def unembed(self, x: jax.Array) -> jax.Array:
         """Logits, float32 [..., V], of hidden states [..., D] in the compute dtype, multiplier applied."""
         partitioner = self.partitioner.without_embed()
@@ -53,6 +64,24 @@ class Embedding(Module):
         product = functools.partial(unembed, platform=partitioner.platform)
         logits = partitioner.shard_map(product, in_specs=in_specs, out_specs=out_spec)(x, table)
         return logits * self.config.output_multiplier
+
+
+def as_integers(name: str, values: ArrayLike) -> jax.Array:
+    """Token ids or lengths as an array; int64 stays so, because the check of their range must come before the cast.
+
+    Raises:
+      ValueError: They are text, no integers, or rows of several lengths.
+    """
+    try:
+        array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must have rows of one length: pad the shorter ones on the right.") from error
+    if array.dtype.kind in "SU":
+        raise ValueError(f'{name} must be integers, not text: encode it first, as in [tokenizer.encode("hello")].')
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        found = type(values).__name__ if array.dtype == object else array.dtype
+        raise ValueError(f"{name} must be integers, not {found}.")
+    return array
 
 
 # Parts in which a random table is drawn: whole, it would take eight times its memory.

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.kernels import GatedWeights, evaluate_experts
 from grokjax.model.base import Module
+from grokjax.model.contexts import in_any_context
 from grokjax.model.weights import LayerWeights, weight_param
 from grokjax.sharding import Partitioner
 
@@ -35,6 +36,7 @@ class FeedForward(Module):
         self.up = weight((*stack, config.model_dim, config.ffn_dim), ("layers", "experts", "embed", "ffn"))
         self.down = weight((*stack, config.ffn_dim, config.model_dim), ("layers", "experts", "ffn", "embed"))
 
+    @in_any_context
     def __call__(self, x: jax.Array, valid: jax.Array, *, layer: jax.Array) -> jax.Array:
         """Mixes the outputs of each token's experts.
 
@@ -56,6 +58,7 @@ class FeedForward(Module):
         )
         return run(x, probabilities, experts, valid, weights.stacks, weights.layer)
 
+    @in_any_context
     def route(self, x: jax.Array, *, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, best first, and their probabilities: softmax over all E, not renormalised.
 
@@ -76,6 +79,7 @@ class FeedForward(Module):
         probabilities, experts = choose(logits)
         return probabilities, experts
 
+    @in_any_context
     def router_logits(self, x: jax.Array, *, layer: jax.Array) -> jax.Array:
         """The router's scores, float32 [B, T, E], of x [B, T, D], computed in float32."""
         router = lax.dynamic_index_in_dim(self.router[...], layer, keepdims=False)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx import reprlib
-from jax.typing import DTypeLike
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.cache import Entries, KVCache, default_cache_dtype
 from grokjax.config import GrokConfig
@@ -84,12 +85,20 @@ class Grok(Module):
         self.layers = DecoderLayers(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.final_norm = RMSNorm(config)
 
+    @property
+    def mesh(self) -> Mesh | AbstractMesh:
+        """The mesh of devices that the model lies on; its axes are Auto, whatever the kind of those that it was given.
+
+        What is computed with its weights under another mesh of yours belongs into `with jax.set_mesh(model.mesh):`.
+        """
+        return self.partitioner.mesh
+
     def __nnx_repr__(self) -> Iterator[Any]:
         head, *parameters = super().__nnx_repr__()
         yield head
         yield reprlib.Attr("config", self.config)
         yield reprlib.Attr("dtype", self.dtype.name, use_raw_value=True)
-        yield reprlib.Attr("mesh", dict(self.partitioner.mesh.shape))
+        yield reprlib.Attr("mesh", dict(self.mesh.shape))
         yield reprlib.Attr("rules", self.partitioner.rules)
         yield from parameters
 
@@ -118,17 +127,20 @@ class Grok(Module):
         return self._run(self._embed(tokens, embeddings), count, cache, rows=rows, keeps=True)
 
     @in_any_context
-    def hidden_states(self, tokens: jax.Array | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
+    def hidden_states(self, tokens: ArrayLike | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
         """Runs whole texts through all layers, and keeps nothing.
 
         The layers take turns with a cache of one layer.
 
         Args:
-          tokens: int32 [B, T].
+          tokens: integers [B, T].
           embeddings: in place of tokens, as for `__call__`.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype.
+
+        Raises:
+          ValueError: The tokens are no integers, or have another rank.
         """
         embedded = self._embed(tokens, embeddings)
         batch, num_new, _ = embedded.shape
@@ -137,7 +149,7 @@ class Grok(Module):
         hidden, _ = self._run(embedded, count, scratch, rows=None, keeps=False)
         return hidden
 
-    def _embed(self, tokens: jax.Array | None, embeddings: jax.Array | None) -> jax.Array:
+    def _embed(self, tokens: ArrayLike | None, embeddings: jax.Array | None) -> jax.Array:
         """What the first layer is given, [B, T, D] in the compute dtype.
 
         Raises:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.cache import KVCache, check_cache_dtype
 from grokjax.model.contexts import in_any_context
+from grokjax.model.embedding import as_integers
 from grokjax.model.grok import Grok
 from grokjax.sampling import SampleOutput, SampleSettings, seed_key
 
@@ -316,22 +317,8 @@ def _is_concrete(*arrays: jax.Array) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
-def _as_integers(name: str, values: ArrayLike) -> jax.Array:
-    """The values as they are, int64 included: the check of their range must come before the cast."""
-    try:
-        array: Any = values if isinstance(values, jax.Array) else np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} must have rows of one length: pad the shorter ones on the right.") from error
-    if array.dtype.kind in "SU":
-        raise ValueError(f'{name} must be integers, not text: encode it first, as in [tokenizer.encode("hello")].')
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        found = type(values).__name__ if array.dtype == object else array.dtype
-        raise ValueError(f"{name} must be integers, not {found}.")
-    return array
-
-
 def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
-    tokens = _as_integers("tokens", tokens)
+    tokens = as_integers("tokens", tokens)
     if tokens.ndim != ndim or not tokens.size:
         shape = "[batch, length]" if ndim == 2 else "[batch]"
         raise ValueError(f"tokens must have shape {shape} and not be empty; these have shape {tokens.shape}.")
@@ -354,7 +341,7 @@ def _check_embeddings(model: Grok, embeddings: jax.Array | None) -> None:
 
 
 def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.Array:
-    lengths = _as_integers("lengths", lengths)
+    lengths = as_integers("lengths", lengths)
     if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")
     if _is_concrete(lengths):
@@ -363,7 +350,7 @@ def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.
 
 
 def _check_rows(rows: ArrayLike, tokens: jax.Array, cache: KVCache) -> jax.Array:
-    rows = _as_integers("rows", rows)
+    rows = as_integers("rows", rows)
     if rows.shape != tokens.shape[:1]:
         raise ValueError(f"rows has shape {rows.shape} and tokens {tokens.shape}: name one of the cache for each.")
     if _is_concrete(rows):

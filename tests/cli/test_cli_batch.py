@@ -116,6 +116,11 @@ class TestPrompts:
         with pytest.raises(ValueError, match=re.escape(message)):
             read(tmp_path, line, "prompts.jsonl")
 
+    def test_all_bad_lines_are_named_at_once(self, tmp_path: Path) -> None:
+        lines = ["{", '{"prompt": "4"}', *['{"prompt": "4", "n": 0}'] * 10]
+        with pytest.raises(ValueError, match=r"line 1 is not a JSON object.*\n(.*line \d+: n=0.*\n){9}\.\.\. and 1 l"):
+            read(tmp_path, "\n".join(lines), "prompts.jsonl")
+
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
     @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
     def test_a_file_in_utf_16_is_refused_whole(self, encoding: str, name: str, tmp_path: Path) -> None:

@@ -164,6 +164,10 @@ def test_health_is_told_before_during_and_after() -> None:
             model.steps.error = RuntimeError("out of memory")
             await failing.complete(request(3))
             assert not failing.is_healthy
+        engine = make_engine(FakeModel())
+        async with AsyncEngine(engine) as closed:
+            engine.close()
+            assert not closed.is_healthy
 
     run(main())
 

@@ -81,6 +81,12 @@ def run_steps() -> Any:
     return logits, alone, after, drawn, cache
 
 
+def run_parts() -> Any:
+    embedded, parts = model().embedding.embed(TOKENS), model().layers.feed_forward
+    mixed = parts(embedded, np.ones((2, 6), bool), layer=jnp.int32(0))
+    return embedded, mixed, parts.route(embedded, layer=jnp.int32(0)), model().embedding.unembed(mixed)
+
+
 def run_sampling(logits: jax.Array) -> Any:
     settings = SampleSettings.create(2, temperature=1.0)
     keys = jax.random.split(jax.random.key(1), 2)
@@ -118,6 +124,7 @@ EAGER: dict[str, Callable[[Path], Any]] = {
     "init on one device": lambda _: forward(init(CONFIG, dtype=jnp.float32), TOKENS),
     "forward": lambda _: forward(model=model(), tokens=jnp.asarray(TOKENS)),
     "methods": lambda _: model().logits(model().hidden_states(TOKENS)),
+    "parts": lambda _: run_parts(),
     "a layer": lambda _: model().layers[0].pre_attention_norm.scale.get_value(),
     "generate": lambda _: generate(model(), TOKENS, LENGTHS, max_new_tokens=3),
     "steps": lambda _: run_steps(),
@@ -193,6 +200,14 @@ def test_tokens_are_drawn_from_logits_that_lie_on_explicit_axes() -> None:
     expected = run()
     with jax.set_mesh(MESHES["its own, Explicit"]()):
         assert_same(run(), expected)
+
+
+def test_weights_are_changed_under_the_model_s_own_mesh() -> None:
+    changed = init(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+    with jax.set_mesh(MESHES["its own, Explicit"]()):
+        with jax.set_mesh(changed.mesh):
+            changed.layers.feed_forward.router[0] = 0.0
+        assert not np.asarray(changed.layers[0].feed_forward.router.get_value()).any()
 
 
 def test_results_are_arrays_that_jax_takes_under_the_callers_mesh() -> None:

@@ -1,4 +1,4 @@
-"""The int8 embedding table in a model: lookup and logits on a mesh, its error, and what is refused."""
+"""The embedding table, plain and in int8: what it takes, lookup and logits on a mesh, its error, what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,18 @@ def test_error_of_a_quantised_table_is_as_documented() -> None:
     error = (np.asarray(forward(model, golden.tokens)) - golden.arrays["float32"]["full_logits"])[real]
     assert np.sqrt(np.mean(error**2)) < 0.07
     assert np.abs(error).max() < 0.6
+
+
+def test_tokens_are_lists_of_integers_too() -> None:
+    model = init(GrokConfig.tiny().replace(num_layers=1), mesh=make_mesh((1, 1)))
+    np.testing.assert_array_equal(model.hidden_states([[1, 2, 3]]), model.hidden_states(jnp.array([[1, 2, 3]])))
+    for tokens, message in (
+        ([1, 2, 3], r"tokens must have shape \[batch, length\]; these have shape \(3,\)"),
+        ("hello", r'tokens must be integers, not text: encode it first, as in \[tokenizer.encode\("hello"\)\]'),
+        ([[1.5]], "tokens must be integers, not float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.hidden_states(tokens)
 
 
 def test_saving_a_quantised_table_is_refused(tmp_path) -> None:
