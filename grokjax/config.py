@@ -199,10 +199,10 @@ class GrokConfig:
         unknown = sorted(set(mapping) - {field.name for field in fields})
         required = {field.name for field in fields if field.default is dataclasses.MISSING}
         missing = sorted(required - set(mapping))
-        if unknown or missing:
+        faults = [f"has unknown fields {unknown}"] * bool(unknown) + [f"lacks {missing}"] * bool(missing)
+        if faults:
             raise ValueError(
-                f"the configuration has unknown fields {unknown} and lacks {missing}: "
-                f"the fields are {[field.name for field in fields]}."
+                f"the configuration {' and '.join(faults)}: the fields are {[field.name for field in fields]}."
             )
         return cls(**mapping)
 
