@@ -166,6 +166,11 @@ def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
     assert f'File "{ROOT}' not in told  # as in a traceback
 
 
+def without_default() -> dict[str, str]:
+    """The environment without the tests' default device, which would leave every process alone."""
+    return {name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_DEVICE"}
+
+
 @contextlib.contextmanager
 def commands(folder: Path, *options: list[str], port: int) -> Iterator[list[subprocess.Popen[str]]]:
     """A command on each of two processes, with an option of its own."""
@@ -174,7 +179,7 @@ def commands(folder: Path, *options: list[str], port: int) -> Iterator[list[subp
         processes = []
         for number, own in enumerate(options):
             command = [sys.executable, "-m", "grokjax", *GENERATE, "tiny", "abc", *joining, str(number), *own]
-            process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(command, cwd=folder, env=without_default(), stderr=subprocess.PIPE, text=True)
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
         yield processes
@@ -185,7 +190,7 @@ def commands(folder: Path, *options: list[str], port: int) -> Iterator[list[subp
     [
         (["--temperature", "-1"], "temperature=-1.0 must be"),
         pytest.param(["--dtype", "float8"], "its options are wrong: see its message", marks=pytest.mark.thorough),
-        pytest.param(["--mesh", "1,3"], "--mesh 1,3: 2 hosts cannot share it", marks=pytest.mark.thorough),
+        pytest.param(["--mesh", "1,3"], "2 hosts cannot share a mesh of 1 x 3: make one", marks=pytest.mark.thorough),
     ],
 )
 def test_an_option_that_is_wrong_on_one_process_ends_all(tmp_path: Path, option: list[str], told: str) -> None:
@@ -210,7 +215,7 @@ def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "-euc", script],
         cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_DEVICE"},
+        env=without_default(),
         capture_output=True,
         text=True,
         timeout=300,
