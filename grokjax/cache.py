@@ -153,7 +153,7 @@ class KVCache:
     @own_context()
     def allocate(self, *, allow_oom: bool = False) -> Self:
         """The empty cache that this one of shapes, from `abstract`, describes; see `create`."""
-        if not (allow_oom or is_traced()):
+        if not allow_oom:
             self.check_fits()
         return zeros(self)
 
@@ -163,6 +163,8 @@ class KVCache:
         Raises:
           ValueError: They have too little memory left.
         """
+        if is_traced():  # inside a shard_map, a shard's bytes cannot be told either
+            return
         sharding: Any = self.lengths.sharding
         check_fits(
             f"a cache of batch_size={self.batch_size}, max_len={self.max_len}",

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from grokjax.checkpoint.parameters import Part, parts_of, stack_name
 from grokjax.checkpoint.progress import Report, Tally
-from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes, stacks_of
+from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes
 from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, specs_of
 from grokjax.model import Grok, init_parameters, named_parameters, with_values
 from grokjax.quantization import QuantizedArray, Weight, dequantize, partition_specs, shardable_blocks
@@ -34,8 +34,8 @@ class Builder:
         self,
         abstract: Grok,
         sources: Mapping[str, str | None],
+        stacks: Sequence[Stack],
         *,
-        quantized: bool | Sequence[str],
         seed: int,
         progress: Report | None,
     ) -> Grok:
@@ -44,7 +44,7 @@ class Builder:
         Args:
           abstract: of `abstract_model`, with plain weights.
           sources: each of its parameters, with the layer's number -> the checkpoint's path, None for a fresh value.
-          quantized: what becomes int8 where the checkpoint has it so, as for `load`.
+          stacks: of these, from `stacks_of`.
           seed: of the fresh values.
           progress: called after each part, and first for each fresh value.
         """
@@ -53,7 +53,6 @@ class Builder:
         tally = Tally("loaded", total_bytes, progress)
         for parameter in [parameter for parameter, source in sources.items() if source is None]:
             tally.add(0, parameter, None)
-        stacks = stacks_of(abstract, sources, quantized)
         return with_values(abstract, self._build(stacks, self._fresh(abstract, stacks, seed), tally))
 
     def build_parameters(self, one_layer: Grok, names: Sequence[str]) -> dict[str, Weight]:

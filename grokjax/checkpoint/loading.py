@@ -83,11 +83,11 @@ def load(
     partitioner = Partitioner.create(config, mesh, rules)
     check_same_weights(checkpoint, together=partitioner.mesh.is_multi_process)
     abstract = abstract_model(config, partitioner, dtype=dtype, quantized=False)
+    stacks = stacks_of(abstract, sources, quantized)
     if not allow_oom:
-        stacks = stacks_of(abstract, sources, quantized)
         check_weights_fit(bytes_of_stacks(stacks, checkpoint.tensors, partitioner), partitioner)
     builder = Builder(checkpoint, partitioner, max_host_bytes)
-    model = builder.build_model(abstract, sources, quantized=quantized, seed=seed, progress=progress)
+    model = builder.build_model(abstract, sources, stacks, seed=seed, progress=progress)
     return with_quantized_table(model) if quantized_table else model
 
 

@@ -108,6 +108,11 @@ class ArraySpec:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
@@ -125,7 +130,7 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.leaves().values())
+        return sum(leaf.num_bytes for leaf in self.leaves().values())
 
     def leaves(self) -> dict[str, ArraySpec]:
         """The arrays by name."""

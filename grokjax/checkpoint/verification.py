@@ -1,9 +1,8 @@
 """Verification: the arrays of a checkpoint of ours beside its source's or kept checksums; whether values are finite."""
 
 import dataclasses
-import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from grokjax.checkpoint.parameters import Part, parts_of, units_of
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.recipe import Leaves, Recipe, read_part
 from grokjax.checkpoint.stored import (
-    ArraySpec,
     Checkpoint,
     CheckpointError,
     TensorSpec,
@@ -81,30 +79,32 @@ def verify_finite(path: str | Path, config: GrokConfig | None = None, *, progres
     """
     checkpoint = open_checkpoint(path, config)
     parts = [part for parameter in checkpoint.tensors for part in parts_of(parameter, checkpoint.config)]
-    tally = Tally("looked at", sum(_num_float_bytes(checkpoint, part) for part in parts), progress)
+    floats = {part: _float_bytes(checkpoint, part) for part in parts}
+    tally = Tally("looked at", sum(sum(sizes.values()) for sizes in floats.values()), progress)
     problems: list[str] = []
-    for part in parts:
-        for name in _float_leaves(checkpoint, part):
+    for part, sizes in floats.items():
+        for name in sizes:
             array = getattr(checkpoint.tensors[part.parameter], name).read(part.index)
             count = array.size - np.count_nonzero(np.isfinite(array))
             if count:
                 problems.append(f"{part.name}/{name}: {count} of {array.size} values")
-        tally.add(_num_float_bytes(checkpoint, part), part.name, part.name)
+        tally.add(sum(sizes.values()), part.name, part.name)
     if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems[:_MOST_LISTED])
         raise CheckpointError(
-            f"{checkpoint.path}: {len(problems)} arrays have values that are NaN or infinite:{listed}\n"
+            f"{checkpoint.path}: {len(problems)} arrays have values that are NaN or infinite:{_listed(problems)}\n"
             "Compare the files with the published ones, or load it with other values there: see `exclude` of load."
         )
 
 
-def _float_leaves(checkpoint: Checkpoint, part: Part) -> dict[str, ArraySpec]:
+def _float_bytes(checkpoint: Checkpoint, part: Part) -> dict[str, int]:
+    """The arrays of a part that are floats, and the bytes of each."""
     leaves = TensorSpec.of(checkpoint.tensors[part.parameter]).part(part).leaves()
-    return {name: leaf for name, leaf in leaves.items() if leaf.dtype != np.int8}
+    return {name: leaf.num_bytes for name, leaf in leaves.items() if leaf.dtype != np.int8}
 
 
-def _num_float_bytes(checkpoint: Checkpoint, part: Part) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _float_leaves(checkpoint, part).values())
+def _listed(problems: Sequence[str]) -> str:
+    """The first of some problems, a line each."""
+    return "".join(f"\n  {problem}" for problem in problems[:_MOST_LISTED])
 
 
 def keep_checksums(target: str | Path, checksums: Checksums) -> None:
@@ -152,9 +152,8 @@ def _compare(stored: OrbaxCheckpoint, expected: Callable[[Part], Checksums], pro
             checksums |= found
         tally.add(unit_bytes(specs, unit), unit.name, unit.name)
     if differing:
-        listed = "".join(f"\n  {name}" for name in differing[:_MOST_LISTED])
         raise CheckpointError(
-            f"{stored.path}: {len(differing)} arrays differ from what they were made from:{listed}\n"
+            f"{stored.path}: {len(differing)} arrays differ from what they were made from:{_listed(differing)}\n"
             "Remove the folder and convert again; if they differ again, check the disk."
         )
     return checksums
