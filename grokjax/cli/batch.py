@@ -230,10 +230,18 @@ def open_results(path: Path, prompts: Sequence[Prompt]) -> Iterator[Results]:
     Raises:
       ValueError: It cannot be written or locked, another process writes it, or it has something else than results of
         these prompts; then it stays as it is.
+      KeyboardInterrupt: The block was interrupted; the message says what is there and how to go on.
     """
     with _open(path) as file:
         lock_file(file, path)
-        yield Results(file, _take_up(file, path, prompts))
+        results = Results(file, _take_up(file, path, prompts))
+        try:
+            yield results
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted: {len(results.failed)} of {len(prompts)} results are in {path}, and the same command "
+                "goes on after them."
+            ) from None
 
 
 def run_batch(
@@ -249,31 +257,7 @@ def run_batch(
 
     Raises:
       ValueError: A result cannot be written.
-      KeyboardInterrupt: It was interrupted; the message says what is there and how to go on.
     """
-    try:
-        _run(engine, prompts, results, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted: {len(results.failed)} of {len(prompts)} results are in {results.file.name}, and the same "
-            "command goes on after them."
-        ) from None
-
-
-@contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM interrupts this process as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
-        yield
-        return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _run(engine: Engine, prompts: Sequence[Prompt], results: Results, progress: Callable[[int, int], None]) -> None:
     progress(len(results.failed), 0)
     waiting = collections.deque(prompt for prompt in prompts if prompt.id not in results.failed)
     running: dict[Handle, Prompt] = {}
@@ -287,6 +271,19 @@ def _run(engine: Engine, prompts: Sequence[Prompt], results: Results, progress: 
         if time.monotonic() - told >= _PROGRESS_PERIOD or not (waiting or running):
             progress(len(results.failed), engine.metrics().new_tokens)
             told = time.monotonic()
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Within it, SIGTERM interrupts this process as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _open(path: Path) -> FileIO:

@@ -34,6 +34,8 @@ from grokjax.model import SlotState, abstract_model
 from grokjax.request import Request, check_integer
 from grokjax.sharding import Partitioner, device_bytes
 
+# Prompts of a file that run at once.
+_SLOTS = 8
 # Options that take less memory.
 _SMALLER_ROW = "a smaller --max-len"
 _SMALLER_BATCH = f"fewer --slots or {_SMALLER_ROW}"
@@ -71,7 +73,7 @@ def _add_prompts(generate: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", type=Path, help="a prompt a line; with a name in .jsonl a JSON object a line"
     )
     generate.add_argument("--output", metavar="FILE.jsonl", type=Path, help="where the results of --prompts go")
-    generate.add_argument("--slots", type=int, default=8, help="of --prompts that run at once (default: %(default)s)")
+    generate.add_argument("--slots", type=int, help=f"of --prompts that run at once (default: {_SLOTS})")
 
 
 def _add_model(generate: argparse.ArgumentParser) -> None:
@@ -136,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> _Source:
     """Refuses now what would be refused after the processes are joined and the model has loaded, which take minutes."""
-    _check_output(arguments)
+    _check_batch(arguments)
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
     return source
@@ -163,18 +165,20 @@ def _model_failures(smaller: str, kept: str = "") -> Iterator[None]:
         raise ValueError(f"the model failed: {first_line(error)}.{others}{kept}{memory}") from error
 
 
-def _check_output(arguments: argparse.Namespace) -> None:
+def _check_batch(arguments: argparse.Namespace) -> None:
     if arguments.prompts is not None and arguments.output is None:
         raise ValueError("--prompts needs --output: name the file that the results are appended to.")
     if arguments.prompts is None and arguments.output is not None:
         raise ValueError("--output goes with --prompts: the text of one prompt goes to standard output.")
+    if arguments.prompts is None and arguments.slots is not None:
+        raise ValueError("--slots goes with --prompts: one prompt runs alone.")
+    if arguments.slots is not None and arguments.slots < 1:
+        raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
 
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
     check_integer("max_new_tokens", arguments.max_new_tokens, 1)
     _request(arguments)
-    if arguments.slots < 1:
-        raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
         raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
     if arguments.mesh is not None:
@@ -220,7 +224,7 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
         engine = Engine(
             source.make(),
             source.tokenizer,
-            slots=arguments.slots,
+            slots=arguments.slots or _SLOTS,
             max_len=arguments.max_len,
             cache_dtype=arguments.cache_dtype,
             allow_oom=arguments.allow_oom,
@@ -363,7 +367,8 @@ def _check_machine(abstract: Grok, weights_bytes: int, arguments: argparse.Names
         return
     slots, asked, smaller = 1, "", _SMALLER_ROW
     if arguments.prompts is not None:
-        slots, asked, smaller = arguments.slots, f"--slots {arguments.slots} and ", _SMALLER_BATCH
+        slots, smaller = arguments.slots or _SLOTS, _SMALLER_BATCH
+        asked = f"--slots {slots} and "
     cache = abstract.abstract_cache(slots, arguments.max_len, dtype=arguments.cache_dtype)
     state = SlotState.abstract(abstract, cache)
     check_fits(
