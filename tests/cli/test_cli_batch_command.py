@@ -183,7 +183,8 @@ class TestCommand:
         monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
         assert main([*command, "--output", str(interrupted_at_two)]) == 130
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"grokjax: interrupted: 0 of 6 results are in {interrupted_at_two}, and the same command goes on after them."
+            f"grokjax: interrupted: 0 of 6 results are in {interrupted_at_two}, and the same command goes on after "
+            "them."
         )
 
     @pytest.mark.usefixtures("fake_model")
