@@ -201,7 +201,7 @@ class TestWhatDoesNotComeBack:
             (changed.embedding.table, lambda value: value.astype(jnp.float16)),
             (changed.final_norm.scale, lambda value: value[:3]),
         ):
-            param.set_value(change(param.get_value()))
+            param.set_raw_value(change(param.get_value()))
         said = self.refuse(changed, tmp_path / "model")
         assert (
             "layers.pre_attention_norm.scale: the weight has the shape [2, 32], the configuration asks for [1" in said
