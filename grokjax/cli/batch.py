@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from grokjax.checkpoint import lock_file
+from grokjax.checkpoint import lock_file, open_itself
 from grokjax.engine import Engine, Handle
 from grokjax.request import Completion, Request
 
@@ -290,7 +290,7 @@ def _open(path: Path) -> FileIO:
     if path.exists() and not path.is_file():
         raise ValueError(f"--output {path} is not a file: results are appended to a file, and read when a job goes on.")
     try:
-        return path.open("a+b", buffering=0)
+        return open(path, "a+b", buffering=0, opener=open_itself)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}.") from error
 

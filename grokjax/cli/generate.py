@@ -324,10 +324,9 @@ def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
     _check_machine(abstract, weights_bytes, arguments, is_int8=is_int8)
     with byte_progress("loaded") as progress:
         return load(
-            checkpoint.path,
-            checkpoint.config,
-            mesh,
-            abstract.dtype,
+            checkpoint,
+            mesh=mesh,
+            dtype=abstract.dtype,
             quantized=not arguments.plain,
             quantized_table=arguments.quantized_table,
             progress=progress,

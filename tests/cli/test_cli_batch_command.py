@@ -3,8 +3,10 @@
 import functools
 import io
 import json
+import os
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,21 @@ class TestCommand:
         assert main([*command, *changes, *output]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.usefixtures("fake_model")
+    @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+    def test_no_result_goes_through_a_link(
+        self,
+        link: Callable[[Path, Path], None],
+        command: list[str],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "precious").touch()
+        link(tmp_path / "precious", tmp_path / "out")
+        assert main([*command, "--output", str(tmp_path / "out")]) == 2
+        assert re.search(r"/out: (a link, and nothing|not a file with this name alone)", capsys.readouterr().err)
+        assert (tmp_path / "precious").read_bytes() == b""
 
     @pytest.mark.parametrize(("option", "value"), [("--output", "out"), ("--slots", "8")])
     def test_what_only_a_file_of_prompts_has_is_refused_for_one(

@@ -172,6 +172,12 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
         raise AssertionError(capsys.readouterr().err)
 
 
+def test_a_picture_is_not_drawn_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.png").symlink_to(tmp_path / "outside.png")
+    assert main(["plan", *SMALL, "--plot", str(tmp_path / "plan.png")]) == 2
+    assert "plan.png: a link, and nothing is written" in capsys.readouterr().err
+
+
 def test_a_picture_needs_matplotlib(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
