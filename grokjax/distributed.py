@@ -73,9 +73,11 @@ def initialize(
     if heartbeat_timeout_seconds < 1:
         raise ValueError(f"heartbeat_timeout_seconds={heartbeat_timeout_seconds} must be 1 or more.")
     is_late = xla_bridge.backends_are_initialized() or jax.distributed.is_initialized()  # which JAX refuses
-    meeting = None if is_late else find_meeting(coordinator_address, num_processes, process_id)
-    if meeting is not None:
-        meeting.hold(initialization_timeout_seconds)
+    if not is_late:
+        timeout = initialization_timeout_seconds
+        meeting = find_meeting(coordinator_address, num_processes, process_id, timeout=timeout)
+        if meeting is not None:
+            meeting.hold(timeout)
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator_address,
@@ -101,7 +103,12 @@ def initialize(
 
 
 def find_meeting(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None, refusal: str = ""
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    refusal: str = "",
+    timeout: int = 30,
 ) -> Meeting | None:
     """How this process can meet the others before JAX joins them, as is given, or else as JAX hears from a launcher.
 
@@ -110,6 +117,7 @@ def find_meeting(
       num_processes: as for `initialize`.
       process_id: as for `initialize`.
       refusal: why this process cannot go on; empty if it can.
+      timeout: seconds for which a launcher may wait until it knows where process 0 is.
 
     Returns:
       None where neither tells who the others are.
@@ -117,7 +125,7 @@ def find_meeting(
     found = coordinator_address, num_processes, process_id
     if None in found:
         with contextlib.suppress(Exception):  # of a launcher that JAX does not understand, JAX says so itself
-            found = ClusterEnv.auto_detect_unset_distributed_params(*found, [], None, None)[:3]
+            found = ClusterEnv.auto_detect_unset_distributed_params(*found, [], None, timeout)[:3]
     address, count, number = found
     return None if address is None or count is None or number is None else Meeting(address, count, number, refusal)
 

@@ -69,7 +69,7 @@ def tell_of_options(argv: Sequence[str] | None) -> None:
 def _refuse(given: dict[str, Any], reason: str) -> None:
     """Tells the other processes why this one cannot go on, if it is known who they are."""
     address, count, number = (given[name] for name in _BY_HAND.values())
-    meeting = find_meeting(address, count, number, reason)
+    meeting = find_meeting(address, count, number, refusal=reason)
     if meeting is not None:
         with contextlib.suppress(DistributedError):  # nobody has come to be told
             meeting.hold()

@@ -57,7 +57,11 @@ class Payload:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> np.memmap[Any, Any]:
-        """Maps the array read-only: pages are read from the disk as they are touched, a slice reads only its own."""
+        """Maps the array read-only: pages are read from the disk as they are touched, a slice reads only its own.
+
+        If the file is shortened while a slice is copied, the system ends the process. Reading each row of a slice of
+        columns instead, which cannot end so, is 3 to 6 times slower from the page cache.
+        """
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
     def read(self, index: Index = ()) -> Array:
