@@ -312,6 +312,7 @@ class TestDamage:
             load(copied)
         assert "weights/layers.0.feed_forward.up.2: missing" in str(caught.value)
         assert "weights/layers.7.feed_forward.up.2: surplus" in str(caught.value)
+        assert f"{copied}: folders are damaged, missing or surplus, 2 problems:\n" in str(caught.value)
 
     def test_empty_file_is_noticed(self, copied: Path) -> None:
         largest(copied / "weights" / "embedding.table").write_bytes(b"")
