@@ -245,7 +245,11 @@ def open_results(path: Path, prompts: Sequence[Prompt]) -> Iterator[Results]:
 
 
 def run_batch(
-    engine: Engine, prompts: Sequence[Prompt], results: Results, progress: Callable[[int, int], None]
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    results: Results,
+    progress: Callable[[int, int], None],
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs the prompts that have no result yet, and writes each result as soon as it is there.
 
@@ -254,15 +258,19 @@ def run_batch(
       prompts: all of them.
       results: of an earlier run, and the place for the others.
       progress: told now and then the number of results and of the tokens drawn by this engine.
+      is_interrupted: asked before each step.
 
     Raises:
       ValueError: A result cannot be written.
+      KeyboardInterrupt: It is interrupted.
     """
     progress(len(results.failed), 0)
     waiting = collections.deque(prompt for prompt in prompts if prompt.id not in results.failed)
     running: dict[Handle, Prompt] = {}
     told = time.monotonic()
     while waiting or running:
+        if is_interrupted():
+            raise KeyboardInterrupt
         while waiting and engine.has_room:
             prompt = waiting.popleft()
             running[engine.submit(prompt.request)] = prompt
@@ -274,14 +282,24 @@ def run_batch(
 
 
 @contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM interrupts this process as Ctrl-C does."""
+def interrupted_by_sigterm() -> Iterator[threading.Event]:
+    """Within it, SIGTERM interrupts this process as Ctrl-C does.
+
+    Gives an event that is set then, too: what is raised while Python collects garbage, as it does when JAX compiles, is
+    lost.
+    """
+    came = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
-        yield
+        yield came
         return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGTERM, handler)
 

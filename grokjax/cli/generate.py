@@ -202,12 +202,12 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
     """Of several processes, the first has prompts and results, and the others step the model with it."""
-    with interrupted_by_sigterm(), contextlib.ExitStack() as until_done:
+    with interrupted_by_sigterm() as came, contextlib.ExitStack() as until_done:
         batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, until_done))
         if batch is None:
             follow(source.make())
             return 0
-        return _run_prompts(*batch, source, arguments)
+        return _run_prompts(*batch, source, arguments, came.is_set)
 
 
 def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack) -> tuple[tuple[Prompt, ...], Results]:
@@ -215,7 +215,13 @@ def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack)
     return prompts, until_done.enter_context(open_results(arguments.output, prompts))
 
 
-def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source, arguments: argparse.Namespace) -> int:
+def _run_prompts(
+    prompts: tuple[Prompt, ...],
+    results: Results,
+    source: _Source,
+    arguments: argparse.Namespace,
+    is_interrupted: Callable[[], bool],
+) -> int:
     earlier = len(results.failed)
     if earlier:
         say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
@@ -231,7 +237,7 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
             add_bos=arguments.add_bos,
         )
         with engine, BatchProgress(len(prompts)) as progress:
-            run_batch(engine, prompts, results, progress)
+            run_batch(engine, prompts, results, progress, is_interrupted)
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")

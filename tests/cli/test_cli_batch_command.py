@@ -1,5 +1,6 @@
 """`grokjax generate --prompts` as a command: statuses, messages, Ctrl-C, and the progress that it shows."""
 
+import contextlib
 import functools
 import io
 import json
@@ -174,15 +175,23 @@ class TestCommand:
         assert output.read_bytes().startswith(kept)
         assert len(tokens(output)) == 6
 
+    @pytest.mark.usefixtures("fake_model")
+    @pytest.mark.parametrize("lost", [(), KeyboardInterrupt], ids=["raised", "lost as in a callback"])
     @pytest.mark.parametrize("interrupted_at_two", [signal.SIGTERM], indirect=True)
     def test_a_signal_while_the_model_is_made_tells_of_earlier_results(
         self,
+        lost: Any,
         command: list[str],
         interrupted_at_two: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        def interrupted(config: GrokConfig, **_: Any) -> FakeModel:
+            with contextlib.suppress(lost):
+                signal.raise_signal(signal.SIGTERM)
+            return FakeModel(config)
+
+        monkeypatch.setattr("grokjax.cli.generate.init", interrupted)
         assert main([*command, "--output", str(interrupted_at_two)]) == 130
         assert capsys.readouterr().err.splitlines()[-1] == (
             f"grokjax: interrupted: 0 of 6 results are in {interrupted_at_two}, and the same command goes on after "
