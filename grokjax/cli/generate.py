@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
+from grokjax.cache import MOST_ROWS
 from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, byte_progress, say
@@ -172,8 +173,8 @@ def _check_batch(arguments: argparse.Namespace) -> None:
         raise ValueError("--output goes with --prompts: the text of one prompt goes to standard output.")
     if arguments.prompts is None and arguments.slots is not None:
         raise ValueError("--slots goes with --prompts: one prompt runs alone.")
-    if arguments.slots is not None and arguments.slots < 1:
-        raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
+    if arguments.slots is not None:
+        check_integer("--slots", arguments.slots, 1, MOST_ROWS)
 
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:

@@ -262,7 +262,8 @@ class TestCommand:
         ("changes", "message"),
         [
             ([], "--prompts needs --output: name the file"),
-            (["--slots", "0"], "--slots 0 must be 1 or more"),
+            (["--slots", "0"], "--slots=0 must be an integer between 1 and 4194304"),
+            (["--slots", "1" + "0" * 400], "0000 must be an integer between 1 and 4194304"),
             (["--max-len", "1"], "--max-len 1 must be between 2 and max_seq_len=32"),
             (["--max-len", "33"], "--max-len 33 must be between 2 and max_seq_len=32"),
             (["--temperature", "-1"], "temperature"),

@@ -162,7 +162,7 @@ def test_a_configuration_is_read_from_a_file(capsys: pytest.CaptureFixture[str],
         (["--suggest", "--mesh", "1,8"], "leave out --mesh, --rules, --plot"),
         (["--suggest", "--rules", "fsdp"], "leave out --mesh, --rules, --plot"),
         (["--suggest", "--plot", "a.png"], "leave out --mesh, --rules, --plot"),
-        (["--batch", "0"], "batch_size=0 must be 1 or more"),
+        (["--batch", "0"], "batch_size=0 must be between 1 and 4194304"),
         (["--prompt", "0"], "max_len=0 must be between 1"),
     ],
 )
