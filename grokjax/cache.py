@@ -1,6 +1,7 @@
 """The key and value cache: a frozen pytree with a length for each row."""
 
 import dataclasses
+import reprlib
 from typing import Any, Self
 
 import jax
@@ -18,6 +19,8 @@ from grokjax.sharding import Axes, Partitioner, ShardingRules, device_bytes, zer
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
 
+# Beyond what any machine holds, and few enough to count one by one.
+MOST_ROWS = 1 << 22
 # Of so many rows a cache prints each one's length.
 _FEW_ROWS = 8
 
@@ -130,8 +133,8 @@ class KVCache:
     ) -> Self:
         """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
         max_len = config.max_seq_len if max_len is None else max_len
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+        if not 1 <= batch_size <= MOST_ROWS:
+            raise ValueError(f"batch_size={reprlib.repr(batch_size)} must be between 1 and {MOST_ROWS}.")
         if not 1 <= max_len <= config.max_seq_len:
             raise ValueError(f"max_len={max_len} must be between 1 and max_seq_len={config.max_seq_len}.")
         partitioner = Partitioner.create(config, mesh, rules)

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import reprlib
-import sys
 from collections.abc import Mapping
 from typing import Any, Self
+
+import numpy as np
 
 
 def ffn_size(model_dim: int, widening_factor: float) -> int:
@@ -217,6 +218,8 @@ class GrokConfig:
 
 # Sizes and ids are int32 on the devices.
 _LARGEST = 2**31 - 1
+# The constants are float32 there, smaller ones 0.
+_SMALLEST_FLOAT, _LARGEST_FLOAT = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # The release's field -> ours. Source: the release's `LanguageModelConfig` and `TransformerConfig`.
 _LM_FIELDS = {
     "vocab_size": "vocab_size",
@@ -246,5 +249,10 @@ def _check_number(name: str, value: Any, kind: Any) -> None:
             least = "a token id, 0 or more" if is_id else "an integer, 1 or more"
             raise ValueError(f"{shown} must be {least}, and at most {_LARGEST}.")
     # Compared as it is: an integer of 400 digits is no float.
-    elif not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{shown} must be a finite number above 0.")
+    elif (
+        not isinstance(value, int | float) or isinstance(value, bool) or not _SMALLEST_FLOAT <= value <= _LARGEST_FLOAT
+    ):
+        raise ValueError(
+            f"{shown} must be a finite number above 0 that float32 holds, from {_SMALLEST_FLOAT:.2g} to "
+            f"{_LARGEST_FLOAT:.2g}."
+        )

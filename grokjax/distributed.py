@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax._src import distributed as coordination
 from jax._src import xla_bridge
+from jax._src.clusters import ClusterEnv
 
 from grokjax.errors import first_line
 from grokjax.rendezvous import DistributedError as DistributedError
@@ -58,8 +59,8 @@ def initialize(
 
     Raises:
       ValueError: The arguments are incomplete, and no launcher is found that tells them; or they are out of range.
-      DistributedError: It was called before, or JAX has used a device already. Or, where the first three arguments are
-        given: another process does not come or cannot go on, or another program has the port.
+      DistributedError: It was called before, or JAX has used a device already. Or another process does not come or
+        cannot go on, or another program has the port.
 
     Source: a thin cover of `jax.distributed.initialize`.
     """
@@ -72,8 +73,11 @@ def initialize(
     if heartbeat_timeout_seconds < 1:
         raise ValueError(f"heartbeat_timeout_seconds={heartbeat_timeout_seconds} must be 1 or more.")
     is_late = xla_bridge.backends_are_initialized() or jax.distributed.is_initialized()  # which JAX refuses
-    if coordinator_address is not None and num_processes is not None and process_id is not None and not is_late:
-        Meeting(coordinator_address, num_processes, process_id).hold(initialization_timeout_seconds)
+    if not is_late:
+        timeout = initialization_timeout_seconds
+        meeting = find_meeting(coordinator_address, num_processes, process_id, timeout=timeout)
+        if meeting is not None:
+            meeting.hold(timeout)
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator_address,
@@ -96,6 +100,34 @@ def initialize(
             f"the processes cannot be joined ({error}): call initialize once, first of all, on every process; "
             "process 0 must run and be reachable."
         ) from error
+
+
+def find_meeting(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    refusal: str = "",
+    timeout: int = 30,
+) -> Meeting | None:
+    """How this process can meet the others before JAX joins them, as is given, or else as JAX hears from a launcher.
+
+    Args:
+      coordinator_address: as for `initialize`.
+      num_processes: as for `initialize`.
+      process_id: as for `initialize`.
+      refusal: why this process cannot go on; empty if it can.
+      timeout: seconds for which a launcher may wait until it knows where process 0 is.
+
+    Returns:
+      None where neither tells who the others are.
+    """
+    found = coordinator_address, num_processes, process_id
+    if None in found:
+        with contextlib.suppress(Exception):  # of a launcher that JAX does not understand, JAX says so itself
+            found = ClusterEnv.auto_detect_unset_distributed_params(*found, [], None, timeout)[:3]
+    address, count, number = found
+    return None if address is None or count is None or number is None else Meeting(address, count, number, refusal)
 
 
 def is_first() -> bool:

@@ -1,4 +1,4 @@
-"""Where processes that are started by hand meet before JAX joins them: at the port that process 0 opens.
+"""Where processes meet before JAX joins them: at the port that process 0 opens.
 
 There each says that it has come, or why it cannot go on, and hears whether all can. JAX itself would end a process
 without a sentence if another did not come. The port is free again afterwards, for JAX's service.
@@ -78,7 +78,10 @@ class Meeting:
             missing = [str(number) for number in range(self.count) if number not in came]
             if missing:
                 named = f"process{'es' * (len(missing) > 1)} {', '.join(missing)}"
-                refusals.append(f"{named} did not come to {self.address} in {timeout:g} s: start all.")
+                refusals.append(
+                    f"{named} did not come to {self.address} in {timeout:g} s: see what it says, check that its "
+                    "host reaches this address, then start all again."
+                )
             told = "".join(refusals[:1])
             for guest in guests:
                 _tell_and_part(guest, told)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from grokjax.checkpoint import parameter_names, parameter_shapes
+from grokjax.checkpoint import open_itself, parameter_names, parameter_shapes
 from grokjax.config import GrokConfig
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -89,7 +89,7 @@ def write_release_checkpoint(
 
 def write_tensor(path: str | Path, weight: Array, scales: Array | None = None) -> None:
     """Writes one file of the release: a plain array, or a `QuantizedWeight8bit`."""
-    with Path(path).open("wb") as stream:
+    with open(path, "wb", opener=open_itself) as stream:
         for part in tensor_pickle(weight, scales):
             stream.write(part)
 

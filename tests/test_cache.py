@@ -28,7 +28,7 @@ def test_shape_sharding_and_dtype_are_as_documented() -> None:
 @pytest.mark.parametrize(
     ("batch_size", "max_len", "message"),
     [
-        (0, 8, "batch_size=0 must be 1 or more"),
+        (0, 8, "batch_size=0 must be between 1 and 4194304"),
         (1, 0, "max_len=0 must be between 1 and max_seq_len=256"),
         (1, 257, "max_len=257 must be between 1 and max_seq_len=256"),
     ],

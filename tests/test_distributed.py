@@ -171,31 +171,50 @@ def without_default() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "JAX_DEFAULT_DEVICE"}
 
 
+def by_hand(number: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """The options and the environment of a process that is started by hand."""
+    joining = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(number)]
+    return joining, without_default()
+
+
+def by_slurm(number: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """Those of one that SLURM starts, as far as JAX looks at them."""
+    told = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": str(number), "LOCALID": "0"}
+    environment = {f"SLURM_{name}": value for name, value in told.items()} | {"JAX_COORDINATOR_PORT": str(port)}
+    return ["--distributed"], without_default() | environment
+
+
 @contextlib.contextmanager
-def commands(folder: Path, *options: list[str], port: int) -> Iterator[list[subprocess.Popen[str]]]:
+def commands(folder: Path, *options: list[str], started: Any) -> Iterator[list[subprocess.Popen[str]]]:
     """A command on each of two processes, with an option of its own."""
-    joining = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
+    port = free_port()
     with contextlib.ExitStack() as stack:
         processes = []
         for number, own in enumerate(options):
-            command = [sys.executable, "-m", "grokjax", *GENERATE, "tiny", "abc", *joining, str(number), *own]
-            process = subprocess.Popen(command, cwd=folder, env=without_default(), stderr=subprocess.PIPE, text=True)
+            joining, environment = started(number, port)
+            command = [sys.executable, "-m", "grokjax", *GENERATE, "tiny", "abc", *joining, *own]
+            process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
         yield processes
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "told", "started"),
     [
-        (["--temperature", "-1"], "temperature=-1.0 must be"),
-        pytest.param(["--dtype", "float8"], "its options are wrong: see its message", marks=pytest.mark.thorough),
-        pytest.param(["--mesh", "1,3"], "2 hosts cannot share a mesh of 1 x 3: make one", marks=pytest.mark.thorough),
+        (["--temperature", "-1"], "temperature=-1.0 must be", by_slurm),
+        pytest.param(["--temperature", "-1"], "temperature=-1.0 must be", by_hand, marks=pytest.mark.thorough),
+        pytest.param(
+            ["--dtype", "float8"], "its options are wrong: see its message", by_hand, marks=pytest.mark.thorough
+        ),
+        pytest.param(["--mesh", "1,3"], "2 hosts cannot share a mesh of 1 x 3", by_hand, marks=pytest.mark.thorough),
     ],
 )
-def test_an_option_that_is_wrong_on_one_process_ends_all(tmp_path: Path, option: list[str], told: str) -> None:
+def test_an_option_that_is_wrong_on_one_process_ends_all(
+    tmp_path: Path, option: list[str], told: str, started: Any
+) -> None:
     """Within seconds, of which Python needs some to start; the first process has been told, and did not look itself."""
-    with commands(tmp_path, [], option, port=free_port()) as processes:
+    with commands(tmp_path, [], option, started=started) as processes:
         (_, first), (_, second) = [process.communicate(timeout=BOUND_SECONDS) for process in processes]
         assert [process.returncode for process in processes] == [2, 2]
     assert re.search(rf"^grokjax: error: process 1: .*{re.escape(told)}", first, re.MULTILINE), first

@@ -283,6 +283,18 @@ def test_the_command_joins_the_processes(joined: list[dict[str, Any]], capsys: p
     assert joined == [JOINED, dict.fromkeys(JOINED) | {"heartbeat_timeout_seconds": 20}]
 
 
+# The second of two processes that SLURM has started, as JAX is told of them.
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_NODELIST": "node[7-8]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "JAX_COORDINATOR_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(("joining", "address"), [(BY_HAND, "host:1"), (["--distributed"], "node7:1")])
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -295,15 +307,19 @@ def test_the_command_joins_the_processes(joined: list[dict[str, Any]], capsys: p
 def test_what_is_wrong_on_one_process_is_told_to_the_others(
     options: list[str],
     told: str,
+    joining: list[str],
+    address: str,
     joined: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before they are joined."""
+    """Before they are joined, be they started by hand or by a launcher."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
     meetings: list[Meeting] = []
     monkeypatch.setattr(Meeting, "hold", lambda meeting: meetings.append(meeting))
     with contextlib.suppress(SystemExit):  # By which a command ends whose options are unknown.
-        assert cli.main(["generate", "a", *options, *BY_HAND]) == 2
-    assert [(meeting.address, meeting.count, meeting.number) for meeting in meetings] == [("host:1", 2, 1)]
+        assert cli.main(["generate", "a", *options, *joining]) == 2
+    assert [(meeting.address, meeting.count, meeting.number) for meeting in meetings] == [(address, 2, 1)]
     assert told in meetings[0].refusal
     assert joined == []
 

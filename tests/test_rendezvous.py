@@ -48,6 +48,7 @@ def test_one_that_does_not_come_is_named() -> None:
     first, second = hold({"number": 0}, {"number": 1}, timeout=1)
     assert first == second
     assert first.startswith("process 2 did not come to localhost:")
+    assert first.endswith(" in 1 s: see what it says, check that its host reaches this address, then start all again.")
 
 
 def test_one_that_refuses_does_not_wait_for_ever() -> None:

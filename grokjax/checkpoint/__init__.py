@@ -13,7 +13,7 @@ and `progress` serve all of them.
 
 from grokjax.checkpoint.beside import find_config, find_tokenizer, tokenizer_places
 from grokjax.checkpoint.conversion import ConversionPlan, convert, plan_conversion
-from grokjax.checkpoint.disk import lock_file
+from grokjax.checkpoint.disk import check_no_link, lock_file, open_itself
 from grokjax.checkpoint.exporting import export
 from grokjax.checkpoint.formats.release import open_release, parameter_names
 from grokjax.checkpoint.formats.safetensors import SafetensorsCheckpoint
@@ -38,6 +38,7 @@ __all__ = [
     "SafetensorsCheckpoint",
     "SchemeName",
     "WeightFormat",
+    "check_no_link",
     "convert",
     "describe",
     "export",
@@ -49,6 +50,7 @@ __all__ = [
     "load_parameters",
     "lock_file",
     "open_checkpoint",
+    "open_itself",
     "open_release",
     "parameter_names",
     "parameter_shapes",

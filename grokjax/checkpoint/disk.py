@@ -183,21 +183,29 @@ def check_no_link(path: Path) -> None:
         )
 
 
-def open_to_write(path: Path) -> IO[str]:
-    """Opens a text file, empty, which is made if it is not there; never what a link leads to.
+def open_itself(path: str, flags: int) -> int:
+    """The `opener` for the built-in `open`, to write a file: never what a link leads to.
 
     Raises:
       CheckpointError: It is a link, of either kind, a pipe or the like.
       OSError: It cannot be opened.
     """
-    check_no_link(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | _ITSELF, 0o666)
+    check_no_link(Path(path))
+    descriptor = os.open(path, flags & ~os.O_TRUNC | _ITSELF, 0o666)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        raise CheckpointError(f"{path}: not a file with this name alone: remove it, then try again.")
-    os.ftruncate(descriptor, 0)
-    return os.fdopen(descriptor, "w", encoding="utf-8")
+        raise CheckpointError(
+            f"{path}: not a file with this name alone: put a copy in its place, or remove it, then try again."
+        )
+    if flags & os.O_TRUNC:
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+def open_to_write(path: Path) -> IO[str]:
+    """Opens a text file by `open_itself`, empty."""
+    return open(path, "w", encoding="utf-8", opener=open_itself)
 
 
 def write_json(path: Path, document: object) -> None:

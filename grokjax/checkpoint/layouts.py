@@ -9,7 +9,7 @@ from grokjax.checkpoint.formats.release import find_release, open_release
 from grokjax.checkpoint.formats.safetensors import open_safetensors
 from grokjax.checkpoint.formats.safetensors_headers import find_safetensors
 from grokjax.checkpoint.formats.safetensors_names import read_config
-from grokjax.checkpoint.stored import Checkpoint, CheckpointError
+from grokjax.checkpoint.stored import Checkpoint, CheckpointError, DamageError
 from grokjax.config import GrokConfig
 
 
@@ -47,6 +47,8 @@ def _open_release(path: str | Path, config: GrokConfig | None) -> Checkpoint:
     config = read_config(beside)
     try:
         return open_release(path, config)
+    except DamageError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\nThe configuration was that of {beside}: correct it, or pass another."

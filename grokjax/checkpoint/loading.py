@@ -13,6 +13,7 @@ from grokjax.checkpoint.likeness import check_same_weights
 from grokjax.checkpoint.mapping import map_sources, match_parameters
 from grokjax.checkpoint.progress import Report
 from grokjax.checkpoint.stacks import bytes_of_stacks, stacks_of
+from grokjax.checkpoint.stored import Checkpoint
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.model import Grok, abstract_model, check_dtype, check_weights_fit, with_quantized_table
@@ -24,7 +25,7 @@ HOST_BYTES = 1 << 30
 
 @own_context()
 def load(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     config: GrokConfig | None = None,
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
@@ -47,7 +48,8 @@ def load(
     first compare samples of every array of theirs.
 
     Args:
-      path: the folder of the release's files or its parent, of safetensors files, or of `grokjax.json`.
+      path: the folder of the release's files or its parent, of safetensors files, or of `grokjax.json`; or a checkpoint
+        that `open_checkpoint` of `grokjax.checkpoint` has opened.
       config: the sizes; without it they are the checkpoint's, which the files of the release only tell for Grok-1.
       mesh: from `make_mesh`; by default all devices along the model axis that divide the sizes, see `default_mesh`.
       dtype: compute dtype and dtype of the plain weights, float32 or bfloat16; norms and router are float32.
@@ -78,7 +80,7 @@ def load(
     exclude rules.
     """
     check_dtype(dtype)
-    checkpoint = open_checkpoint(path, config)
+    checkpoint = open_checkpoint(path, config) if isinstance(path, str | Path) else path
     config, sources = map_sources(checkpoint, config, layers, rename, exclude)
     partitioner = Partitioner.create(config, mesh, rules)
     check_same_weights(checkpoint, together=partitioner.mesh.is_multi_process)

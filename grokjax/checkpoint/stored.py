@@ -25,6 +25,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used as it is; the message names the file, what was found, what is allowed, what to do."""
 
 
+class DamageError(CheckpointError):
+    """Files of a checkpoint are damaged: no configuration would fit them."""
+
+
 # The arrays of a part by name, `weight` and where there are any `scales`: as what to read each, and what was read.
 Targets = Mapping[str, jax.ShapeDtypeStruct]
 Shards = Mapping[str, jax.Array]
@@ -212,12 +216,11 @@ def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[i
         yield f"the scales have the shape {list(scales.shape)}; [{allowed}] is allowed, Q any divisor of {rows}"
 
 
-def list_problems(path: Path, problems: Sequence[str], advice: str) -> str:
-    """One message for all that is wrong with a checkpoint, the first twenty in full."""
+def list_problems(
+    path: Path, problems: Sequence[str], advice: str, *, what: str = "the files do not fit the configuration"
+) -> str:
+    """One message for all that is wrong with a checkpoint, the first twenty in full; `what` says what it is."""
     shown = "".join(f"\n  {problem}" for problem in problems[:_MOST_LINES])
     hidden = len(problems) - _MOST_LINES
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return (
-        f"{path}: the files do not fit the configuration, {count}:{shown}"
-        f"{f'{chr(10)}  and {hidden} more' if hidden > 0 else ''}\n{advice}"
-    )
+    return f"{path}: {what}, {count}:{shown}{f'{chr(10)}  and {hidden} more' if hidden > 0 else ''}\n{advice}"

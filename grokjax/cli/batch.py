@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from grokjax.checkpoint import lock_file
+from grokjax.checkpoint import lock_file, open_itself
 from grokjax.engine import Engine, Handle
 from grokjax.request import Completion, Request
 
@@ -230,14 +230,26 @@ def open_results(path: Path, prompts: Sequence[Prompt]) -> Iterator[Results]:
     Raises:
       ValueError: It cannot be written or locked, another process writes it, or it has something else than results of
         these prompts; then it stays as it is.
+      KeyboardInterrupt: The block was interrupted; the message says what is there and how to go on.
     """
     with _open(path) as file:
         lock_file(file, path)
-        yield Results(file, _take_up(file, path, prompts))
+        results = Results(file, _take_up(file, path, prompts))
+        try:
+            yield results
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted: {len(results.failed)} of {len(prompts)} results are in {path}, and the same command "
+                "goes on after them."
+            ) from None
 
 
 def run_batch(
-    engine: Engine, prompts: Sequence[Prompt], results: Results, progress: Callable[[int, int], None]
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    results: Results,
+    progress: Callable[[int, int], None],
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs the prompts that have no result yet, and writes each result as soon as it is there.
 
@@ -246,39 +258,19 @@ def run_batch(
       prompts: all of them.
       results: of an earlier run, and the place for the others.
       progress: told now and then the number of results and of the tokens drawn by this engine.
+      is_interrupted: asked before each step.
 
     Raises:
       ValueError: A result cannot be written.
-      KeyboardInterrupt: It was interrupted; the message says what is there and how to go on.
+      KeyboardInterrupt: It is interrupted.
     """
-    try:
-        _run(engine, prompts, results, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted: {len(results.failed)} of {len(prompts)} results are in {results.file.name}, and the same "
-            "command goes on after them."
-        ) from None
-
-
-@contextlib.contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM interrupts this process as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
-        yield
-        return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _run(engine: Engine, prompts: Sequence[Prompt], results: Results, progress: Callable[[int, int], None]) -> None:
     progress(len(results.failed), 0)
     waiting = collections.deque(prompt for prompt in prompts if prompt.id not in results.failed)
     running: dict[Handle, Prompt] = {}
     told = time.monotonic()
     while waiting or running:
+        if is_interrupted():
+            raise KeyboardInterrupt
         while waiting and engine.has_room:
             prompt = waiting.popleft()
             running[engine.submit(prompt.request)] = prompt
@@ -289,11 +281,34 @@ def _run(engine: Engine, prompts: Sequence[Prompt], results: Results, progress: 
             told = time.monotonic()
 
 
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[threading.Event]:
+    """Within it, SIGTERM interrupts this process as Ctrl-C does.
+
+    Gives an event that is set then, too: what is raised while Python collects garbage, as it does when JAX compiles, is
+    lost.
+    """
+    came = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+        yield came
+        return
+    handler = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _open(path: Path) -> FileIO:
     if path.exists() and not path.is_file():
         raise ValueError(f"--output {path} is not a file: results are appended to a file, and read when a job goes on.")
     try:
-        return path.open("a+b", buffering=0)
+        return open(path, "a+b", buffering=0, opener=open_itself)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}.") from error
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -157,7 +158,9 @@ def _add_info(commands: Any) -> None:
     command.add_argument("--mesh", metavar="DATA,MODEL", default="1,8", help="devices (default: %(default)s)")
     command.add_argument("--rules", choices=tuple(RULES), default="tensor", help="parallelism (default: %(default)s)")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    command.add_argument("--plain", action="store_true", help="int8 weights as plain ones")
+    command.add_argument(
+        "--plain", action="store_true", help="what the devices need if int8 weights are made plain, and how much more"
+    )
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     command.set_defaults(run=_run_info)
 
@@ -165,18 +168,30 @@ def _add_info(commands: Any) -> None:
 def _run_info(arguments: argparse.Namespace) -> None:
     info = describe(arguments.source, checkpoint_config(arguments.config, arguments.source))
     mesh, dtype = read_extents(arguments.mesh), jnp.dtype(arguments.dtype)
-    rules, quantized = RULES[arguments.rules], not arguments.plain
-    per_device = info.bytes_per_device(mesh, rules=rules, dtype=dtype, quantized=quantized)
+    rules = RULES[arguments.rules]
+    as_stored, plain = (
+        info.bytes_per_device(mesh, rules=rules, dtype=dtype, quantized=quantized) for quantized in (True, False)
+    )
+    per_device = plain if arguments.plain else as_stored
     if arguments.json:
         write(f"{json.dumps(_info_record(info) | {'mesh': list(mesh), 'bytes_per_device': per_device})}\n")
         return
     lines = [
         f"{info.path}: {info.layout} checkpoint, {info.num_parameters} parameters, {info.num_bytes} bytes",
-        f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({naturalsize(per_device)})",
+        f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({naturalsize(per_device)})"
+        + (_compare(plain, as_stored, arguments.dtype) if arguments.plain else ""),
         *(f"  {name} = {value}" for name, value in json.loads(info.config.to_json()).items()),
         table_text(_parameters_table(info)),
     ]
     write("\n".join(lines) + "\n")
+
+
+def _compare(plain: int, as_stored: int, dtype: str) -> str:
+    """What plain weights take against those of the checkpoint, in bytes on each device."""
+    if plain == as_stored:
+        return ", plain or not: no weight is int8"
+    stored = f"{as_stored} bytes ({naturalsize(as_stored)})"
+    return f" with every weight in {dtype}, {plain / as_stored:.2f} times the {stored} of int8 weights"
 
 
 def _parameters_table(info: CheckpointInfo) -> Table:
@@ -218,7 +233,7 @@ def _add_fixture(commands: Any) -> None:
 
 def _run_fixture(arguments: argparse.Namespace) -> None:
     target: Path = arguments.target
-    if target.exists():
+    if os.path.lexists(target):  # be it a link to nothing
         raise ValueError(f"{target} exists already: choose another path, or remove it first.")
     config = GrokConfig.tiny().replace(num_layers=arguments.layers)
     if arguments.seed < 0:

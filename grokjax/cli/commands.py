@@ -1,10 +1,12 @@
 """The command line: `python -m grokjax`. Results go to standard output, everything else to standard error."""
 
 import argparse
+import difflib
 import functools
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser, commands = _parser()
     try:
-        return _parser().parse_args(argv)
+        return parser.parse_args(argv)
     except SystemExit as ended:
         if ended.code:
+            _say_what_was_meant(sys.argv[1:] if argv is None else argv, parser, commands)
             tell_of_options(argv)
         raise
     finally:
@@ -79,8 +83,14 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
+    @property
+    def options(self) -> list[str]:
+        """The options that it takes."""
+        return list(self._option_string_actions)
 
-def _parser() -> argparse.ArgumentParser:
+
+def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
+    """The parser of a command line, and those of the commands by name."""
     parser = _Parser(prog="grokjax", description="Grok-1 in JAX.")
     parser.add_argument("--version", action="version", version=f"grokjax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -89,7 +99,32 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_command(commands)
     for command in commands.choices.values():
         _add_level(command)
-    return parser
+    return parser, commands.choices
+
+
+def _say_what_was_meant(words: Sequence[str], parser: _Parser, commands: Mapping[str, _Parser]) -> None:
+    """Names what a mistyped command or option is close to: `argparse` does so in some versions, of commands alone.
+
+    Args:
+      words: those of a command line that could not be read.
+      parser: of the command line.
+      commands: the parsers of the commands by name.
+    """
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in commands:
+        _say_close(name, "command", list(commands))
+        return
+    known = parser.options if name is None else commands[name].options
+    of = "" if name is None else f" of {name}"
+    for word in itertools.takewhile(lambda word: word != "--", words):
+        if word.startswith("-"):
+            _say_close(word.partition("=")[0], f"option{of}", known)
+
+
+def _say_close(word: str, kind: str, known: Sequence[str]) -> None:
+    close = difflib.get_close_matches(word, known, n=1)
+    if close and word not in known:
+        say_error(ValueError(f"{word} is no {kind}: did you mean {close[0]}?"))
 
 
 def _add_level(command: argparse.ArgumentParser) -> None:

@@ -16,12 +16,14 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from grokjax import checkpoint
 from grokjax.distributed import process_index
@@ -107,8 +109,17 @@ class ByteProgress(Display):
         self.show(self.bytes, total=progress.total_bytes, completed=progress.done_bytes, parameter=progress.parameter)
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """How long the rest takes, as soon as there is a rate to tell it by."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.time_remaining is None else super().render(task).append(" left")
+
+
 class BatchProgress(Display):
     """Shows how many results there are, at what rate tokens come, and how long the rest takes.
+
+    The results of an earlier run, and the time before the first token, which goes into compiling, count for no rate.
 
     Args:
       total: results that there will be.
@@ -120,8 +131,7 @@ class BatchProgress(Display):
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            _TimeLeft(),
             clock=clock,
         )
         self.results = self.add_task("compiling the first steps", total=total, rate="")
@@ -129,6 +139,8 @@ class BatchProgress(Display):
 
     def __call__(self, done: int, tokens: int) -> None:
         """Shows so many results, and so many tokens of this run."""
+        if tokens and not self.tasks[self.tokens].completed:
+            self.reset(self.results, completed=done)
         self.update(self.tokens, completed=tokens)
         speed = self.tasks[self.tokens].speed
         self.show(

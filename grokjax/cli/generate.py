@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
+from grokjax.cache import MOST_ROWS
 from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, byte_progress, say
@@ -34,6 +35,8 @@ from grokjax.model import SlotState, abstract_model
 from grokjax.request import Request, check_integer
 from grokjax.sharding import Partitioner, device_bytes
 
+# Prompts of a file that run at once.
+_SLOTS = 8
 # Options that take less memory.
 _SMALLER_ROW = "a smaller --max-len"
 _SMALLER_BATCH = f"fewer --slots or {_SMALLER_ROW}"
@@ -71,7 +74,7 @@ def _add_prompts(generate: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", type=Path, help="a prompt a line; with a name in .jsonl a JSON object a line"
     )
     generate.add_argument("--output", metavar="FILE.jsonl", type=Path, help="where the results of --prompts go")
-    generate.add_argument("--slots", type=int, default=8, help="of --prompts that run at once (default: %(default)s)")
+    generate.add_argument("--slots", type=int, help=f"of --prompts that run at once (default: {_SLOTS})")
 
 
 def _add_model(generate: argparse.ArgumentParser) -> None:
@@ -136,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> _Source:
     """Refuses now what would be refused after the processes are joined and the model has loaded, which take minutes."""
-    _check_output(arguments)
+    _check_batch(arguments)
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
     return source
@@ -163,18 +166,20 @@ def _model_failures(smaller: str, kept: str = "") -> Iterator[None]:
         raise ValueError(f"the model failed: {first_line(error)}.{others}{kept}{memory}") from error
 
 
-def _check_output(arguments: argparse.Namespace) -> None:
+def _check_batch(arguments: argparse.Namespace) -> None:
     if arguments.prompts is not None and arguments.output is None:
         raise ValueError("--prompts needs --output: name the file that the results are appended to.")
     if arguments.prompts is None and arguments.output is not None:
         raise ValueError("--output goes with --prompts: the text of one prompt goes to standard output.")
+    if arguments.prompts is None and arguments.slots is not None:
+        raise ValueError("--slots goes with --prompts: one prompt runs alone.")
+    if arguments.slots is not None:
+        check_integer("--slots", arguments.slots, 1, MOST_ROWS)
 
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
     check_integer("max_new_tokens", arguments.max_new_tokens, 1)
     _request(arguments)
-    if arguments.slots < 1:
-        raise ValueError(f"--slots {arguments.slots} must be 1 or more.")
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
         raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
     if arguments.mesh is not None:
@@ -198,12 +203,12 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
     """Of several processes, the first has prompts and results, and the others step the model with it."""
-    with interrupted_by_sigterm(), contextlib.ExitStack() as until_done:
+    with interrupted_by_sigterm() as came, contextlib.ExitStack() as until_done:
         batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, until_done))
         if batch is None:
             follow(source.make())
             return 0
-        return _run_prompts(*batch, source, arguments)
+        return _run_prompts(*batch, source, arguments, came.is_set)
 
 
 def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack) -> tuple[tuple[Prompt, ...], Results]:
@@ -211,7 +216,13 @@ def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack)
     return prompts, until_done.enter_context(open_results(arguments.output, prompts))
 
 
-def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source, arguments: argparse.Namespace) -> int:
+def _run_prompts(
+    prompts: tuple[Prompt, ...],
+    results: Results,
+    source: _Source,
+    arguments: argparse.Namespace,
+    is_interrupted: Callable[[], bool],
+) -> int:
     earlier = len(results.failed)
     if earlier:
         say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
@@ -220,14 +231,14 @@ def _run_prompts(prompts: tuple[Prompt, ...], results: Results, source: _Source,
         engine = Engine(
             source.make(),
             source.tokenizer,
-            slots=arguments.slots,
+            slots=arguments.slots or _SLOTS,
             max_len=arguments.max_len,
             cache_dtype=arguments.cache_dtype,
             allow_oom=arguments.allow_oom,
             add_bos=arguments.add_bos,
         )
         with engine, BatchProgress(len(prompts)) as progress:
-            run_batch(engine, prompts, results, progress)
+            run_batch(engine, prompts, results, progress, is_interrupted)
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
@@ -320,10 +331,9 @@ def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
     _check_machine(abstract, weights_bytes, arguments, is_int8=is_int8)
     with byte_progress("loaded") as progress:
         return load(
-            checkpoint.path,
-            checkpoint.config,
-            mesh,
-            abstract.dtype,
+            checkpoint,
+            mesh=mesh,
+            dtype=abstract.dtype,
             quantized=not arguments.plain,
             quantized_table=arguments.quantized_table,
             progress=progress,
@@ -363,7 +373,8 @@ def _check_machine(abstract: Grok, weights_bytes: int, arguments: argparse.Names
         return
     slots, asked, smaller = 1, "", _SMALLER_ROW
     if arguments.prompts is not None:
-        slots, asked, smaller = arguments.slots, f"--slots {arguments.slots} and ", _SMALLER_BATCH
+        slots, smaller = arguments.slots or _SLOTS, _SMALLER_BATCH
+        asked = f"--slots {slots} and "
     cache = abstract.abstract_cache(slots, arguments.max_len, dtype=arguments.cache_dtype)
     state = SlotState.abstract(abstract, cache)
     check_fits(

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from grokjax import checkpoint
 from grokjax.cli.console import say
 from grokjax.config import GrokConfig
-from grokjax.distributed import DistributedError, initialize
-from grokjax.rendezvous import Meeting
+from grokjax.distributed import DistributedError, find_meeting, initialize
 from grokjax.sharding import default_mesh, spread_over_hosts
 
 T = TypeVar("T")
@@ -36,8 +35,7 @@ def add_processes(command: argparse.ArgumentParser) -> None:
 def join_processes(arguments: argparse.Namespace, check: Callable[[], T]) -> T:
     """Checks what a process can alone, then joins the others, if the options of `add_processes` say so.
 
-    If they say how by hand, a process whose check fails tells the others, and they end as it does. Elsewhere launchers
-    end them.
+    A process whose check fails tells the others, and they end as it does.
 
     Returns:
       What `check` returns.
@@ -59,7 +57,7 @@ def join_processes(arguments: argparse.Namespace, check: Callable[[], T]) -> T:
 
 
 def tell_of_options(argv: Sequence[str] | None) -> None:
-    """Where the command line of this process cannot be read, tells the others, if it says by hand who they are."""
+    """Where the command line of this process cannot be read, tells the others, if it says how to join them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_processes(parser)
     with contextlib.suppress(argparse.ArgumentError, ValueError):
@@ -71,9 +69,10 @@ def tell_of_options(argv: Sequence[str] | None) -> None:
 def _refuse(given: dict[str, Any], reason: str) -> None:
     """Tells the other processes why this one cannot go on, if it is known who they are."""
     address, count, number = (given[name] for name in _BY_HAND.values())
-    if address is not None:
+    meeting = find_meeting(address, count, number, refusal=reason)
+    if meeting is not None:
         with contextlib.suppress(DistributedError):  # nobody has come to be told
-            Meeting(address, count, number, reason).hold()
+            meeting.hold()
 
 
 def _how_to_join(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import jax
 from humanize import metric, naturalsize
 from rich.table import Column, Table
 
+from grokjax.checkpoint import check_no_link
 from grokjax.cli.console import say, table_text
 from grokjax.cli.options import named_config, read_extents
 from grokjax.cli.streams import write
@@ -77,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--suggest tries every mesh and rule and draws nothing: leave out --mesh, --rules, --plot.")
     target, config = _target(arguments), named_config("--config", arguments.config)
     mesh = None if arguments.mesh is None else read_extents(arguments.mesh)
-    figure = None if arguments.plot is None else _new_figure()
+    figure = None if arguments.plot is None else _new_figure(arguments.plot)
     _simulate_devices(target.num_devices)
     if target.missing:
         say(
@@ -261,8 +262,9 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.3f} ms"
 
 
-def _new_figure() -> Any:
-    """An empty figure, made before the plan, which takes long and would be lost without matplotlib."""
+def _new_figure(path: Path) -> Any:
+    """An empty figure for a file, made before the plan, which takes long and would be lost without matplotlib."""
+    check_no_link(path)
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -105,7 +105,6 @@ class Engine(OneThread):
             allow_oom=allow_oom,
         )
         self._clock, self._meter = clock, Meter(self._scheduler)
-        self._registry = make_registry(self._meter)
         self._live: dict[LiveSample, None] = {}
         self._in_flight: collections.deque[Callable[[], None]] = collections.deque()
         self._ended: list[Handle] = []
@@ -131,10 +130,10 @@ class Engine(OneThread):
         """Whether `close` was called, after which no request is taken."""
         return self._is_closed
 
-    @property
+    @functools.cached_property
     def registry(self) -> CollectorRegistry:
         """What the engine measures, for the tools of `prometheus_client`, which may ask in any thread."""
-        return self._registry
+        return make_registry(self._meter)
 
     @property
     def has_work(self) -> bool:

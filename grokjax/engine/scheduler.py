@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from grokjax.cache import MOST_ROWS
 from grokjax.engine.prefixes import HeldRows, PrefixMatch
 from grokjax.engine.queue import WaitingQueue
 from grokjax.request import check_integer, is_integer
@@ -149,7 +150,7 @@ class Scheduler(Generic[J]):
         max_queue: int = 1024,
         reuse_prefixes: bool = True,
     ):
-        self.slots = check_integer("slots", slots, 1)
+        self.slots = check_integer("slots", slots, 1, MOST_ROWS)
         self.prefill_rows = check_integer("prefill_rows", prefill_rows, 1)
         self.max_len, self.buckets = max_len, check_buckets(buckets, max_len)
         self.reuse_prefixes = reuse_prefixes

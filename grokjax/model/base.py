@@ -20,7 +20,21 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 class Parameter(nnx.Param):
-    """A parameter of a model. It prints what it is, and none of its numbers."""
+    """A parameter of a model. It prints what it is, and none of its numbers.
+
+    Raises:
+      ValueError: It is given a value of another kind, shape or dtype, which the next step of the model would refuse.
+    """
+
+    def set_value(self, value: Any, **part: Any) -> None:
+        """Takes another value, or a part of it by `index`, as `parameter[index] = value` does."""
+        if not part and _form(value) != _form(self.get_value()):
+            given = describe(value) if hasattr(value, "dtype") or hasattr(value, "scales") else type(value).__name__
+            raise ValueError(
+                f"the parameter holds {describe(self.get_value())}, and {given} is given: give the same kind with the "
+                'same shape and dtype; docs/model.md has more under "Changing weights".'
+            )
+        super().set_value(value, **part)
 
     def __nnx_repr__(self) -> Iterator[Any]:
         value = self.get_value()
@@ -46,6 +60,13 @@ class ParameterView(Parameter):
         own, given = (jax.tree.leaves(variable.get_raw_value()) for variable in (self, variable_state))
         if any(mine is not other for mine, other in zip(own, given, strict=True)):
             _refuse()
+
+
+def _form(value: Any) -> tuple[Any, ...]:
+    """What of a value a model's steps are made for: of int8 the scales, too, but not of how many blocks they are."""
+    weight, scales = getattr(value, "weight", value), getattr(value, "scales", None)
+    form = (getattr(weight, "shape", None), getattr(weight, "dtype", None))
+    return form if scales is None else (type(value), *form, scales.shape[:-2], scales.shape[-1:])
 
 
 def _summary(value: Any) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 
 import jax
@@ -16,6 +17,8 @@ from grokjax.sharding import make_mesh
 
 _FORMS = "cpu:8 or h200:8 (a number of devices), or v5p:2x2x2 (the shape of a TPU slice)"
 
+# The largest slice of a TPU has some nine thousand chips.
+_MOST_DEVICES = 1 << 15
 # A TPU chip is one device but for this one.
 _DEVICES_PER_CHIP = {"tpu7x": 2}
 
@@ -48,8 +51,8 @@ class Target:
             raise ValueError(f"the target {text!r} is not of the form {_FORMS}.")
         extents = tuple(int(extent) for extent in (count or "1").split("x"))
         num_devices = math.prod(extents) * _DEVICES_PER_CHIP.get(accelerator.name, 1)
-        if num_devices < 1:
-            raise ValueError(f"the target {text!r} has no devices: give at least one.")
+        if not 1 <= num_devices <= _MOST_DEVICES:
+            raise ValueError(f"the target {reprlib.repr(text)} must have 1 to {_MOST_DEVICES} devices.")
         return cls(accelerator, num_devices, extents if accelerator.kind == "tpu" else ())
 
     def __str__(self) -> str:

@@ -1,6 +1,8 @@
 """What lies beside the files of a checkpoint is found: the tokenizer, and the configuration where they hold none."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -78,6 +80,22 @@ def test_one_that_does_not_fit_is_named(copied: Path) -> None:
     assert "the files do not fit the configuration" in str(caught.value)
     assert f"The configuration was that of {copied / 'config.json'}: correct it, or pass another." in str(caught.value)
     assert describe(copied, TWO_LAYERS).config == TWO_LAYERS
+
+
+def test_it_is_not_blamed_for_a_file_that_was_cut_short(copied: Path) -> None:
+    """Its name, what it has and what it should have; and that no configuration would help."""
+    (copied / "config.json").write_text(TWO_LAYERS.to_json())
+    cut = copied / "ckpt-0" / "tensor00003_000"
+    size = cut.stat().st_size
+    os.truncate(cut, size - 100)
+    with pytest.raises(CheckpointError) as caught:
+        describe(copied)
+    head, line, advice = str(caught.value).splitlines()
+    assert head == f"{cut.parent}: files are damaged, 1 problem:"
+    assert re.match(rf"  {cut}: found a truncated file of {size - 100} bytes at byte \d+; by what it says itself", line)
+    expected = int(re.search(r"it has (\d+) bytes or more: download the file again", line)[1])
+    assert size - 100 < expected <= size
+    assert advice == "Download these files again."
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"model_dim": 32}'])

@@ -52,9 +52,12 @@ class TestMalformedFile:
             (pickle.dumps(np.ones(3), protocol=2), r"found the first bytes b'\\x80\\x02'"),
             (
                 PLAIN[:-12],
-                "found a truncated file of 161 bytes at byte 142; an array payload of 24 bytes is to come, 17 are left",
+                "found a truncated file of 161 bytes at byte 142; by what it says itself it has 168 bytes or more: ",
             ),
-            (PLAIN[:-1], "an opcode or its argument of 1 bytes is to come, 0 are left: download the file again"),
+            (
+                PLAIN[:-1],
+                "of 172 bytes at byte 172; by what it says itself it has 173 bytes or more: download the file again",
+            ),
             (PLAIN + b"\x00" * 7, r"found 7 trailing bytes at byte 172; a file ends with its pickle: download"),
             (
                 PLAIN.replace(b"\x89B", b"\x88B").replace(b"\x89C", b"\x88C"),
@@ -226,7 +229,7 @@ class TestHostileFile:
         path = write_file(tmp_path, PLAIN[:start] + opcode + b"data")
         tracemalloc.start()
         try:
-            with pytest.raises(CheckpointError, match=r"bytes is to come, 4 are left|found a text of 4294967295 bytes"):
+            with pytest.raises(CheckpointError, match=r"it has \d{10,} bytes or more|found a text of 4294967295 bytes"):
                 read_tensor(path)
             _, peak = tracemalloc.get_traced_memory()
         finally:

@@ -172,7 +172,7 @@ class TestFiles:
         with pytest.raises(CheckpointError) as error:
             open_safetensors(folder, SMALL)
         head, *lines, advice = str(error.value).split("\n")
-        assert re.fullmatch(rf"{folder}: the files do not fit the configuration, \d+ problems?:", head)
+        assert re.fullmatch(rf"{folder}: files are damaged or missing, \d+ problems?:", head)
         assert advice == "Download these files again."
         return [line.strip() for line in lines]
 

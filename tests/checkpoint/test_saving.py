@@ -201,7 +201,7 @@ class TestWhatDoesNotComeBack:
             (changed.embedding.table, lambda value: value.astype(jnp.float16)),
             (changed.final_norm.scale, lambda value: value[:3]),
         ):
-            param.set_value(change(param.get_value()))
+            param.set_raw_value(change(param.get_value()))
         said = self.refuse(changed, tmp_path / "model")
         assert (
             "layers.pre_attention_norm.scale: the weight has the shape [2, 32], the configuration asks for [1" in said
@@ -312,6 +312,7 @@ class TestDamage:
             load(copied)
         assert "weights/layers.0.feed_forward.up.2: missing" in str(caught.value)
         assert "weights/layers.7.feed_forward.up.2: surplus" in str(caught.value)
+        assert f"{copied}: folders are damaged, missing or surplus, 2 problems:\n" in str(caught.value)
 
     def test_empty_file_is_noticed(self, copied: Path) -> None:
         largest(copied / "weights" / "embedding.table").write_bytes(b"")

@@ -276,6 +276,31 @@ def test_no_option_is_taken_by_its_beginning_alone(small_config: Path, capsys: p
         assert f"unrecognized arguments: {option}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["genrate", "--random", "tiny"], "genrate is no command: did you mean generate?"),
+        (
+            ["generate", "--random", "tiny", "--prompst", "x"],
+            "--prompst is no option of generate: did you mean --prompts?",
+        ),
+        (["generate", "--checkpont=x", "hi"], "--checkpont is no option of generate: did you mean --checkpoint?"),
+        (["plan", "--sugest"], "--sugest is no option of plan: did you mean --suggest?"),
+        (["--verison"], "--verison is no option: did you mean --version?"),
+        (["generate", "--random", "tiny", "--zzzz", "hi"], None),
+        (["generate", "--", "--prompst"], None),
+    ],
+    ids=str,
+)
+def test_a_mistyped_word_is_told_what_it_is_close_to(
+    words: list[str], meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    said = [line for line in capsys.readouterr().err.splitlines() if "did you mean" in line]
+    assert said == ([] if meant is None else [f"grokjax: error: {meant}"])
+
+
 def test_a_reader_may_leave(small_config: Path) -> None:
     """`grokjax ... | head -c 1` ends quietly."""
     command = f"{sys.executable} -m grokjax generate --random {small_config} --max-new-tokens 20 hello | head -c 1"

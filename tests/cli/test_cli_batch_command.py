@@ -1,10 +1,13 @@
 """`grokjax generate --prompts` as a command: statuses, messages, Ctrl-C, and the progress that it shows."""
 
+import contextlib
 import functools
 import io
 import json
+import os
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +55,23 @@ class TestProgress:
                 progress(done, tokens)
             progress(40, 200)
         assert capsys.readouterr().err.splitlines() == [
-            "grokjax: compiling the first steps 10/40 -:--:-- left",
-            "grokjax: generating 20/40 10.0 tokens/s 0:00:20 left",
+            "grokjax: compiling the first steps 10/40",
+            "grokjax: generating 20/40 10.0 tokens/s",
             "grokjax: generating 30/40 10.0 tokens/s 0:00:10 left",
             "grokjax: generating 40/40 10.3 tokens/s 0:00:00 left",
+        ]
+
+    def test_the_time_left_is_told_by_the_results_of_this_run_once_its_steps_are_compiled(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        now = [0.0]
+        with console.messages(), BatchProgress(100, clock=lambda: now[0]) as progress:
+            for now[0], done, tokens in ((1.0, 50, 0), (500.0, 50, 1), (501.0, 52, 20), (511.0, 62, 120)):
+                progress(done, tokens)
+        assert [line.partition("tokens/s ")[2] for line in capsys.readouterr().err.splitlines()] == [
+            "",
+            "",
+            "0:00:38 left",
         ]
 
     def test_a_terminal_is_shown_a_bar_and_messages_above_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +89,7 @@ class TestProgress:
     def test_a_dumb_terminal_gets_lines(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TERM", "dumb")
         shown = show_in_terminal(monkeypatch)
-        assert shown == "grokjax: generating 0/4 -:--:-- left\ngrokjax: a message\n"
+        assert shown == "grokjax: generating 0/4\ngrokjax: a message\n"
 
 
 @pytest.fixture
@@ -160,6 +176,29 @@ class TestCommand:
         assert len(tokens(output)) == 6
 
     @pytest.mark.usefixtures("fake_model")
+    @pytest.mark.parametrize("lost", [(), KeyboardInterrupt], ids=["raised", "lost as in a callback"])
+    @pytest.mark.parametrize("interrupted_at_two", [signal.SIGTERM], indirect=True)
+    def test_a_signal_while_the_model_is_made_tells_of_earlier_results(
+        self,
+        lost: Any,
+        command: list[str],
+        interrupted_at_two: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def interrupted(config: GrokConfig, **_: Any) -> FakeModel:
+            with contextlib.suppress(lost):
+                signal.raise_signal(signal.SIGTERM)
+            return FakeModel(config)
+
+        monkeypatch.setattr("grokjax.cli.generate.init", interrupted)
+        assert main([*command, "--output", str(interrupted_at_two)]) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"grokjax: interrupted: 0 of 6 results are in {interrupted_at_two}, and the same command goes on after "
+            "them."
+        )
+
+    @pytest.mark.usefixtures("fake_model")
     def test_errors_among_the_results_are_counted(
         self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -223,7 +262,8 @@ class TestCommand:
         ("changes", "message"),
         [
             ([], "--prompts needs --output: name the file"),
-            (["--slots", "0"], "--slots 0 must be 1 or more"),
+            (["--slots", "0"], "--slots=0 must be an integer between 1 and 4194304"),
+            (["--slots", "1" + "0" * 400], "0000 must be an integer between 1 and 4194304"),
             (["--max-len", "1"], "--max-len 1 must be between 2 and max_seq_len=32"),
             (["--max-len", "33"], "--max-len 33 must be between 2 and max_seq_len=32"),
             (["--temperature", "-1"], "temperature"),
@@ -238,9 +278,28 @@ class TestCommand:
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
-    def test_output_without_prompts_is_refused(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        assert main([*command[:-2], "hello", "--output", "out"]) == 2
-        assert "--output goes with --prompts" in capsys.readouterr().err
+    @pytest.mark.usefixtures("fake_model")
+    @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+    def test_no_result_goes_through_a_link(
+        self,
+        link: Callable[[Path, Path], None],
+        command: list[str],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "precious").touch()
+        link(tmp_path / "precious", tmp_path / "out")
+        assert main([*command, "--output", str(tmp_path / "out")]) == 2
+        assert re.search(r"/out: (a link, and nothing|not a file with this name alone)", capsys.readouterr().err)
+        assert (tmp_path / "precious").read_bytes() == b""
+
+    @pytest.mark.parametrize(("option", "value"), [("--output", "out"), ("--slots", "8")])
+    def test_what_only_a_file_of_prompts_has_is_refused_for_one(
+        self, option: str, value: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Before the model is looked for."""
+        assert main(["generate", "--checkpoint", "nowhere", "hello", option, value]) == 2
+        assert f"{option} goes with --prompts" in capsys.readouterr().err
 
     def test_a_prompt_and_a_file_are_refused(self, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grokjax import GrokConfig
+from grokjax import CheckpointError, GrokConfig
 from grokjax.cli import main
 from grokjax.testing import write_release_checkpoint
 
@@ -128,7 +128,15 @@ def test_info_says_the_same_of_every_layout(
     assert main(["info", str(converted), "--mesh", "1,3"]) == 2
     assert "does not divide" in capsys.readouterr().err
     assert main(["info", str(converted), "--plain", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["bytes_per_device"] > ours["bytes_per_device"]
+    plain = json.loads(capsys.readouterr().out)["bytes_per_device"]
+    assert plain > ours["bytes_per_device"]
+    assert main(["info", str(converted), "--plain"]) == 0
+    text = capsys.readouterr().out
+    assert f": {plain} bytes on each" in text
+    assert (
+        f"with every weight in bfloat16, {plain / ours['bytes_per_device']:.2f} times the {ours['bytes_per_device']} "
+        in text
+    )
     assert main(["info", str(converted)]) == 0
     text = capsys.readouterr().out
     assert f"on a mesh of 1 x 8 devices: {ours['bytes_per_device']} bytes on each" in text
@@ -139,6 +147,8 @@ def test_export_makes_safetensors(converted: Path, tmp_path: Path, capsys: pytes
     assert main(["export", str(converted), str(tmp_path / "exported")]) == 0
     assert "is complete, without a tokenizer: none is beside" in capsys.readouterr().err
     assert (tmp_path / "exported" / "model.safetensors.index.json").is_file()
+    assert main(["info", str(tmp_path / "exported"), "--plain"]) == 0
+    assert ", plain or not: no weight is int8\n" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "exported"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"] == "safetensors"
     (tmp_path / "pieces").write_bytes(b"pieces")
@@ -193,6 +203,28 @@ def test_every_layout_generates_the_same_text(
     assert main(["generate", "--checkpoint", str(download), *config_of(download), *options]) == 0
     assert capsys.readouterr().out == ours
     assert main(["generate", "--checkpoint", str(converted), "--plain", "--dtype", "float32", *options]) == 0
+
+
+def test_generate_opens_a_checkpoint_once(
+    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("grokjax.checkpoint.loading.open_checkpoint", lambda *_: pytest.fail("it is opened again"))
+    command = ["generate", "--checkpoint", str(converted), "--tokenizer", "bytes", "--max-new-tokens", "4"]
+    assert main([*command, "--temperature", "0", "hello"]) == 0
+    assert "4 tokens" in capsys.readouterr().err
+
+
+def test_a_fixture_is_not_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    assert main(["make-release-fixture", str(tmp_path / "link")]) == 2
+    assert f"{tmp_path / 'link'} exists already" in capsys.readouterr().err
+    assert not (tmp_path / "outside").exists()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "tensor00000_000").symlink_to(tmp_path / "precious")
+    with pytest.raises(CheckpointError, match="tensor00000_000: a link, and nothing is written"):
+        write_release_checkpoint(tmp_path / "new", GrokConfig.tiny())
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_quiet_command_shows_warnings_and_errors_alone(

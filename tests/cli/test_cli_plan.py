@@ -162,7 +162,7 @@ def test_a_configuration_is_read_from_a_file(capsys: pytest.CaptureFixture[str],
         (["--suggest", "--mesh", "1,8"], "leave out --mesh, --rules, --plot"),
         (["--suggest", "--rules", "fsdp"], "leave out --mesh, --rules, --plot"),
         (["--suggest", "--plot", "a.png"], "leave out --mesh, --rules, --plot"),
-        (["--batch", "0"], "batch_size=0 must be 1 or more"),
+        (["--batch", "0"], "batch_size=0 must be between 1 and 4194304"),
         (["--prompt", "0"], "max_len=0 must be between 1"),
     ],
 )
@@ -170,6 +170,12 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
     assert main(["plan", *SMALL, *arguments]) == 2
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(capsys.readouterr().err)
+
+
+def test_a_picture_is_not_drawn_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.png").symlink_to(tmp_path / "outside.png")
+    assert main(["plan", *SMALL, "--plot", str(tmp_path / "plan.png")]) == 2
+    assert "plan.png: a link, and nothing is written" in capsys.readouterr().err
 
 
 def test_a_picture_needs_matplotlib(

@@ -208,7 +208,8 @@ class TestTrouble:
         [
             ({"max_len": 1}, "max_len=1 must be between 2 and max_seq_len=256"),
             ({"max_len": 257}, "max_len=257 must be between"),
-            ({"slots": 0}, "slots=0 must be an integer, 1 or more"),
+            ({"slots": 0}, "slots=0 must be an integer between 1 and 4194304"),
+            ({"slots": 10**400}, r"slots=1000.*000 must be an integer between 1 and"),
             ({"max_queue": 0}, "max_queue=0"),
             ({"prefill_buckets": (65,)}, "the prefill bucket 65"),
             ({"prefill_rows": 0}, "prefill_rows=0"),

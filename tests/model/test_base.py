@@ -1,6 +1,7 @@
 """How a model and its parameters print, that its layers are views for reading, and that a copy is one."""
 
 import copy
+import dataclasses
 import functools
 import re
 
@@ -149,6 +150,34 @@ def test_a_change_of_a_copy_changes_no_other_model(copied) -> None:
         np.any(np.asarray(leaf))
         for leaf in jax.tree.leaves([p.get_value() for p in named_parameters(original).values()])
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "given"),
+    [
+        ("final_norm.scale", lambda old: old[:-1], "float32[31]"),
+        ("final_norm.scale", lambda old: old.astype(jnp.bfloat16), "bfloat16[32]"),
+        ("final_norm.scale", lambda old: 1.0, "float"),
+        ("layers.feed_forward.down", lambda old: old.weight, "int8[2,8,48@model,32]"),
+        (
+            "layers.feed_forward.down",
+            lambda old: jax.tree.map(lambda leaf: leaf[:1], old),
+            "QuantizedArray(weight=int8[1,8,48@model,32], scales=bfloat16[1,8,1,32], 12.5 KiB)",
+        ),
+        (
+            "layers.feed_forward.down",
+            lambda old: dataclasses.replace(old, scales=old.scales[:, 0]),
+            "QuantizedArray(weight=int8[2,8,48@model,32], scales=bfloat16[2,1,32], 24.1 KiB)",
+        ),
+    ],
+    ids=["shape", "dtype", "number", "kind", "shape of int8", "shape of scales"],
+)
+def test_a_value_of_another_form_is_refused_where_it_is_given(name: str, wrong, given: str) -> None:
+    param = named_parameters(nnx.clone(model()))[name]
+    old = param.get_value()
+    with pytest.raises(ValueError, match=rf"the parameter holds .*, and {re.escape(given)} is given: .* same shape"):
+        param.set_value(wrong(old))
+    assert jax.tree.leaves(param.get_value())[0] is jax.tree.leaves(old)[0]
 
 
 def test_a_written_stack_is_used_and_stays_where_it_was() -> None:

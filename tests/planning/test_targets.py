@@ -74,7 +74,8 @@ class TestNames:
             ("abacus:8", "'abacus' is no accelerator of the table; these are: cpu, a100-40g"),
             ("h100:2x4", "'h100:2x4' is not of the form cpu:8 or h200:8"),
             ("v5p:8", "'v5p:8' is not of the form .* v5p:2x2x2"),
-            ("h100:0", "'h100:0' has no devices: give at least one"),
+            ("h100:0", "'h100:0' must have 1 to 32768 devices"),
+            ("h100:1000000000000", "'h100:1000000000000' must have 1 to 32768 devices"),
             ("h100:x", "'h100:x' is not of the form"),
         ],
     )

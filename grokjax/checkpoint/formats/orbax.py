@@ -23,6 +23,7 @@ from grokjax.checkpoint.sizes import check_count
 from grokjax.checkpoint.stored import (
     Array,
     CheckpointError,
+    DamageError,
     Index,
     Shards,
     StoredTensor,
@@ -173,12 +174,14 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
     manifest = read_manifest(folder / MANIFEST)
     check_count(folder, manifest.config, "num_experts", len(unit_names(folder)), f"folders in {WEIGHTS}")
     tensors = {parameter: _tensor(folder, manifest, parameter) for parameter in manifest.specs}
-    problems = _shape_problems(tensors, manifest.config) or _unit_problems(folder, manifest)
+    problems = _shape_problems(tensors, manifest.config)
     if problems:
-        advice = (
-            "Pass no configuration, or the one of grokjax.json; restore damaged folders from a copy or convert again."
-        )
+        advice = f"Restore {MANIFEST} from a copy or convert again."
         raise CheckpointError(list_problems(folder, problems, advice))
+    damaged = _unit_problems(folder, manifest)
+    if damaged:
+        what, advice = "folders are damaged, missing or surplus", "Restore them from a copy or convert again."
+        raise DamageError(list_problems(folder, damaged, advice, what=what))
     return OrbaxCheckpoint(folder, manifest, manifest.config, types.MappingProxyType(tensors))
 
 

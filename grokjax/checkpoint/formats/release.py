@@ -21,6 +21,7 @@ from grokjax.checkpoint.sizes import check_count, recognise
 from grokjax.checkpoint.stored import (
     Array,
     CheckpointError,
+    DamageError,
     Index,
     Shards,
     Wanted,
@@ -56,7 +57,11 @@ class Payload:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def array(self) -> np.memmap[Any, Any]:
-        """Maps the array read-only: pages are read from the disk as they are touched, a slice reads only its own."""
+        """Maps the array read-only: pages are read from the disk as they are touched, a slice reads only its own.
+
+        If the file is shortened while a slice is copied, the system ends the process. Reading each row of a slice of
+        columns instead, which cannot end so, is 3 to 6 times slower from the page cache.
+        """
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
     def read(self, index: Index = ()) -> Array:
@@ -254,6 +259,7 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
     Raises:
       CheckpointError: There is no checkpoint, its configuration is not known, or files are missing, surplus, malformed
         or of the wrong shape or dtype; all of them are listed.
+      DamageError: All that is wrong is that files are malformed.
     """
     folder = _folder(path)
     config = recognise(folder, infer_sizes(folder), "pass") if config is None else config
@@ -262,6 +268,7 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
     names, shapes = parameter_names(config), parameter_shapes(config)
     problems = [f"missing {files}" for files in _ranges(set(names) - present)]
     problems += [f"surplus {files}" for files in _ranges(present - set(names))]
+    num_damaged = 0
     tensors: dict[str, ReleaseTensor] = {}
     for name in [name for name in names if name in present]:
         parameter = names[name]
@@ -269,9 +276,13 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
             tensors[parameter] = read_tensor(folder / name)
         except CheckpointError as error:
             problems.append(str(error))
+            num_damaged += 1
             continue
         where = f"{name} ({release_name(parameter, config)})"
         problems += [f"{where}: {text}" for text in mismatches(tensors[parameter], parameter, shapes[parameter])]
+    if problems and num_damaged == len(problems):
+        what, advice = "files are damaged", "Download these files again."
+        raise DamageError(list_problems(folder, problems, advice, what=what))
     if problems:
         advice = "Pass the configuration that the checkpoint was made with, or download these files again."
         raise CheckpointError(list_problems(folder, problems, advice))

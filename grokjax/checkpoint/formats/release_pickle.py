@@ -180,7 +180,7 @@ class _Walker:
     def _take(self, count: int) -> bytes:
         data = self._stream.read(count)
         if len(data) != count:
-            self._truncated("an opcode or its argument", count, len(data))
+            self._truncated(count)
         self._position += count
         return data
 
@@ -209,9 +209,8 @@ class _Walker:
         return data[:-1].decode("utf-8", "replace")
 
     def _skip(self, length: int) -> _Bytes:
-        left = self._size - self._position
-        if length > left:
-            self._truncated("an array payload", length, left)
+        if length > self._size - self._position:
+            self._truncated(length)
         payload = _Bytes(self._position, length)
         self._position += length
         self._stream.seek(self._position)
@@ -352,8 +351,10 @@ class _Walker:
             )
         return TensorHeader(weight, scales)
 
-    def _truncated(self, what: str, count: int, left: int) -> NoReturn:
-        self._damaged(f"a truncated file of {self._size} bytes", f"{what} of {count} bytes is to come, {left} are left")
+    def _truncated(self, count: int) -> NoReturn:
+        """Refuses a file in which so many bytes are not to come."""
+        expected = f"by what it says itself it has {self._position + count} bytes or more"
+        self._damaged(f"a truncated file of {self._size} bytes", expected)
 
     def _damaged(self, found: str, allowed: str) -> NoReturn:
         self._refuse(found, allowed, "download the file again and compare its size with the published one")

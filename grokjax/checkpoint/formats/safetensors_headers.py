@@ -88,7 +88,8 @@ def read_headers(folder: Path) -> dict[str, Header]:
         problems += [f"{file}: holds {name}, as does {headers[name].file.name}" for name in twice]
         headers |= found
     if problems:
-        raise CheckpointError(list_problems(folder, problems, "Download these files again."))
+        what, advice = "files are damaged or missing", "Download these files again."
+        raise CheckpointError(list_problems(folder, problems, advice, what=what))
     return headers
 
 
