@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from grokjax.kernels.cpu_features import product_dtype
-from grokjax.kernels.slices import float_precision, num_scale_blocks, select, weight_and_scales
+from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, select, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
 
 # Bytes of a weight that are cast at once: on CPUs they should stay in a core's cache, elsewhere each step has a price.
@@ -36,9 +36,9 @@ def operand_cotangent(
     dtype = product_dtype(dtype) if platform == "cpu" else jnp.dtype(dtype)
 
     def add_block(i: jax.Array, cotangent: jax.Array) -> jax.Array:
-        start = i * block
+        held, start = in_place(weight, i * block, platform=platform)
         scaled = out if scales is None else out * select(scales, at, start // scale_rows, 1).astype(jnp.float32)
-        part = _product("mo,co->mc", scaled.astype(dtype), select(weight, at, start, block).astype(dtype))
+        part = _product("mo,co->mc", scaled.astype(dtype), select(held, at, start, block).astype(dtype))
         return lax.dynamic_update_slice_in_dim(cotangent, part, start, axis=1)
 
     return lax.fori_loop(0, w.shape[-2] // block, add_block, jnp.zeros((len(out), w.shape[-2]), jnp.float32))

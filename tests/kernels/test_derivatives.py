@@ -69,6 +69,24 @@ def test_what_is_saved_reaches_the_rule() -> None:
     np.testing.assert_allclose(jax.grad(lambda x: ruled(x).sum())(X), 2 * np.cos(X), rtol=1e-6)
 
 
+def test_rules_within_rules_are_not_traced_anew_at_every_level() -> None:
+    """A gradient of a model took 20 seconds to trace where JAX traced a rule, and those in it, for each use's types."""
+    calls = 0
+
+    def innermost(x: jax.Array) -> jax.Array:
+        nonlocal calls
+        calls += 1
+        return jnp.sin(x)
+
+    def ruled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return with_rule(function, lambda operands, _, out: jax.vjp(function, *operands)[1](out))
+
+    outermost = ruled(ruled(ruled(innermost)))
+    jax.make_jaxpr(jax.grad(lambda x: lax.fori_loop(0, 3, lambda _, y: outermost(y), x).sum()))(X)
+    assert calls < 4
+    np.testing.assert_allclose(jax.grad(lambda x: outermost(x).sum())(X), np.cos(X), rtol=1e-6)
+
+
 def bfloat16(key: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
 
