@@ -1,8 +1,8 @@
 """Derivatives by a rule: for functions whose loops JAX cannot run backwards, or would pay for with too much memory.
 
 A function with a rule has derivatives of both modes, and those of one mode of the other: `jax.grad`, `jax.jvp`,
-`jax.linearize`, and the product of a Hessian with a vector as the `jax.jvp` of a `jax.grad`. Only what runs backwards
-twice needs more than this gives.
+`jax.linearize`, and the product of a Hessian with a vector as the `jax.jvp` of a `jax.grad`. Only what runs a
+derivative backwards needs more than this gives, and is refused.
 """
 
 import dataclasses
@@ -131,23 +131,41 @@ def _types(*leaves: Any, push: _Direction, **params: Any) -> list[Any]:
     return list(push.types)
 
 
-def _differentiate(leaves: Sequence[Any], tangents: Sequence[Any], *, num_known: int, **params: Any) -> Any:
+def _differentiate(
+    leaves: Sequence[Any], tangents: Sequence[Any], *, num_known: int, push: _Direction, pull: _Direction
+) -> Any:
     """Forward mode: the changes change, and so may what is known."""
-    out = _linear_p.bind(*leaves, num_known=num_known, **params)
-    known, changes = leaves[:num_known], leaves[num_known:]
+    out = _linear_p.bind(*leaves, num_known=num_known, push=push, pull=pull)
     parts = []
     if any(type(tangent) is not ad.Zero for tangent in tangents[num_known:]):
         moved = [ad.instantiate_zeros(tangent) for tangent in tangents[num_known:]]
-        parts.append(_linear_p.bind(*known, *moved, num_known=num_known, **params))
+        parts.append(_linear_p.bind(*leaves[:num_known], *moved, num_known=num_known, push=push, pull=pull))
     varied = [i for i, tangent in enumerate(tangents[:num_known]) if type(tangent) is not ad.Zero]
     if varied:
 
-        def of_varied(values: list[jax.Array]) -> list[jax.Array]:
-            whole = dict(enumerate(known)) | dict(zip(varied, values, strict=True))
-            return list(params["push"].run(list(whole.values()), changes))
+        def push_known(leaves: Sequence[jax.Array], moved: Sequence[jax.Array]) -> list[jax.Array]:
+            known, changes = leaves[:num_known], leaves[num_known:]
 
-        parts.append(jax.jvp(of_varied, ([known[i] for i in varied],), ([tangents[i] for i in varied],))[1])
+            def of_varied(values: list[jax.Array]) -> list[jax.Array]:
+                whole = dict(enumerate(known)) | dict(zip(varied, values, strict=True))
+                return push.run(list(whole.values()), changes)
+
+            return jax.jvp(of_varied, ([known[i] for i in varied],), (list(moved),))[1]
+
+        moved = [tangents[i] for i in varied]
+        forwards = _Direction(push_known, push.types)
+        backwards = _Direction(_refuse, tuple(jax.typeof(tangent) for tangent in moved))
+        parts.append(_linear_p.bind(*leaves, *moved, num_known=len(leaves), push=forwards, pull=backwards))
     return out, [sum(terms[1:], terms[0]) for terms in zip(*parts, strict=True)]
+
+
+def _refuse(known: Any, cotangents: Any) -> list[jax.Array]:
+    """What is known of a derivative has no rule backwards."""
+    raise ValueError(
+        "a derivative of a derivative was asked for backwards, as by jax.grad of jax.grad or of jax.jvp, and a model "
+        "has it only forwards: take jax.jvp of jax.grad, which gives the same product of a Hessian with a vector, or "
+        "jax.linearize or jax.hessian."
+    )
 
 
 def _transpose(

@@ -61,6 +61,19 @@ def test_a_loop_with_a_rule_has_every_derivative(derivative: Callable[..., Any],
     )
 
 
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f: jax.grad(lambda x: jax.grad(f)(x, W).sum()),
+        lambda f: jax.grad(lambda x: jax.jvp(f, (x, W), (W, X))[1]),
+    ],
+    ids=["grad of grad", "grad of jvp"],
+)
+def test_a_derivative_of_a_derivative_is_refused_backwards(derivative: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"backwards, as by jax.grad of jax.grad.*take jax.jvp of jax.grad"):
+        jax.jit(derivative(energy(RULED, STEPS)))(X)
+
+
 def test_what_is_saved_reaches_the_rule() -> None:
     def saving(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.sin(x), jnp.cos(x)
