@@ -18,6 +18,7 @@ from grokjax.kernels.entries import CachePlace, copy_row, own_place, scatter_ent
 from grokjax.kernels.experts import evaluate_experts
 from grokjax.kernels.gated_unit import GatedWeights, gated_unit
 from grokjax.kernels.products import matmul, matmuls
+from grokjax.kernels.slices import in_place
 from grokjax.kernels.unembedding import unembed
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "copy_row",
     "evaluate_experts",
     "gated_unit",
+    "in_place",
     "matmul",
     "matmuls",
     "own_place",

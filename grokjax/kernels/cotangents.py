@@ -1,7 +1,8 @@
 """Products with weights, backwards: the cotangents of the operands, block by block, so that no weight is cast whole."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from grokjax.kernels.cpu_features import product_dtype
-from grokjax.kernels.slices import float_precision, num_scale_blocks, select, weight_and_scales
+from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, select, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
 
 # Bytes of a weight that are cast at once: on CPUs they should stay in a core's cache, elsewhere each step has a price.
@@ -32,16 +33,17 @@ def operand_cotangent(
       float32 [M, C].
     """
     weight, scales = weight_and_scales(w)
-    block, scale_rows = _block_rows(w, platform), w.shape[-2] // num_scale_blocks(w)
+    blocks = _Blocks.of(w, platform)
     dtype = product_dtype(dtype) if platform == "cpu" else jnp.dtype(dtype)
 
     def add_block(i: jax.Array, cotangent: jax.Array) -> jax.Array:
-        start = i * block
-        scaled = out if scales is None else out * select(scales, at, start // scale_rows, 1).astype(jnp.float32)
-        part = _product("mo,co->mc", scaled.astype(dtype), select(weight, at, start, block).astype(dtype))
+        held, i = in_place(weight, i, platform=platform)
+        q, start, _ = blocks.at(i)
+        scaled = out if scales is None else out * select(scales, at, q, 1).astype(jnp.float32)
+        part = _product("mo,co->mc", scaled.astype(dtype), select(held, at, start, blocks.rows).astype(dtype))
         return lax.dynamic_update_slice_in_dim(cotangent, part, start, axis=1)
 
-    return lax.fori_loop(0, w.shape[-2] // block, add_block, jnp.zeros((len(out), w.shape[-2]), jnp.float32))
+    return lax.fori_loop(0, blocks.number, add_block, jnp.zeros((len(out), w.shape[-2]), jnp.float32))
 
 
 def weight_cotangent(x: jax.Array, out: jax.Array, w: Weight, at: tuple[jax.Array, ...], *, platform: str) -> jax.Array:
@@ -62,15 +64,15 @@ def weight_cotangent(x: jax.Array, out: jax.Array, w: Weight, at: tuple[jax.Arra
     x = x.astype(dtype)
     if scales is None:
         return _product("mc,mo->co", x, out.astype(dtype))
-    block, scale_rows = _block_rows(w, platform), w.shape[-2] // num_scale_blocks(w)
+    blocks = _Blocks.of(w, platform)
 
     def add_block(i: jax.Array, cotangent: jax.Array) -> jax.Array:
-        start = i * block
-        rows = lax.dynamic_slice_in_dim(x, start, block, axis=1)
-        part = (_product("mc,co->mo", rows, select(weight, at, start, block).astype(dtype)) * out).sum(axis=0)
-        return cotangent.at[start // scale_rows].add(part)
+        q, start, is_new = blocks.at(i)
+        rows = jnp.where(is_new, lax.dynamic_slice_in_dim(x, start, blocks.rows, axis=1), 0)
+        part = (_product("mc,co->mo", rows, select(weight, at, start, blocks.rows).astype(dtype)) * out).sum(axis=0)
+        return cotangent.at[q].add(part)
 
-    return lax.fori_loop(0, w.shape[-2] // block, add_block, jnp.zeros(scales.shape[-2:], jnp.float32))
+    return lax.fori_loop(0, blocks.number, add_block, jnp.zeros(scales.shape[-2:], jnp.float32))
 
 
 def placed(part: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> Any:
@@ -94,12 +96,37 @@ def of_floats(cotangent: jax.Array, w: Weight) -> Any:
     return quantized(None, cotangent) if isinstance(w, QuantizedArray) else cotangent
 
 
-def _block_rows(w: Weight, platform: str) -> int:
-    """Rows of a weight to cast at once: a part of a scale block."""
-    weight, _ = weight_and_scales(w)
-    scale_rows = w.shape[-2] // num_scale_blocks(w)
-    most = max(1, _BLOCK_BYTES[platform] // (w.shape[-1] * weight.dtype.itemsize))
-    return max(rows for rows in range(1, min(most, scale_rows) + 1) if scale_rows % rows == 0)
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """The rows of a weight in blocks that are cast at once, each within one scale block.
+
+    Attributes:
+      rows: of a block.
+      in_scale: blocks of a scale block.
+      scale_rows: rows of a scale block.
+      number: of all blocks.
+    """
+
+    rows: int
+    in_scale: int
+    scale_rows: int
+    number: int
+
+    @classmethod
+    def of(cls, w: Weight, platform: str) -> Self:
+        weight, _ = weight_and_scales(w)
+        scale_rows = w.shape[-2] // num_scale_blocks(w)
+        rows = min(scale_rows, max(1, _BLOCK_BYTES[platform] // (w.shape[-1] * weight.dtype.itemsize)))
+        in_scale = -(-scale_rows // rows)
+        return cls(rows, in_scale, scale_rows, in_scale * num_scale_blocks(w))
+
+    def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The scale block and the first row of block i, int32 [], and which of its rows no block before had, bool."""
+        q, j = jnp.divmod(jnp.asarray(i, jnp.int32), self.in_scale)  # a loop's index is of 64 bits under x64
+        begin = j * self.rows
+        start = jnp.minimum(begin, self.scale_rows - self.rows)  # the last block slides left
+        is_new = start + jnp.arange(self.rows, dtype=jnp.int32) >= begin
+        return q, q * self.scale_rows + start, is_new
 
 
 def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

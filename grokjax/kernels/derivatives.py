@@ -1,10 +1,11 @@
 """Derivatives by a rule: for functions whose loops JAX cannot run backwards, or would pay for with too much memory.
 
 A function with a rule has derivatives of both modes, and those of one mode of the other: `jax.grad`, `jax.jvp`,
-`jax.linearize`, and the product of a Hessian with a vector as the `jax.jvp` of a `jax.grad`. Only what runs backwards
-twice needs more than this gives.
+`jax.linearize`, and the product of a Hessian with a vector as the `jax.jvp` of a `jax.grad`. Only what runs a
+derivative backwards needs more than this gives, and is refused.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def with_rule(
                 found += [None] * structure.num_leaves if part is None else structure.flatten_up_to(part)
             return [found[i] for i in varied]
 
-        return out, _linear(push, pull_varied, (leaves, saved), [changes[i] for i in varied])
+        return out, _linear(push, pull_varied, (leaves, saved), [changes[i] for i in varied], out)
 
     call.defjvp(rule, symbolic_zeros=True)
     return call
@@ -73,26 +74,45 @@ def _flatten(tree: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree)
 
 
-def _linear(push: Callable[..., Any], pull: Callable[..., Any], known: Any, changes: Any) -> Any:
-    """`push(known, changes)`, linear in the changes, with `pull(known, cotangents)` for its transpose."""
-    (known_leaves, known_tree), (change_leaves, change_tree) = _flatten(known), _flatten(changes)
-    _, out_tree = _flatten(jax.eval_shape(push, known, changes))
+@dataclasses.dataclass(frozen=True)
+class _Direction:
+    """A linear function, forwards or backwards.
 
-    def flat(function: Callable[..., Any], tree: Any, out_tree: Any) -> Callable[..., list[jax.Array]]:
-        def call(known_leaves: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    Its results' types are told, not found: tracing it for them, once for every use, nested rules in turn, would take
+    JAX most of the time of a gradient.
+
+    Attributes:
+      run: (leaves of what is known, leaves of what it is linear in) -> leaves of the results.
+      types: of the results.
+    """
+
+    run: Callable[..., list[jax.Array]]
+    types: tuple[Any, ...]
+
+
+def _linear(push: Callable[..., Any], pull: Callable[..., Any], known: Any, changes: Any, out: Any) -> Any:
+    """`push(known, changes)`, linear in the changes, with `pull(known, cotangents)` for its transpose.
+
+    What `push` gives are changes of `out`.
+    """
+    (known_leaves, known_tree), (change_leaves, change_tree) = _flatten(known), _flatten(changes)
+    out_leaves, out_tree = _flatten(out)
+
+    def flat(function: Callable[..., Any], tree: Any, out_tree: Any, like: list[jax.Array]) -> _Direction:
+        def run(known_leaves: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> list[jax.Array]:
             found: list[jax.Array] = out_tree.flatten_up_to(
                 function(known_tree.unflatten(known_leaves), tree.unflatten(leaves))
             )
             return found
 
-        return call
+        return _Direction(run, tuple(jax.typeof(leaf).to_tangent_aval() for leaf in like))
 
     leaves = _linear_p.bind(
         *known_leaves,
         *change_leaves,
         num_known=len(known_leaves),
-        push=flat(push, change_tree, out_tree),
-        pull=flat(pull, out_tree, change_tree),
+        push=flat(push, change_tree, out_tree, out_leaves),
+        pull=flat(pull, out_tree, change_tree, change_leaves),
     )
     return out_tree.unflatten(leaves)
 
@@ -101,36 +121,56 @@ _linear_p = Primitive("linear_by_rule")
 _linear_p.multiple_results = True
 
 
-def _run(*leaves: jax.Array, num_known: int, push: Callable[..., Any], pull: Callable[..., Any]) -> list[jax.Array]:
+def _run(*leaves: jax.Array, num_known: int, push: _Direction, pull: _Direction) -> list[jax.Array]:
     del pull
-    found: list[jax.Array] = push(leaves[:num_known], leaves[num_known:])
-    return found
+    return push.run(leaves[:num_known], leaves[num_known:])
 
 
-def _shapes(*leaves: Any, **params: Any) -> list[Any]:
-    return [jax.typeof(leaf) for leaf in jax.eval_shape(lambda *leaves: _run(*leaves, **params), *leaves)]
+def _types(*leaves: Any, push: _Direction, **params: Any) -> list[Any]:
+    del leaves, params
+    return list(push.types)
 
 
-def _differentiate(leaves: Sequence[Any], tangents: Sequence[Any], *, num_known: int, **params: Any) -> Any:
+def _differentiate(
+    leaves: Sequence[Any], tangents: Sequence[Any], *, num_known: int, push: _Direction, pull: _Direction
+) -> Any:
     """Forward mode: the changes change, and so may what is known."""
-    out = _linear_p.bind(*leaves, num_known=num_known, **params)
-    known, changes = leaves[:num_known], leaves[num_known:]
+    out = _linear_p.bind(*leaves, num_known=num_known, push=push, pull=pull)
     parts = []
     if any(type(tangent) is not ad.Zero for tangent in tangents[num_known:]):
         moved = [ad.instantiate_zeros(tangent) for tangent in tangents[num_known:]]
-        parts.append(_linear_p.bind(*known, *moved, num_known=num_known, **params))
+        parts.append(_linear_p.bind(*leaves[:num_known], *moved, num_known=num_known, push=push, pull=pull))
     varied = [i for i, tangent in enumerate(tangents[:num_known]) if type(tangent) is not ad.Zero]
     if varied:
 
-        def of_varied(values: list[jax.Array]) -> list[jax.Array]:
-            whole = dict(enumerate(known)) | dict(zip(varied, values, strict=True))
-            return list(params["push"](list(whole.values()), changes))
+        def push_known(leaves: Sequence[jax.Array], moved: Sequence[jax.Array]) -> list[jax.Array]:
+            known, changes = leaves[:num_known], leaves[num_known:]
 
-        parts.append(jax.jvp(of_varied, ([known[i] for i in varied],), ([tangents[i] for i in varied],))[1])
+            def of_varied(values: list[jax.Array]) -> list[jax.Array]:
+                whole = dict(enumerate(known)) | dict(zip(varied, values, strict=True))
+                return push.run(list(whole.values()), changes)
+
+            return jax.jvp(of_varied, ([known[i] for i in varied],), (list(moved),))[1]
+
+        moved = [tangents[i] for i in varied]
+        forwards = _Direction(push_known, push.types)
+        backwards = _Direction(_refuse, tuple(jax.typeof(tangent) for tangent in moved))
+        parts.append(_linear_p.bind(*leaves, *moved, num_known=len(leaves), push=forwards, pull=backwards))
     return out, [sum(terms[1:], terms[0]) for terms in zip(*parts, strict=True)]
 
 
-def _transpose(cotangents: Sequence[Any], *leaves: Any, num_known: int, push: Any, pull: Any) -> list[Any]:
+def _refuse(known: Any, cotangents: Any) -> list[jax.Array]:
+    """What is known of a derivative has no rule backwards."""
+    raise ValueError(
+        "a derivative of a derivative was asked for backwards, as by jax.grad of jax.grad or of jax.jvp, and a model "
+        "has it only forwards: take jax.jvp of jax.grad, which gives the same product of a Hessian with a vector, or "
+        "jax.linearize or jax.hessian."
+    )
+
+
+def _transpose(
+    cotangents: Sequence[Any], *leaves: Any, num_known: int, push: _Direction, pull: _Direction
+) -> list[Any]:
     """Reverse mode: the two functions change places."""
     known = leaves[:num_known]
     given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
@@ -140,7 +180,7 @@ def _transpose(cotangents: Sequence[Any], *leaves: Any, num_known: int, push: An
 
 
 def _batch(
-    leaves: Sequence[Any], axes: Sequence[Any], *, num_known: int, push: Any, pull: Any
+    leaves: Sequence[Any], axes: Sequence[Any], *, num_known: int, push: _Direction, pull: _Direction
 ) -> tuple[Sequence[Any], list[int]]:
     """`vmap`: both functions of a batch."""
     size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
@@ -150,15 +190,17 @@ def _batch(
         for leaf, axis in zip(leaves[num_known:], axes[num_known:], strict=True)
     ]
 
-    def of_batch(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda known, changes: jax.vmap(function, in_axes=(known_axes, 0))(list(known), list(changes))
+    def of_batch(direction: _Direction) -> _Direction:
+        run = jax.vmap(direction.run, in_axes=(known_axes, 0))
+        types = (jax.typeof(jax.ShapeDtypeStruct((size, *one.shape), one.dtype)) for one in direction.types)
+        return _Direction(lambda known, changes: run(list(known), list(changes)), tuple(types))
 
     out = _linear_p.bind(*leaves[:num_known], *changes, num_known=num_known, push=of_batch(push), pull=of_batch(pull))
     return out, [0] * len(out)
 
 
 _linear_p.def_impl(_run)
-_linear_p.def_abstract_eval(_shapes)
+_linear_p.def_abstract_eval(_types)
 mlir.register_lowering(_linear_p, mlir.lower_fun(_run, multiple_results=True))
 ad.primitive_jvps[_linear_p] = _differentiate
 ad.primitive_transposes[_linear_p] = _transpose

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from grokjax.kernels.cpu_features import product_dtype
-from grokjax.kernels.slices import float_precision, num_scale_blocks, pad_rows, select, weight_and_scales
+from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, pad_rows, select, weight_and_scales
 from grokjax.quantization import Weight
 
 # Most rows for which XLA's CPU backend is asked for sums of products.
@@ -60,8 +60,9 @@ def summed_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Arr
         factors = lax.dynamic_slice_in_dim(wide, first + start, step, axis=1)
         is_new = start + jnp.arange(step, dtype=jnp.int32) >= i * step
         factors = jnp.where(is_new, factors, 0).reshape(-1, slices, size, 1)
+        held, start = in_place(weight, start, platform="cpu")
         for j in range(slices):
-            part = select(weight, at, first + start + j * size, size)[None]  # [1, size, O]
+            part = select(held, at, first + start + j * size, size)[None]  # [1, size, O]
             total = total + part.astype(jnp.float32) * factors[:, j]
         return total
 
@@ -91,7 +92,8 @@ def blocked_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Ar
     padded = pad_rows(x)
 
     def product(start: jax.Array, size: int) -> jax.Array:
-        matrix = select(weight, at, start, size).astype(x.dtype)
+        held, start = in_place(weight, start, platform="cpu")
+        matrix = select(held, at, start, size).astype(x.dtype)
         part = lax.dynamic_slice_in_dim(padded, start, size, axis=1)
         return jnp.matmul(part, matrix, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
 
@@ -120,7 +122,8 @@ def column_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Arr
     width = min(outputs, -(-outputs // num_columns // 64) * 64)
 
     def product(q: jax.Array, column: jax.Array) -> jax.Array:
-        matrix = select(weight, at, q * scale_rows, scale_rows, column=column, width=width).astype(x.dtype)
+        held, column = in_place(weight, column, platform="cpu")
+        matrix = select(held, at, q * scale_rows, scale_rows, column=column, width=width).astype(x.dtype)
         part = lax.dynamic_slice_in_dim(x, q * scale_rows, scale_rows, axis=1)
         out = jnp.matmul(part, matrix, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
         return out if scales is None else out * select(scales, at, q, 1, column=column, width=width).astype(jnp.float32)

@@ -59,3 +59,21 @@ def select(
     sizes = (1,) * len(at) + (size, width)
     # Without the arithmetic for negative indices: jax 0.10 would carry its results, slice by slice, into every loop.
     return lax.dynamic_slice(stack, index, sizes, allow_negative_indices=False).reshape(size, width)
+
+
+def in_place(stack: jax.Array, index: jax.Array, *, platform: str) -> tuple[jax.Array, jax.Array]:
+    """A stack, and an index of a loop at which it is about to be read, such that the stack is read where it lies.
+
+    XLA's CPU backend of jax 0.10 cuts bfloat16 numbers out of a stack as float32 ones. What does not change in a loop
+    it computes ahead of it, and so it would convert the whole stack first. A barrier makes the stack depend on the
+    index.
+
+    Args:
+      stack: of any dtype.
+      index: int32 [].
+      platform: "cpu", "gpu" or "tpu", where it will run.
+    """
+    if platform != "cpu" or stack.dtype != jnp.bfloat16:
+        return stack, index
+    held: tuple[jax.Array, jax.Array] = lax.optimization_barrier((stack, index))
+    return held

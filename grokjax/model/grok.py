@@ -176,7 +176,8 @@ class Grok(Module):
 
         x = self.partitioner.constrain(embedded, ("batch", None, None))
         place = CachePlace(layer=jnp.zeros((), jnp.int32), rows=rows, start=start, count=count)
-        x, keys, values = run_stack(run_layer, parameters, (x, cache.keys, cache.values), place, keeps=keeps)
+        carry, platform = (x, cache.keys, cache.values), self.partitioner.platform
+        x, keys, values = run_stack(run_layer, parameters, carry, place, keeps=keeps, platform=platform)
         lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
         return self.final_norm(x), KVCache(keys, values, lengths)
 

@@ -61,12 +61,43 @@ def test_a_loop_with_a_rule_has_every_derivative(derivative: Callable[..., Any],
     )
 
 
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f: jax.grad(lambda x: jax.grad(f)(x, W).sum()),
+        lambda f: jax.grad(lambda x: jax.jvp(f, (x, W), (W, X))[1]),
+    ],
+    ids=["grad of grad", "grad of jvp"],
+)
+def test_a_derivative_of_a_derivative_is_refused_backwards(derivative: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"backwards, as by jax.grad of jax.grad.*take jax.jvp of jax.grad"):
+        jax.jit(derivative(energy(RULED, STEPS)))(X)
+
+
 def test_what_is_saved_reaches_the_rule() -> None:
     def saving(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.sin(x), jnp.cos(x)
 
     ruled = with_rule(jnp.sin, lambda _, saved, out: (saved * out * 2,), saving=saving)  # twice too much, on purpose
     np.testing.assert_allclose(jax.grad(lambda x: ruled(x).sum())(X), 2 * np.cos(X), rtol=1e-6)
+
+
+def test_rules_within_rules_are_not_traced_anew_at_every_level() -> None:
+    """A gradient of a model took 20 seconds to trace where JAX traced a rule, and those in it, for each use's types."""
+    calls = 0
+
+    def innermost(x: jax.Array) -> jax.Array:
+        nonlocal calls
+        calls += 1
+        return jnp.sin(x)
+
+    def ruled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return with_rule(function, lambda operands, _, out: jax.vjp(function, *operands)[1](out))
+
+    outermost = ruled(ruled(ruled(innermost)))
+    jax.make_jaxpr(jax.grad(lambda x: lax.fori_loop(0, 3, lambda _, y: outermost(y), x).sum()))(X)
+    assert calls < 4
+    np.testing.assert_allclose(jax.grad(lambda x: outermost(x).sum())(X), np.cos(X), rtol=1e-6)
 
 
 def bfloat16(key: int, *shape: int) -> jax.Array:

@@ -13,7 +13,18 @@ from grokjax.cache import KVCache
 from grokjax.checkpoint import parameter_shapes
 from grokjax.config import GrokConfig
 from grokjax.kernels import product_dtype
-from grokjax.model import SlotState, abstract_model, decode, lower_decode, lower_prefill, prefill
+from grokjax.model import (
+    Grok,
+    SlotState,
+    abstract_model,
+    decode,
+    forward,
+    lower_decode,
+    lower_prefill,
+    named_parameters,
+    prefill,
+    with_values,
+)
 from grokjax.model.building import parameter_maker
 from grokjax.model.slot_steps import lower_score, lower_share
 from grokjax.planning import Program, Value, read_program
@@ -72,12 +83,27 @@ def test_decode_step_of_the_real_model_moves_and_copies_nothing_large(batch_size
     assert_no_second_cache(program, batch_size)
 
 
-def test_decode_step_with_plain_weights_copies_nothing_large() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_step_with_plain_weights_copies_nothing_large(dtype: str) -> None:
     config = REAL.replace(num_layers=8)
-    program = compile_step((1, 8), ShardingRules(), config=config, quantized=False, dtype="float32")
+    program = compile_step((1, 8), ShardingRules(), config=config, quantized=False, dtype=dtype)
     assert program.collectives == collectives(all_reduce=3)
     assert large_matrices(program, cache=(8, 1, 1, 8192, 128)) == []
     assert program.temporary_bytes < 48 * MIB
+
+
+def test_a_gradient_with_plain_weights_holds_one_layer_beside_them() -> None:
+    """Forwards and backwards: jax 0.10 would convert all bfloat16 weights to float32 ahead of the loops."""
+    config = GrokConfig.tiny().replace(num_layers=16, num_experts=8, model_dim=256, ffn_dim=512)
+    model = abstract_model(config, Partitioner.create(config, make_mesh((1, 1))), dtype=jnp.bfloat16, quantized=False)
+
+    def loss(parameters: dict[str, jax.Array], model: Grok, tokens: jax.Array) -> jax.Array:
+        return forward(with_values(model, parameters), tokens).sum()
+
+    parameters = {name: param.get_value() for name, param in named_parameters(model).items()}
+    lowered = jax.jit(jax.grad(loss)).lower(parameters, model, jax.ShapeDtypeStruct((1, 32), jnp.int32))
+    experts_of_a_layer = 4 * 3 * 8 * 256 * 512  # in float32, as their gradients are summed
+    assert read_program(lowered.compile()).temporary_bytes < 4 * experts_of_a_layer  # 16 layers in bfloat16 are 8
 
 
 def test_more_devices_than_kv_heads_gather_only_the_new_keys_and_values() -> None:

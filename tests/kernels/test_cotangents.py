@@ -1,0 +1,35 @@
+"""Products backwards, in blocks of rows that do not divide a weight, or a scale block of it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grokjax.kernels import matmul
+from grokjax.quantization import QuantizedArray, quantize
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 2])
+def test_the_last_block_counts_no_row_twice(num_blocks: int) -> None:
+    """A block has 512 rows of this weight in int8, and 128 in float32; a scale block has 1400 or 700."""
+    random = np.random.default_rng(0)
+    plain = jnp.asarray(random.standard_normal((1, 1400, 2048)), jnp.float32)
+    w: Any = quantize(plain, num_blocks=num_blocks) if num_blocks else plain
+    x, out = (jnp.asarray(random.standard_normal((3, size)), jnp.float32) for size in (1400, 2048))
+
+    def product(x: jax.Array, floats: jax.Array) -> jax.Array:
+        own = QuantizedArray(w.weight, floats) if num_blocks else floats
+        return matmul(x, own, at=(jnp.int32(0),), platform="cpu")
+
+    floats = w.scales.astype(jnp.float32) if num_blocks else plain
+    of_x, of_floats = jax.jit(lambda *given: jax.vjp(product, *given)[1](out))(x, floats)
+
+    scales = np.asarray(floats[0], np.float64)
+    numbers = np.asarray(w.weight[0], np.float64).reshape(num_blocks, -1, 2048) if num_blocks else None
+    matrix = scales if numbers is None else (numbers * scales[:, None]).reshape(plain.shape[1:])
+    of_matrix = np.asarray(x, np.float64).T @ np.asarray(out, np.float64)
+    wanted = of_matrix if numbers is None else (of_matrix.reshape(numbers.shape) * numbers).sum(axis=1)
+    for found, expected in ((of_x, np.asarray(out, np.float64) @ matrix.T), (of_floats[0], wanted)):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
