@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import psutil
 from humanize import naturalsize
 from jax.sharding import AbstractMesh, Mesh
 
@@ -65,6 +64,8 @@ def host_bytes_left(root: Path = Path("/")) -> int:
     Args:
       root: where the system's files lie.
     """
+    import psutil  # whoever asks for no memory need not wait for it
+
     return min([psutil.virtual_memory().available, *_control_groups_left(root)])
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
-import sentencepiece
 
 
 class Tokenizer(Protocol):
@@ -51,6 +50,8 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        import sentencepiece  # whoever has other tokens need not wait for it
+
         self._model = sentencepiece.SentencePieceProcessor()
         content = _read_model(Path(path))
         try:

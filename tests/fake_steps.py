@@ -5,7 +5,7 @@ holds, so a wrong copy, a wrong length or a neighbour's token gives a wrong cont
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -99,6 +99,7 @@ class FakeSteps:
         self.unread: set[int] = set()
         self.error: Exception | None = None
         self.programs = 0
+        self.compiled: list[tuple[str, tuple[int, ...]]] = []
         self.is_closed = False
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
@@ -145,6 +146,9 @@ class FakeSteps:
         top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
         logprobs = -(ids / 8).astype(np.float32)
         return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)
+
+    def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
+        return lambda: self.compiled.append((name, shape))
 
     def wait(self) -> None:
         self.log.append(("wait", self.programs))

@@ -2,14 +2,17 @@
 
 Read `commands`, which has `main`, then the file of a command: `generate` (with `batch` for files of prompts),
 `checkpoints` and `plan`. `console` has what they say, `streams` where to, `machine` what they say of the devices,
-`options` what their options share.
+`options` what their options share. `cores` says how many devices a CPU is to be, `programs` keeps what JAX has compiled
+for the next command.
 """
 
 from grokjax.cli.commands import main
+from grokjax.cli.cores import use_every_core
 from grokjax.cli.options import named_config, read_extents
 
 __all__ = [
     "main",
     "named_config",
     "read_extents",
+    "use_every_core",
 ]

@@ -17,6 +17,7 @@ from grokjax.cache import MOST_ROWS
 from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
 from grokjax.cli.console import BatchProgress, byte_progress, say
+from grokjax.cli.cores import use_every_core
 from grokjax.cli.machine import say_machine
 from grokjax.cli.options import (
     add_processes,
@@ -26,6 +27,7 @@ from grokjax.cli.options import (
     named_config,
     read_extents,
 )
+from grokjax.cli.programs import kept_programs
 from grokjax.cli.streams import write
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
@@ -107,6 +109,12 @@ def _add_model(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--allow-oom", action="store_true", help="try it even where there seems to be too little memory"
     )
+    generate.add_argument(
+        "--cpu-devices", metavar="N", type=int, help="that a CPU is (default: one for each core, where that is faster)"
+    )
+    generate.add_argument(
+        "--no-compilation-cache", action="store_true", help="do not keep compiled programs for the next start"
+    )
 
 
 def _add_settings(generate: argparse.ArgumentParser) -> None:
@@ -129,17 +137,19 @@ def _add_settings(generate: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a prompt of a file ended with an error, else 0."""
     source = join_processes(arguments, lambda: _check(arguments))
-    if arguments.prompts is not None:
-        kept = " The results so far are kept, and the same command goes on after them."
-        with _model_failures(_SMALLER_BATCH, kept):
-            return _run_batch(source, arguments)
-    with _model_failures(_SMALLER_ROW):
-        return _run_prompt(source, arguments)
+    with kept_programs(is_wanted=not arguments.no_compilation_cache):
+        if arguments.prompts is not None:
+            kept = " The results so far are kept, and the same command goes on after them."
+            with _model_failures(_SMALLER_BATCH, kept):
+                return _run_batch(source, arguments)
+        with _model_failures(_SMALLER_ROW):
+            return _run_prompt(source, arguments)
 
 
 def _check(arguments: argparse.Namespace) -> _Source:
     """Refuses now what would be refused after the processes are joined and the model has loaded, which take minutes."""
     _check_batch(arguments)
+    _choose_devices(arguments)
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
     return source
@@ -175,6 +185,15 @@ def _check_batch(arguments: argparse.Namespace) -> None:
         raise ValueError("--slots goes with --prompts: one prompt runs alone.")
     if arguments.slots is not None:
         check_integer("--slots", arguments.slots, 1, MOST_ROWS)
+
+
+def _choose_devices(arguments: argparse.Namespace) -> None:
+    """Processes that work together have the devices that each is told to have."""
+    is_alone = not arguments.distributed and arguments.coordinator is None
+    if arguments.cpu_devices is not None:
+        check_integer("--cpu-devices", arguments.cpu_devices, 1)
+    if arguments.cpu_devices is not None or is_alone:
+        use_every_core(arguments.cpu_devices)
 
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from grokjax.engine.queue import QueueFullError
 from grokjax.engine.sample import Handle
 from grokjax.engine.shared_steps import SharedSteps, follow
 from grokjax.engine.text import GeneratedText, TextGenerator
-from grokjax.engine.warm_up import WarmedStep
+from grokjax.engine.warm_up import WarmedStep, persistent_cache
 
 __all__ = [
     "AsyncEngine",
@@ -33,4 +33,5 @@ __all__ = [
     "TextGenerator",
     "WarmedStep",
     "follow",
+    "persistent_cache",
 ]

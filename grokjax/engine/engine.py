@@ -19,11 +19,11 @@ from grokjax.engine.one_thread import OneThread, by_one_thread
 from grokjax.engine.prometheus import make_registry
 from grokjax.engine.protocol import MakeSteps, Pending
 from grokjax.engine.sample import CheckedRequest, Handle, LiveSample, check_handle
-from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets
+from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets, plan_chunks
 from grokjax.engine.shared_steps import make_steps as steps_of_model
 from grokjax.engine.warm_up import WarmedStep, warm_up
 from grokjax.model import Drawn, Grok, SlotSettings
-from grokjax.request import Completion, FinishReason, Piece, Request
+from grokjax.request import Completion, FinishReason, Piece, Request, check_integer
 from grokjax.tokenizer import Tokenizer
 
 _Rows = tuple[tuple[int, LiveSample], ...]
@@ -156,6 +156,7 @@ class Engine(OneThread):
         self,
         cache_dir: str | os.PathLike[str] | None = None,
         *,
+        prompt_len: int | None = None,
         progress: Callable[[WarmedStep, int, int], None] | None = None,
     ) -> tuple[WarmedStep, ...]:
         """Compiles every step that a request can need, so that none compiles later; an idle engine only.
@@ -163,6 +164,8 @@ class Engine(OneThread):
         Args:
           cache_dir: directory of JAX's persistent compilation cache, used for these compilations: what is in it is not
             compiled again.
+          prompt_len: compiles only what a lone request with a prompt of so many tokens needs, such as the first; the
+            other steps compile when they are needed.
           progress: called with each step as soon as it is compiled, how many are, and how many there will be; without
             it the logger is told.
 
@@ -170,18 +173,23 @@ class Engine(OneThread):
           Each step and how long its first run took.
 
         Raises:
-          ValueError: A request has not ended, or a step failed before.
+          ValueError: A request has not ended, a step failed before, or `prompt_len` is no length of a prompt.
         """
         self._check_open()
         if self._live or self._in_flight:
             raise ValueError("requests are running: warm the engine up before the first, or after the last.")
         scheduler = self._scheduler
+        buckets, group_sizes = scheduler.buckets, scheduler.group_sizes
+        if prompt_len is not None:
+            length = check_integer("prompt_len", prompt_len, 1, scheduler.max_len - 1)
+            buckets, group_sizes = tuple(dict.fromkeys(chunk.bucket for chunk in plan_chunks(0, length, buckets))), (1,)
         scheduler.forget_rows()
         with self._failing():
             return warm_up(
                 self._steps,
-                scheduler.buckets,
-                scheduler.group_sizes,
+                buckets,
+                group_sizes,
+                is_whole=prompt_len is None,
                 cache_dir=cache_dir,
                 clock=self._clock,
                 progress=progress,

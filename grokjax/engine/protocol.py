@@ -1,5 +1,6 @@
 """Between an engine and a model: the steps that it asks for, what they are given and what they give back."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +55,14 @@ class Steps(Protocol):
 
     def decode(self, settings: SlotSettings) -> Pending:
         """Adds the last drawn token of each active row to it, and draws the next."""
+
+    def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
+        """What compiles a step before its first run, as far as that helps; any thread may call it.
+
+        Args:
+          name: of the step, such as "prefill".
+          shape: as in `WarmedStep`.
+        """
 
     def wait(self) -> None:
         """Waits until the device has done all that was dispatched."""

@@ -1,6 +1,7 @@
 """The steps of an engine whose model spans several processes: the first leads, the others follow."""
 
 import collections
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,10 @@ class SharedSteps:
         """See `Steps`."""
         self._channel.send("decode", settings.packed)
         return self._steps.decode(settings)
+
+    def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
+        """See `Steps`; the processes compile each step together, as they first run it."""
+        return lambda: None
 
     def wait(self) -> None:
         """See `Steps`; the other processes need not know."""

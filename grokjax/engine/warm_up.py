@@ -1,11 +1,13 @@
-"""Every step of an engine run once, so that none has to be compiled while requests wait."""
+"""Steps of an engine compiled side by side and run once, so that none has to be compiled while requests wait."""
 
 import contextlib
 import dataclasses
 import functools
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -24,7 +26,7 @@ class WarmedStep:
     Attributes:
       name: of the step, as in `Steps`.
       shape: rows and tokens of what it prefills; slots for the steps over all of them; nothing for others.
-      seconds: of its first run, compilation included.
+      seconds: that it was waited for: until it was compiled, beside others, and had run once.
     """
 
     name: str
@@ -37,26 +39,31 @@ def warm_up(
     buckets: Sequence[int],
     row_counts: Sequence[int],
     *,
+    is_whole: bool,
     cache_dir: str | os.PathLike[str] | None,
     clock: Callable[[], float],
     progress: Callable[[WarmedStep, int, int], None] | None = None,
 ) -> tuple[WarmedStep, ...]:
-    """Runs every step in every shape; what the rows held is lost.
+    """Compiles steps in each shape, as many at once as there are processors, and runs each; what rows held is lost.
 
     Args:
       steps: those of an idle engine.
       buckets: padded lengths of chunks of prompts.
       row_counts: how many of them may be prefilled together.
-      cache_dir: directory of the persistent compilation cache; None leaves JAX's setting as it is.
+      is_whole: all steps, not only those that every request needs.
+      cache_dir: directory of the persistent compilation cache; None leaves it to the user's setting.
       clock: seconds.
       progress: called with each step as soon as it is compiled, how many are, and how many there will be; without it
         the logger is told.
     """
     warmed: list[WarmedStep] = []
-    runs = list(_runs(steps, buckets, row_counts))
-    with contextlib.nullcontext() if cache_dir is None else persistent_cache(cache_dir):
-        for name, shape, run in runs:
+    runs = [run for run in _runs(steps, buckets, row_counts) if is_whole or run[0] in _ALWAYS]
+    with _cache(cache_dir), _side_by_side() as threads:
+        # Lowered by one thread: several would make another program of a step at each start, which no cache has.
+        compilations = [threads.submit(steps.lower(name, shape)) for name, shape, _ in runs]
+        for (name, shape, run), compilation in zip(runs, compilations, strict=True):
             start = clock()
+            compilation.result()
             run()
             # The steps wait for each other, so what is read from this one comes after the one before.
             steps.begin(SlotSettings.of({}, steps.slots)).read()
@@ -68,6 +75,32 @@ def warm_up(
 def _log_step(step: WarmedStep, done: int, total: int) -> None:
     shape = " x ".join(map(str, step.shape))
     _LOGGER.info("compiled %d of %d steps: %s%s in %.1f s", done, total, step.name, shape and f" {shape}", step.seconds)
+
+
+@contextlib.contextmanager
+def _side_by_side() -> Iterator[ThreadPoolExecutor]:
+    """Threads that compile; where one fails, or the user interrupts, what has not begun is left."""
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _cache(directory: str | os.PathLike[str] | None) -> Iterator[None]:
+    """A persistent cache: of the directory, else the user's, else a passing one.
+
+    Where a step finds the cache of keys and values placed by another than when it was lowered, JAX 0.10 finds what is
+    compiled only in a persistent cache.
+    """
+    if directory is None and jax.config.values["jax_compilation_cache_dir"] is not None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        folder = directory or stack.enter_context(tempfile.TemporaryDirectory(prefix="grokjax-"))
+        stack.enter_context(persistent_cache(folder))
+        yield
 
 
 @contextlib.contextmanager
@@ -92,6 +125,10 @@ def _set(values: dict[str, object]) -> None:
         jax.config.update(name, value)
     # JAX decides once whether it has a cache, unless it is told to think again.
     compilation_cache.reset_cache()
+
+
+# Steps that every request needs.
+_ALWAYS = ("begin", "decode", "prefill")
 
 
 def _runs(

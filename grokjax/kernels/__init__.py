@@ -12,7 +12,7 @@ hidden states with the table; `experts`, those that each token chose, with `expe
 """
 
 from grokjax.kernels.attention import attend
-from grokjax.kernels.cpu_features import product_dtype
+from grokjax.kernels.cpu_features import processor_features, product_dtype
 from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.entries import CachePlace, copy_row, own_place, scatter_entries, write
 from grokjax.kernels.experts import evaluate_experts
@@ -32,6 +32,7 @@ __all__ = [
     "matmul",
     "matmuls",
     "own_place",
+    "processor_features",
     "product_dtype",
     "scatter_entries",
     "unembed",

@@ -23,6 +23,15 @@ def product_dtype(dtype: DTypeLike) -> jnp.dtype:
 @functools.cache
 def has_bfloat16(description: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the processors multiply bfloat16 numbers; taken as no where there is no description, as on macOS."""
+    return not _BFLOAT16_FEATURES.isdisjoint(processor_features(description))
+
+
+def processor_features(description: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the processors can do, in the names that Linux has for it, such as `avx512f`, `amx_int8`, `i8mm`.
+
+    Args:
+      description: the system's of its processors; where there is none, as on macOS, no feature is known.
+    """
     lines = description.read_text().splitlines() if description.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return not _BFLOAT16_FEATURES.isdisjoint(features.split())
+    return frozenset(features.partition(":")[2].split())

@@ -109,30 +109,52 @@ def init_parameters(
 ) -> dict[str, Weight]:
     """The random values that `init` gives to some parameters, by path (`layers.attention.query`), or to all.
 
-    They are made one after the other, so that the devices hold what one of them takes to make beside the results.
+    Large ones are made one after the other, so that the devices hold what one of them takes to make beside the results;
+    small ones together, by one program instead of many.
     """
     check_has_devices(partitioner.mesh)
     made: dict[str, Weight] = {}
     key = seed_key(np.uint32(seed % 2**32))
-    for name in named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized)):
-        if names is None or name in names:
-            maker = parameter_maker(config, partitioner, name, dtype=jnp.dtype(dtype), quantized=quantized)
-            made[name] = jax.block_until_ready(maker(key))
+    abstract = named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
+    for group in _groups({name: value for name, value in abstract.items() if names is None or name in names}):
+        maker = parameter_maker(config, partitioner, group, dtype=jnp.dtype(dtype), quantized=quantized)
+        made |= jax.block_until_ready(maker(key))
     return made
+
+
+# Bytes on each device that parameters may take and be made by one program.
+_TOGETHER = 32 << 20
+
+
+def _groups(abstract: Mapping[str, nnx.Variable]) -> list[tuple[str, ...]]:
+    """Names of parameters that are made together: each large one alone."""
+    sizes = {name: device_bytes(jax.tree.leaves(param.get_value())) for name, param in abstract.items()}
+    groups: list[tuple[str, ...]] = []
+    left = 0
+    for name in sorted(sizes, key=lambda name: sizes[name]):
+        if sizes[name] > left:
+            groups.append(())
+            left = _TOGETHER
+        groups[-1] += (name,)
+        left -= sizes[name]
+    return groups
 
 
 @functools.cache
 def parameter_maker(
-    config: GrokConfig, partitioner: Partitioner, name: str, *, dtype: jnp.dtype, quantized: bool
+    config: GrokConfig, partitioner: Partitioner, names: tuple[str, ...], *, dtype: jnp.dtype, quantized: bool
 ) -> jax.stages.Wrapped:
-    """The compiled function that makes one parameter of `init` from a key, in its shards; a second model reuses it."""
-    abstract = named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))[name]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.get_value())
+    """The compiled function that makes parameters of `init`, by path, from a key, in their shards.
 
-    def make(key: jax.Array) -> Weight:
+    A second model reuses it.
+    """
+    abstract = named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
+    shardings = {name: jax.tree.map(lambda leaf: leaf.sharding, abstract[name].get_value()) for name in names}
+
+    def make(key: jax.Array) -> dict[str, Weight]:
         model = Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(key))
-        value: Weight = named_parameters(model)[name].get_value()
-        return value
+        params = named_parameters(model)
+        return {name: params[name].get_value() for name in names}
 
     return jax.jit(make, out_shardings=shardings)
 

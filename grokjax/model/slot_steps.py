@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -135,6 +136,21 @@ class ModelSteps:
         """See `Steps`."""
         packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceTokens(packed)
+
+    @own_context()
+    def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
+        """See `Steps`."""
+        model, state = self._model, self._state
+        match name:
+            case "prefill":
+                return lower_prefill(model, state, (shape[0], shape[1])).compile
+            case "score":
+                return lower_score(model, state, shape[1]).compile
+            case "share":
+                return lower_share(model, state).compile
+            case "decode":
+                return lower_decode(model, state, self.num_top).compile
+        return lambda: None  # the others are small
 
     def wait(self) -> None:
         """See `Steps`."""

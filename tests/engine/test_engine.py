@@ -266,6 +266,21 @@ def test_a_warm_up_forgets_what_the_rows_held() -> None:
     assert engine.metrics().reused_tokens == 0
 
 
+def test_a_warm_up_for_one_prompt_compiles_only_what_that_prompt_needs() -> None:
+    engine = make_engine(model=(model := FakeModel()))
+    alone = ["begin", "decode", "prefill"]
+    for length, buckets in ((3, [4]), (8, [8]), (11, [8, 4]), (63, [8])):
+        steps = engine.warm_up(prompt_len=length)
+        assert [step.shape for step in steps] == [(3,), (3,), *((1, bucket) for bucket in buckets)]
+        assert model.steps.compiled[-len(steps) :] == [(step.name, step.shape) for step in steps]
+        assert sorted({step.name for step in steps}) == alone
+    whole = {(step.name, step.shape) for step in engine.warm_up()}
+    assert {("score", (1, 4)), ("prefill", (2, 8)), ("share", ())} <= whole == set(model.steps.compiled[-len(whole) :])
+    for length in (0, 64, 2.5):
+        with pytest.raises(ValueError, match=r"prompt_len=.* must be an integer between 1 and 63"):
+            engine.warm_up(prompt_len=length)
+
+
 def test_a_warm_up_tells_each_step_to_a_callback_else_to_the_logger(caplog: pytest.LogCaptureFixture) -> None:
     engine, told = make_engine(), list[tuple[str, int, int]]()
     with caplog.at_level(logging.INFO, logger="grokjax"):

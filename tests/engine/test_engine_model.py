@@ -279,20 +279,20 @@ import json, sys
 import jax, jax.numpy as jnp
 from grokjax import GrokConfig, init
 from grokjax.engine import Engine
-hits = []
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name == "/jax/compilation_cache/cache_hits"))
+misses = []
+jax.monitoring.register_event_listener(lambda name, **_: misses.append(name == "/jax/compilation_cache/cache_misses"))
 model = init(GrokConfig.tiny().replace(num_layers=1, max_seq_len=32), dtype=jnp.float32)
 engine = Engine(model, slots=2, prefill_buckets=(4,))
-before, hits[:] = jax.config.jax_compilation_cache_dir, []
+before, misses[:] = jax.config.jax_compilation_cache_dir, []
 steps = engine.warm_up(sys.argv[1])
 assert jax.config.jax_compilation_cache_dir == before
-print(json.dumps([len(steps), sum(hits)]))
+print(json.dumps([len(steps), sum(misses)]))
 """
     command = [sys.executable, "-c", script, str(tmp_path / "cache")]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path) for _ in range(2)]
     (steps, first), (_, second) = (json.loads(run.stdout) for run in runs)
-    assert first == 0
-    assert second >= steps
+    assert first == steps, "one is compiled twice, or not kept"
+    assert second == 0
 
 
 def test_texts_are_those_of_the_generator_of_one_prompt() -> None:

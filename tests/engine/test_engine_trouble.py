@@ -1,6 +1,8 @@
 """The engine by hand, over a fake model: how it ends what fails, is cancelled or closed, and nothing else."""
 
+import functools
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -290,6 +292,21 @@ def test_a_warm_up_that_fails_ends_the_engine() -> None:
     model.steps.error = None
     with pytest.raises(ValueError, match=r"a step of this engine failed \(MemoryError: no room for it\)"):
         engine.submit(Request([3]))
+
+
+def test_a_step_that_does_not_compile_ends_the_engine_before_any_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(steps: FakeSteps, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
+        return functools.partial(refuse, name) if name == "begin" else lambda: None
+
+    def refuse(name: str) -> None:
+        raise RuntimeError(f"{name} does not compile")
+
+    monkeypatch.setattr(FakeSteps, "lower", lower)
+    engine = make_engine(model=(model := FakeModel()))
+    with pytest.raises(RuntimeError, match="begin does not compile"):
+        engine.warm_up()
+    assert model.steps.programs == 0
+    assert "begin does not compile" in str(engine.failure)
 
 
 def test_a_closed_engine_has_cancelled_its_requests_and_takes_no_more() -> None:

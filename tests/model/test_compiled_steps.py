@@ -169,7 +169,7 @@ def test_an_engine_moves_no_rows_between_replicas(step: str) -> None:
 def test_random_weights_are_born_in_their_shards(name: str) -> None:
     """A device makes its own part with little beside it: 13 GB of an expert stack leave no room for more."""
     partitioner = Partitioner.create(REAL, make_mesh((1, 8)))
-    maker = parameter_maker(REAL, partitioner, name, dtype=jnp.dtype(jnp.bfloat16), quantized=True)
+    maker = parameter_maker(REAL, partitioner, (name,), dtype=jnp.dtype(jnp.bfloat16), quantized=True)
     program = read_program(maker.lower(jax.random.key(0)).compile())
     stack = math.prod(parameter_shapes(REAL)[name.replace("layers", "layers.0")]) * REAL.num_layers
     assert program.temporary_bytes < stack / 8 / 8
@@ -178,7 +178,7 @@ def test_random_weights_are_born_in_their_shards(name: str) -> None:
 
 def test_a_random_table_is_born_in_its_shards() -> None:
     partitioner = Partitioner.create(REAL, make_mesh((1, 8)))
-    maker = parameter_maker(REAL, partitioner, "embedding.table", dtype=jnp.dtype(jnp.bfloat16), quantized=True)
+    maker = parameter_maker(REAL, partitioner, ("embedding.table",), dtype=jnp.dtype(jnp.bfloat16), quantized=True)
     program = read_program(maker.lower(jax.random.key(0)).compile())
     table = 2 * REAL.vocab_size * REAL.model_dim
     assert program.temporary_bytes < 2 * table / 8

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore
 
 from grokjax.checkpoint.disk import check_name
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
@@ -69,6 +68,8 @@ class OrbaxArray:
 
     def _read_rows(self, part: Part, index: Index) -> Array:
         """A region of a part, by Orbax's own storage library: Orbax itself reads whole arrays."""
+        import tensorstore  # takes long to import, as Orbax does
+
         check_unit(self.folder, self.manifest, part.unit)
         array = unit_path(self.folder, part.unit) / "state" / f"{part.name}.{self.leaf}"
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array)}}

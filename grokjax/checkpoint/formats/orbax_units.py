@@ -3,6 +3,8 @@
 Inside a unit each array is named by its full path (`layers.3.feed_forward.gate.5` / `weight`, `scales`), so that a
 folder in another's place is noticed; arrays are stored uncompressed (int8 weights do not compress) in chunks that the
 usual meshes read without reading more than they need.
+
+Orbax takes long to import, so each function that needs it does so: whoever reads no such checkpoint need not wait.
 """
 
 import contextlib
@@ -15,17 +17,19 @@ import threading
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from humanize import naturalsize
-from orbax.checkpoint import v1 as ocp
 
 from grokjax.checkpoint.disk import check_no_link, entries, free_bytes
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
 from grokjax.checkpoint.formats.orbax_headers import WEIGHTS, check_unit, finished_units, unit_path
 from grokjax.checkpoint.stored import CheckpointError
 from grokjax.errors import first_line
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import v1 as ocp
 
 _CHUNK_BYTES = 16 << 20
 # Large enough to cut the table between rows only: such chunks are written without a copy.
@@ -48,6 +52,8 @@ def write_unit(folder: Path, name: str, arrays: Mapping[str, Mapping[str, Any]])
     Raises:
       CheckpointError: The disk is full, or the folder cannot be written.
     """
+    from orbax.checkpoint import v1 as ocp
+
     path = unit_path(folder, name)
     try:
         with _ORBAX, _uninterrupted(), _context():
@@ -74,6 +80,8 @@ def read_unit(
     Raises:
       CheckpointError: The unit is missing, damaged, or holds something else.
     """
+    from orbax.checkpoint import v1 as ocp
+
     check_unit(folder, manifest, name)
     path = unit_path(folder, name)
     # All that is in the unit must be named, so that one in another's place is an error.
@@ -166,8 +174,10 @@ def _is_wanted(record: logging.LogRecord) -> bool:
     return not _NEEDLESS_LOGS.search(record.getMessage())
 
 
-def _context(wanted: Any = (), read_bytes: int | None = None) -> ocp.Context:
+def _context(wanted: Any = (), read_bytes: int | None = None) -> "ocp.Context":
     """Options for a save, in which all processes take part, or a load: this one alone, unless arrays span them."""
+    from orbax.checkpoint import v1 as ocp
+
     logging.getLogger("absl").addFilter(_is_wanted)
     context = ocp.Context()
     # Else, where a folder cannot be made, threads that wait for it would keep the process for five minutes.
@@ -191,6 +201,8 @@ def _context(wanted: Any = (), read_bytes: int | None = None) -> ocp.Context:
 
 def _table_options(path: tuple[Any, ...], _: Any) -> Any:
     """Options of the embedding table; None, the general ones, for other arrays."""
+    from orbax.checkpoint import v1 as ocp
+
     options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_TABLE_CHUNK_BYTES)
     return options if "embedding.table" in jax.tree_util.keystr(path) else None
 
