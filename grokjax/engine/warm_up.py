@@ -23,7 +23,8 @@ class WarmedStep:
 
     Attributes:
       name: of the step, as in `Steps`.
-      shape: rows and tokens of what it prefills; slots for the steps over all of them; nothing for others.
+      shape: rows and tokens of what it prefills; slots for the steps over all of them, with the tokens of each where a
+        step guesses; nothing for others.
       seconds: of its first run, compilation included.
     """
 
@@ -36,6 +37,7 @@ def warm_up(
     steps: Steps,
     buckets: Sequence[int],
     row_counts: Sequence[int],
+    guesses: Sequence[int],
     *,
     cache_dir: str | os.PathLike[str] | None,
     clock: Callable[[], float],
@@ -47,13 +49,14 @@ def warm_up(
       steps: those of an idle engine.
       buckets: padded lengths of chunks of prompts.
       row_counts: how many of them may be prefilled together.
+      guesses: how many tokens a step may guess, 0 among them; nothing for steps that do not guess.
       cache_dir: directory of the persistent compilation cache; None leaves JAX's setting as it is.
       clock: seconds.
       progress: called with each step as soon as it is compiled, how many are, and how many there will be; without it
         the logger is told.
     """
     warmed: list[WarmedStep] = []
-    runs = list(_runs(steps, buckets, row_counts))
+    runs = list(_runs(steps, buckets, row_counts, guesses))
     with contextlib.nullcontext() if cache_dir is None else persistent_cache(cache_dir):
         for name, shape, run in runs:
             start = clock()
@@ -95,11 +98,17 @@ def _set(values: dict[str, object]) -> None:
 
 
 def _runs(
-    steps: Steps, buckets: Sequence[int], row_counts: Sequence[int]
+    steps: Steps, buckets: Sequence[int], row_counts: Sequence[int], guesses: Sequence[int]
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], object]]]:
     """Name, shape and a run of each step; `begin`, which ends each of them, is the first."""
+    nothing = SlotSettings.of({}, steps.slots)
     yield "begin", (steps.slots,), lambda: None
-    yield "decode", (steps.slots,), functools.partial(steps.decode, SlotSettings.of({}, steps.slots))
+    if not guesses:
+        yield "decode", (steps.slots,), functools.partial(steps.decode, nothing)
+    for number in guesses:
+        limits = np.zeros((steps.slots, 2), np.int32)
+        run = functools.partial(steps.decode_guesses, nothing, limits, number)
+        yield "decode_guesses", (steps.slots, 1 + number), run
     yield "share", (), functools.partial(steps.share, 0, 0, 0)
     yield "set_bias", (), functools.partial(steps.set_bias, 0, np.zeros(steps.vocab_size, np.float32))
     for bucket in buckets:

@@ -19,14 +19,25 @@ from grokjax.model.building import (
 )
 from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok, check_dtype
-from grokjax.model.slot_steps import DeviceScores, DeviceTokens, ModelSteps, SlotState, lower_decode, lower_prefill
-from grokjax.model.slots import Drawn, DrawnTokens, RowSettings, SlotSettings
+from grokjax.model.slot_steps import (
+    DeviceRuns,
+    DeviceScores,
+    DeviceTokens,
+    ModelSteps,
+    SlotState,
+    lower_decode,
+    lower_prefill,
+)
+from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotSettings
 from grokjax.model.steps import Generated, decode, decode_and_sample, forward, generate, prefill
 
 __all__ = [
+    "DeviceRuns",
     "DeviceScores",
     "DeviceTokens",
     "Drawn",
+    "DrawnRun",
+    "DrawnRuns",
     "DrawnTokens",
     "Generated",
     "Grok",

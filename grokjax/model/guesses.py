@@ -38,6 +38,7 @@ class Checked:
       tokens: int32 [B, 1 + G], what was drawn; of each row the first `made` mean something.
       drawn: what else the draw told, a tree of [B, 1 + G, ...].
       made: int32 [B], tokens that each row drew, 0 to 1 + G.
+      tried: int32 [B], guesses that the model ran over.
       looked: int32 [B], guesses that are compared with what is drawn; where a row has more than it tries, one more, so
         that a row which tries none learns whether it would have been right.
       right: int32 [B], how many of them, from the first on, were drawn.
@@ -46,6 +47,7 @@ class Checked:
     tokens: jax.Array
     drawn: Any
     made: jax.Array
+    tried: jax.Array
     looked: jax.Array
     right: jax.Array
 
@@ -157,7 +159,7 @@ def _draw_while_right(
     state = (jnp.zeros((), jnp.int32), active, nothing, nothing, buffers)
     _, _, made, right, buffers = lax.while_loop(is_running, draw_next, state)
     tokens, drawn = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), buffers)
-    return Checked(tokens, drawn, made, looked, right)
+    return Checked(tokens, drawn, made, tried, looked, right)
 
 
 def _take(values: jax.Array, indices: jax.Array) -> jax.Array:
