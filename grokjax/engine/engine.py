@@ -119,6 +119,7 @@ class Engine(OneThread):
         self._ended: list[Handle] = []
         self._last_settings: tuple[_Rows, SlotSettings] | None = None
         self._last_read: float | None = None
+        self._counts_run: set[int] = set()
         self._failure: Exception | None = None
         self._is_closed = False
 
@@ -430,6 +431,9 @@ class Engine(OneThread):
         for (slot, sample), own in zip(rows, tried, strict=True):
             limits[slot] = len(sample.prompt) + sample.limit, own
         pending = self._steps.decode_guesses(self._settings(rows), limits, count)
+        if count not in self._counts_run:  # it may have been compiled, which is no time of the step before
+            self._counts_run.add(count)
+            self._last_read = None
         took = functools.partial(guessing.note_seconds, count, len(rows) + sum(tried)) if is_timed else None
         self._in_flight.append(functools.partial(self._take_runs, pending, rows, took))
         self._note_dispatched(rows)

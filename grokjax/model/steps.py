@@ -212,7 +212,7 @@ def generate(
             f"eos_id={eos_id!r} is outside the vocabulary of {model.config.vocab_size} tokens: it would never come."
         )
     if not isinstance(guesses, int | np.integer) or guesses < 0:
-        raise ValueError(f"guesses={guesses!r} must be an integer, 0 or more: 7 is a good number.")
+        raise ValueError(f"guesses={guesses!r} must be an integer, 0 or more, such as 7.")
     if keys is not None and np.shape(keys)[:1] != (batch,):
         raise ValueError(
             f"keys has shape {np.shape(keys)} for {batch} rows: pass one key for each, such as jax.random.split gives."

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from fake_steps import FakeModel, continuation, make_engine
+from fake_steps import FakeModel, FakeSteps, continuation, make_engine
 
 from grokjax.engine.guessing import Guessing, HitRate
 from grokjax.request import Request
@@ -100,6 +100,22 @@ class TestEngine:
         engine.generate(PROMPTS, max_new_tokens=190, ignore_eos=True)
         metrics = engine.metrics()
         assert metrics.guessed_tokens < 0.03 * metrics.new_tokens
+
+    def test_the_compilation_of_a_step_is_not_taken_for_its_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It takes 60 seconds, steps take one."""
+        now, compiled, noted = 0, set(), set()
+
+        class Compiling(FakeSteps):
+            def decode_guesses(self, settings, limits, num_guesses):
+                nonlocal now
+                now += 1 if num_guesses in compiled else 60
+                compiled.add(num_guesses)
+                return super().decode_guesses(settings, limits, num_guesses)
+
+        monkeypatch.setattr(Guessing, "note_seconds", lambda *arguments: noted.add(arguments[-1]))
+        engine = make_engine(model=FakeModel(repeats=True), max_guesses=7, make_steps=Compiling, clock=lambda: now)
+        engine.generate(PROMPTS, max_new_tokens=60, ignore_eos=True)
+        assert noted == {0, 1}  # 0 where two steps are read one after the other
 
     def test_a_request_may_have_fewer_guesses_or_none(self) -> None:
         model, most = FakeModel(repeats=True), [0, 0, 0]
