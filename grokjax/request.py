@@ -40,6 +40,8 @@ class Request:
       user: any text that names whose request it is. Among requests of one priority that wait, the next slot goes to the
         user who was given the fewest tokens; those without a user count as one user's.
       deadline: seconds from its submission, more than 0, after which it ends with what it has; None for no end.
+      guesses: tokens that a step may guess for it, 0 or more, at most the engine's `max_guesses`; None for as many as
+        those. Guesses change how fast tokens come, never which.
 
     Raises:
       ValueError: A number is out of its range, a stop string is empty, or a value is of another kind.
@@ -64,10 +66,11 @@ class Request:
     priority: int = 0
     user: str | None = None
     deadline: float | None = None
+    guesses: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in _INTEGERS:
-            if name != "logprobs" or self.logprobs is not None:
+            if name not in ("logprobs", "guesses") or getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least, most)
         for name, largest in _NUMBERS:
             _check_number(name, getattr(self, name), largest)
@@ -276,6 +279,7 @@ _INTEGERS = (
     ("n", 1, 1024),
     ("priority", None, None),
     ("logprobs", 0, None),
+    ("guesses", 0, None),
 )
 _NUMBERS = (("temperature", float(np.finfo(np.float32).max)), ("top_p", 1.0), ("min_p", 1.0))
 

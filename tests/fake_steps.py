@@ -11,7 +11,7 @@ import numpy as np
 
 from grokjax.config import GrokConfig
 from grokjax.engine import Engine
-from grokjax.model import DrawnTokens, SlotSettings
+from grokjax.model import DrawnRuns, DrawnTokens, SlotSettings
 
 VOCAB = 32
 EOS = 2
@@ -19,11 +19,16 @@ EOS = 2
 
 @dataclasses.dataclass(eq=False)
 class FakeModel:
-    """Stands where a `Grok` stands; `steps` are those that an engine made of it, the last one if there are several."""
+    """Stands where a `Grok` stands; `steps` are those that an engine made of it, the last one if there are several.
+
+    Attributes:
+      repeats: whether its text repeats itself for most of the time.
+    """
 
     config: GrokConfig = dataclasses.field(
         default_factory=lambda: GrokConfig.tiny().replace(vocab_size=VOCAB, eos_id=EOS, max_seq_len=256)
     )
+    repeats: bool = False
     steps: "FakeSteps" = dataclasses.field(init=False, repr=False)
 
 
@@ -32,23 +37,39 @@ def entry_after(entry: int, token: int) -> int:
     return (entry * 31 + token + 7) % 1_000_003
 
 
-def draw(entry: int, seed: int, position: int, bias: np.ndarray | None = None) -> int:
-    """The token at `position`, after a row that ends with `entry`."""
+def draw(entry: int, seed: int, position: int, bias: np.ndarray | None = None, *, repeats: bool = False) -> int:
+    """The token at `position`, after a row that ends with `entry`; as a rule the next of three, if it repeats."""
     token = (entry + 13 * seed + 5 * position) % VOCAB
+    if repeats and token % 16:
+        token = 10 + position % 3
     while bias is not None and bias[token] <= -1e9:
         token = (token + 1) % VOCAB
     return token
 
 
-def continuation(prompt: Sequence[int], count: int, *, seed: int = 0, bias: np.ndarray | None = None) -> list[int]:
+def continuation(
+    prompt: Sequence[int], count: int, *, seed: int = 0, bias: np.ndarray | None = None, repeats: bool = False
+) -> list[int]:
     """`count` tokens after a prompt, by hand."""
     entry, tokens = 1, []
     for token in prompt:
         entry = entry_after(entry, token)
     for position in range(len(prompt), len(prompt) + count):
-        tokens.append(draw(entry, seed, position, bias))
+        tokens.append(draw(entry, seed, position, bias, repeats=repeats))
         entry = entry_after(entry, tokens[-1])
     return tokens
+
+
+def looked_up(text: list[int], count: int) -> list[int]:
+    """The next tokens as a reader would guess them: what came where the end of the text was before; maybe nothing."""
+    for size in (3, 2):
+        for place in range(len(text) - 1, size - 1, -1):
+            if text[place - size : place] == text[-size:]:
+                copied = list(text)
+                for i in range(count):
+                    copied.append(copied[place + i])
+                return copied[len(text) :]
+    return []
 
 
 @dataclasses.dataclass
@@ -56,10 +77,10 @@ class FakePending:
     """What a step drew; `read` notes when the engine looked at it."""
 
     steps: "FakeSteps"
-    drawn: DrawnTokens
+    drawn: DrawnTokens | DrawnRuns
     number: int
 
-    def read(self) -> DrawnTokens:
+    def read(self) -> DrawnTokens | DrawnRuns:
         self.steps.note_read(self.number)
         return self.drawn
 
@@ -82,16 +103,29 @@ class FakeSteps:
 
     Attributes:
       rows: what each slot's row holds, as `entry_after` gives it.
+      texts: the tokens of each row, the last drawn one included.
       log: what was dispatched and read, in order; kept short.
       unread: numbers of the steps whose tokens or scores the engine has not read.
       error: raised by the next step, if set.
     """
 
-    def __init__(self, model: FakeModel, *, slots: int, max_len: int, num_top: int, cache_dtype: None, allow_oom: bool):
+    def __init__(
+        self,
+        model: FakeModel,
+        *,
+        slots: int,
+        max_len: int,
+        num_top: int,
+        max_guesses: int,
+        cache_dtype: None,
+        allow_oom: bool,
+    ):
         model.steps = self
+        self.repeats = model.repeats
         self.slots, self.max_len, self.num_top = slots, max_len, num_top
         self.vocab_size = model.config.vocab_size
         self.rows: list[list[int]] = [[] for _ in range(slots)]
+        self.texts: list[list[int]] = [[] for _ in range(slots)]
         self.prompt_ends = [1] * slots
         self.tokens = [0] * slots
         self.bias = np.zeros((slots, self.vocab_size), np.float32)
@@ -118,6 +152,7 @@ class FakeSteps:
         self._dispatch("share", (source, target, length))
         assert len(self.rows[source]) >= length
         self.rows[target] = self.rows[source][:length]
+        self.texts[target] = self.texts[source][:length]
         self.prompt_ends[target] = self.prompt_ends[source]
 
     def set_bias(self, row: int, bias: np.ndarray) -> None:
@@ -128,7 +163,29 @@ class FakeSteps:
         return self.draw_rows(settings, self.prompt_ends, number)
 
     def decode(self, settings: SlotSettings) -> FakePending:
-        number = self._dispatch("decode", settings)
+        return self._decode_rows(settings, self._dispatch("decode", settings))
+
+    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> FakePending:
+        number = self._dispatch("decode_guesses", (limits.tolist(), num_guesses))
+        left = limits[:, 0] - np.array([len(row) for row in self.rows]) - 1
+        running = settings.active & (left > 0)
+        found = [looked_up(text, max(1, num_guesses)) for text in self.texts]
+        tried = np.minimum([len(own) for own in found], np.minimum(limits[:, 1], np.maximum(left - 1, 0)))
+        looked = np.where(running, np.minimum([len(own) for own in found], tried + 1), 0)
+        made, right, tokens = np.zeros(self.slots, int), np.zeros(self.slots, int), []
+        for place in range(1 + num_guesses):
+            drawn = self._decode_rows(dataclasses.replace(settings, active=running), number).drawn
+            tokens.append(drawn)
+            made += running
+            is_right = running & (place < looked)
+            for row in np.flatnonzero(is_right).tolist():
+                is_right[row] = found[row][place] == drawn.token_ids[row]
+            right += is_right
+            running = is_right & (place < tried)
+        self.unread.add(number)
+        return FakePending(self, DrawnRuns(tuple(tokens), np.stack([made, tried, looked, right], axis=1)), number)
+
+    def _decode_rows(self, settings: SlotSettings, number: int) -> FakePending:
         ends = [0] * self.slots
         for row in np.flatnonzero(settings.active).tolist():
             assert 0 < len(self.rows[row]) < self.max_len
@@ -142,7 +199,10 @@ class FakeSteps:
         ids = np.zeros(self.slots, np.int32)
         for row in np.flatnonzero(settings.active).tolist():
             bias = self.bias[row] if settings.biased[row] else None
-            ids[row] = self.tokens[row] = draw(ends[row], int(settings.seed[row]), len(self.rows[row]), bias)
+            position = len(self.rows[row])
+            token = draw(ends[row], int(settings.seed[row]), position, bias, repeats=self.repeats)
+            ids[row] = self.tokens[row] = token
+            self.texts[row][position:] = [token]
         top = (ids[:, None] + np.arange(self.num_top)) % self.vocab_size
         logprobs = -(ids / 8).astype(np.float32)
         return FakePending(self, DrawnTokens(ids, logprobs, top, -(top / 8).astype(np.float32)), number)
@@ -173,6 +233,7 @@ class FakeSteps:
         assert start + count <= self.max_len
         assert len(self.rows[row]) >= start
         del self.rows[row][start:]
+        self.texts[row][start:] = chunk[:count].tolist()
         for token in chunk[:count].tolist():
             self.rows[row].append(entry_after(self.rows[row][-1] if self.rows[row] else 1, token))
         self.prompt_ends[row] = self.rows[row][-1]

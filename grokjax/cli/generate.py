@@ -127,6 +127,12 @@ def _add_settings(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--max-len", type=int, help="tokens of prompt and text together (default: the model's longest sequence)"
     )
+    generate.add_argument(
+        "--guesses",
+        type=int,
+        default=0,
+        help="tokens that a step may guess, for text that repeats itself or the prompt, such as 7 (default: 0)",
+    )
     generate.add_argument("--add-bos", action="store_true", help="begin with the beginning-of-sequence token")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
     generate.add_argument(
@@ -201,6 +207,9 @@ def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
     _request(arguments)
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
         raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
+    longest = arguments.max_len or config.max_seq_len
+    if not 0 <= arguments.guesses < longest:
+        raise ValueError(f"--guesses {arguments.guesses} must be between 0 and {longest - 1}, such as 7.")
     if arguments.mesh is not None:
         read_extents(arguments.mesh)
 
@@ -252,6 +261,7 @@ def _run_prompts(
             source.tokenizer,
             slots=arguments.slots or _SLOTS,
             max_len=arguments.max_len,
+            max_guesses=arguments.guesses,
             cache_dtype=arguments.cache_dtype,
             allow_oom=arguments.allow_oom,
             add_bos=arguments.add_bos,
@@ -277,6 +287,7 @@ def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
         model,
         source.tokenizer,
         max_len=max_len,
+        max_guesses=arguments.guesses,
         add_bos=add_bos,
         cache_dtype=arguments.cache_dtype,
         allow_oom=arguments.allow_oom,
@@ -395,7 +406,7 @@ def _check_machine(abstract: Grok, weights_bytes: int, arguments: argparse.Names
         slots, smaller = arguments.slots or _SLOTS, _SMALLER_BATCH
         asked = f"--slots {slots} and "
     cache = abstract.abstract_cache(slots, arguments.max_len, dtype=arguments.cache_dtype)
-    state = SlotState.abstract(abstract, cache)
+    state = SlotState.abstract(abstract, cache, guesses=arguments.guesses > 0)
     check_fits(
         f"the model with {asked}--max-len {cache.max_len}",
         weights_bytes + device_bytes(jax.tree.leaves(state)),

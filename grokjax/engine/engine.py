@@ -13,11 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from prometheus_client.registry import CollectorRegistry
 
+from grokjax.engine.guessing import Guessing
 from grokjax.engine.intake import Intake, iterate_requests, list_prompts
 from grokjax.engine.metrics import Meter, Metrics
 from grokjax.engine.one_thread import OneThread, by_one_thread
 from grokjax.engine.prometheus import make_registry
-from grokjax.engine.protocol import MakeSteps, Pending
+from grokjax.engine.protocol import MakeSteps, Pending, PendingRuns
 from grokjax.engine.sample import CheckedRequest, Handle, LiveSample, check_handle
 from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets, plan_chunks
 from grokjax.engine.shared_steps import make_steps as steps_of_model
@@ -50,6 +51,8 @@ class Engine(OneThread):
         prompt of several chunks goes alone.
       max_queue: no request is taken while so many samples wait for a slot, and none of more samples than that.
       max_logprobs: most probable tokens that a request may ask for.
+      max_guesses: tokens that a step may guess from each row's text and check together, less than `max_len`: faster
+        where texts repeat themselves or their prompts. It guesses only as many as pay; by default never.
       reuse_prefixes: take keys and values from another slot where a prompt begins with the same tokens, at least the
         smallest bucket.
       add_bos: put the beginning-of-sequence token before prompts that are text.
@@ -74,6 +77,7 @@ class Engine(OneThread):
         prefill_rows: int = 4,
         max_queue: int = 1024,
         max_logprobs: int = 8,
+        max_guesses: int = 0,
         reuse_prefixes: bool = True,
         add_bos: bool = False,
         cache_dtype: DTypeLike | None = None,
@@ -96,11 +100,15 @@ class Engine(OneThread):
             max_queue=max_queue,
             reuse_prefixes=reuse_prefixes,
         )
+        self._max_guesses = check_integer("max_guesses", max_guesses, 0, max_len - 1)
+        used = model.config.experts_per_token / model.config.num_experts
+        self._guessing = Guessing(max_guesses, used) if max_guesses else None
         self._steps = make_steps(
             model,
             slots=self._scheduler.slots,
             max_len=max_len,
             num_top=max_logprobs,
+            max_guesses=self._max_guesses,
             cache_dtype=cache_dtype,
             allow_oom=allow_oom,
         )
@@ -109,6 +117,8 @@ class Engine(OneThread):
         self._in_flight: collections.deque[Callable[[], None]] = collections.deque()
         self._ended: list[Handle] = []
         self._last_settings: tuple[_Rows, SlotSettings] | None = None
+        self._last_read: float | None = None
+        self._counts_run: set[int] = set()
         self._failure: Exception | None = None
         self._is_closed = False
 
@@ -180,15 +190,18 @@ class Engine(OneThread):
             raise ValueError("requests are running: warm the engine up before the first, or after the last.")
         scheduler = self._scheduler
         buckets, group_sizes = scheduler.buckets, scheduler.group_sizes
+        guesses = () if self._guessing is None else self._guessing.counts
         if prompt_len is not None:
             length = check_integer("prompt_len", prompt_len, 1, scheduler.max_len - 1)
             buckets, group_sizes = tuple(dict.fromkeys(chunk.bucket for chunk in plan_chunks(0, length, buckets))), (1,)
+            guesses = guesses[:1]  # none: how many pay shows while it runs
         scheduler.forget_rows()
         with self._failing():
             return warm_up(
                 self._steps,
                 buckets,
                 group_sizes,
+                guesses,
                 is_whole=prompt_len is None,
                 cache_dir=cache_dir,
                 clock=self._clock,
@@ -335,7 +348,7 @@ class Engine(OneThread):
             ready = self._admit()
             prefilled = self._prefill()
             self._begin(ready + [sample for sample in prefilled if not sample.chunks])
-            decoded = self._decode()
+            decoded = self._decode(alone=not ready and not prefilled)
             # While chunks of prompts wait nothing is dispatched ahead: whoever comes now waits for this chunk alone.
             is_ahead = decoded and not self._scheduler.has_chunks
             while len(self._in_flight) > is_ahead:
@@ -395,35 +408,92 @@ class Engine(OneThread):
                 self._in_flight.append(functools.partial(self._finish, sample, "length"))
         self._dispatch(self._steps.begin, [sample for sample in samples if sample.limit])
 
-    def _decode(self) -> bool:
-        """Dispatches a decode step for the running samples that have another token to come, if there are any."""
+    def _decode(self, *, alone: bool) -> bool:
+        """Dispatches a decode step for the running samples that have another token to come, if there are any.
+
+        Args:
+          alone: nothing else was dispatched in this step of the engine.
+        """
         running = [sample for sample in self._scheduler.running if sample.dispatched]
         self._scheduler.note_draws(running)
-        return self._dispatch(self._steps.decode, running)
+        if self._guessing is None:
+            return self._dispatch(self._steps.decode, running)
+        return self._dispatch_guesses(self._guessing, running, is_timed=alone and bool(self._in_flight))
 
     def _dispatch(self, step: Callable[[SlotSettings], Pending], samples: list[LiveSample]) -> bool:
         """Dispatches a step that draws a token for each of some running samples; says whether there are any."""
-        rows = tuple((sample.slot, sample) for sample in samples if sample.slot is not None)
+        rows = _rows_of(samples)
         if not rows:
             return False
+        pending = step(self._settings(rows))
+        self._in_flight.append(functools.partial(self._take_tokens, pending, rows))
+        self._note_dispatched(rows)
+        return True
+
+    def _dispatch_guesses(self, guessing: Guessing, samples: list[LiveSample], *, is_timed: bool) -> bool:
+        """`_dispatch` of a step that may guess; its time tells what such steps take if the device goes on with it."""
+        rows = _rows_of(samples)
+        if not rows:
+            return False
+        count, tried = guessing.choose([(sample.hits, self._most_guesses(sample)) for _, sample in rows])
+        limits = np.zeros((self._steps.slots, 2), np.int32)
+        for (slot, sample), own in zip(rows, tried, strict=True):
+            limits[slot] = len(sample.prompt) + sample.limit, own
+        pending = self._steps.decode_guesses(self._settings(rows), limits, count)
+        if count not in self._counts_run:  # it may have been compiled, which is no time of the step before
+            self._counts_run.add(count)
+            self._last_read = None
+        took = functools.partial(guessing.note_seconds, count, len(rows) + sum(tried)) if is_timed else None
+        self._in_flight.append(functools.partial(self._take_runs, pending, rows, took))
+        self._note_dispatched(rows)
+        return True
+
+    def _most_guesses(self, sample: LiveSample) -> int:
+        """Guesses that a sample may try: no more than its request allows, nor than tokens are left behind the next."""
+        asked = sample.handle.request.guesses
+        allowed = self._max_guesses if asked is None else min(asked, self._max_guesses)
+        return min(allowed, sample.limit - sample.dispatched - 1)
+
+    def _settings(self, rows: _Rows) -> SlotSettings:
+        """How some rows draw; the last ones are kept, for the next step is mostly of the same."""
         if self._last_settings is None or self._last_settings[0] != rows:
             settings = SlotSettings.of({slot: sample.row for slot, sample in rows}, self._steps.slots)
             self._last_settings = rows, settings
-        pending = step(self._last_settings[1])
-        self._in_flight.append(functools.partial(self._take_tokens, pending, rows))
+        return self._last_settings[1]
+
+    def _note_dispatched(self, rows: _Rows, count: int = 1) -> None:
+        """Notes that so many more tokens of each row come from steps that are dispatched."""
         for _, sample in rows:
-            sample.dispatched += 1
-            if sample.dispatched == sample.limit:
+            sample.dispatched += count
+            if sample.dispatched >= sample.limit:
                 # Nothing more comes from its row, so another may have it before the last tokens are read.
                 self._scheduler.release(sample)
-        return True
 
     def _take_tokens(self, pending: Pending, rows: _Rows) -> None:
         drawn, now = pending.read(), self._clock()
+        self._last_read = now
         for slot, sample in rows:
             # One that was stopped or cancelled after this step was dispatched has drawn a token too many.
             if not sample.ended:
                 self._push(sample, drawn.of(slot), now)
+
+    def _take_runs(self, pending: PendingRuns, rows: _Rows, took: Callable[[float], None] | None) -> None:
+        runs, now = pending.read(), self._clock()
+        if took is not None and self._last_read is not None:
+            took(now - self._last_read)
+        self._last_read = now
+        for slot, sample in rows:
+            if sample.ended:
+                continue
+            run = runs.of(slot)
+            sample.hits.note(looked=run.looked, right=run.right)
+            further = len(run.tokens) - 1  # one was counted when the step was dispatched
+            self._meter.note_guesses(run.tried, further)
+            self._scheduler.note_draws([sample], count=further)
+            for drawn in run.tokens:
+                if not sample.ended:  # by the token before
+                    self._push(sample, drawn, now)
+            self._note_dispatched(((slot, sample),), further)
 
     def _push(self, sample: LiveSample, drawn: Drawn, now: float) -> None:
         last = sample.times.last_token
@@ -472,3 +542,7 @@ class Engine(OneThread):
                 f"a step of this engine failed ({type(self._failure).__name__}: {self._failure}) and its cache is lost "
                 "with it: make a new engine."
             ) from self._failure
+
+
+def _rows_of(samples: list[LiveSample]) -> _Rows:
+    return tuple((sample.slot, sample) for sample in samples if sample.slot is not None)

@@ -71,6 +71,8 @@ class Metrics:
       prefix_hits: prompts that began from another request's row.
       prefix_hit_rate: these, as a fraction of all prompts that got a slot.
       new_tokens: tokens drawn and given out.
+      guessed_tokens: tokens that steps guessed and the model ran over.
+      accepted_tokens: how many of them were drawn: tokens that took no step of their own.
       busy_seconds: spent inside `step`.
       prefill_seconds: how many of them prefill took. A step that prefills and decodes counts as prefill what it takes
         beyond the mean step that only decodes.
@@ -93,6 +95,8 @@ class Metrics:
     prefix_hits: int
     prefix_hit_rate: float
     new_tokens: int
+    guessed_tokens: int
+    accepted_tokens: int
     busy_seconds: float
     prefill_seconds: float
     tokens_per_second: float
@@ -128,6 +132,7 @@ class Meter:
     def __init__(self, scheduler: Scheduler[Any]) -> None:
         self._scheduler = scheduler
         self.steps = self.prompts = self.prompt_tokens = self.reused_tokens = self.prefix_hits = self.new_tokens = 0
+        self.guessed_tokens = self.accepted_tokens = 0
         self._finished: collections.Counter[str] = collections.Counter()
         self._busy = self._prefill = self._decode = 0.0
         self._decode_steps = 0
@@ -150,6 +155,11 @@ class Meter:
         """
         self.new_tokens += 1
         (self._first_token if is_first else self._between).add(seconds)
+
+    def note_guesses(self, tried: int, right: int) -> None:
+        """Counts guesses that a row tried in a step, and how many of them were right."""
+        self.guessed_tokens += tried
+        self.accepted_tokens += right
 
     def note_end(self, reason: str, seconds: float) -> None:
         """Counts a sample that has ended, and its time since the submission."""
@@ -181,6 +191,8 @@ class Meter:
             prefix_hits=self.prefix_hits,
             prefix_hit_rate=self.prefix_hits / max(1, self.prompts),
             new_tokens=self.new_tokens,
+            guessed_tokens=self.guessed_tokens,
+            accepted_tokens=self.accepted_tokens,
             busy_seconds=self._busy,
             prefill_seconds=self._prefill,
             tokens_per_second=self.new_tokens / busy,

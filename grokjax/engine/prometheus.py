@@ -49,6 +49,8 @@ def _counters(now: Metrics) -> Iterator[Metric]:
         ("prompt_tokens", now.prompt_tokens, "Tokens of the prompts that got a slot."),
         ("prompt_tokens_reused", now.reused_tokens, "Those of them that were taken from another sample's row."),
         ("generation_tokens", now.new_tokens, "Tokens drawn and given out."),
+        ("spec_decode_num_draft_tokens", now.guessed_tokens, "Tokens that steps guessed."),
+        ("spec_decode_num_accepted_tokens", now.accepted_tokens, "Those of them that were drawn."),
         ("steps", now.steps, "Steps of the engine."),
         ("busy_seconds", now.busy_seconds, "Seconds spent inside steps."),
         ("prefill_seconds", now.prefill_seconds, "Those of them that prefill took."),

@@ -6,13 +6,20 @@ from typing import Protocol
 import numpy as np
 from jax.typing import DTypeLike
 
-from grokjax.model import DrawnTokens, Grok, SlotSettings
+from grokjax.model import DrawnRuns, DrawnTokens, Grok, SlotSettings
 
 
 class Pending(Protocol):
     """The tokens that a dispatched step draws."""
 
     def read(self) -> DrawnTokens:
+        """Waits for the step; gives what its rows drew."""
+
+
+class PendingRuns(Protocol):
+    """The runs of tokens that a dispatched step draws which guesses."""
+
+    def read(self) -> DrawnRuns:
         """Waits for the step; gives what its rows drew."""
 
 
@@ -56,6 +63,18 @@ class Steps(Protocol):
     def decode(self, settings: SlotSettings) -> Pending:
         """Adds the last drawn token of each active row to it, and draws the next."""
 
+    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> PendingRuns:
+        """Adds the last drawn token of each active row to it, and draws the next and those behind right guesses.
+
+        The tokens are those of as many steps of `decode`. Only for steps that were made with `max_guesses`.
+
+        Args:
+          settings: as for `decode`.
+          limits: int32 [B, 2], tokens of prompt and continuation that each row may have in all, at most S, and guesses
+            that it tries at most, up to G. A row that has all its tokens draws none.
+          num_guesses: G, 0 to `max_guesses`; with 0 it only tells whether a guess would have been right.
+        """
+
     def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
         """What compiles a step before its first run, as far as that helps; any thread may call it.
 
@@ -75,6 +94,14 @@ class MakeSteps(Protocol):
     """What makes the steps of a model for an engine."""
 
     def __call__(
-        self, model: Grok, *, slots: int, max_len: int, num_top: int, cache_dtype: DTypeLike | None, allow_oom: bool
+        self,
+        model: Grok,
+        *,
+        slots: int,
+        max_len: int,
+        num_top: int,
+        max_guesses: int,
+        cache_dtype: DTypeLike | None,
+        allow_oom: bool,
     ) -> Steps:
         """The steps of a model; the arguments are those of `ModelSteps`."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from grokjax.engine.guessing import HitRate
 from grokjax.engine.scheduler import Job
 from grokjax.engine.stopping import StopFilter
 from grokjax.model import Drawn, RowSettings
@@ -119,7 +120,8 @@ class LiveSample(Job):
 
     Attributes:
       row: how the row that it runs in draws.
-      dispatched: tokens that the dispatched steps draw, read or not.
+      dispatched: tokens that the dispatched steps draw, read or not; of one that guesses and is not read, one.
+      hits: how often its guesses are right.
       ended: whether its completion is made.
     """
 
@@ -145,7 +147,7 @@ class LiveSample(Job):
             wants_top=bool(request.logprobs),
         )
         self.times = Times(submitted)
-        self.dispatched, self.ended = 0, False
+        self.dispatched, self.hits, self.ended = 0, HitRate(), False
         self.token_ids: list[int] = []
         self.prompt_logprobs = checked.prompt_logprobs
         self._logprobs: list[TokenLogprob] = []

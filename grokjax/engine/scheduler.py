@@ -248,11 +248,11 @@ class Scheduler(Generic[J]):
             self._advance(job, chunk)
         return PrefillGroup(tuple(jobs), chunks, chunks[0].bucket)
 
-    def note_draws(self, jobs: Iterable[J]) -> None:
-        """Notes that each of these jobs is given a token more; its first was counted with its slot."""
+    def note_draws(self, jobs: Iterable[J], *, count: int = 1) -> None:
+        """Notes that each of these jobs is given so many tokens more; its first was counted with its slot."""
         if self.num_waiting:  # else nothing counts
             for job in jobs:
-                self._queue.shares.charge(job.user, drawn_tokens=1)
+                self._queue.shares.charge(job.user, drawn_tokens=count)
 
     def note_token(self, job: J, token: int) -> None:
         """Notes that the keys and values of a drawn token went into a job's row; harmless where it has none."""

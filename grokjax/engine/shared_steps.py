@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from grokjax.distributed import Channel, DistributedError, exchange
 from grokjax.engine.protocol import Steps
 from grokjax.errors import first_line
-from grokjax.model import DeviceScores, DeviceTokens, Grok, ModelSteps, SlotSettings
+from grokjax.model import DeviceRuns, DeviceScores, DeviceTokens, Grok, ModelSteps, SlotSettings
 
 
 def make_steps(
@@ -20,6 +20,7 @@ def make_steps(
     slots: int,
     max_len: int,
     num_top: int,
+    max_guesses: int = 0,
     cache_dtype: DTypeLike | None = None,
     allow_oom: bool = False,
 ) -> Steps:
@@ -30,7 +31,15 @@ def make_steps(
         devices have too little memory left.
     """
     kind = SharedSteps if model.partitioner.mesh.is_multi_process else ModelSteps
-    return kind(model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype, allow_oom=allow_oom)
+    return kind(
+        model,
+        slots=slots,
+        max_len=max_len,
+        num_top=num_top,
+        max_guesses=max_guesses,
+        cache_dtype=cache_dtype,
+        allow_oom=allow_oom,
+    )
 
 
 class SharedSteps:
@@ -46,6 +55,7 @@ class SharedSteps:
         slots: int,
         max_len: int,
         num_top: int,
+        max_guesses: int = 0,
         cache_dtype: DTypeLike | None = None,
         allow_oom: bool = False,
     ):
@@ -57,12 +67,18 @@ class SharedSteps:
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         # Made first: where they are refused for want of memory, the others have been told nothing yet.
         self._steps = ModelSteps(
-            model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=cache_dtype, allow_oom=allow_oom
+            model,
+            slots=slots,
+            max_len=max_len,
+            num_top=num_top,
+            max_guesses=max_guesses,
+            cache_dtype=cache_dtype,
+            allow_oom=allow_oom,
         )
         _check_same(model)
         self._channel = Channel.open()
         dtype = "" if cache_dtype is None else jnp.dtype(cache_dtype).name
-        self._channel.send("start", dtype, slots, max_len, num_top)
+        self._channel.send("start", dtype, slots, max_len, num_top, max_guesses)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`."""
@@ -93,6 +109,11 @@ class SharedSteps:
         """See `Steps`."""
         self._channel.send("decode", settings.packed)
         return self._steps.decode(settings)
+
+    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> DeviceRuns:
+        """See `Steps`."""
+        self._channel.send("decode_guesses", settings.packed, limits, num_guesses)
+        return self._steps.decode_guesses(settings, limits, num_guesses)
 
     def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
         """See `Steps`; the processes compile each step together, as they first run it."""
@@ -125,12 +146,18 @@ def follow(model: Grok) -> None:
     _check_same(model)
     channel = Channel.open()
     name, (dtype, *sizes) = channel.receive()
-    slots, max_len, num_top = (size.item() for size in sizes)
+    slots, max_len, num_top, max_guesses = (size.item() for size in sizes)
     # Process 0, whose devices hold as much, has found room or shall try.
     steps = ModelSteps(
-        model, slots=slots, max_len=max_len, num_top=num_top, cache_dtype=str(dtype) or None, allow_oom=True
+        model,
+        slots=slots,
+        max_len=max_len,
+        num_top=num_top,
+        max_guesses=max_guesses,
+        cache_dtype=str(dtype) or None,
+        allow_oom=True,
     )
-    drawn: DeviceTokens | None = None
+    drawn: DeviceTokens | DeviceRuns | None = None
     try:
         while name != "close":
             name, values = channel.receive()
@@ -144,12 +171,15 @@ def follow(model: Grok) -> None:
         ) from error
 
 
-def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> DeviceTokens | None:
+def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> DeviceTokens | DeviceRuns | None:
     match name:
         case "begin":
             return steps.begin(SlotSettings.unpack(values[0]))
         case "decode":
             return steps.decode(SlotSettings.unpack(values[0]))
+        case "decode_guesses":
+            settings, limits, num_guesses = values
+            return steps.decode_guesses(SlotSettings.unpack(settings), limits, num_guesses.item())
         case "prefill":
             steps.prefill(*values)
         case "score":

@@ -41,6 +41,7 @@ class TextGenerator:
       model: the model.
       tokenizer: its tokenizer.
       max_len: tokens of prompt and continuation together, by default the configuration's longest sequence.
+      max_guesses: tokens that a step may guess, as of `Engine`.
       add_bos: put the beginning-of-sequence token before every prompt; the release does not.
       cache_dtype: of the cache, as in `Grok.new_cache`.
       allow_oom: try it even where the devices have too little memory left for the cache.
@@ -55,12 +56,13 @@ class TextGenerator:
         tokenizer: Tokenizer,
         *,
         max_len: int | None = None,
+        max_guesses: int = 0,
         add_bos: bool = False,
         cache_dtype: DTypeLike | None = None,
         allow_oom: bool = False,
     ):
         self.model, self.tokenizer, self.add_bos = model, tokenizer, add_bos
-        self.cache_dtype, self.allow_oom = cache_dtype, allow_oom
+        self.max_guesses, self.cache_dtype, self.allow_oom = max_guesses, cache_dtype, allow_oom
         self.max_len = model.config.max_seq_len if max_len is None else max_len
         self._intake = Intake(tokenizer, config=model.config, max_len=self.max_len, max_logprobs=0, add_bos=add_bos)
 
@@ -162,6 +164,7 @@ class TextGenerator:
             max_len=self.max_len,
             prefill_rows=1,
             max_logprobs=0,
+            max_guesses=self.max_guesses,
             cache_dtype=self.cache_dtype,
             allow_oom=self.allow_oom,
         )

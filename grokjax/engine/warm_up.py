@@ -25,7 +25,8 @@ class WarmedStep:
 
     Attributes:
       name: of the step, as in `Steps`.
-      shape: rows and tokens of what it prefills; slots for the steps over all of them; nothing for others.
+      shape: rows and tokens of what it prefills; slots for the steps over all of them, with the tokens of each where a
+        step guesses; nothing for others.
       seconds: that it was waited for: until it was compiled, beside others, and had run once.
     """
 
@@ -38,6 +39,7 @@ def warm_up(
     steps: Steps,
     buckets: Sequence[int],
     row_counts: Sequence[int],
+    guesses: Sequence[int],
     *,
     is_whole: bool,
     cache_dir: str | os.PathLike[str] | None,
@@ -50,6 +52,7 @@ def warm_up(
       steps: those of an idle engine.
       buckets: padded lengths of chunks of prompts.
       row_counts: how many of them may be prefilled together.
+      guesses: how many tokens a step may guess, 0 among them; nothing for steps that do not guess.
       is_whole: all steps, not only those that every request needs.
       cache_dir: directory of the persistent compilation cache; None leaves it to the user's setting.
       clock: seconds.
@@ -57,7 +60,7 @@ def warm_up(
         the logger is told.
     """
     warmed: list[WarmedStep] = []
-    runs = [run for run in _runs(steps, buckets, row_counts) if is_whole or run[0] in _ALWAYS]
+    runs = [run for run in _runs(steps, buckets, row_counts, guesses) if is_whole or run[0] in _ALWAYS]
     with _cache(cache_dir), _side_by_side() as threads:
         # Lowered by one thread: several would make another program of a step at each start, which no cache has.
         compilations = [threads.submit(steps.lower(name, shape)) for name, shape, _ in runs]
@@ -128,15 +131,21 @@ def _set(values: dict[str, object]) -> None:
 
 
 # Steps that every request needs.
-_ALWAYS = ("begin", "decode", "prefill")
+_ALWAYS = ("begin", "decode", "decode_guesses", "prefill")
 
 
 def _runs(
-    steps: Steps, buckets: Sequence[int], row_counts: Sequence[int]
+    steps: Steps, buckets: Sequence[int], row_counts: Sequence[int], guesses: Sequence[int]
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], object]]]:
     """Name, shape and a run of each step; `begin`, which ends each of them, is the first."""
+    nothing = SlotSettings.of({}, steps.slots)
     yield "begin", (steps.slots,), lambda: None
-    yield "decode", (steps.slots,), functools.partial(steps.decode, SlotSettings.of({}, steps.slots))
+    if not guesses:
+        yield "decode", (steps.slots,), functools.partial(steps.decode, nothing)
+    for number in guesses:
+        limits = np.zeros((steps.slots, 2), np.int32)
+        run = functools.partial(steps.decode_guesses, nothing, limits, number)
+        yield "decode_guesses", (steps.slots, 1 + number), run
     yield "share", (), functools.partial(steps.share, 0, 0, 0)
     yield "set_bias", (), functools.partial(steps.set_bias, 0, np.zeros(steps.vocab_size, np.float32))
     for bucket in buckets:

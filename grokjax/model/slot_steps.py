@@ -16,7 +16,8 @@ from grokjax.context import own_context
 from grokjax.kernels import copy_row
 from grokjax.memory import check_fits
 from grokjax.model.grok import Grok
-from grokjax.model.slots import DrawnTokens, SlotSettings
+from grokjax.model.guesses import check_guesses, write_tokens
+from grokjax.model.slots import DrawnRuns, DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
 from grokjax.sharding import device_bytes, zeros
@@ -35,28 +36,46 @@ class SlotState:
       tokens: int32 [B], the last that was drawn in each row.
       logits: float32 [B, V], those after each row's prefill, from which its first token is drawn.
       bias: float32 [B, V], what each row's request adds to its logits.
+      texts: int32 [B, S], the tokens of each row by position, the last drawn one included; None where no step guesses.
     """
 
     cache: KVCache
     tokens: jax.Array
     logits: jax.Array
     bias: jax.Array
+    texts: jax.Array | None = None
 
     @classmethod
-    def abstract(cls, model: Grok, cache: KVCache) -> Self:
-        """The state around a cache as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
+    def abstract(cls, model: Grok, cache: KVCache, *, guesses: bool = False) -> Self:
+        """The state around a cache as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory.
+
+        Args:
+          model: the model.
+          cache: of shapes or of arrays.
+          guesses: whether there are steps that guess, which need the texts.
+        """
         shape = (cache.batch_size, model.config.vocab_size)
         wide = model.partitioner.sharding(("batch", "vocab"), shape)
         whole = model.partitioner.sharding((None,), shape[:1])
         tokens: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=whole)
         logits: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=wide)
-        return cls(cache, tokens=tokens, logits=logits, bias=logits)
+        if not guesses:
+            return cls(cache, tokens=tokens, logits=logits, bias=logits)
+        shape = (cache.batch_size, cache.max_len)
+        texts: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=model.partitioner.sharding((None, None), shape))
+        return cls(cache, tokens=tokens, logits=logits, bias=logits, texts=texts)
 
     @classmethod
-    def create(cls, model: Grok, cache: KVCache) -> Self:
-        """The state around a cache before any step."""
-        shapes = cls.abstract(model, cache)
-        return cls(cache, tokens=zeros(shapes.tokens), logits=zeros(shapes.logits), bias=zeros(shapes.bias))
+    def create(cls, model: Grok, cache: KVCache, *, guesses: bool = False) -> Self:
+        """The state around a cache before any step; the arguments are those of `abstract`."""
+        shapes = cls.abstract(model, cache, guesses=guesses)
+        return cls(
+            cache,
+            tokens=zeros(shapes.tokens),
+            logits=zeros(shapes.logits),
+            bias=zeros(shapes.bias),
+            texts=None if shapes.texts is None else zeros(shapes.texts),
+        )
 
 
 class ModelSteps:
@@ -67,6 +86,7 @@ class ModelSteps:
       slots: B, rows of the cache.
       max_len: S, tokens that each row holds.
       num_top: most probable tokens that a request may ask for.
+      max_guesses: most tokens that a step may guess; 0 for steps that do not guess, and keep no texts for it.
       cache_dtype: as in `KVCache.create`; by default float32 for a float32 model.
       allow_oom: try it even where the devices have too little memory left.
 
@@ -82,13 +102,15 @@ class ModelSteps:
         slots: int,
         max_len: int,
         num_top: int,
+        max_guesses: int = 0,
         cache_dtype: DTypeLike | None = None,
         allow_oom: bool = False,
     ):
         self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
         self._model = model
         if not allow_oom:
-            shapes = SlotState.abstract(model, model.abstract_cache(slots, max_len, dtype=cache_dtype))
+            cache = model.abstract_cache(slots, max_len, dtype=cache_dtype)
+            shapes = SlotState.abstract(model, cache, guesses=max_guesses > 0)
             check_fits(
                 f"an engine of slots={slots}, max_len={max_len}",
                 device_bytes(jax.tree.leaves(shapes)),
@@ -96,7 +118,7 @@ class ModelSteps:
                 remedy="take fewer slots, a smaller max_len, int8 entries or more devices",
             )
         cache = model.new_cache(slots, max_len, dtype=cache_dtype, allow_oom=True)
-        self._state = SlotState.create(model, cache)
+        self._state = SlotState.create(model, cache, guesses=max_guesses > 0)
 
     @property
     def state(self) -> SlotState:
@@ -138,6 +160,18 @@ class ModelSteps:
         return DeviceTokens(packed)
 
     @own_context()
+    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> "DeviceRuns":
+        """See `Steps`; compiled for each number of guesses."""
+        packed, self._state = _decode_guesses(
+            self._model,
+            self._state,
+            np.concatenate([settings.packed, limits], axis=1),
+            num_top=self.num_top,
+            num_guesses=num_guesses,
+        )
+        return DeviceRuns(packed, num_guesses)
+
+    @own_context()
     def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
         """See `Steps`."""
         model, state = self._model, self._state
@@ -150,6 +184,8 @@ class ModelSteps:
                 return lower_share(model, state).compile
             case "decode":
                 return lower_decode(model, state, self.num_top).compile
+            case "decode_guesses":
+                return lower_decode_guesses(model, state, self.num_top, shape[1] - 1).compile
         return lambda: None  # the others are small
 
     def wait(self) -> None:
@@ -171,6 +207,19 @@ class DeviceTokens:
     def read(self) -> DrawnTokens:
         """Waits for the step."""
         return DrawnTokens.unpack(np.asarray(self._packed))
+
+
+class DeviceRuns:
+    """Runs of tokens that are being drawn; their copy to the host is under way from the start."""
+
+    def __init__(self, packed: jax.Array, num_guesses: int):
+        self._packed, self._num_guesses = packed, num_guesses
+        packed.copy_to_host_async()
+
+    @own_context()
+    def read(self) -> DrawnRuns:
+        """Waits for the step."""
+        return DrawnRuns.unpack(np.asarray(self._packed), self._num_guesses)
 
 
 class DeviceScores:
@@ -211,6 +260,13 @@ def lower_decode(model: Grok, state: SlotState, num_top: int) -> jax.stages.Lowe
     return _decode.lower(model, state, packed, num_top=num_top)
 
 
+def lower_decode_guesses(model: Grok, state: SlotState, num_top: int, num_guesses: int) -> jax.stages.Lowered:
+    """`lower_decode` of a step that guesses so many tokens of each row and checks them."""
+    settings = SlotSettings.of({}, state.cache.batch_size).packed
+    packed = jax.ShapeDtypeStruct((settings.shape[0], settings.shape[1] + 2), settings.dtype)
+    return _decode_guesses.lower(model, state, packed, num_top=num_top, num_guesses=num_guesses)
+
+
 def _placed(model: Grok, state: SlotState) -> SlotState:
     """The state where it began, so that no step is compiled a second time for another placement."""
     wide, constrain = ("batch", "vocab"), model.partitioner.constrain
@@ -220,7 +276,11 @@ def _placed(model: Grok, state: SlotState) -> SlotState:
 
     cache = KVCache(placed(state.cache.keys), placed(state.cache.values), constrain(state.cache.lengths, (None,)))
     return SlotState(
-        cache, constrain(state.tokens, (None,)), constrain(state.logits, wide), constrain(state.bias, wide)
+        cache,
+        constrain(state.tokens, (None,)),
+        constrain(state.logits, wide),
+        constrain(state.bias, wide),
+        None if state.texts is None else constrain(state.texts, (None, None)),
     )
 
 
@@ -229,6 +289,7 @@ def _prefill_rows(
     model: Grok, state: SlotState, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
 ) -> SlotState:
     logits, cache = prefill(model, tokens, counts, _holding(state.cache, starts, rows), rows=rows)
+    state = _noting(state, rows, tokens, starts, counts)
     return _placed(model, dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)))
 
 
@@ -238,6 +299,7 @@ def _score_row(
 ) -> tuple[jax.Array, SlotState]:
     count, start, row = place[:1], place[1:2], place[2:]
     hidden, cache = model(tokens, count, _holding(state.cache, start, row), rows=row)
+    state = _noting(state, row, tokens, start, count)
     length = tokens.shape[1]
     block = min(_SCORE_BLOCK, length)
     padded = jnp.pad(hidden[0], ((0, -length % block), (0, 0))).reshape(-1, block, hidden.shape[-1])
@@ -256,6 +318,8 @@ def _share_row(model: Grok, state: SlotState, place: jax.Array) -> SlotState:
     cache = dataclasses.replace(held, keys=copy(held.keys), values=copy(held.values))
     logits = lax.dynamic_slice_in_dim(state.logits, source, 1)
     logits = _put_logits(state.logits, logits, target[None])
+    if state.texts is not None:
+        state = dataclasses.replace(state, texts=state.texts.at[target].set(state.texts[source]))
     return _placed(model, dataclasses.replace(state, cache=cache, logits=logits))
 
 
@@ -275,11 +339,51 @@ def _decode(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -
     return _draw(model, dataclasses.replace(state, cache=cache), logits, packed, num_top)
 
 
+@functools.partial(jax.jit, donate_argnames="state", static_argnames=("num_top", "num_guesses"))
+def _decode_guesses(
+    model: Grok, state: SlotState, packed: jax.Array, *, num_top: int, num_guesses: int
+) -> tuple[jax.Array, SlotState]:
+    assert state.texts is not None
+    row = SlotSettings.unpack(packed)
+    ends, most = packed[:, -2], packed[:, -1]
+
+    def draw(logits: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        drawn = _drawn(model, logits, state.bias, row, positions, num_top)
+        return drawn.token_ids, drawn.pack()
+
+    checked, texts, cache = check_guesses(
+        model,
+        state.texts,
+        state.cache,
+        draw,
+        ends=jnp.where(row.active, ends, 0),
+        most=most,
+        num_guesses=num_guesses,
+    )
+    counts = jnp.stack([checked.made, checked.tried, checked.looked, checked.right], axis=1)
+    runs = jnp.concatenate([counts, checked.drawn.reshape(counts.shape[0], -1)], axis=1)
+    last = jnp.take_along_axis(texts, jnp.minimum(cache.lengths, cache.max_len - 1)[:, None], axis=1)[:, 0]
+    state = dataclasses.replace(state, cache=cache, tokens=last, texts=texts)
+    return model.partitioner.constrain(runs, (None, None)), _placed(model, state)
+
+
 def _draw(
     model: Grok, state: SlotState, logits: jax.Array, packed: jax.Array, num_top: int
 ) -> tuple[jax.Array, SlotState]:
     """Draws for the active rows; gives the `DrawnTokens`, packed, and the state."""
-    row = SlotSettings.unpack(packed)
+    row, positions = SlotSettings.unpack(packed), state.cache.lengths
+    drawn = _drawn(model, logits, state.bias, row, positions, num_top)
+    packed_drawn = model.partitioner.constrain(drawn.pack(), (None, None))
+    tokens = jnp.where(row.active, drawn.token_ids, state.tokens)
+    rows = jnp.arange(len(positions), dtype=jnp.int32)
+    state = _noting(state, rows, drawn.token_ids[:, None], positions, row.active.astype(jnp.int32))
+    return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
+
+
+def _drawn(
+    model: Grok, logits: jax.Array, bias: jax.Array, row: SlotSettings[jax.Array], positions: jax.Array, num_top: int
+) -> DrawnTokens[jax.Array]:
+    """The tokens at some positions [B], drawn from logits [B, V] as the rows' settings say."""
     settings = SampleSettings(
         temperature=row.temperature,
         top_p=row.top_p,
@@ -291,17 +395,21 @@ def _draw(
     with jax.named_scope("bias"):
         adjusted = lax.cond(
             (row.active & row.biased).any(),
-            lambda: jnp.where(row.biased[:, None], _biased(logits, state.bias), logits),
+            lambda: jnp.where(row.biased[:, None], _biased(logits, bias), logits),
             lambda: logits,
         )
     keys = jax.vmap(seed_key)(row.seed)
-    drawn = model.sample(adjusted, settings, keys=keys, positions=state.cache.lengths).token_id
+    drawn = model.sample(adjusted, settings, keys=keys, positions=positions).token_id
     top = _most_probable(logits, num_top, (row.active & row.wants_top).any())
-    packed_drawn = model.partitioner.constrain(
-        DrawnTokens(drawn, log_probs_of(logits, drawn), *top).pack(), (None, None)
-    )
-    tokens = jnp.where(row.active, drawn, state.tokens)
-    return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
+    return DrawnTokens(drawn, log_probs_of(logits, drawn), *top)
+
+
+def _noting(state: SlotState, rows: jax.Array, tokens: jax.Array, starts: jax.Array, counts: jax.Array) -> SlotState:
+    """The state whose texts, if it keeps any, have tokens [P, T] of some rows [P]."""
+    if state.texts is None:
+        return state
+    own = write_tokens(state.texts[rows], tokens, starts, counts)
+    return dataclasses.replace(state, texts=state.texts.at[rows].set(own))
 
 
 def _biased(logits: jax.Array, bias: jax.Array) -> jax.Array:

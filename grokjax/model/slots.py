@@ -127,3 +127,44 @@ class DrawnTokens(Generic[A]):
         token_ids, logprobs, rest = packed[:, 0], packed[:, 1], packed[:, 2:]
         top_ids, top_logprobs = np.split(rest, 2, axis=1)
         return DrawnTokens(token_ids, logprobs.view(np.float32), top_ids, top_logprobs.view(np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnRun:
+    """The tokens that one row drew in a step that guesses, in their order, and what came of its guesses.
+
+    Attributes:
+      tokens: one more than the guesses that were tried and right; none if the row had no room.
+      tried: guesses that the model ran over.
+      looked: guesses that were compared with what was drawn: those, or one more where there was one.
+      right: how many of them, from the first on, were drawn.
+    """
+
+    tokens: tuple[Drawn, ...]
+    tried: int
+    looked: int
+    right: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnRuns:
+    """What a step that guesses drew, on the host; rows that were not active drew nothing.
+
+    Attributes:
+      tokens: the first token of each row, the second, up to 1 + G; of a row only as many as it made mean something.
+      counts: int32 [B, 4], how many tokens each row made, and how many guesses it tried, looked at and had right.
+    """
+
+    tokens: tuple[DrawnTokens[np.ndarray], ...]
+    counts: np.ndarray
+
+    def of(self, slot: int) -> DrawnRun:
+        """The tokens that one row drew."""
+        made, tried, looked, right = self.counts[slot].tolist()
+        return DrawnRun(tuple(drawn.of(slot) for drawn in self.tokens[:made]), tried, looked, right)
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray, num_guesses: int) -> "DrawnRuns":
+        """Made of the counts and, behind them, what `DrawnTokens.pack` gives of each place, int32 [B, ...]."""
+        parts = np.split(packed[:, 4:], 1 + num_guesses, axis=1)
+        return DrawnRuns(tuple(map(DrawnTokens.unpack, parts)), packed[:, :4])

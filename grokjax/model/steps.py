@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from grokjax.cache import KVCache, check_cache_dtype
 from grokjax.model.contexts import in_any_context
 from grokjax.model.embedding import as_integers
 from grokjax.model.grok import Grok
+from grokjax.model.guesses import check_guesses, write_tokens
 from grokjax.sampling import SampleOutput, SampleSettings, seed_key
 
 
@@ -166,13 +168,14 @@ def generate(
     settings: SampleSettings | None = None,
     keys: jax.Array | None = None,
     eos_id: int | None = None,
+    guesses: int = 0,
     cache_dtype: DTypeLike | None = None,
     allow_oom: bool = False,
 ) -> Generated:
     """Continues prompts, the whole loop on the device, until every row has ended.
 
     The draw at position p of a row uses `fold_in(key of the row, p)`, so a row's result does not depend on its
-    neighbours.
+    neighbours, nor on `guesses`.
 
     Args:
       model: the model.
@@ -182,12 +185,15 @@ def generate(
       settings: how to draw; greedy by default.
       keys: a key for each row, [B]; by default folded from seed 0 and the row's number.
       eos_id: token that ends a row; none by default, so that every row gets `max_new_tokens`.
+      guesses: tokens that a step may guess from the text so far and check together, where the last guesses were right:
+        faster for text that repeats itself or its prompt. None by default.
       cache_dtype: as in `Grok.new_cache`.
       allow_oom: try it even where the devices have too little memory left for the cache.
 
     Raises:
       ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, there is no room,
-        the devices have too little memory left for the cache, or it is called inside a `shard_map`.
+        `guesses` is negative, the devices have too little memory left for the cache, or it is called inside a
+        `shard_map`.
     """
     if jax.sharding.get_abstract_mesh().manual_axes:  # the compiler of jax 0.10 aborts the process there
         raise ValueError("generate does not run inside a shard_map: call it outside, or loop over decode inside.")
@@ -205,6 +211,8 @@ def generate(
         raise ValueError(
             f"eos_id={eos_id!r} is outside the vocabulary of {model.config.vocab_size} tokens: it would never come."
         )
+    if not isinstance(guesses, int | np.integer) or guesses < 0:
+        raise ValueError(f"guesses={guesses!r} must be an integer, 0 or more, such as 7.")
     if keys is not None and np.shape(keys)[:1] != (batch,):
         raise ValueError(
             f"keys has shape {np.shape(keys)} for {batch} rows: pass one key for each, such as jax.random.split gives."
@@ -227,6 +235,7 @@ def generate(
         keys,
         max_new_tokens=int(max_new_tokens),
         eos_id=eos_id,
+        guesses=min(int(guesses), int(max_new_tokens) - 1),
         cache_dtype=cache_dtype,
     )
 
@@ -257,7 +266,7 @@ _decode = jax.jit(_decode_step, donate_argnames="cache")
 _prefill_keeping, _decode_keeping = jax.jit(_prefill_step), jax.jit(_decode_step)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "guesses", "cache_dtype"))
 def _generate(
     model: Grok,
     tokens: jax.Array,
@@ -267,6 +276,7 @@ def _generate(
     *,
     max_new_tokens: int,
     eos_id: int | None,
+    guesses: int,
     cache_dtype: jnp.dtype | None,
 ) -> Generated:
     batch, longest = tokens.shape
@@ -298,8 +308,74 @@ def _generate(
         return step + 1, token, active, cache, out
 
     token, active, out = draw(jnp.zeros((), jnp.int32), settings.active, logits, out)
+    if guesses:
+        texts = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
+        texts = write_tokens(texts, token[:, None], lengths, jnp.ones_like(lengths))
+        sample = functools.partial(model.sample, settings=settings, keys=keys)
+        return _go_on_guessing(model, texts, lengths, active, cache, out, sample, eos_id=eos_id, guesses=guesses)
     state = (jnp.ones((), jnp.int32), token, active, cache, out)
     generated: Generated = lax.while_loop(is_running, advance, state)[-1]
+    return generated
+
+
+def _go_on_guessing(
+    model: Grok,
+    texts: jax.Array,
+    prompt_lengths: jax.Array,
+    active: jax.Array,
+    cache: KVCache,
+    out: Generated,
+    sample: Callable[..., SampleOutput],
+    *,
+    eos_id: int | None,
+    guesses: int,
+) -> Generated:
+    """Continues texts [B, S], of which one token was drawn, by steps that guess.
+
+    A row earns its guesses: three when the one that it would have made was right, up to all when those were, and none
+    after a wrong one. While no row has any, a step is one of decoding.
+    """
+    most_new = out.tokens.shape[1]
+
+    def draw(logits: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        drawn = sample(logits, positions=positions)
+        return drawn.token_id, drawn.logprob
+
+    def advance(state: tuple[Any, ...], *, num_guesses: int) -> tuple[Any, ...]:
+        most, active, texts, cache, out = state
+        ends = jnp.where(active, prompt_lengths + most_new, 0)
+        checked, texts, cache = check_guesses(
+            model, texts, cache, draw, ends=ends, most=jnp.minimum(most, num_guesses), num_guesses=num_guesses
+        )
+        made = checked.made
+        if eos_id is not None:
+            is_end = (checked.tokens == eos_id) & (jnp.arange(1 + num_guesses, dtype=jnp.int32)[None] < made[:, None])
+            active &= ~is_end.any(axis=1)
+            made = jnp.where(is_end.any(axis=1), 1 + is_end.argmax(axis=1).astype(jnp.int32), made)
+        out = Generated(
+            tokens=write_tokens(out.tokens, checked.tokens, out.lengths, made),
+            lengths=out.lengths + made,
+            logprobs=write_tokens(out.logprobs, checked.drawn, out.lengths, made),
+        )
+        is_earned = (checked.looked > 0) & (checked.right == checked.looked)
+        most = jnp.where(is_earned, jnp.minimum(4 * most + 3, guesses), 0)
+        return most, active & (out.lengths < most_new), texts, cache, out
+
+    def has_guesses(state: tuple[Any, ...]) -> jax.Array:
+        most, active, *_ = state
+        return (active & (most > 0)).any()
+
+    def is_running(state: tuple[Any, ...]) -> jax.Array:
+        return state[1].any()
+
+    def advance_both(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Two loops and not a choice in one: of a choice, XLA:CPU copies the cache.
+        decode_one, check_some = (functools.partial(advance, num_guesses=number) for number in (0, guesses))
+        state = lax.while_loop(lambda state: is_running(state) & ~has_guesses(state), decode_one, state)
+        return lax.while_loop(has_guesses, check_some, state)
+
+    state = (jnp.zeros_like(prompt_lengths), active & (out.lengths < most_new), texts, cache, out)
+    generated: Generated = lax.while_loop(is_running, advance_both, state)[-1]
     return generated
 
 

@@ -113,3 +113,11 @@ def test_killed_conversions_are_compared_with_one_left_alone() -> None:
     record = json.loads(run("convert.py", "--layers", "1", "--repeats", "1", "--kills", "1")[-1])
     assert set(record) == documented_keys("convert.py") | ENVIRONMENT
     assert record["identical"]
+
+
+@pytest.mark.thorough
+def test_guesses_are_measured_on_text_that_repeats_and_on_text_that_does_not() -> None:
+    options = ["--layers", "1", "--slots", "2", "--prompt", "32", "--new", "32", "--guesses", "3", "--repeats", "1"]
+    record = json.loads(run("guessing.py", *options)[-1])
+    assert set(record) == documented_keys("guessing.py") | ENVIRONMENT
+    assert record["copied_accepted"] > 0.2 > 0.1 > record["random_accepted"]

@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 from goldens import GOLDEN_DIR, load_e2e
 
-from grokjax import Grok, GrokConfig, __version__, load_tokenizer
+from grokjax import Grok, GrokConfig, TextGenerator, __version__, load_tokenizer
 from grokjax.cli import main
 from grokjax.quantization import QuantizedTable
 from grokjax.testing import write_release_checkpoint
@@ -145,6 +146,7 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
         (["hi", "--seed", "4294967296"], "seed=4294967296 must be an integer between 0 and"),
         (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be an integer, 1 or more"),
         (["hi", "--top-k", "-1"], "top_k=-1"),
+        (["hi", "--guesses", "-1"], "--guesses -1 must be between 0 and 31"),
         (["hi", "--stop", ""], "stop=[''] must be strings of at least one character"),
         (["hi", "--top-p", "2"], "top_p=2.0 must be a number, from 0 to 1"),
         (["a" * 32], "the prompt has 32 tokens and at most 31"),
@@ -345,3 +347,16 @@ def test_int8_is_passed_on_for_the_cache_and_the_table(
     ]
     assert main(["generate", "--random", str(small_config), *options, *what]) == 0
     assert [cache.keys.dtype.name for cache in made] == ["int8"]
+
+
+def test_guesses_are_passed_on_for_a_single_prompt(small_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Noting(TextGenerator):
+        def stream(self, *_: object, **__: object) -> Iterator[str]:
+            made.append(self.max_guesses)
+            return iter("ab")
+
+    monkeypatch.setattr("grokjax.cli.generate.TextGenerator", Noting)
+    assert main(["generate", "--random", str(small_config), "--mesh", "1,1", "--guesses", "7", "hi"]) == 0
+    assert made == [7]

@@ -221,6 +221,19 @@ class TestCommand:
         assert tokens(tmp_path / "out")[1] == continuation([bos, *a], 3, seed=4)
 
     @pytest.mark.usefixtures("fake_model")
+    def test_guesses_reach_the_engine_and_a_line_may_ask_for_fewer(
+        self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where steps may guess, none is left that does not."""
+        assert main([*command, "--output", str(tmp_path / "plain")]) == 0
+        monkeypatch.setattr(FakeSteps, "decode", lambda *_: pytest.fail("a step did not guess"))
+        (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{a}", "guesses": 1}}\n' for a in "abcdef"))
+        for name in ("prompts.txt", "prompts.jsonl"):
+            prompts, output = str(tmp_path / name), tmp_path / f"{name}-out"
+            assert main([*command, "--prompts", prompts, "--guesses", "3", "--output", str(output)]) == 0
+            assert tokens(output) == tokens(tmp_path / "plain")
+
+    @pytest.mark.usefixtures("fake_model")
     def test_stop_strings_reach_the_engine(self, command: list[str], tmp_path: Path) -> None:
         assert main([*command, "--output", str(tmp_path / "whole")]) == 0
         text = {line["id"]: line["text"] for line in read_lines(tmp_path / "whole")}[1]
@@ -266,6 +279,8 @@ class TestCommand:
             (["--slots", "1" + "0" * 400], "0000 must be an integer between 1 and 4194304"),
             (["--max-len", "1"], "--max-len 1 must be between 2 and max_seq_len=32"),
             (["--max-len", "33"], "--max-len 33 must be between 2 and max_seq_len=32"),
+            (["--guesses", "32"], "--guesses 32 must be between 0 and 31, such as 7"),
+            (["--guesses", "5", "--max-len", "5"], "--guesses 5 must be between 0 and 4"),
             (["--temperature", "-1"], "temperature"),
             (["--prompts", "missing.txt"], "--prompts missing.txt cannot be read: No such file"),
         ],

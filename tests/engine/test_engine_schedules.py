@@ -33,11 +33,11 @@ def behind(prompt: list[int], ids: list[int]) -> str:
     return both[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, both, strict=False))) :]
 
 
-def by_hand(request: Request, sample: int, max_len: int) -> tuple[list[int], str, str]:
+def by_hand(request: Request, sample: int, max_len: int, *, repeats: bool) -> tuple[list[int], str, str]:
     """Tokens, text and finish reason of one sample, computed alone."""
     limit = min(request.max_new_tokens, max_len - len(request.prompt))
     bias = None if request.allowed_tokens is None else np.where(request.allowed_tokens, 0, -1e10)
-    tokens = continuation(request.prompt, limit, seed=request.seed + sample, bias=bias)
+    tokens = continuation(request.prompt, limit, seed=request.seed + sample, bias=bias, repeats=repeats)
     stop_ids = {*request.stop_ids, *(() if request.ignore_eos else (EOS,))}
     decoder, text = StreamDecoder(Letters(), request.prompt), ""
     for count, token in enumerate(tokens, start=1):
@@ -59,11 +59,12 @@ class Schedules(RuleBasedStateMachine):
         rows=st.sampled_from([1, 2, 4]),
         reuse=st.booleans(),
         buckets=st.sampled_from([(2,), (4, 8), (1, 3, 9)]),
+        guesses=st.sampled_from([0, 1, 4, 9]),
     )
-    def make(self, slots: int, max_len: int, rows: int, reuse: bool, buckets: tuple[int, ...]) -> None:
+    def make(self, slots: int, max_len: int, rows: int, reuse: bool, buckets: tuple[int, ...], guesses: int) -> None:
         self.max_len = max_len
         self.now = 0.0
-        self.model = FakeModel()
+        self.model = FakeModel(repeats=guesses > 0)
         self.engine = Engine(
             self.model,
             Letters(),
@@ -73,6 +74,7 @@ class Schedules(RuleBasedStateMachine):
             prefill_buckets=buckets,
             max_queue=MAX_QUEUE,
             reuse_prefixes=reuse,
+            max_guesses=guesses,
             clock=lambda: self.now,
             make_steps=FakeSteps,
         )
@@ -96,6 +98,7 @@ class Schedules(RuleBasedStateMachine):
                 "stop_ids": st.lists(st.integers(0, VOCAB - 1), max_size=2),
                 "prompt_logprobs": st.booleans(),
                 "logprobs": st.integers(0, 2),
+                "guesses": st.integers(0, 3),
                 "deadline": st.integers(1, 15),
                 "allowed_tokens": st.sets(st.integers(0, VOCAB - 1), min_size=1).map(
                     lambda ids: [token in ids for token in range(VOCAB)]
@@ -106,7 +109,9 @@ class Schedules(RuleBasedStateMachine):
     def submit(self, text, length, own, max_new_tokens, seed, n, priority, user, stop_at, options) -> None:
         prompt = text[:length] + own
         # A stop string that will come, unless something ends the text before.
-        letters = Letters().decode(continuation(prompt, 12, seed=seed)).replace("\ufffd", "")
+        letters = (
+            Letters().decode(continuation(prompt, 12, seed=seed, repeats=self.model.repeats)).replace("\ufffd", "")
+        )
         coming = letters[stop_at:][:2] if stop_at >= 0 else ""
         numbers = {"max_new_tokens": max_new_tokens, "seed": seed, "n": n, "priority": priority}
         self.submit_request(Request(prompt, stop=[coming] if coming else [], user=user, **numbers, **options))
@@ -192,7 +197,7 @@ class Schedules(RuleBasedStateMachine):
         if len(request.prompt) >= self.max_len or request.n > MAX_QUEUE:
             assert done.finish_reason == "error"
             return
-        tokens, text, reason = by_hand(request, done.sample, self.max_len)
+        tokens, text, reason = by_hand(request, done.sample, self.max_len, repeats=self.model.repeats)
         assert request.deadline is None or done.timings.total < request.deadline + 1
         if done.finish_reason == "deadline":
             assert done.timings.total >= request.deadline
