@@ -6,7 +6,7 @@ So what is held beside the gradients is the input of every layer and what one la
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from grokjax.cache import Entries
 from grokjax.kernels import CachePlace, with_rule
 
 Carry = tuple[jax.Array, Entries, Entries]
+C = TypeVar("C")
 
 
 def run_stack(
@@ -40,10 +41,7 @@ def run_stack(
       The last layer's output [P, T, D], and the cache's keys and values, without derivatives where they are not kept.
     """
     num_layers = len(jax.tree.leaves(parameters)[0])
-
-    def place_of(layer: jax.Array, place: CachePlace) -> CachePlace:
-        layer = jnp.asarray(layer, jnp.int32)  # a loop's index is of 64 bits under x64
-        return dataclasses.replace(place, layer=layer if keeps else jnp.zeros_like(layer))
+    place_of = functools.partial(_place_of, keeps=keeps)
 
     def run(parameters: Any, carry: Carry, place: CachePlace) -> Carry:
         def step(layer: jax.Array, carry: Carry) -> Carry:
@@ -94,3 +92,32 @@ def run_stack(
     stack = with_rule(run, pull, saving=run_saving)
     finished: Carry = stack(parameters, carry, place)
     return finished
+
+
+def run_observed(
+    run_layer: Callable[[C, jax.Array, CachePlace], C], carry: C, place: CachePlace, *, num_layers: int, keeps: bool
+) -> C:
+    """Runs new tokens through all layers, of which anything may be kept.
+
+    Every float that the layers use has derivatives, by JAX's own rules for a loop whose steps are computed once more.
+
+    Args:
+      run_layer: (what is carried, number of the layer, int32 [], place in the cache) -> what is carried on.
+      carry: what the first layer is given: a tree of arrays.
+      place: of the tokens in the first layer of the cache.
+      num_layers: L.
+      keeps: whether each layer has a cache of its own.
+    """
+
+    @jax.checkpoint
+    def step(layer: jax.Array, carry: C) -> C:
+        layer = jnp.asarray(layer, jnp.int32)
+        return run_layer(carry, layer, _place_of(layer, place, keeps=keeps))
+
+    finished: C = lax.fori_loop(0, num_layers, step, carry)
+    return finished
+
+
+def _place_of(layer: jax.Array, place: CachePlace, *, keeps: bool) -> CachePlace:
+    layer = jnp.asarray(layer, jnp.int32)  # a loop's index is of 64 bits under x64
+    return dataclasses.replace(place, layer=layer if keeps else jnp.zeros_like(layer))
