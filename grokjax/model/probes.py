@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -156,7 +157,8 @@ class Reader:
 
         if held is None:
             return find()
-        assert self.layers is not None and at.layer is not None
+        assert self.layers is not None
+        assert at.layer is not None
         is_here = jnp.equal(self.layers, at.layer)
         if (join := self.fold) is not None:
             is_first = at.layer == self.layers.min()
@@ -266,4 +268,9 @@ def _take(x: jax.Array, at: At, wanted: jax.Array, is_there: jax.Array) -> tuple
 
 def _listed(layers: Any) -> str:
     """Numbers of layers for a sentence; those that are being traced are not known."""
-    return "that are traced" if isinstance(layers, jax.core.Tracer) else ", ".join(str(int(one)) for one in layers)
+    if isinstance(layers, jax.core.Tracer):
+        return "that are traced"
+    numbers = np.asarray(layers)
+    if numbers.ndim != 1 or numbers.size < 2 or (np.diff(numbers) != 1).any():
+        return ", ".join(map(str, numbers.ravel().tolist()))
+    return f"{numbers[0]} to {numbers[-1]}"

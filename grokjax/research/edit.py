@@ -100,7 +100,7 @@ def _try(bound: Edit, config: GrokConfig) -> None:
         experts=shape("PTX", jnp.int32),
     )
     x = shape(SITES[bound.site], jnp.int32 if bound.site == "router.experts" else jnp.float32)
-    jax.eval_shape(lambda x, at, bound: bound.apply(x, at), x, at, bound)
+    jax.eval_shape(lambda x, at, value: dataclasses.replace(bound, value=value).apply(x, at), x, at, bound.value)
 
 
 def _array(leaf: Any, partitioner: Partitioner) -> jax.Array:

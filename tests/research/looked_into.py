@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from builders import TENSOR, TWO_LAYERS
+from builders import DENSE, TENSOR, TWO_LAYERS
 
 from grokjax import Grok, ShardingRules, init, make_mesh, reference
 from grokjax.model import named_parameters, with_values
 
-CONFIG = TWO_LAYERS
+CONFIG = TWO_LAYERS.replace(vocab_size=264)  # as many as a tokenizer of bytes needs, in eight parts
 LENGTHS = np.array([9, 5])
 TOKENS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 9))
 IS_REAL = np.arange(9)[None] < LENGTHS[:, None]
@@ -27,15 +27,21 @@ jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 @functools.cache
 def make(mesh: tuple[int, int] = (1, 1), rules: ShardingRules = TENSOR, *, quantized: bool = False) -> Grok:
-    """A float32 model in which every norm has factors of its own."""
+    """A float32 model in which every norm has factors of its own, and layers matter more than the embedding."""
     model = init(CONFIG, mesh=make_mesh(mesh), rules=rules, dtype=jnp.float32, quantized=quantized)
     random = np.random.default_rng(1)
     scales = {
-        name: jax.device_put(random.uniform(0.5, 1.5, param.shape).astype(np.float32), param.get_value().sharding)
+        name: jax.device_put(random.uniform(1, 3, param.shape).astype(np.float32), param.get_value().sharding)
         for name, param in named_parameters(model).items()
         if name.endswith("norm.scale")
     }
     return with_values(model, scales)
+
+
+@functools.cache
+def dense() -> Grok:
+    """A model of one layer without a router."""
+    return init(DENSE.replace(vocab_size=CONFIG.vocab_size), dtype=jnp.float32, quantized=False)
 
 
 @functools.cache
