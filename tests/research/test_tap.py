@@ -109,6 +109,34 @@ def test_what_is_seen_stays_in_its_shards() -> None:
     assert seen["stream.out"].sharding.shard_shape(seen["stream.out"].shape) == (2, 1, 9, 32)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(("mesh", "rules"), [((2, 4), TENSOR), ((1, 8), EXPERT)], ids=label)
+def test_a_tap_adds_no_exchange_between_devices(mesh: tuple[int, int], rules: ShardingRules) -> None:
+    model = make(mesh, rules)
+
+    def exchanges(taps: dict[str, Tap]) -> list[str]:
+        program = jax.jit(lambda *texts: observe(model, *texts, taps)).lower(TOKENS, LENGTHS).compile().as_text()
+        return re.findall(
+            r" (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", program
+        )
+
+    wanted = {site: EVERY[site] for site in ("stream.out", "attention.out", "router.experts", "attention.heads")}
+    assert exchanges(wanted) == exchanges({})
+
+
+@pytest.mark.thorough
+def test_taps_read_the_same_under_a_mesh_that_the_caller_has_set() -> None:
+    taps = {"x": Tap("stream.out"), "least": Tap("final", via=least)}
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"))):  # whose axes are Explicit
+        _, seen = observe(make((2, 4)), TOKENS, LENGTHS, taps)
+        check({"stream.out": seen["x"]}, {"stream.out": expected()["stream.out"]})
+        assert seen["least"].ndim == 0
+
+
+def least(x: jax.Array, at: At) -> jax.Array:
+    return x.min()
+
+
 def test_a_tap_changes_no_bit_of_the_logits() -> None:
     model = init(CONFIG, mesh=make_mesh((1, 1)))  # bfloat16 and int8, as Grok-1 is run
     plain, _ = observe(model, TOKENS, LENGTHS, {})
