@@ -34,11 +34,18 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     Raises:
       CheckpointError: The folder exists, cannot be written, or the disk is full.
       ValueError: The model has parameters that a checkpoint has no place for, or lacks some, or some have another shape
-        or dtype than a checkpoint holds; all are listed. Or its embedding table is int8.
+        or dtype than a checkpoint holds; all are listed. Or its embedding table is int8, or
+        it is edited.
     """
     if isinstance(model.embedding.table.get_value(), QuantizedTable):
         raise ValueError(
             "the embedding table is int8, and checkpoints hold it plain: save the model made without quantized_table."
+        )
+    if model.edits is not None:
+        listed = "".join(f"\n  {one!r}" for one in model.edits.get_value())
+        raise ValueError(
+            f"the model is edited, and checkpoints hold parameters alone:{listed}\nSave "
+            "grokjax.research.unedited(model), and edit it again when it is loaded."
         )
     _check_parameters(model)
     folder = Path(path).absolute()

@@ -2,7 +2,7 @@
 
 Read `grok` first: the stack of decoder layers, which `stack` runs. Then its parts: `attention`, `feed_forward`,
 `embedding`, `layers` and `weights`, which they share; `base` says how all of them print and are viewed, and `contexts`
-lets them run under any mesh that a caller has set.
+lets them run under any mesh that a caller has set. `probes` reads and changes their values on the way.
 `building` makes models. `steps` has `forward`, `prefill`, `decode` and `generate`; `guesses` lets a step make more than
 one token; `slot_steps` has the steps for a batch whose rows are an engine's slots, and `slots` what both say to each
 other.
@@ -19,6 +19,7 @@ from grokjax.model.building import (
 )
 from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok, check_dtype
+from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
 from grokjax.model.slot_steps import (
     DeviceRuns,
     DeviceScores,
@@ -29,9 +30,22 @@ from grokjax.model.slot_steps import (
     lower_prefill,
 )
 from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotSettings
-from grokjax.model.steps import Generated, decode, decode_and_sample, forward, generate, prefill
+from grokjax.model.steps import (
+    Generated,
+    check_chunks,
+    check_texts,
+    decode,
+    decode_and_sample,
+    forward,
+    generate,
+    last_logits,
+    prefill,
+)
 
 __all__ = [
+    "OUTSIDE_LAYERS",
+    "SITES",
+    "At",
     "DeviceRuns",
     "DeviceScores",
     "DeviceTokens",
@@ -39,14 +53,20 @@ __all__ = [
     "DrawnRun",
     "DrawnRuns",
     "DrawnTokens",
+    "Edit",
+    "Edits",
     "Generated",
     "Grok",
     "ModelSteps",
+    "Probe",
+    "Reader",
     "RowSettings",
     "SlotSettings",
     "SlotState",
     "abstract_model",
+    "check_chunks",
     "check_dtype",
+    "check_texts",
     "check_weights_fit",
     "decode",
     "decode_and_sample",
@@ -55,6 +75,7 @@ __all__ = [
     "in_any_context",
     "init",
     "init_parameters",
+    "last_logits",
     "lower_decode",
     "lower_prefill",
     "named_parameters",

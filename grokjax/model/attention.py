@@ -15,9 +15,12 @@ from grokjax.config import GrokConfig
 from grokjax.kernels import CachePlace, attend, matmul, matmuls, own_place, write
 from grokjax.model.base import Module
 from grokjax.model.layers import rotate
+from grokjax.model.probes import UNPROBED, Probe
 from grokjax.model.weights import LayerWeights, weight_param
 from grokjax.quantization import Weight
 from grokjax.sharding import Partitioner
+
+_INNER_SITES = ("attention.query", "attention.key", "attention.value", "attention.heads")
 
 
 class Attention(Module):
@@ -39,7 +42,14 @@ class Attention(Module):
         self.output = weight((layers, features, dim), ("layers", "heads", "embed"))
 
     def __call__(
-        self, x: jax.Array, keys: Entries, values: Entries, *, layer: jax.Array, place: CachePlace
+        self,
+        x: jax.Array,
+        keys: Entries,
+        values: Entries,
+        *,
+        layer: jax.Array,
+        place: CachePlace,
+        probe: Probe = UNPROBED,
     ) -> tuple[jax.Array, Entries, Entries]:
         """Writes the new tokens' keys and values into the cache and attends.
 
@@ -49,6 +59,7 @@ class Attention(Module):
           values: [L, B, K, S, H], the cache's.
           layer: int32 [], which layer's weights.
           place: of the tokens in the cache.
+          probe: reads and changes queries, keys, values and heads.
 
         Returns:
           The output [P, T, D] in the compute dtype, and the cache's keys and values.
@@ -60,26 +71,62 @@ class Attention(Module):
         whole: Any = PartitionSpec()
         row: Any = partitioner.spec(("batch",), x.shape[:1]) if place.rows is None else whole
         places = CachePlace(layer=whole, rows=whole, start=row, count=row)
-        run = partitioner.shard_map(
-            functools.partial(self._attend_locally, num_rows=keys.shape[1]),
-            in_specs=(row, weights.partition_specs, cache, cache, whole, places),
-            out_specs=(row, cache, cache),
-        )
-        return run(x, weights.stacks, keys, values, weights.layer, place)
+        project, output = self._project, self._output_locally
+        mix = functools.partial(self._mix_locally, num_rows=keys.shape[1])
 
-    def _attend_locally(
+        def attend_locally(
+            x: jax.Array, weights: tuple[Weight, ...], keys: Entries, values: Entries, layer: jax.Array, place: Any
+        ) -> tuple[jax.Array, Entries, Entries]:
+            mixed, keys, values = mix(*project(x, weights[:3], layer, place.start), keys, values, place)
+            return output(mixed, weights[3], layer), keys, values
+
+        if not probe.is_at(*_INNER_SITES):
+            run = partitioner.shard_map(
+                attend_locally,
+                in_specs=(row, weights.partition_specs, cache, cache, whole, places),
+                out_specs=(row, cache, cache),
+            )
+            return run(x, weights.stacks, keys, values, weights.layer, place)
+        # The same in three parts: what a probe is given is whole, so each part ends where there is a site.
+        lead = (*(row or (None,)), None)
+        heads = PartitionSpec(*lead, *partitioner.spec(("heads",), (self.config.num_heads,)))
+        kv_heads = PartitionSpec(*lead, *partitioner.spec(("kv_heads",), keys.shape[2:3]))
+        *in_weights, out_weight = weights.partition_specs
+        run = partitioner.shard_map(
+            project, in_specs=(row, tuple(in_weights), whole, row), out_specs=(heads, kv_heads, kv_heads)
+        )
+        query, key, value = run(x, weights.stacks[:3], weights.layer, place.start)
+        query = probe.at("attention.query", query)
+        key = self._at_kv_heads(probe, "attention.key", key.astype(self.dtype))
+        value = self._at_kv_heads(probe, "attention.value", value.astype(self.dtype))
+        run = partitioner.shard_map(
+            mix, in_specs=(heads, kv_heads, kv_heads, cache, cache, places), out_specs=(heads, cache, cache)
+        )
+        mixed, keys, values = run(query, key, value, keys, values, place)
+        split = mixed.reshape(*mixed.shape[:2], -1, self.config.head_dim)
+        mixed = probe.at("attention.heads", split).reshape(mixed.shape)
+        run = partitioner.shard_map(output, in_specs=(heads, out_weight, whole), out_specs=row)
+        return run(mixed, weights.stacks[3], weights.layer), keys, values
+
+    def _at_kv_heads(self, probe: Probe, site: str, x: jax.Array) -> jax.Array:
+        """Keys or values past a site that has each kv head once, however many devices hold it."""
+        if not probe.is_at(site):
+            return x
+        copies = self.partitioner.kv_copies(self.config)
+        return jnp.repeat(probe.at(site, x[:, :, ::copies]), copies, axis=2)
+
+    def _mix_locally(
         self,
-        x: jax.Array,
-        weights: tuple[Weight, ...],
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
         keys: Entries,
         values: Entries,
-        layer: jax.Array,
         place: CachePlace,
         *,
         num_rows: int,
     ) -> tuple[jax.Array, Entries, Entries]:
-        """One device's heads, and its rows of the cache's `num_rows`."""
-        query, key, value = self._project(x, weights[:3], layer, place.start)
+        """What one device's heads make of its rows of the cache's `num_rows`, [P, T, N * H]."""
         is_held = None
         if place.rows is not None and keys.shape[1] < num_rows:
             place, is_held = own_place(place, keys.shape[1], self.partitioner)
@@ -98,8 +145,12 @@ class Attention(Module):
         )
         if is_held is not None:
             mixed = self.partitioner.psum(jnp.where(is_held[:, None, None], mixed, 0), "batch")
-        out = matmul(mixed, weights[3], at=(layer,), platform=platform)
-        return self.partitioner.psum(out, "heads").astype(self.dtype), keys, values
+        return mixed, keys, values
+
+    def _output_locally(self, mixed: jax.Array, weight: Weight, layer: jax.Array) -> jax.Array:
+        """The output [P, T, D] of what the heads have mixed, one device's share of them."""
+        out = matmul(mixed, weight, at=(layer,), platform=self.partitioner.platform)
+        return self.partitioner.psum(out, "heads").astype(self.dtype)
 
     def _project(
         self, x: jax.Array, weights: tuple[Weight, ...], layer: jax.Array, start: jax.Array

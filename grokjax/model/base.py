@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from flax.nnx import reprlib
 
+from grokjax.model.probes import Edits
 from grokjax.printing import describe, describe_bytes, describe_devices, display
 
 
@@ -124,7 +125,8 @@ def view(module: M, cut: Callable[[jax.Array], jax.Array], **changes: Any) -> M:
 
 def named_parameters(module: Module) -> dict[str, nnx.Variable]:
     """The parameters of a model, or of a module, by path, such as `layers.attention.query`; it may be abstract."""
-    return {parameter_name(path): param for path, param in nnx.to_flat_state(nnx.split(module)[1])}
+    found = nnx.to_flat_state(nnx.split(module)[1])
+    return {parameter_name(path): param for path, param in found if not isinstance(param, Edits)}
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:

@@ -65,6 +65,6 @@ def _hand_over(value: Any, partitioner: Partitioner, *, vocab_size: int) -> Any:
         return value
     last = "vocab" if value.ndim > 1 and value.shape[-1] == vocab_size else None
     axes: Axes = (
-        ("batch", *(None,) * (value.ndim - 1)) if last is None else ("batch", *(None,) * (value.ndim - 2), last)
+        ("batch", *(None,) * value.ndim)[: value.ndim] if last is None else ("batch", *(None,) * (value.ndim - 2), last)
     )
     return partitioner.hand_over(value, axes)

@@ -13,6 +13,7 @@ from grokjax.config import GrokConfig
 from grokjax.kernels import GatedWeights, evaluate_experts
 from grokjax.model.base import Module
 from grokjax.model.contexts import in_any_context
+from grokjax.model.probes import UNPROBED, Probe
 from grokjax.model.weights import LayerWeights, weight_param
 from grokjax.sharding import Partitioner
 
@@ -37,18 +38,19 @@ class FeedForward(Module):
         self.down = weight((*stack, config.ffn_dim, config.model_dim), ("layers", "experts", "ffn", "embed"))
 
     @in_any_context
-    def __call__(self, x: jax.Array, valid: jax.Array, *, layer: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, valid: jax.Array, *, layer: jax.Array, probe: Probe = UNPROBED) -> jax.Array:
         """Mixes the outputs of each token's experts.
 
         Args:
           x: [B, T, D] in the compute dtype.
           valid: bool [B, T]; the other tokens evaluate no expert and give 0.
           layer: int32 [], which layer's weights.
+          probe: reads and changes what the router gives.
 
         Returns:
           [B, T, D] in the compute dtype.
         """
-        probabilities, experts = self.route(x, layer=layer)
+        probabilities, experts = self.route(x, layer=layer, probe=probe)
         weights = LayerWeights.of((self.gate, self.up, self.down), layer, self.partitioner)
         rows = self.partitioner.without_embed().spec(("batch", None, None), x.shape)
         run = self.partitioner.shard_map(
@@ -59,12 +61,13 @@ class FeedForward(Module):
         return run(x, probabilities, experts, valid, weights.stacks, weights.layer)
 
     @in_any_context
-    def route(self, x: jax.Array, *, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def route(self, x: jax.Array, *, layer: jax.Array, probe: Probe = UNPROBED) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, best first, and their probabilities: softmax over all E, not renormalised.
 
         Args:
           x: [B, T, D].
           layer: int32 [].
+          probe: reads and changes the logits, the experts and their probabilities, in this order.
 
         Returns:
           Probabilities, float32 [B, T, X], and expert numbers, int32 [B, T, X].
@@ -72,11 +75,15 @@ class FeedForward(Module):
         if self.config.num_experts == 1:
             shape = (*x.shape[:2], 1)
             return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
-        logits = self.router_logits(x, layer=layer)
+        logits = probe.at("router.logits", self.router_logits(x, layer=layer))
         rows = self.partitioner.spec(("batch", None, None), logits.shape)
         # Every device chooses for its own rows: XLA's CPU and GPU backends gather the operand of a top-k.
         choose = self.partitioner.shard_map(self._choose, in_specs=rows, out_specs=(rows, rows))
         probabilities, experts = choose(logits)
+        experts = probe.at("router.experts", experts)
+        if probe.changes("router.experts"):
+            probabilities = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), experts, axis=-1)
+        probabilities = probe.at("router.probabilities", probabilities, router_logits=logits, experts=experts)
         return probabilities, experts
 
     @in_any_context

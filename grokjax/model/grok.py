@@ -21,7 +21,8 @@ from grokjax.model.contexts import in_any_context
 from grokjax.model.embedding import Embedding
 from grokjax.model.feed_forward import FeedForward
 from grokjax.model.layers import RMSNorm
-from grokjax.model.stack import Carry, run_stack
+from grokjax.model.probes import UNPROBED, At, Edits, Probe
+from grokjax.model.stack import Carry, run_observed, run_stack
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
 from grokjax.sharding import Partitioner
 
@@ -53,17 +54,27 @@ class DecoderLayers(Module):
         return view(self, lambda leaf: leaf[index : index + 1], num_layers=1)
 
     def __call__(
-        self, x: jax.Array, keys: Entries, values: Entries, *, layer: jax.Array, place: CachePlace
+        self,
+        x: jax.Array,
+        keys: Entries,
+        values: Entries,
+        *,
+        layer: jax.Array,
+        place: CachePlace,
+        probe: Probe = UNPROBED,
     ) -> tuple[jax.Array, Entries, Entries]:
         """One layer, number `layer`; arguments and results as those of `Attention`."""
+        x = probe.at("stream.in", x)
         with jax.named_scope("attention"):
             normed = self.pre_attention_norm(x, layer)
-            mixed, keys, values = self.attention(normed, keys, values, layer=layer, place=place)
-            x = x + self.post_attention_norm(mixed, layer)
+            mixed, keys, values = self.attention(normed, keys, values, layer=layer, place=place, probe=probe)
+            x = x + probe.at("attention.out", self.post_attention_norm(mixed, layer))
+        x = probe.at("stream.mid", x)
         with jax.named_scope("feed_forward"):
             valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < place.count[:, None]
-            mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer)
-            return x + self.post_feed_forward_norm(mixed, layer), keys, values
+            mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer, probe=probe)
+            x = x + probe.at("feed_forward.out", self.post_feed_forward_norm(mixed, layer))
+        return probe.at("stream.out", x), keys, values
 
 
 class Grok(Module):
@@ -75,7 +86,10 @@ class Grok(Module):
       config: the sizes.
       dtype: compute dtype, float32 or bfloat16; plain weights are held in it too.
       partitioner: mesh and sharding rules.
+      edits: what changes its values on their way, None in a model that no one has edited; see docs/research.md.
     """
+
+    edits: Edits | None = None
 
     def __init__(
         self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
@@ -100,6 +114,8 @@ class Grok(Module):
         yield reprlib.Attr("dtype", self.dtype.name, use_raw_value=True)
         yield reprlib.Attr("mesh", dict(self.mesh.shape))
         yield reprlib.Attr("rules", self.partitioner.rules)
+        if self.edits is not None:
+            yield reprlib.Attr("edits", self.edits.get_value())
         yield from parameters
 
     @in_any_context
@@ -111,6 +127,7 @@ class Grok(Module):
         *,
         rows: jax.Array | None = None,
         embeddings: jax.Array | None = None,
+        probe: Probe = UNPROBED,
     ) -> tuple[jax.Array, KVCache]:
         """Runs new tokens through all layers, after what the cache's rows hold already.
 
@@ -120,14 +137,22 @@ class Grok(Module):
           cache: of B rows.
           rows: int32 [P], rows of the cache that the tokens are for, each once; by default all B in order.
           embeddings: floats [P, T, D], in place of tokens (None then): what `embedding.embed` would make of them.
+          probe: reads values on their way; what it has seen is in it afterwards.
 
         Returns:
           Hidden states after the last norm, [P, T, D] in the compute dtype, and the cache with the real tokens added.
         """
-        return self._run(self._embed(tokens, embeddings), count, cache, rows=rows, keeps=True)
+        return self._run(self._embed(tokens, embeddings), count, cache, rows=rows, keeps=True, probe=probe)
 
     @in_any_context
-    def hidden_states(self, tokens: ArrayLike | None = None, *, embeddings: jax.Array | None = None) -> jax.Array:
+    def hidden_states(
+        self,
+        tokens: ArrayLike | None = None,
+        *,
+        embeddings: jax.Array | None = None,
+        count: jax.Array | None = None,
+        probe: Probe = UNPROBED,
+    ) -> jax.Array:
         """Runs whole texts through all layers, and keeps nothing.
 
         The layers take turns with a cache of one layer.
@@ -135,6 +160,8 @@ class Grok(Module):
         Args:
           tokens: integers [B, T].
           embeddings: in place of tokens, as for `__call__`.
+          count: int32 [B], real tokens of each row; by default all are.
+          probe: as for `__call__`.
 
         Returns:
           Hidden states after the last norm, [B, T, D] in the compute dtype.
@@ -145,8 +172,8 @@ class Grok(Module):
         embedded = self._embed(tokens, embeddings)
         batch, num_new, _ = embedded.shape
         scratch = self._abstract_cache(self.config.replace(num_layers=1), batch, num_new).allocate(allow_oom=True)
-        count = jnp.full((batch,), num_new, jnp.int32)
-        hidden, _ = self._run(embedded, count, scratch, rows=None, keeps=False)
+        count = jnp.full((batch,), num_new, jnp.int32) if count is None else count
+        hidden, _ = self._run(embedded, count, scratch, rows=None, keeps=False, probe=probe)
         return hidden
 
     def _embed(self, tokens: ArrayLike | None, embeddings: jax.Array | None) -> jax.Array:
@@ -162,24 +189,55 @@ class Grok(Module):
         raise ValueError("tokens and embeddings stand for each other: give one of them, and only one.")
 
     def _run(
-        self, embedded: jax.Array, count: jax.Array, cache: KVCache, *, rows: jax.Array | None, keeps: bool
+        self,
+        embedded: jax.Array,
+        count: jax.Array,
+        cache: KVCache,
+        *,
+        rows: jax.Array | None,
+        keeps: bool,
+        probe: Probe,
     ) -> tuple[jax.Array, KVCache]:
         """What `__call__` does with embedded tokens; the layers take turns with one of the cache if it is not kept."""
         start = cache.lengths if rows is None else cache.lengths[rows]
         count = jnp.minimum(count, cache.max_len - start)
 
+        place = CachePlace(layer=jnp.zeros((), jnp.int32), rows=rows, start=start, count=count)
+        if self.edits is not None or probe is not UNPROBED:
+            edits = () if self.edits is None else self.edits.get_value()
+            probe = probe.with_edits(edits, At.of(place, embedded.shape[1]))
+        x = self.partitioner.constrain(probe.at("embedding", embedded), ("batch", None, None))
+        run = self._run_stack if probe.is_idle else self._run_observed
+        x, keys, values = run((x, cache.keys, cache.values), place, keeps=keeps, probe=probe)
+        lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
+        return probe.at("final", self.final_norm(x)), KVCache(keys, values, lengths)
+
+    def _run_stack(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
+        """All layers; the probe has nothing to do in them."""
+        del probe
         graphdef, parameters = nnx.split(self.layers)
 
         def run_layer(parameters: nnx.State, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
             x, keys, values = nnx.merge(graphdef, parameters)(*carry, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
-        x = self.partitioner.constrain(embedded, ("batch", None, None))
-        place = CachePlace(layer=jnp.zeros((), jnp.int32), rows=rows, start=start, count=count)
-        carry, platform = (x, cache.keys, cache.values), self.partitioner.platform
-        x, keys, values = run_stack(run_layer, parameters, carry, place, keeps=keeps, platform=platform)
-        lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
-        return self.final_norm(x), KVCache(keys, values, lengths)
+        platform = self.partitioner.platform
+        return run_stack(run_layer, parameters, carry, place, keeps=keeps, platform=platform)
+
+    def _run_observed(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
+        """All layers, and what the probe sees in them is carried through their loop."""
+
+        def run_layer(carry: tuple[Carry, Any], layer: jax.Array, place: CachePlace) -> tuple[Carry, Any]:
+            (x, keys, values), seen = carry
+            here = probe.within(layer, seen)
+            x, keys, values = self.layers(x, keys, values, layer=layer, place=place, probe=here)
+            return (self.partitioner.constrain(x, ("batch", None, None)), keys, values), here.seen
+
+        found = jax.eval_shape(run_layer, (carry, {}), place.layer, place)[1]
+        start = carry, probe.empty(found)
+        carry, seen = run_observed(run_layer, start, place, num_layers=self.config.num_layers, keeps=keeps)
+        probe.seen.update(seen)
+        return carry
 
     @in_any_context
     def new_cache(

@@ -6,7 +6,7 @@ So what is held beside the gradients is the input of every layer and what one la
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from grokjax.cache import Entries
 from grokjax.kernels import CachePlace, in_place, with_rule
 
 Carry = tuple[jax.Array, Entries, Entries]
+C = TypeVar("C")
 
 
 def run_stack(
@@ -60,7 +61,7 @@ class _Stack:
         """All layers, and nothing kept of them."""
 
         def step(layer: jax.Array, carry: Carry) -> Carry:
-            return self.run_layer(parameters, carry, layer, self._place_of(layer, place))
+            return self.run_layer(parameters, carry, layer, _place_of(layer, place, keeps=self.keeps))
 
         finished: Carry = lax.fori_loop(0, self.num_layers, step, carry)
         return finished
@@ -69,7 +70,7 @@ class _Stack:
         """All layers, and what each was given, [L, P, T, D]."""
 
         def step(carry: Carry, layer: jax.Array) -> tuple[Carry, jax.Array]:
-            return self.run_layer(parameters, carry, layer, self._place_of(layer, place)), carry[0]
+            return self.run_layer(parameters, carry, layer, _place_of(layer, place, keeps=self.keeps)), carry[0]
 
         finished: tuple[Carry, jax.Array] = lax.scan(step, carry, jnp.arange(self.num_layers, dtype=jnp.int32))
         return finished
@@ -107,12 +108,37 @@ class _Stack:
         found = dict.fromkeys(range(len(leaves))) | dict(zip(floats, of_floats, strict=True))
         return tree.unflatten(found.values()), (of_x, *of_entries), None
 
-    def _place_of(self, layer: jax.Array, place: CachePlace) -> CachePlace:
-        """The place of the tokens in the cache of a layer."""
-        layer = jnp.asarray(layer, jnp.int32)  # a loop's index is of 64 bits under x64
-        return dataclasses.replace(place, layer=layer if self.keeps else jnp.zeros_like(layer))
-
     def _one_layer(self, stack: jax.Array, layer: jax.Array) -> jax.Array:
         """What a stack holds of one layer, [1, ...]."""
         held, layer = in_place(stack, layer, platform=self.platform)
         return lax.dynamic_index_in_dim(held, layer)
+
+
+def run_observed(
+    run_layer: Callable[[C, jax.Array, CachePlace], C], carry: C, place: CachePlace, *, num_layers: int, keeps: bool
+) -> C:
+    """Runs new tokens through all layers, of which anything may be kept.
+
+    Every float that the layers use has derivatives, by JAX's own rules for a loop whose steps are computed once more.
+
+    Args:
+      run_layer: (what is carried, number of the layer, int32 [], place in the cache) -> what is carried on.
+      carry: what the first layer is given: a tree of arrays.
+      place: of the tokens in the first layer of the cache.
+      num_layers: L.
+      keeps: whether each layer has a cache of its own.
+    """
+
+    @jax.checkpoint
+    def step(layer: jax.Array, carry: C) -> C:
+        layer = jnp.asarray(layer, jnp.int32)
+        return run_layer(carry, layer, _place_of(layer, place, keeps=keeps))
+
+    finished: C = lax.fori_loop(0, num_layers, step, carry)
+    return finished
+
+
+def _place_of(layer: jax.Array, place: CachePlace, *, keeps: bool) -> CachePlace:
+    """The place of the tokens in the cache of a layer."""
+    layer = jnp.asarray(layer, jnp.int32)  # a loop's index is of 64 bits under x64
+    return dataclasses.replace(place, layer=layer if keeps else jnp.zeros_like(layer))

@@ -67,15 +67,7 @@ def prefill(
         is outside the cache or named twice, or the cache was donated to an earlier step. Under a caller's own jit only
         shapes are checked, and what does not fit into a row is dropped.
     """
-    tokens = _check_tokens(model, tokens, ndim=2)
-    lengths = _check_lengths(lengths, tokens, least=0)
-    _check_cache(model, cache, tokens.shape[0] if rows is None else cache.batch_size)
-    rows = None if rows is None else _check_rows(rows, tokens, cache)
-    if tokens.shape[1] > cache.max_len:
-        raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
-    named = jnp.arange(len(lengths), dtype=jnp.int32) if rows is None else rows
-    if _is_concrete(lengths, cache.lengths, named):
-        _check_room(cache, lengths, np.asarray(named))
+    tokens, lengths, rows = check_chunks(model, tokens, lengths, cache, rows)
     step = _prefill if _is_concrete(*jax.tree.leaves((model, cache))) else _prefill_keeping
     return step(model, tokens, lengths, cache, rows)
 
@@ -245,13 +237,23 @@ def _forward(model: Grok, tokens: jax.Array | None, embeddings: jax.Array | None
     return model.logits(model.hidden_states(tokens, embeddings=embeddings))
 
 
+def last_logits(model: Grok, hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Logits, float32 [P, V], at the last of `lengths` [P] tokens; meaningless for rows without one.
+
+    Args:
+      model: the model.
+      hidden: [P, T, D], what it returned for the tokens.
+      lengths: int32 [P].
+    """
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+
+
 def _prefill_step(
     model: Grok, tokens: jax.Array, lengths: jax.Array, cache: KVCache, rows: jax.Array | None = None
 ) -> tuple[jax.Array, KVCache]:
     hidden, cache = model(tokens, lengths, cache, rows=rows)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return model.logits(hidden), cache
+    return last_logits(model, hidden, lengths), cache
 
 
 def _decode_step(model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -391,6 +393,34 @@ def _append(out: Generated, step: jax.Array, active: jax.Array, token: jax.Array
 
 def _is_concrete(*arrays: jax.Array) -> bool:
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def check_texts(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Whole texts, int32 [B, T], and their lengths, int32 [B], checked.
+
+    Raises:
+      ValueError: Shapes disagree, a token is outside the vocabulary, a text is empty, or T exceeds max_seq_len.
+    """
+    tokens = _check_tokens(model, tokens, ndim=2)
+    if tokens.shape[1] > model.config.max_seq_len:
+        raise ValueError(f"{tokens.shape[1]} tokens exceed max_seq_len={model.config.max_seq_len}: pass fewer.")
+    return tokens, _check_lengths(lengths, tokens, least=1)
+
+
+def check_chunks(
+    model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache, rows: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The arguments of `prefill`, checked as it says: tokens int32 [P, T], lengths and rows int32 [P]."""
+    tokens = _check_tokens(model, tokens, ndim=2)
+    lengths = _check_lengths(lengths, tokens, least=0)
+    _check_cache(model, cache, tokens.shape[0] if rows is None else cache.batch_size)
+    rows = None if rows is None else _check_rows(rows, tokens, cache)
+    if tokens.shape[1] > cache.max_len:
+        raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
+    named = jnp.arange(len(lengths), dtype=jnp.int32) if rows is None else rows
+    if _is_concrete(lengths, cache.lengths, named):
+        _check_room(cache, lengths, np.asarray(named))
+    return tokens, lengths, rows
 
 
 def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:

@@ -1,0 +1,213 @@
+"""Reads the values that a model computes on its way, under jit and on any mesh."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from grokjax.cache import KVCache
+from grokjax.config import GrokConfig
+from grokjax.model import (
+    OUTSIDE_LAYERS,
+    SITES,
+    At,
+    Grok,
+    Probe,
+    Reader,
+    check_chunks,
+    check_texts,
+    in_any_context,
+    last_logits,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tap:
+    """What is to be read at one site. Only the layers and positions that it names take memory.
+
+    Attributes:
+      site: where, one of `SITES`; docs/research.md has a table.
+      layers: their numbers, each once, in the order in which they are to stand; all of them by default.
+      at: "last", for the last real token of each row, or positions in the texts, [k] or [P, k]; all by default. What a
+        call does not reach of the positions is 0.
+      via: (value [P, T, ...] or less of it, where it stands, an `At`) -> the tree of arrays that is kept instead, as
+        `top_tokens` makes. It runs in the layer, so that the value itself takes no memory. A function of a module
+        compiles once; a lambda made anew, anew.
+      fold: (what is kept, what the next layer gives) -> what is kept: one result of all layers, such as `jnp.maximum`
+        makes.
+    """
+
+    site: str
+    layers: Iterable[int] | None = None
+    at: Any = None
+    via: Callable[[jax.Array, At], Any] | None = None
+    fold: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+
+@in_any_context
+def observe(
+    model: Grok, tokens: ArrayLike, lengths: ArrayLike, taps: Mapping[str, Tap]
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Runs whole texts through the model, keeps no cache, and gives what the taps have read.
+
+    It has derivatives where `forward` has them. Other layers, in the same number, and other positions compile nothing.
+
+    Args:
+      model: the model, edited or not.
+      tokens: integers [B, T] in the vocabulary, right-padded.
+      lengths: integers [B], tokens of each text, 1 to T.
+      taps: by names of your choice.
+
+    Returns:
+      Logits, float32 [B, V], at each text's last token, as `prefill` gives them; and what was read, by the taps' names:
+      [n, B, T, ...] of n layers, in the site's dtype and in its shards, without the first axis outside the layers or
+      where layers are folded, and [n, B, ...] or [n, B, k, ...] of some positions.
+
+    Raises:
+      ValueError: A tap names no site, no layer of the model or no position, or names a layer twice; or the texts are
+        none, see `check_texts`.
+    """
+    tokens, lengths = check_texts(model, tokens, lengths)
+    return _observe(model, tokens, lengths, _readers_of(model, taps, len(tokens)))
+
+
+@in_any_context
+def observe_step(
+    model: Grok,
+    tokens: ArrayLike,
+    lengths: ArrayLike,
+    cache: KVCache,
+    taps: Mapping[str, Tap],
+    *,
+    rows: ArrayLike | None = None,
+) -> tuple[jax.Array, dict[str, Any], KVCache]:
+    """`prefill` that also gives what the taps have read in this call. DONATES `cache`.
+
+    It adds prompts, or further chunks of them; with T = 1 it is `decode`, whose inactive rows have length 0.
+
+    Args:
+      model: the model, edited or not.
+      tokens: integers [P, T] in the vocabulary, right-padded.
+      lengths: integers [P], real tokens of each row in this call, 0 to T.
+      cache: of B rows; each row continues after what it holds.
+      taps: by names of your choice; their positions count from the beginning of a row, not of the call.
+      rows: integers [P], the cache's rows that the tokens are for; by default all B in order.
+
+    Returns:
+      Logits, float32 [P, V], at each row's last real token; what was read, as `observe` gives it; and the cache.
+
+    Raises:
+      ValueError: As in `observe` and `prefill`.
+    """
+    tokens, lengths, rows = check_chunks(model, tokens, lengths, cache, rows)
+    given = (model, tokens, lengths, cache, rows, _readers_of(model, taps, len(tokens)))
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given))
+    return (_observe_step_keeping if is_traced else _observe_step)(*given)
+
+
+@jax.jit
+def _observe(
+    model: Grok, tokens: jax.Array, lengths: jax.Array, readers: Mapping[str, Reader]
+) -> tuple[jax.Array, dict[str, Any]]:
+    probe = Probe(readers)
+    hidden = model.hidden_states(tokens, count=lengths, probe=probe)
+    return last_logits(model, hidden, lengths), probe.seen
+
+
+def _run_step(
+    model: Grok,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: KVCache,
+    rows: jax.Array | None,
+    readers: Mapping[str, Reader],
+) -> tuple[jax.Array, dict[str, Any], KVCache]:
+    probe = Probe(readers)
+    hidden, cache = model(tokens, lengths, cache, rows=rows, probe=probe)
+    return last_logits(model, hidden, lengths), probe.seen, cache
+
+
+_observe_step = jax.jit(_run_step, donate_argnames="cache")
+_observe_step_keeping = jax.jit(_run_step)  # a derivative needs the cache again
+
+
+def _readers_of(model: Grok, taps: Mapping[str, Tap], num_rows: int) -> dict[str, Reader]:
+    if not isinstance(taps, Mapping) or not all(isinstance(tap, Tap) for tap in taps.values()):
+        raise ValueError('taps must be a dict of Taps by names of your choice, such as {"x": Tap("stream.out")}.')
+    return {name: _reader_of(f"the tap {name!r}", tap, model.config, num_rows) for name, tap in taps.items()}
+
+
+def _reader_of(named: str, tap: Tap, config: GrokConfig, num_rows: int) -> Reader:
+    check_site(named, tap.site, config)
+    layers = layers_of(named, tap.site, tap.layers, config)
+    if tap.fold is not None and layers is None:
+        raise ValueError(f"{named} folds layers, and {tap.site!r} stands outside of them: leave fold away.")
+    is_last = isinstance(tap.at, str) and tap.at == "last"
+    via = _whole if tap.via is None else tap.via
+    return Reader(
+        site=tap.site,
+        layers=layers,
+        positions=None if is_last or tap.at is None else _positions_of(named, tap.at, num_rows),
+        is_last=is_last,
+        via=jax.tree_util.Partial(via) if jax.tree_util.all_leaves([via]) else via,
+        fold=tap.fold,
+    )
+
+
+def _whole(x: jax.Array, at: At) -> jax.Array:
+    del at
+    return x
+
+
+def _positions_of(named: str, at: Any, num_rows: int) -> jax.Array:
+    positions: Any = at if isinstance(at, jax.Array) else np.asarray(at)
+    is_fitting = positions.ndim == 1 or (positions.ndim == 2 and len(positions) == num_rows)
+    if positions.dtype.kind not in "iu" or not is_fitting or not positions.size:
+        raise ValueError(
+            f'{named} is at {at!r}: give "last", or positions as integers [k], or [{num_rows}, k] for {num_rows} rows.'
+        )
+    if not isinstance(positions, jax.core.Tracer) and np.asarray(positions).min() < 0:
+        raise ValueError(f'{named} is at {at!r}: positions count from 0 at the beginning of a text; or give "last".')
+    return jnp.broadcast_to(
+        jnp.asarray(positions, jnp.int32).reshape(-1, positions.shape[-1]), (num_rows, positions.shape[-1])
+    )
+
+
+def check_site(named: str, site: str, config: GrokConfig) -> None:
+    """Checks that a model has a site, for what is `named` so in the error.
+
+    Raises:
+      ValueError: It has not.
+    """
+    if site not in SITES:
+        raise ValueError(f"{named} is at {site!r}, which is no site; those are {', '.join(SITES)}.")
+    if site.startswith("router.") and config.num_experts == 1:
+        raise ValueError(f"{named} is at {site!r}, and this model is dense: it has no router.")
+
+
+def layers_of(named: str, site: str, layers: Iterable[int] | None, config: GrokConfig) -> jax.Array | None:
+    """The numbers of layers as an array, int32 [n]; all if there are none; None for a site outside the layers.
+
+    Raises:
+      ValueError: Layers are named for a site that has none; there are none, some do not exist, or one is named twice.
+    """
+    if site in OUTSIDE_LAYERS:
+        if layers is not None:
+            raise ValueError(f"{named} names layers, and {site!r} stands outside of them: leave layers away.")
+        return None
+    if isinstance(layers, jax.core.Tracer):
+        return layers.astype(jnp.int32)
+    try:
+        numbers = [operator.index(one) for one in (range(config.num_layers) if layers is None else layers)]
+    except TypeError as error:
+        raise ValueError(f"{named} has layers={layers!r}: give their numbers, as in layers=[0, 1].") from error
+    if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= one < config.num_layers for one in numbers):
+        raise ValueError(
+            f"{named} has layers={numbers}: name at least one, from 0 to {config.num_layers - 1}, and each once."
+        )
+    return jnp.asarray(numbers, jnp.int32)

@@ -1,0 +1,261 @@
+"""An edited model computes what its edits say, wherever it goes; and an edit that changes nothing changes no bit."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from builders import EXPERT, TENSOR, label, or_thorough
+from looked_into import COMPILED, CONFIG, IS_REAL, LENGTHS, TOKENS, dense, expected, make
+
+from grokjax import (
+    ByteTokenizer,
+    Engine,
+    ShardingRules,
+    forward,
+    generate,
+    save,
+)
+from grokjax.research import (
+    SITES,
+    At,
+    Edit,
+    Tap,
+    bias_router,
+    drop_experts,
+    edit,
+    edits_of,
+    force_experts,
+    limit_experts,
+    mask_heads,
+    observe,
+    patch,
+    project_out,
+    replace,
+    scale_experts,
+    scale_heads,
+    steer,
+    unedited,
+)
+
+VECTOR = np.random.default_rng(2).standard_normal(CONFIG.model_dim).astype(np.float32)
+OTHERS = np.random.default_rng(3).integers(3, CONFIG.vocab_size, TOKENS.shape)
+EVERY = {site: Tap(site) for site in SITES}
+MESHES = [((1, 1), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT)]
+
+
+def same(x: jax.Array, value: None, at: At) -> jax.Array:
+    return x
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((2, 4), marks=pytest.mark.thorough)], ids=label)
+def test_edits_that_change_nothing_change_no_bit(mesh: tuple[int, int]) -> None:
+    """Each alone would do too; in bfloat16 XLA leaves out a rounding that is there at `stream.mid`."""
+    model = make(mesh, quantized=True)
+    edited = edit(model, *(Edit(site, same) for site in SITES))
+    assert forward(edited, TOKENS).tobytes() == forward(model, TOKENS).tobytes()
+
+
+@pytest.mark.parametrize(("mesh", "rules"), or_thorough(MESHES, MESHES[:1]), ids=label)
+def test_a_patch_of_all_that_another_run_saw_gives_its_logits(mesh: tuple[int, int], rules: ShardingRules) -> None:
+    """Of what stands before the layers and of all that each of them adds, at all positions."""
+    model = make(mesh, rules)
+    clean, seen = observe(model, TOKENS, LENGTHS, EVERY)
+    added = [patch(site, None, seen[site]) for site in ("attention.out", "feed_forward.out")]
+    patched, _ = observe(edit(model, patch("embedding", None, seen["embedding"]), *added), OTHERS, LENGTHS, {})
+    np.testing.assert_allclose(patched, clean, rtol=0, atol=1e-5)
+
+
+def test_patches_of_each_layer_compile_once() -> None:
+    """What follows from a layer's stream is as it was in the clean run; so is what follows from one position of it."""
+    model = make()
+    clean, seen = observe(model, TOKENS, LENGTHS, {"x": Tap("stream.out")})
+    for layer in range(CONFIG.num_layers):
+        before = len(COMPILED)
+        whole = edit(model, patch("stream.out", [layer], np.asarray(seen["x"])[layer]))
+        patched, after = observe(whole, OTHERS, LENGTHS, {"x": Tap("stream.out")})
+        np.testing.assert_allclose(patched, clean, rtol=0, atol=1e-5)
+        assert layer == 0 or len(COMPILED) == before
+        np.testing.assert_array_equal(after["x"][layer], seen["x"][layer])
+    some = edit(model, patch("stream.out", [1], np.asarray(seen["x"])[1][:, [2, 4]], [2, 4]))
+    _, after = observe(some, OTHERS, LENGTHS, {"x": Tap("stream.out", layers=[1])})
+    is_clean = (np.asarray(after["x"][0]) == np.asarray(seen["x"][1])).all(axis=-1)
+    assert is_clean[0].tolist() == [i in (2, 4) for i in range(9)]
+
+
+def test_forcing_the_experts_that_were_chosen_changes_no_bit() -> None:
+    model = make()
+    plain, seen = observe(model, TOKENS, LENGTHS, {"chosen": Tap("router.experts")})
+    forced, _ = observe(edit(model, force_experts(seen["chosen"])), TOKENS, LENGTHS, {})
+    assert forced.tobytes() == plain.tobytes()
+
+
+def test_ready_made_edits_do_what_they_say() -> None:
+    """Each alone, to values that the model has at its site in layer 1."""
+    model, shape = make(), TOKENS.shape
+    before = {site: values[1] for site, values in expected().items() if site not in ("embedding", "final")}
+    at = At(
+        layer=jnp.int32(1),
+        positions=jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], shape),
+        valid=jnp.asarray(IS_REAL),
+        router_logits=jnp.asarray(before["router.logits"], jnp.float32),
+        experts=jnp.asarray(before["router.experts"], jnp.int32),
+    )
+
+    def check(one: Edit, wanted: np.ndarray) -> np.ndarray:
+        x = jnp.asarray(before[one.site], jnp.int32 if one.site == "router.experts" else jnp.float32)
+        (bound,) = edits_of(edit(model, one))
+        found = np.asarray(bound.apply(x, at))
+        np.testing.assert_allclose(found, np.broadcast_to(wanted, found.shape), rtol=0, atol=1e-4)
+        np.testing.assert_array_equal(bound.apply(x, dataclasses.replace(at, layer=jnp.int32(0))), x)
+        return found
+
+    stream, heads, shares = before["stream.out"], before["attention.heads"], before["router.probabilities"]
+    late = (np.arange(9) >= 3)[None, :, None]
+    check(steer(VECTOR, [1], scale=2, start=3), stream + late * 2 * VECTOR)
+    check(replace("stream.mid", [1], 0), np.zeros(CONFIG.model_dim))
+    check(replace("stream.mid", [1], VECTOR), VECTOR)
+    unit = VECTOR / np.linalg.norm(VECTOR)
+    check(project_out(3 * VECTOR, [1]), stream - (stream @ unit)[..., None] * unit)
+    scales = np.linspace(0, 1, CONFIG.num_heads)
+    check(scale_heads(scales, [1]), heads * scales[:, None])
+    check(mask_heads(np.stack([scales < 2, scales > 0.5])[1:], [1]), heads * (scales > 0.5)[:, None])
+    bias = np.arange(8)
+    check(bias_router(bias, [1]), before["router.logits"] + bias)
+    check(drop_experts({1: [2, 6]}), np.where(np.isin(bias, [2, 6]), -np.inf, before["router.logits"]))
+    chosen = before["router.experts"]
+    check(scale_experts({1: {2: 0.5, 4: 0}}), shares * np.where(chosen == 2, 0.5, chosen != 4))
+    check(limit_experts(1, [1]), shares * [1, 0])
+    check(force_experts([7, 0], [1]), np.array([7, 0]))
+
+
+def test_edits_of_the_router_act_before_experts_are_chosen() -> None:
+    """What each layer has is given to the edits by layer: the first is forced, the second biased, less one expert."""
+    bias = np.stack([np.zeros(8), 100 * (np.arange(8) == 5)])
+    edits = force_experts([7, 0], [0]), bias_router(bias), drop_experts({1: [6]})
+    sites = {site: Tap(site) for site in SITES if site.startswith("router.")}
+    _, seen = observe(edit(make(), *edits), TOKENS, LENGTHS, sites)
+    logits, experts, shares = (np.asarray(seen[site], np.float64) for site in sites)
+    assert (experts[0] == [7, 0]).all()
+    assert (experts[1, ..., 0] == 5).all()
+    assert (experts[1] != 6).all()
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(shares, np.take_along_axis(softmax, experts.astype(int), axis=-1), atol=1e-5)
+
+
+def test_edits_act_in_the_order_in_which_they_were_given() -> None:
+    model, mid = make(), {"x": Tap("stream.mid", layers=[0])}
+    zero, add = replace("stream.mid", [0], 0), steer(VECTOR, [0], site="stream.mid")
+    once = edit(edit(model, zero), add)
+    for edited in (once, edit(model, zero, add)):
+        np.testing.assert_array_equal(observe(edited, TOKENS, LENGTHS, mid)[1]["x"][0, 0, 0], VECTOR)
+    assert not observe(edit(model, add, zero), TOKENS, LENGTHS, mid)[1]["x"].any()
+    assert [repr(one) for one in edits_of(once)] == [
+        "replace at stream.mid in layers 0",
+        "steer at stream.mid in layers 0",
+    ]
+    assert "edits=(replace at stream.mid in layers 0, steer at stream.mid in layers 0)" in repr(once)
+    assert edits_of(model) == edits_of(unedited(once)) == ()
+    assert "edits" not in repr(unedited(once))
+
+
+@pytest.mark.parametrize(("mesh", "rules"), or_thorough(MESHES, MESHES[2:]), ids=label)
+def test_a_steered_model_gives_the_same_tokens_everywhere(mesh: tuple[int, int], rules: ShardingRules) -> None:
+    """In an engine, which cuts the prompt and has other requests, in `generate`, and without a cache."""
+    model, other = (
+        edit(make(mesh, rules), steer(VECTOR, [0], scale=scale, start=2), drop_experts({1: [0, 3]}))
+        for scale in (0.5, -0.5)
+    )
+    prompt = TOKENS[0].tolist()
+    made = np.asarray(generate(model, TOKENS, LENGTHS, max_new_tokens=5).tokens)
+    tokens = list(prompt)
+    for _ in range(5):
+        padded = np.zeros((2, 16), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(forward(model, padded)[0, len(tokens) - 1].argmax()))
+    assert tokens[len(prompt) :] == made[0].tolist()
+    assert made.tolist() != np.asarray(generate(other, TOKENS, LENGTHS, max_new_tokens=5).tokens).tolist()
+    with Engine(model, ByteTokenizer(CONFIG.vocab_size), slots=4, max_len=16, prefill_buckets=(4,)) as engine:
+        others = [TOKENS[1, :5].tolist(), [*prompt[:6], 9], prompt]
+        done = engine.generate([prompt, *others], max_new_tokens=5, temperature=0, ignore_eos=True)
+    assert [list(one.token_ids) for one in done[:2]] == made.tolist()
+    assert list(done[3].token_ids) == made[0].tolist()
+
+
+def positions_of(x: jax.Array, at: At) -> jax.Array:
+    return at.positions
+
+
+def test_derivatives_go_from_a_tap_to_the_value_of_an_edit() -> None:
+    """Beside a tap of integers, which have none; compared with a small step."""
+    taps = {"x": Tap("stream.out", at="last"), "positions": Tap("stream.out", via=positions_of)}
+
+    def of_vector(vector: jax.Array) -> jax.Array:
+        return jnp.sum(
+            jnp.square(observe(edit(dense(), steer(vector, site="stream.in")), TOKENS, LENGTHS, taps)[1]["x"])
+        )
+
+    both = jax.jit(jax.value_and_grad(of_vector))
+    found = both(jnp.zeros(CONFIG.model_dim))[1]
+    change = (both(1e-2 * VECTOR)[0] - both(-1e-2 * VECTOR)[0]) / 2e-2
+    np.testing.assert_allclose(np.vdot(found, VECTOR), change, rtol=1e-2)
+
+
+def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
+    return x[..., :1]
+
+
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        (
+            steer(VECTOR, [5]),
+            r"the edit steer at stream\.out in layers 5 has layers=\[5\]: name at least one, from 0 to 1",
+        ),
+        (steer(VECTOR, []), "at least one"),
+        (steer(VECTOR, site="stream"), "'stream', which is no site"),
+        (steer(VECTOR[:5]), r"steer at stream\.out in layers 0 to 1 does not fit x of shape \(1, 1, 32\) \(P, T, D\)"),
+        (steer(np.stack([VECTOR] * 3)), r"values for \[\(3,\)\] layers: give one for each layer that it names, \(2,\)"),
+        (replace("final", [0], 0), "'final' stands outside of them"),
+        (patch("stream.out", [0], np.zeros((2, 3, 5))), r"\(2, 3, 5\) are no values of 3 positions"),
+        (patch("stream.out", [0], np.zeros((2, 3, 32)), [1, 2]), "no values of 2 positions"),
+        (project_out(np.zeros(32)), "direction has the length 0"),
+        (drop_experts({0: [8]}), "name at least one expert in each layer, from 0 to 7"),
+        (drop_experts({0: []}), "name at least one expert in each layer"),
+        (drop_experts({0: range(8)}), "loses all its 8 experts"),
+        (force_experts([1, 1]), "from 0 to 7, and none twice for a token"),
+        (force_experts([1, 8]), "from 0 to 7, and none twice"),
+        (force_experts([1]), "give the numbers of 2 experts"),
+        (
+            Edit("stream.out", narrower),
+            r"narrower .* makes \(1, 1, 1\) of x of shape \(1, 1, 32\): .* must keep the shape",
+        ),
+    ],
+)
+def test_an_edit_that_reaches_nothing_is_refused(one: Edit, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        edit(make(), one)
+
+
+def test_what_is_no_edit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes a model and one edit or more, such as steer"):
+        edit(make())
+    with pytest.raises(ValueError, match=r"experts are numbered from 0, and these were named: \[\[-1\]\]"):
+        drop_experts({0: [-1]})
+    with pytest.raises(ValueError, match="this model is dense: it has no router"):
+        edit(dense(), bias_router(np.zeros(8)))
+
+
+def test_values_of_other_rows_are_refused_where_they_are_used() -> None:
+    edited = edit(make(), patch("stream.out", [0], np.zeros((3, 2, 32))))
+    with pytest.raises(ValueError, match=r"patch at stream\.out in layers .* does not fit x of shape \(2, 9, 32\)"):
+        forward(edited, TOKENS)
+
+
+def test_an_edited_model_is_not_saved(tmp_path: Path) -> None:
+    edited = edit(make(), steer(VECTOR, [1]))
+    with pytest.raises(ValueError, match=r"edited.*\n  steer at stream\.out in layers 1\nSave .*unedited\(model\)"):
+        save(edited, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
