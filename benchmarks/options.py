@@ -1,11 +1,12 @@
 """What the benchmarks of a model share of their options: its configuration, mesh, dtype and kind of weights."""
 
 import argparse
+import math
 
 from jax.sharding import Mesh
 
 from grokjax import GrokConfig, make_mesh
-from grokjax.cli import named_config, read_extents
+from grokjax.cli import named_config, read_extents, use_every_core
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -29,5 +30,7 @@ def read_config(arguments: argparse.Namespace, *, longest: int = 1) -> GrokConfi
 
 
 def read_mesh(arguments: argparse.Namespace) -> Mesh:
-    """The mesh that is asked for, of the devices that are there."""
-    return make_mesh(read_extents(arguments.mesh))
+    """The mesh that is asked for, of the devices that are there; a CPU is as many as it takes."""
+    extents = read_extents(arguments.mesh)
+    use_every_core(math.prod(extents))
+    return make_mesh(extents)
