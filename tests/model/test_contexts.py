@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from builders import or_thorough
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +21,7 @@ from grokjax import (
     AsyncEngine,
     ByteTokenizer,
     Engine,
+    Grok,
     GrokConfig,
     KVCache,
     Request,
@@ -208,6 +211,28 @@ def test_weights_are_changed_under_the_model_s_own_mesh() -> None:
         with jax.set_mesh(changed.mesh):
             changed.layers.feed_forward.router[0] = 0.0
         assert not np.asarray(changed.layers[0].feed_forward.router.get_value()).any()
+
+
+@pytest.mark.thorough
+def test_an_optimizer_trains_a_model_on_explicit_axes_under_its_own_mesh() -> None:
+    trained = init(CONFIG, dtype=jnp.float32, quantized=False, mesh=MESHES["its own, Explicit"]())
+
+    @nnx.jit
+    def train(model: Grok, optimizer: nnx.Optimizer[Grok]) -> jax.Array:
+        def loss(model: Grok) -> jax.Array:
+            log_probs = jax.nn.log_softmax(forward(model, TOKENS)[:, :-1])
+            return -jnp.take_along_axis(log_probs, TOKENS[:, 1:, None], axis=-1).mean()
+
+        value, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return value
+
+    standard = jax.numpy_dtype_promotion("standard")  # which optax relies on
+    with standard, jax.set_mesh(MESHES["its own, Explicit"]()), jax.set_mesh(trained.mesh):
+        optimizer = nnx.Optimizer(trained, optax.adamw(1e-2), wrt=nnx.Param)
+        before, after = (float(train(trained, optimizer)) for _ in range(2))
+    assert after < before
+    assert trained.layers.feed_forward.gate.get_value().sharding.spec[-1] == "model"
 
 
 def test_results_are_arrays_that_jax_takes_under_the_callers_mesh() -> None:
