@@ -34,8 +34,8 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     Raises:
       CheckpointError: The folder exists, cannot be written, or the disk is full.
       ValueError: The model has parameters that a checkpoint has no place for, or lacks some, or some have another shape
-        or dtype than a checkpoint holds; all are listed. Or its embedding table is int8, or
-        it is edited.
+        or dtype than a checkpoint holds; all are listed. Or its embedding table is int8, or it is
+        edited.
     """
     if isinstance(model.embedding.table.get_value(), QuantizedTable):
         raise ValueError(

@@ -59,11 +59,12 @@ def _bound(one: Edit, model: Grok) -> Edit:
     value = jax.tree.map(lambda leaf: _array(leaf, model.partitioner), one.value)
     bound = dataclasses.replace(one, layers=layers, value=value)
     if one.by_layer:
-        found = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(value)}
-        if layers is None or found != {layers.shape}:
+        num_layers = 0 if layers is None else len(layers)
+        if any(leaf.shape[:1] != (num_layers,) for leaf in jax.tree.leaves(value)):
+            shapes = [leaf.shape for leaf in jax.tree.leaves(value)]
             raise ValueError(
-                f"{named} has values for {sorted(found)} layers: give one for each layer that it names, "
-                f"{layers.shape if layers is not None else 'and its site has none'}."
+                f"{named} is in {num_layers} layers, and its values have shapes {shapes}: give them {num_layers} for a "
+                "first axis, or leave that axis away, to have the same in all layers."
             )
     is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((layers, value)))
     problem = one.check(layers, value, config) if one.check is not None and is_known else None

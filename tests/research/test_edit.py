@@ -217,7 +217,10 @@ def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
         (steer(VECTOR, []), "at least one"),
         (steer(VECTOR, site="stream"), "'stream', which is no site"),
         (steer(VECTOR[:5]), r"steer at stream\.out in layers 0 to 1 does not fit x of shape \(1, 1, 32\) \(P, T, D\)"),
-        (steer(np.stack([VECTOR] * 3)), r"values for \[\(3,\)\] layers: give one for each layer that it names, \(2,\)"),
+        (
+            steer(np.stack([VECTOR] * 3)),
+            r"is in 2 layers, and its values have shapes .*\(3, 32\).*: give them 2 for a first axis",
+        ),
         (replace("final", [0], 0), "'final' stands outside of them"),
         (patch("stream.out", [0], np.zeros((2, 3, 5))), r"\(2, 3, 5\) are no values of 3 positions"),
         (patch("stream.out", [0], np.zeros((2, 3, 32)), [1, 2]), "no values of 2 positions"),
