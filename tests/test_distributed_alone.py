@@ -15,7 +15,7 @@ from grokjax.cli import options as cli_options
 from grokjax.config import GrokConfig
 from grokjax.distributed import Channel, DistributedError, initialize, on_first, sharing_errors
 from grokjax.engine import SharedSteps, follow
-from grokjax.model import Grok, ModelSteps, SlotSettings, init
+from grokjax.model import Grok, ModelSteps, RowSettings, SlotSettings, init
 from grokjax.rendezvous import Meeting
 
 
@@ -195,6 +195,24 @@ def test_a_failed_step_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(DistributedError, match=r"a step of all processes failed: .* reset by peer\. Another process"):
         follow(model)
+
+
+@pytest.mark.usefixtures("client")
+def test_a_step_that_guesses_is_followed_with_the_same_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def take(_: ModelSteps, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> None:
+        taken.append((settings.packed.tolist(), limits.tolist(), num_guesses))
+
+    monkeypatch.setattr(ModelSteps, "decode_guesses", take)
+    model = small_model(monkeypatch, dtype=np.float32)
+    leading = SharedSteps(model, max_guesses=3, **SIZES)
+    leading.decode_guesses(SlotSettings.of({0: RowSettings(seed=5, active=True)}, 1), np.array([[8, 3]], np.int32), 3)
+    leading.close()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    follow(model)
+    assert len(taken) == 2
+    assert taken[0] == taken[1]
 
 
 ANOTHER_MODEL = r"process 0 has another model: .*; process 1 has .*: load the same with the same mesh, rules and dtype"
