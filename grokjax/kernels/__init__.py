@@ -13,7 +13,7 @@ hidden states with the table; `experts`, those that each token chose, with `expe
 
 from grokjax.kernels.attention import attend
 from grokjax.kernels.cpu_features import processor_features, product_dtype
-from grokjax.kernels.derivatives import with_rule
+from grokjax.kernels.derivatives import varying_over, with_rule
 from grokjax.kernels.entries import CachePlace, copy_row, own_place, scatter_entries, write
 from grokjax.kernels.experts import evaluate_experts
 from grokjax.kernels.gated_unit import GatedWeights, gated_unit
@@ -36,6 +36,7 @@ __all__ = [
     "product_dtype",
     "scatter_entries",
     "unembed",
+    "varying_over",
     "with_rule",
     "write",
 ]

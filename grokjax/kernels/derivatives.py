@@ -7,7 +7,7 @@ derivative backwards needs more than this gives, and is refused.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,26 @@ def with_rule(
 
     call.defjvp(rule, symbolic_zeros=True)
     return call
+
+
+def varying_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """x, of which JAX is told that it varies over these axes of a caller's `shard_map`, and over no others.
+
+    Nothing is exchanged, neither for it nor for its derivatives.
+    """
+
+    def told(axes: frozenset[str]) -> Any:
+        kind = jax.sharding.ManualAxisType(varying=axes)
+        return jax.typeof(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.typeof(x).sharding, manual_axis_type=kind)
+        )
+
+    def direction(axes: frozenset[str]) -> _Direction:
+        return _Direction(lambda _, leaves: list(leaves), (told(axes),))
+
+    pull = direction(jax.typeof(x).manual_axis_type.varying)
+    (changed,) = _linear_p.bind(x, num_known=0, push=direction(axes), pull=pull)
+    return cast(jax.Array, changed)
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from grokjax.cache import KVCache
 from grokjax.context import own_context
+from grokjax.kernels import varying_over
 from grokjax.sharding import Axes, Partitioner
 
 P = ParamSpec("P")
@@ -30,14 +33,44 @@ def in_any_context(function: Callable[P, R]) -> Callable[P, R]:
             raise ValueError(f"the model must be one that init or load makes, not a {type(model).__name__}.")
         partitioner: Partitioner = model.partitioner
         partitioner.check_context()
+        axes = _varying_axes((model, others, kwargs))
+        if axes:
+            model, others, kwargs = jax.tree.map(functools.partial(_as_one, axes=axes), (model, others, kwargs))
         with own_context():
             received: Any = _map(_receive, (others, kwargs), partitioner)
             results = function(model, *received[0], **received[1])
+        if axes:
+            results = jax.tree.map(functools.partial(varying_over, axes=axes), results)
         if jax.sharding.get_abstract_mesh().empty:
             return results
         return _map(functools.partial(_hand_over, vocab_size=model.config.vocab_size), results, partitioner)
 
     return cast(Callable[P, R], wrapped)
+
+
+def _varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a caller's `shard_map` over which some arrays vary, where it has JAX keep count of that."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return frozenset()
+    return frozenset().union(*(_axes_of(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)))
+
+
+def _axes_of(value: jax.Array) -> frozenset[str]:
+    varying: frozenset[str] = jax.typeof(value).manual_axis_type.varying
+    return varying
+
+
+def _as_one(value: Any, *, axes: frozenset[str]) -> Any:
+    """An array that a model takes for the same on all devices of a caller's axes, over which it exchanges nothing.
+
+    Derivatives with respect to what is the same there, such as weights, are summed, as JAX does.
+    """
+    if not isinstance(value, jax.Array):
+        return value
+    missing = axes - _axes_of(value)
+    if missing and jnp.issubdtype(value.dtype, jnp.floating):
+        value = lax.pcast(value, tuple(sorted(missing)), to="varying")
+    return varying_over(value, frozenset()) if _axes_of(value) else value
 
 
 def _map(function: Callable[[Any, Partitioner], Any], tree: R, partitioner: Partitioner) -> R:

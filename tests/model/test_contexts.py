@@ -42,6 +42,7 @@ from grokjax import (
     sample_token,
     save,
 )
+from grokjax.model import with_values
 from grokjax.sampling import log_probs_of, min_p_filter, top_k_filter, top_p_filter
 
 CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
@@ -277,6 +278,21 @@ def test_a_model_runs_inside_a_shard_map_over_an_axis_that_it_does_not_use() -> 
     for half in (slice(0, 2), slice(2, 4)):
         assert_same(logits[half], forward(made, four[half]))
         assert_same(tokens[:, half], _loop(made, four[half]))
+
+
+def test_a_derivative_inside_a_shard_map_is_summed_over_the_axis_that_the_model_does_not_use() -> None:
+    """JAX sums it for what is the same on all devices there, if it is told that the logits are not."""
+    made, mesh = replicated()
+
+    def gradient(scale: jax.Array, tokens: jax.Array) -> jax.Array:
+        def loss(scale: jax.Array) -> jax.Array:
+            return (forward(with_values(made, {"final_norm.scale": scale}), tokens) ** 2).sum()
+
+        return jax.grad(loss)(scale)
+
+    run = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("replica")), out_specs=P(), axis_names={"replica"})
+    scale, four = made.final_norm.scale.get_value(), np.concatenate([TOKENS, TOKENS + 7])
+    np.testing.assert_allclose(jax.jit(run)(scale, four), jax.jit(gradient)(scale, four), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
