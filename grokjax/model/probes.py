@@ -84,7 +84,8 @@ class Edit:
     check: Callable[..., str | None] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __repr__(self) -> str:
-        where = "" if self.layers is None else f" in layers {_listed(self.layers)}"
+        is_known = self.layers is not None and not isinstance(self.layers, jax.core.Tracer)
+        where = f" in layers {_listed(self.layers)}" if is_known else ""
         return f"{self.fn.__name__.lstrip('_')} at {self.site}{where}"
 
     def apply(self, x: jax.Array, at: At) -> jax.Array:
@@ -267,9 +268,7 @@ def _take(x: jax.Array, at: At, wanted: jax.Array, is_there: jax.Array) -> tuple
 
 
 def _listed(layers: Any) -> str:
-    """Numbers of layers for a sentence; those that are being traced are not known."""
-    if isinstance(layers, jax.core.Tracer):
-        return "that are traced"
+    """Numbers of layers for a sentence."""
     numbers = np.asarray(layers)
     if numbers.ndim != 1 or numbers.size < 2 or (np.diff(numbers) != 1).any():
         return ", ".join(map(str, numbers.ravel().tolist()))

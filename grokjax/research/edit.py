@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.model import SITES, At, Edit, Edits, Grok, with_values
-from grokjax.research.tap import check_site, layers_of
+from grokjax.research.tap import check_site, layers_of, problem_of_positions
 from grokjax.sharding import Partitioner
 
 
@@ -29,7 +29,8 @@ def edit(model: Grok, *edits: Edit) -> Grok:
       edits: ready-made ones, such as `steer`, or of your own, see `Edit`.
 
     Raises:
-      ValueError: An edit reaches nothing: its site or its layers do not exist, or its value does not fit there.
+      ValueError: An edit reaches nothing: its site, its layers or its positions do not exist, or its value does not fit
+        there.
     """
     if not edits or not all(isinstance(one, Edit) for one in edits):
         raise ValueError("edit takes a model and one edit or more, such as steer(vector, layers=[3]) makes.")
@@ -56,7 +57,8 @@ def _bound(one: Edit, model: Grok) -> Edit:
     named, config = f"the edit {one!r}", model.config
     check_site(named, one.site, config)
     layers = layers_of(named, one.site, one.layers, config)
-    value = jax.tree.map(lambda leaf: _array(leaf, model.partitioner), one.value)
+    given = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), one.value)
+    value = jax.tree.map(lambda leaf: _array(leaf, model.partitioner), given)
     bound = dataclasses.replace(one, layers=layers, value=value)
     if one.by_layer:
         num_layers = 0 if layers is None else len(layers)
@@ -66,8 +68,10 @@ def _bound(one: Edit, model: Grok) -> Edit:
                 f"{named} is in {num_layers} layers, and its values have shapes {shapes}: give them {num_layers} for a "
                 "first axis, or leave that axis away, to have the same in all layers."
             )
-    is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((layers, value)))
-    problem = one.check(layers, value, config) if one.check is not None and is_known else None
+    try:
+        problem = None if one.check is None else one.check(layers, given, config)
+    except jax.errors.JAXTypeError:
+        problem = None  # what is traced is not known
     if problem is not None:
         raise ValueError(f"{named}: {problem}")
     _try(bound, config)
@@ -104,9 +108,8 @@ def _try(bound: Edit, config: GrokConfig) -> None:
     jax.eval_shape(lambda x, at, value: dataclasses.replace(bound, value=value).apply(x, at), x, at, bound.value)
 
 
-def _array(leaf: Any, partitioner: Partitioner) -> jax.Array:
+def _array(array: Any, partitioner: Partitioner) -> jax.Array:
     """An array on the model's devices, floats in at most 32 bits: a number of Python must not widen what it changes."""
-    array: Any = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = jnp.asarray(array, array.dtype if array.dtype.itemsize < 4 else jnp.float32)
     elif jnp.issubdtype(array.dtype, jnp.integer):
@@ -129,15 +132,19 @@ def steer(
       vector: [D], or one for each layer, [n, D]; at another site in place of D its axes after [P, T].
       layers: all by default.
       scale: its factor.
-      start: the first position of each text to which it is added.
+      start: the first position of each text to which it is added, from 0 to less than `max_seq_len`.
       site: where.
     """
     vector = jnp.asarray(vector, jnp.float32) * jnp.asarray(scale, jnp.float32)
-    return _ready(_steer, site, layers, _num_features(site), vector=vector, start=start)
+    return _ready(_steer, site, layers, _num_features(site), check=_check_start, vector=vector, start=start)
 
 
 def _steer(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
     return _where(at.positions >= value["start"], x + _aligned(value["vector"], x), x)
+
+
+def _check_start(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
+    return problem_of_positions(value["start"], config)
 
 
 def replace(site: str, layers: Iterable[int] | None, value: ArrayLike) -> Edit:
@@ -165,7 +172,8 @@ def patch(site: str, layers: Iterable[int] | None, value: ArrayLike, positions: 
       site: where.
       layers: None for all of them, or for a site outside of them.
       value: [P, k, ...] as the site has it, P rows or one for all; or that for each layer, [n, P, k, ...].
-      positions: integers [k] in the texts, or [P, k]; by default the first k.
+      positions: integers [k] in the texts, or [P, k], from 0 to less than `max_seq_len`; by default the first k. One
+        beyond a text changes nothing.
     """
     value = value if isinstance(value, jax.Array) else np.asarray(value)
     rank = len(SITES.get(site, ""))
@@ -173,7 +181,9 @@ def patch(site: str, layers: Iterable[int] | None, value: ArrayLike, positions: 
         positions = np.arange(value.shape[value.ndim - rank + 1] if value.ndim >= rank else 0)
     positions = positions if isinstance(positions, jax.Array) else np.asarray(positions)
     positions = positions.reshape(-1, positions.shape[-1]) if positions.ndim else positions.reshape(1, 1)
-    return _ready(_patch, site, layers, rank, value=value, positions=positions)
+    if value.ndim >= rank > 0 and value.shape[-rank] == 1 < len(positions):
+        value = jnp.repeat(value, len(positions), axis=-rank)
+    return _ready(_patch, site, layers, rank, check=_check_positions, value=value, positions=positions)
 
 
 def _patch(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
@@ -182,10 +192,19 @@ def _patch(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
         raise ValueError(
             f"{new.shape} are no values of {positions.shape[1]} positions: give as many, and the last axes of x."
         )
+    if not {len(new), len(positions)} <= {1, len(x)}:
+        raise ValueError(
+            f"its values have {len(new)} rows, its positions {len(positions)}, and this call has {len(x)}: give as "
+            "many as the call has, or one row for all, as an engine needs, whose calls have other rows than yours."
+        )
     rows = jnp.broadcast_to(new, (len(x), *new.shape[1:]))
     is_it = at.positions[:, :, None] == positions[:, None]  # [P, T, k]
     index = jnp.argmax(is_it, axis=-1)[(...,) + (None,) * (x.ndim - 2)]
     return _where(is_it.any(axis=-1), jnp.take_along_axis(rows, index, axis=1).astype(x.dtype), x)
+
+
+def _check_positions(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
+    return problem_of_positions(value["positions"], config)
 
 
 def project_out(direction: ArrayLike, layers: Iterable[int] | None = None, *, site: str = "stream.out") -> Edit:
@@ -221,7 +240,13 @@ def scale_heads(scales: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
       scales: [N], or for each layer, [n, N].
       layers: all by default.
     """
-    return _ready(_scale_heads, "attention.heads", layers, 1, scales=jnp.asarray(scales, jnp.float32))
+    scales = jnp.asarray(scales, jnp.float32)
+    return _ready(_scale_heads, "attention.heads", layers, 1, check=_check_heads, scales=scales)
+
+
+def _scale_heads(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
+    del at
+    return x * _aligned(value["scales"][:, None], x)
 
 
 def mask_heads(mask: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
@@ -231,12 +256,23 @@ def mask_heads(mask: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
       mask: bool [N], or for each layer, [n, N]: True for the heads that stay.
       layers: all by default.
     """
-    return scale_heads(jnp.asarray(mask, bool), layers)
+    mask = jnp.asarray(mask, bool)
+    return _ready(_mask_heads, "attention.heads", layers, 1, check=_check_heads, mask=mask)
 
 
-def _scale_heads(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
+def _mask_heads(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
     del at
-    return x * _aligned(value["scales"][:, None], x)
+    return jnp.where(_aligned(value["mask"][:, None], x), x, 0)
+
+
+def _check_heads(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
+    (of_heads,), num_heads = value.values(), config.num_heads
+    if of_heads.ndim in (1, 2) and of_heads.shape[-1] == num_heads:
+        return None
+    return (
+        f"its value has the shape {of_heads.shape}, and the model has {num_heads} heads in a layer: give "
+        f"[{num_heads}], one for each head, or [n, {num_heads}] for n layers."
+    )
 
 
 def drop_experts(experts: Mapping[int, Iterable[int]]) -> Edit:
@@ -289,7 +325,7 @@ def _check_forced(layers: jax.Array, value: Mapping[str, jax.Array], config: Gro
         return f"give the numbers of {config.experts_per_token} experts for a token."
     if experts.min() < 0 or experts.max() >= config.num_experts or (experts[..., 1:] == experts[..., :-1]).any():
         return f"its experts must be from 0 to {config.num_experts - 1}, and none twice for a token."
-    return None
+    return _check_positions(layers, value, config) if "positions" in value else None
 
 
 def bias_router(bias: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
@@ -309,12 +345,18 @@ def limit_experts(most: int, layers: Iterable[int] | None = None) -> Edit:
       most: 0 to X.
       layers: all by default.
     """
-    return _ready(_limit_experts, "router.probabilities", layers, 0, most=np.int32(most))
+    return _ready(_limit_experts, "router.probabilities", layers, 0, check=_check_most, most=np.int32(most))
 
 
 def _limit_experts(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
     del at
     return jnp.where((jnp.arange(x.shape[-1], dtype=jnp.int32) < value["most"])[None, None], x, 0)
+
+
+def _check_most(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
+    most, chosen = np.asarray(value["most"]), config.experts_per_token
+    is_fitting = 0 <= most <= chosen
+    return None if is_fitting else f"it leaves {most} experts: leave 0 to {chosen}, as many as a token chooses."
 
 
 def _ready(fn: Any, site: str, layers: Iterable[int] | None, rank: int, check: Any = None, **value: Any) -> Edit:
@@ -324,7 +366,8 @@ def _ready(fn: Any, site: str, layers: Iterable[int] | None, rank: int, check: A
     if by_layer:
         num_layers = np.shape(value[first])[0]
         for name in list(value)[1:]:
-            value[name] = jnp.broadcast_to(jnp.asarray(value[name])[None], (num_layers, *np.shape(value[name])))
+            xp: Any = jnp if isinstance(value[name], jax.Array) else np  # under jit, NumPy's values stay known
+            value[name] = xp.broadcast_to(xp.asarray(value[name])[None], (num_layers, *np.shape(value[name])))
     return Edit(site, fn, layers, value, by_layer=by_layer, check=check)
 
 

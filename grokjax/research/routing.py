@@ -74,6 +74,10 @@ class RouterStats:
             )
         return jax.tree.map(lambda one, two: one + two, self, other)
 
+    def __radd__(self, other: int) -> Self:
+        """`sum` begins with 0."""
+        return self if other == 0 else NotImplemented
+
     def __repr__(self) -> str:
         return describe_fields(self)
 

@@ -33,8 +33,8 @@ class Tap:
     Attributes:
       site: where, one of `SITES`; docs/research.md has a table.
       layers: their numbers, each once, in the order in which they are to stand; all of them by default.
-      at: "last", for the last real token of each row, or positions in the texts, [k] or [P, k]; all by default. What a
-        call does not reach of the positions is 0.
+      at: "last", for the last real token of each row, or positions in the texts, [k] or [P, k], from 0 to less than
+        `max_seq_len`; all by default. What a call does not reach of the positions is 0.
       via: (value [P, T, ...] or less of it, where it stands, an `At`) -> the tree of arrays that is kept instead, as
         `top_tokens` makes. It runs in the layer, so that the value itself takes no memory. A function of a module
         compiles once; a lambda made anew, anew.
@@ -152,7 +152,7 @@ def _reader_of(named: str, tap: Tap, config: GrokConfig, num_rows: int) -> Reade
     return Reader(
         site=tap.site,
         layers=layers,
-        positions=None if is_last or tap.at is None else _positions_of(named, tap.at, num_rows),
+        positions=None if is_last or tap.at is None else _positions_of(named, tap.at, num_rows, config),
         is_last=is_last,
         via=jax.tree_util.Partial(via) if jax.tree_util.all_leaves([via]) else via,
         fold=tap.fold,
@@ -164,18 +164,27 @@ def _whole(x: jax.Array, at: At) -> jax.Array:
     return x
 
 
-def _positions_of(named: str, at: Any, num_rows: int) -> jax.Array:
+def _positions_of(named: str, at: Any, num_rows: int, config: GrokConfig) -> jax.Array:
     positions: Any = at if isinstance(at, jax.Array) else np.asarray(at)
     is_fitting = positions.ndim == 1 or (positions.ndim == 2 and len(positions) == num_rows)
     if positions.dtype.kind not in "iu" or not is_fitting or not positions.size:
         raise ValueError(
             f'{named} is at {at!r}: give "last", or positions as integers [k], or [{num_rows}, k] for {num_rows} rows.'
         )
-    if not isinstance(positions, jax.core.Tracer) and np.asarray(positions).min() < 0:
-        raise ValueError(f'{named} is at {at!r}: positions count from 0 at the beginning of a text; or give "last".')
+    problem = None if isinstance(positions, jax.core.Tracer) else problem_of_positions(positions, config)
+    if problem is not None:
+        raise ValueError(f'{named}: {problem} Or give "last".')
     return jnp.broadcast_to(
         jnp.asarray(positions, jnp.int32).reshape(-1, positions.shape[-1]), (num_rows, positions.shape[-1])
     )
+
+
+def problem_of_positions(positions: ArrayLike, config: GrokConfig) -> str | None:
+    """What is wrong with positions that are known, in a sentence; None if texts of the model may have them all."""
+    known, end = np.asarray(positions), config.max_seq_len
+    if known.dtype.kind in "iu" and known.size and known.min() >= 0 and known.max() < end:
+        return None
+    return f"positions count from 0 at the beginning of a text, up to {end - 1}, and these were given: {known}."
 
 
 def check_site(named: str, site: str, config: GrokConfig) -> None:

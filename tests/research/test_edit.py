@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,22 @@ def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
         (replace("final", [0], 0), "'final' stands outside of them"),
         (patch("stream.out", [0], np.zeros((2, 3, 5))), r"\(2, 3, 5\) are no values of 3 positions"),
         (patch("stream.out", [0], np.zeros((2, 3, 32)), [1, 2]), "no values of 2 positions"),
+        (patch("stream.out", [0], VECTOR[None, None], [-1]), r"positions count from 0 .* up to 31, .* \[\[-1\]\]"),
+        (patch("stream.out", [0], VECTOR[None, None], [32]), r"up to 31, and these were given: \[\[32\]\]"),
+        (patch("stream.out", [0], VECTOR[None, None], [0.5]), r"were given: \[\[0\.5\]\]"),
+        (steer(VECTOR, start=-1), r"edit steer at stream\.out: positions count from 0 .* were given: -1"),
+        (steer(np.stack([VECTOR] * 2), start=2**32), "positions count from 0"),
+        (force_experts(np.tile([0, 1], (1, 33, 1))), "up to 31"),
+        (limit_experts(3), "it leaves 3 experts: leave 0 to 2"),
+        (
+            mask_heads([True]),
+            r"edit mask_heads at .*: its value has the shape \(1,\), and the model has 8 heads .* \[8\]",
+        ),
+        (scale_heads(np.ones((2, 5))), r"edit scale_heads at .* shape \(2, 5\), .* or \[n, 8\] for n layers"),
+        (
+            patch("stream.out", [0], np.zeros((3, 1, 32)), [[1], [2]]),
+            "values have 3 rows, its positions 2, and this call has 3",
+        ),
         (project_out(np.zeros(32)), "direction has the length 0"),
         (drop_experts({0: [8]}), "name at least one expert in each layer, from 0 to 7"),
         (drop_experts({0: []}), "name at least one expert in each layer"),
@@ -242,6 +259,26 @@ def test_an_edit_that_reaches_nothing_is_refused(one: Edit, message: str) -> Non
         edit(make(), one)
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad])
+@pytest.mark.parametrize("which", [0, 1])
+def test_positions_that_no_text_has_are_refused_under_jit_and_in_derivatives(which: int, transform: Any) -> None:
+    """Where values are traced, and what was given as numbers is known."""
+
+    def of_value(value: jax.Array) -> jax.Array:
+        edits = patch("stream.out", [0], value, [-1]), steer(np.stack([VECTOR] * 2), start=-1)
+        return observe(edit(make(), edits[which]), TOKENS, LENGTHS, {})[0].sum()
+
+    with pytest.raises(ValueError, match="positions count from 0"):
+        transform(of_value)(jnp.ones((1, 1, CONFIG.model_dim)))
+
+
+def test_one_value_is_put_at_another_position_of_each_row() -> None:
+    one = patch("stream.out", [1], VECTOR[None, None], [[8], [2]])
+    _, seen = observe(edit(make(), one), TOKENS, LENGTHS, {"x": Tap("stream.out", [1])})
+    is_put = (np.asarray(seen["x"][0]) == VECTOR).all(axis=-1)
+    assert np.argwhere(is_put).tolist() == [[0, 8], [1, 2]]
+
+
 def test_what_is_no_edit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"takes a model and one edit or more, such as steer"):
         edit(make())
@@ -253,7 +290,11 @@ def test_what_is_no_edit_is_refused() -> None:
 
 def test_values_of_other_rows_are_refused_where_they_are_used() -> None:
     edited = edit(make(), patch("stream.out", [0], np.zeros((3, 2, 32))))
-    with pytest.raises(ValueError, match=r"patch at stream\.out in layers .* does not fit x of shape \(2, 9, 32\)"):
+    message = (
+        r"patch at stream\.out does not fit x of shape \(2, 9, 32\) .* values have 3 rows, "
+        "its positions 1, and this call has 2: .* or one row for all, as an engine needs"
+    )
+    with pytest.raises(ValueError, match=message):
         forward(edited, TOKENS)
 
 

@@ -21,6 +21,7 @@ def test_statistics_are_a_count_and_add(mesh: tuple[int, int], rules: ShardingRu
     is_chosen = np.argsort(np.argsort(-probabilities, axis=-1), axis=-1) < CONFIG.experts_per_token
     ranked = -np.sort(-probabilities, axis=-1)
     margin = ranked[..., CONFIG.experts_per_token - 1] - ranked[..., CONFIG.experts_per_token]
+    assert sum([found, found]).tokens.tolist() == (2 * found.tokens).tolist()  # without a start
     assert found.tokens.tolist() == [2 * LENGTHS.sum()] * CONFIG.num_layers
     np.testing.assert_array_equal(found.load, 2 * is_chosen.sum(axis=1))
     np.testing.assert_array_equal(found.together, 2 * np.einsum("lte,ltf->lef", *[is_chosen.astype(int)] * 2))

@@ -162,7 +162,8 @@ def test_a_stream_is_the_sum_of_what_was_added_to_it() -> None:
         (Tap("final", fold=jnp.maximum), "leave fold away"),
         (Tap("stream.in", at="first"), r"is at 'first': give \"last\", or positions as integers \[k\], or \[2, k\]"),
         (Tap("stream.in", at=[[1], [2], [3]]), r"or \[2, k\] for 2 rows"),
-        (Tap("stream.in", at=[-1]), "positions count from 0"),
+        (Tap("stream.in", at=[-1]), "tap 'x': positions count from 0"),
+        (Tap("stream.in", at=[32]), r"up to 31, and these were given: \[32\]\. Or give \"last\""),
     ],
 )
 def test_a_tap_that_reads_nothing_is_refused(tap: Tap, message: str) -> None:
