@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
+from grokjax import ByteTokenizer, Grok, GrokConfig, Tokenizer, init, load, load_tokenizer
 from grokjax.cache import MOST_ROWS
 from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
@@ -278,47 +278,54 @@ def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
     """Of several processes, the first has the text, and the others step the model with it."""
     max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
     intake = Intake(source.tokenizer, config=source.config, max_len=max_len, max_logprobs=0, add_bos=add_bos)
-    intake.encode(arguments.prompt)  # refused now, not after the model has loaded
+    # What is wrong with the prompt is refused now, not after the model has loaded.
+    request = dataclasses.replace(_request(arguments), prompt=intake.encode(arguments.prompt).tolist())
     model = source.make()
     if not is_first():
         follow(model)
         return 0
-    generator = TextGenerator(
+    engine = Engine(
         model,
         source.tokenizer,
+        slots=1,
         max_len=max_len,
+        prefill_rows=1,
+        max_logprobs=0,
         max_guesses=arguments.guesses,
-        add_bos=add_bos,
         cache_dtype=arguments.cache_dtype,
         allow_oom=arguments.allow_oom,
     )
-    _stream(generator, arguments)
+    with engine:
+        _stream(engine, request, guesses=arguments.guesses > 0)
     return 0
 
 
-def _stream(generator: TextGenerator, arguments: argparse.Namespace) -> None:
+def _stream(engine: Engine, request: Request, *, guesses: bool) -> None:
     start = time.perf_counter()
-    pieces = generator.stream(
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        seed=arguments.seed,
-        ignore_eos=arguments.ignore_eos,
-        stop=arguments.stop,
-    )
     say("compiling the first steps")
+    if guesses:  # whose steps would compile one after the other, between the tokens
+        engine.warm_up(prompt_len=len(request.prompt))
+    handle = engine.submit(request)
     times = []
-    for piece in pieces:
-        write(piece)
+    for piece in engine.stream(handle):
+        write(piece.text)
         times.append(time.perf_counter())
+    if handle.completion.error is not None:
+        raise handle.completion.error
     write("\n")
     num_tokens = len(times) - 1  # the last piece is what the decoder held back
-    # The first steps compile; the rate is that of the others.
-    rate = f", then {(num_tokens - 2) / (times[-2] - times[1]):.1f} tokens/s" if num_tokens > 8 else ""
-    say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}")
+    # The rate is that of the tokens after the last one whose step may have compiled.
+    last = 0 if guesses else 1
+    rate = f", then {(num_tokens - 1 - last) / (times[-2] - times[last]):.1f} tokens/s" if num_tokens > 8 else ""
+    say(f"{num_tokens} tokens; the first after {times[0] - start:.1f} s with compilation{rate}{_hits(engine)}")
+
+
+def _hits(engine: Engine) -> str:
+    """How many guesses were right, to end a sentence; nothing where none was tried."""
+    measured = engine.metrics()
+    if not measured.guessed_tokens:
+        return ""
+    return f"; {measured.accepted_tokens} of {measured.guessed_tokens} guesses were right"
 
 
 def _random_source(arguments: argparse.Namespace) -> _Source:

@@ -82,8 +82,8 @@ def _run(arguments: argparse.Namespace) -> None:
     _simulate_devices(target.num_devices)
     if target.missing:
         say(
-            f"without {target.missing}, the compiler for CPUs stands in for that of {target}: install the extra that "
-            "docs/hardware.md names for it"
+            f"the compiler for CPUs stands in for that of {target}, which the extra `{target.missing}` brings: "
+            f"run pip install '.[{target.missing}]' in the checkout"
         )
     ask: Callable[..., Any] = functools.partial(
         suggest if arguments.suggest else plan,

@@ -174,8 +174,8 @@ class Engine(OneThread):
         Args:
           cache_dir: directory of JAX's persistent compilation cache, used for these compilations: what is in it is not
             compiled again.
-          prompt_len: compiles only what a lone request with a prompt of so many tokens needs, such as the first; the
-            other steps compile when they are needed.
+          prompt_len: compiles only what a lone request with a prompt of so many tokens may need, such as the first, be
+            it a step of any count of guesses; the other steps compile when they are needed.
           progress: called with each step as soon as it is compiled, how many are, and how many there will be; without
             it the logger is told.
 
@@ -194,7 +194,6 @@ class Engine(OneThread):
         if prompt_len is not None:
             length = check_integer("prompt_len", prompt_len, 1, scheduler.max_len - 1)
             buckets, group_sizes = tuple(dict.fromkeys(chunk.bucket for chunk in plan_chunks(0, length, buckets))), (1,)
-            guesses = guesses[:1]  # none: how many pay shows while it runs
         scheduler.forget_rows()
         with self._failing():
             return warm_up(

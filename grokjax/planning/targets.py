@@ -62,12 +62,12 @@ class Target:
     @property
     def compiler(self) -> str:
         """The platform of the compiler that is here for this target: its own, or "cpu" in its place."""
-        return self.accelerator.kind if self._packages_present() else "cpu"
+        return self.accelerator.kind if self._is_compiler_present() else "cpu"
 
     @property
     def missing(self) -> str | None:
-        """The package that would bring the target's own compiler; None if it is here."""
-        return None if self._packages_present() else _PACKAGES[self.accelerator.kind][1]
+        """The extra of this package that would bring the target's own compiler; None if it is here."""
+        return None if self._is_compiler_present() else _COMPILERS[self.accelerator.kind][1]
 
     def mesh(self, extents: tuple[int, int]) -> Mesh:
         """A mesh of (data, model) devices of `compiler`, in the order that suits the machine.
@@ -82,9 +82,9 @@ class Target:
             )
         return make_mesh(extents, devices=self._devices())
 
-    def _packages_present(self) -> bool:
+    def _is_compiler_present(self) -> bool:
         try:
-            return importlib.util.find_spec(_PACKAGES[self.accelerator.kind][0]) is not None
+            return importlib.util.find_spec(_COMPILERS[self.accelerator.kind][0]) is not None
         except ModuleNotFoundError:  # the folder of all plugins is missing
             return False
 
@@ -96,11 +96,11 @@ class Target:
         return _describe_tpus(self)
 
 
-# Kind -> module that brings its compiler, and package to install.
-_PACKAGES = {
-    "cpu": ("jaxlib", "jaxlib"),
-    "gpu": ("jax_plugins.xla_cuda13", "jax-cuda13-plugin and jax-cuda13-pjrt"),
-    "tpu": ("libtpu", "libtpu"),
+# Kind -> module that brings its compiler, and the extra that installs it.
+_COMPILERS = {
+    "cpu": ("jaxlib", None),
+    "gpu": ("jax_plugins.xla_cuda13", "plan-gpu"),
+    "tpu": ("libtpu", "tpu"),
 }
 
 
@@ -131,8 +131,9 @@ def _describe_gpus(target: Target) -> Sequence[jax.Device]:
         return topologies.get_topology_desc("", platform="cuda", target_config=description, topology=topology).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the second where the plugin has not loaded
         raise ValueError(
-            f"the GPU compiler does not take {target} ({first_line(error)}): install {_PACKAGES['gpu'][1]} for this "
-            "version of jax and what they need, or uninstall them, and the compiler for CPUs stands in."
+            f"the GPU compiler does not take {target} ({first_line(error)}): install jax-cuda13-plugin and "
+            "jax-cuda13-pjrt for this version of jax and what they need, or uninstall them, and the compiler for CPUs "
+            "stands in."
         ) from error
 
 

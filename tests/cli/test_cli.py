@@ -1,19 +1,21 @@
 """The command line: what goes to which stream, exit statuses, and the main job from files to text."""
 
+import functools
 import os
 import re
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
+from fake_steps import FakeModel, FakeSteps
 from goldens import GOLDEN_DIR, load_e2e
 
-from grokjax import Grok, GrokConfig, TextGenerator, __version__, load_tokenizer
+from grokjax import Grok, GrokConfig, __version__, load_tokenizer
 from grokjax.cli import main
+from grokjax.engine import Engine
 from grokjax.quantization import QuantizedTable
 from grokjax.testing import write_release_checkpoint
 
@@ -201,7 +203,7 @@ def test_ctrl_c_ends_with_130(
     [
         ("init", MemoryError(), "the model failed: MemoryError. If memory was short, give it a smaller --max-len."),
         (
-            "TextGenerator.stream",
+            "Engine.stream",
             jax.errors.JaxRuntimeError("INTERNAL: no.\nDetails"),
             "the model failed: INTERNAL: no. If memory was short, give it a smaller --max-len.",
         ),
@@ -349,14 +351,20 @@ def test_int8_is_passed_on_for_the_cache_and_the_table(
     assert [cache.keys.dtype.name for cache in made] == ["int8"]
 
 
-def test_guesses_are_passed_on_for_a_single_prompt(small_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-
-    class Noting(TextGenerator):
-        def stream(self, *_: object, **__: object) -> Iterator[str]:
-            made.append(self.max_guesses)
-            return iter("ab")
-
-    monkeypatch.setattr("grokjax.cli.generate.TextGenerator", Noting)
-    assert main(["generate", "--random", str(small_config), "--mesh", "1,1", "--guesses", "7", "hi"]) == 0
-    assert made == [7]
+@pytest.mark.parametrize("guesses", [0, 7])
+def test_the_steps_that_guess_are_compiled_before_the_first_token_and_the_right_guesses_counted(
+    guesses: int, small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, compiled = FakeModel(SMALL, repeats=True), list[int]()
+    monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: model)
+    monkeypatch.setattr("grokjax.cli.generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
+    monkeypatch.setattr("grokjax.cli.generate.write", lambda _: compiled.append(len(model.steps.compiled)))
+    options = ["--max-new-tokens", "25", "--ignore-eos", "--guesses", str(guesses)]
+    assert main(["generate", "--random", str(small_config), "--mesh", "1,1", *options, "hi"]) == 0
+    assert compiled == [len(model.steps.compiled)] * 27  # the tokens, what the decoder held back, the end of the line
+    shapes = [shape for name, shape in model.steps.compiled if name == "decode_guesses"]
+    assert shapes == ([(1, 1), (1, 4), (1, 8)] if guesses else [])
+    said = capsys.readouterr().err.splitlines()[-1]
+    hits = r"; [1-9]\d* of [1-9]\d* guesses were right" if guesses else ""
+    rate = r"25 tokens; the first after [\d.]+ s with compilation, then [\d.]+ tokens/s"
+    assert re.fullmatch(f"grokjax: {rate}{hits}", said)

@@ -132,6 +132,16 @@ def test_the_batch_of_suggestions_is_that_of_the_library(
     assert f"with --suggest {DEFAULT})" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("target", "extra"), [("h100-80g:2", "plan-gpu"), ("v5e:1x2", "tpu"), ("cpu:2", None)])
+def test_the_extra_that_brings_the_compiler_is_named(
+    target: str, extra: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "suggest", lambda *_, **__: [])
+    assert main(["plan", *SMALL, "--target", target, "--suggest", "--json"]) == 0
+    said = f"stands in for that of {target}, which the extra `{extra}` brings: run pip install '.[{extra}]' in the"
+    assert (said in capsys.readouterr().err) == (extra is not None)
+
+
 def test_errors_of_usage_come_before_all_else(capsys: pytest.CaptureFixture[str]) -> None:
     """No notice that a compiler is missing stands before them."""
     for arguments in (["--suggest", "--mesh", "1,8"], ["--mesh", "1"]):

@@ -274,6 +274,9 @@ def test_a_warm_up_for_one_prompt_compiles_only_what_that_prompt_needs() -> None
         assert [step.shape for step in steps] == [(3,), (3,), *((1, bucket) for bucket in buckets)]
         assert model.steps.compiled[-len(steps) :] == [(step.name, step.shape) for step in steps]
         assert sorted({step.name for step in steps}) == alone
+    guessing = make_engine(max_guesses=5)
+    counts = [step.shape for step in guessing.warm_up(prompt_len=3) if step.name == "decode_guesses"]
+    assert counts == [(3, 1), (3, 4), (3, 6)]
     whole = {(step.name, step.shape) for step in engine.warm_up()}
     assert {("score", (1, 4)), ("prefill", (2, 8)), ("share", ())} <= whole == set(model.steps.compiled[-len(whole) :])
     for length in (0, 64, 2.5):
