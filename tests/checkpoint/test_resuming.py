@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from builders import SMALL, WrittenCheckpoint, contents
+from orbax.checkpoint import v1 as ocp
 
 from grokjax import CheckpointError, Progress, convert, init, keep_checksums, load, plan_conversion, save, verify
 from grokjax.checkpoint import EARLIER
-from grokjax.checkpoint.formats import orbax_units
 
 
 class TestInterrupted:
@@ -203,7 +203,7 @@ class TestInterrupted:
         self, source: WrittenCheckpoint, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Orbax's threads would wait for minutes for an interrupted call."""
-        save, calls = orbax_units.ocp.save, []
+        save, calls = ocp.save, []
 
         def interrupted(*arguments: object) -> None:
             if not calls:
@@ -211,7 +211,7 @@ class TestInterrupted:
             save(*arguments)
             calls.append(arguments)
 
-        monkeypatch.setattr(orbax_units.ocp, "save", interrupted)
+        monkeypatch.setattr(ocp, "save", interrupted)
         # A shell starts its jobs in the background with the signal ignored, and with them these tests.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
