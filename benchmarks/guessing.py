@@ -6,8 +6,8 @@ the keys `config`, `layers`, `slots`, `prompt`, `new`, `guesses`, `dtype`, `quan
 `random_plain_tokens_per_second`, `random_guessing_tokens_per_second`, `random_ratio`, `random_accepted` and the
 environment. What is accepted is the part of all tokens that were guessed.
 
-* `copied`: a document is the prompt, and the text is the same document with every 25th token another one.
-* `random`: every token is drawn at random.
+* Copied: a document is the prompt, and the text is the same document with every 25th token another one.
+* Random: every token is drawn at random.
 
 A model with random weights copies nothing. So the text is written beforehand: everything is computed and drawn as ever,
 and then the token of the written text is taken in place of the drawn one. Both engines serve the same texts in turn.
