@@ -1,7 +1,7 @@
 """Tokens a second of an engine with and without guesses, on text that repeats and on text that does not.
 
-`python benchmarks/guessing.py` serves `GrokConfig.bench_1b()` in int8. It prints medians and last one JSON line with
-the keys `config`, `layers`, `slots`, `prompt`, `new`, `guesses`, `dtype`, `quantized`, `mesh`,
+`python benchmarks/guessing.py` serves `GrokConfig.bench_1b()` in int8. It prints medians, and last one JSON line
+with the keys `config`, `layers`, `slots`, `prompt`, `new`, `guesses`, `dtype`, `quantized`, `mesh`,
 `copied_plain_tokens_per_second`, `copied_guessing_tokens_per_second`, `copied_ratio`, `copied_accepted`,
 `random_plain_tokens_per_second`, `random_guessing_tokens_per_second`, `random_ratio`, `random_accepted` and the
 environment. What is accepted is the part of all tokens that were guessed.
