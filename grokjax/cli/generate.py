@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grokjax import ByteTokenizer, Grok, GrokConfig, Tokenizer, init, load, load_tokenizer
+from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
 from grokjax.cache import MOST_ROWS
 from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
@@ -284,18 +284,16 @@ def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
     if not is_first():
         follow(model)
         return 0
-    engine = Engine(
+    generator = TextGenerator(
         model,
         source.tokenizer,
-        slots=1,
         max_len=max_len,
-        prefill_rows=1,
-        max_logprobs=0,
         max_guesses=arguments.guesses,
+        add_bos=add_bos,
         cache_dtype=arguments.cache_dtype,
         allow_oom=arguments.allow_oom,
     )
-    with engine:
+    with generator.engine() as engine:
         _stream(engine, request, guesses=arguments.guesses > 0)
     return 0
 

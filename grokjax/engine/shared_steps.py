@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 from grokjax.distributed import Channel, DistributedError, exchange
 from grokjax.engine.protocol import Steps
 from grokjax.errors import first_line
-from grokjax.model import DeviceRuns, DeviceScores, DeviceTokens, Grok, ModelSteps, SlotSettings
+from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, SlotSettings
 
 
 def make_steps(
@@ -85,7 +86,9 @@ class SharedSteps:
         self._channel.send("prefill", tokens, counts, starts, rows)
         self._steps.prefill(tokens, counts, starts, rows)
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> DeviceScores:
+    def score(
+        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int
+    ) -> DeviceResult[np.ndarray]:
         """See `Steps`."""
         self._channel.send("score", tokens, targets, count, start, row)
         return self._steps.score(tokens, targets, count, start, row)
@@ -100,17 +103,17 @@ class SharedSteps:
         self._channel.send("set_bias", row, bias)
         self._steps.set_bias(row, bias)
 
-    def begin(self, settings: SlotSettings) -> DeviceTokens:
+    def begin(self, settings: SlotSettings) -> DeviceResult[DrawnTokens]:
         """See `Steps`."""
         self._channel.send("begin", settings.packed)
         return self._steps.begin(settings)
 
-    def decode(self, settings: SlotSettings) -> DeviceTokens:
+    def decode(self, settings: SlotSettings) -> DeviceResult[DrawnTokens]:
         """See `Steps`."""
         self._channel.send("decode", settings.packed)
         return self._steps.decode(settings)
 
-    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> DeviceRuns:
+    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> DeviceResult[DrawnRuns]:
         """See `Steps`."""
         self._channel.send("decode_guesses", settings.packed, limits, num_guesses)
         return self._steps.decode_guesses(settings, limits, num_guesses)
@@ -157,7 +160,7 @@ def follow(model: Grok) -> None:
         cache_dtype=str(dtype) or None,
         allow_oom=True,
     )
-    drawn: DeviceTokens | DeviceRuns | None = None
+    drawn: DeviceResult[Any] | None = None
     try:
         while name != "close":
             name, values = channel.receive()
@@ -171,7 +174,7 @@ def follow(model: Grok) -> None:
         ) from error
 
 
-def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> DeviceTokens | DeviceRuns | None:
+def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> DeviceResult[Any] | None:
     match name:
         case "begin":
             return steps.begin(SlotSettings.unpack(values[0]))

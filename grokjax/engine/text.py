@@ -99,7 +99,7 @@ class TextGenerator:
             ignore_eos=ignore_eos,
             stop=stop,
         )
-        with self._engine() as engine:
+        with self.engine() as engine:
             handle = engine.submit(request)
             engine.run()
         done = _without_error(handle.completion)
@@ -150,13 +150,14 @@ class TextGenerator:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:
-        with self._engine() as engine:
+        with self.engine() as engine:
             handle = engine.submit(request)
             for piece in engine.stream(handle):
                 yield piece.text
         _without_error(handle.completion)
 
-    def _engine(self) -> Engine:
+    def engine(self) -> Engine:
+        """A new engine such as each call makes: of one slot, for prompts that are encoded; close it at its end."""
         return Engine(
             self.model,
             self.tokenizer,

@@ -21,9 +21,7 @@ from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
 from grokjax.model.slot_steps import (
-    DeviceRuns,
-    DeviceScores,
-    DeviceTokens,
+    DeviceResult,
     ModelSteps,
     SlotState,
     lower_decode,
@@ -46,9 +44,7 @@ __all__ = [
     "OUTSIDE_LAYERS",
     "SITES",
     "At",
-    "DeviceRuns",
-    "DeviceScores",
-    "DeviceTokens",
+    "DeviceResult",
     "Drawn",
     "DrawnRun",
     "DrawnRuns",

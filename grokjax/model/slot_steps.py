@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from grokjax.model.slots import DrawnRuns, DrawnTokens, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
 from grokjax.sharding import device_bytes, zeros
+
+V = TypeVar("V")
 
 # Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
 _SCORE_BLOCK = 64
@@ -69,13 +71,7 @@ class SlotState:
     def create(cls, model: Grok, cache: KVCache, *, guesses: bool = False) -> Self:
         """The state around a cache before any step; the arguments are those of `abstract`."""
         shapes = cls.abstract(model, cache, guesses=guesses)
-        return cls(
-            cache,
-            tokens=zeros(shapes.tokens),
-            logits=zeros(shapes.logits),
-            bias=zeros(shapes.bias),
-            texts=None if shapes.texts is None else zeros(shapes.texts),
-        )
+        return cls(cache, *zeros((shapes.tokens, shapes.logits, shapes.bias, shapes.texts)))
 
 
 class ModelSteps:
@@ -131,11 +127,13 @@ class ModelSteps:
         self._state = _prefill_rows(self._model, self._state, tokens, counts, starts, rows)
 
     @own_context()
-    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> "DeviceScores":
+    def score(
+        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int
+    ) -> "DeviceResult[np.ndarray]":
         """See `Steps`; compiled for each length of `tokens`."""
         place = np.array([count, start, row], np.int32)
         scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place)
-        return DeviceScores(scores)
+        return DeviceResult(scores, lambda scores: scores)
 
     @own_context()
     def share(self, source: int, target: int, length: int) -> None:
@@ -148,19 +146,19 @@ class ModelSteps:
         self._state = _set_bias(self._model, self._state, np.int32(row), bias)
 
     @own_context()
-    def begin(self, settings: SlotSettings) -> "DeviceTokens":
+    def begin(self, settings: SlotSettings) -> "DeviceResult[DrawnTokens]":
         """See `Steps`."""
         packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self.num_top)
-        return DeviceTokens(packed)
+        return DeviceResult(packed, DrawnTokens.unpack)
 
     @own_context()
-    def decode(self, settings: SlotSettings) -> "DeviceTokens":
+    def decode(self, settings: SlotSettings) -> "DeviceResult[DrawnTokens]":
         """See `Steps`."""
         packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
-        return DeviceTokens(packed)
+        return DeviceResult(packed, DrawnTokens.unpack)
 
     @own_context()
-    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> "DeviceRuns":
+    def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> "DeviceResult[DrawnRuns]":
         """See `Steps`; compiled for each number of guesses."""
         packed, self._state = _decode_guesses(
             self._model,
@@ -169,7 +167,7 @@ class ModelSteps:
             num_top=self.num_top,
             num_guesses=num_guesses,
         )
-        return DeviceRuns(packed, num_guesses)
+        return DeviceResult(packed, functools.partial(DrawnRuns.unpack, num_guesses=num_guesses))
 
     @own_context()
     def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
@@ -196,43 +194,22 @@ class ModelSteps:
         """See `Steps`; there is nothing to end."""
 
 
-class DeviceTokens:
-    """Tokens that are being drawn; their copy to the host is under way from the start."""
+class DeviceResult(Generic[V]):
+    """What a step makes, before it is there; its copy to the host is under way from the start.
 
-    def __init__(self, packed: jax.Array):
-        self._packed = packed
+    Args:
+      packed: the step's array.
+      unpack: what it holds, from its copy.
+    """
+
+    def __init__(self, packed: jax.Array, unpack: Callable[[np.ndarray], V]):
+        self._packed, self._unpack = packed, unpack
         packed.copy_to_host_async()
 
     @own_context()
-    def read(self) -> DrawnTokens:
+    def read(self) -> V:
         """Waits for the step."""
-        return DrawnTokens.unpack(np.asarray(self._packed))
-
-
-class DeviceRuns:
-    """Runs of tokens that are being drawn; their copy to the host is under way from the start."""
-
-    def __init__(self, packed: jax.Array, num_guesses: int):
-        self._packed, self._num_guesses = packed, num_guesses
-        packed.copy_to_host_async()
-
-    @own_context()
-    def read(self) -> DrawnRuns:
-        """Waits for the step."""
-        return DrawnRuns.unpack(np.asarray(self._packed), self._num_guesses)
-
-
-class DeviceScores:
-    """Log-probabilities that are being computed."""
-
-    def __init__(self, scores: jax.Array):
-        self._scores = scores
-        scores.copy_to_host_async()
-
-    @own_context()
-    def read(self) -> np.ndarray:
-        """Waits for the step."""
-        return np.asarray(self._scores)
+        return self._unpack(np.asarray(self._packed))
 
 
 def lower_prefill(model: Grok, state: SlotState, prompts: tuple[int, int]) -> jax.stages.Lowered:

@@ -357,7 +357,7 @@ def test_the_steps_that_guess_are_compiled_before_the_first_token_and_the_right_
 ) -> None:
     model, compiled = FakeModel(SMALL, repeats=True), list[int]()
     monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: model)
-    monkeypatch.setattr("grokjax.cli.generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
+    monkeypatch.setattr("grokjax.engine.text.Engine", functools.partial(Engine, make_steps=FakeSteps))
     monkeypatch.setattr("grokjax.cli.generate.write", lambda _: compiled.append(len(model.steps.compiled)))
     options = ["--max-new-tokens", "25", "--ignore-eos", "--guesses", str(guesses)]
     assert main(["generate", "--random", str(small_config), "--mesh", "1,1", *options, "hi"]) == 0
