@@ -5,10 +5,10 @@ that are read slice by slice. The folder `formats` has the layouts, and a readin
 which one a folder has, `beside` what lies beside the files, and `sizes` whether files that cannot tell all sizes are
 Grok-1's.
 `loading` has `load`: `mapping` says which parameter comes from where, `likeness` whether all processes load the same
-weights, `stacks` where each part has its place, and `assembly` puts it there. `saving` goes the other way, and `info`
-tells what a checkpoint holds. `conversion` goes from checkpoint to checkpoint: `recipe` is what it does with a matrix,
-`target` the folder that it writes; `verification` reads both again, and `exporting` writes for other programs. `disk`
-and `progress` serve all of them.
+weights, `stacks` where each part has its place, and `assembly` puts it there, on CPUs by `in_place`. `saving` goes the
+other way, and `info` tells what a checkpoint holds. `conversion` goes from checkpoint to checkpoint: `recipe` is what
+it does with a matrix, `target` the folder that it writes; `verification` reads both again, and `exporting` writes for
+other programs. `disk` and `progress` serve all of them.
 """
 
 from grokjax.checkpoint.beside import find_config, find_tokenizer, tokenizer_places

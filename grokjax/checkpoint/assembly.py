@@ -1,7 +1,8 @@
 """Builds the model's stacked, sharded parameters from the parts of a checkpoint, and takes them apart again."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from grokjax.checkpoint.in_place import InPlace, can_be_in_place
 from grokjax.checkpoint.parameters import Part, parts_of, stack_name
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes
@@ -16,6 +18,9 @@ from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, s
 from grokjax.model import Grok, init_parameters, named_parameters, with_values
 from grokjax.quantization import QuantizedArray, Weight, dequantize, partition_specs, shardable_blocks
 from grokjax.sharding import Axes, Partitioner, with_shardings, zeros
+
+# Threads that read into place: enough to keep a disk busy, and the cores that copy from the page cache.
+_READERS = 4
 
 
 class Builder:
@@ -71,8 +76,27 @@ class Builder:
             for name, value in values.items()
         }
 
-    def _build(self, stacks: Iterable[Stack], fresh: dict[str, Weight], tally: Tally) -> dict[str, Weight]:
-        """The values of all `stacks` by name; they start as zeros, but for those that `fresh` has."""
+    def _build(self, stacks: Sequence[Stack], fresh: dict[str, Weight], tally: Tally) -> dict[str, Weight]:
+        """The values of all `stacks` by name; those of layers start as what `fresh` has, else as zeros."""
+        in_place = [stack for stack in stacks if can_be_in_place(stack, self.checkpoint, self.partitioner)]
+        others = [stack for stack in stacks if stack not in in_place]
+        return self._build_in_place(in_place, tally) | self._build_from_parts(others, fresh, tally)
+
+    def _build_in_place(self, stacks: Sequence[Stack], tally: Tally) -> dict[str, Weight]:
+        values = {stack.name: InPlace(stack, self.checkpoint, self.partitioner) for stack in stacks}
+        placements = [placement for stack in stacks for placement in self._placements(stack)]
+        with ThreadPoolExecutor(_READERS) as readers:
+            reads = [readers.submit(values[placement.stack.name].read, placement) for placement in placements]
+            try:
+                for placement, read in zip(placements, reads, strict=True):
+                    read.result()
+                    self._tell(tally, placement)
+            except BaseException:
+                readers.shutdown(cancel_futures=True)
+                raise
+        return {name: value.finish() for name, value in values.items()}
+
+    def _build_from_parts(self, stacks: Sequence[Stack], fresh: dict[str, Weight], tally: Tally) -> dict[str, Weight]:
         values: dict[str, Weight] = {}
         placements: dict[str, list[Placement]] = {}
         for stack in stacks:
@@ -84,8 +108,11 @@ class Builder:
                 value = values.pop(placement.stack.name)
                 # Waiting keeps one unit, not many, in the host's memory.
                 values[placement.stack.name] = jax.block_until_ready(self._put(value, arrays, placement))
-                tally.add(self._stored(placement.part).num_bytes, placement.parameter, placement.part.name)
+                self._tell(tally, placement)
         return values
+
+    def _tell(self, tally: Tally, placement: Placement) -> None:
+        tally.add(self._stored(placement.part).num_bytes, placement.parameter, placement.part.name)
 
     def _stored(self, part: Part) -> TensorSpec:
         return TensorSpec.of(self.checkpoint.tensors[part.parameter]).part(part)

@@ -44,8 +44,9 @@ def load(
     """Reads a checkpoint of any layout into a sharded model, whatever mesh it was written from.
 
     Every device is given its own slice of one matrix at a time: the host needs no more memory than that, and no device
-    ever holds another's. Files of the release are mapped, never unpickled. Where the mesh spans processes, all of them
-    first compare samples of every array of theirs.
+    ever holds another's. CPUs use the memory that a slice was read into, without a copy; those that hold the same
+    slice share it. Files of the release are mapped, never unpickled. Where the mesh spans processes, all of them first
+    compare samples of every array of theirs.
 
     Args:
       path: the folder of the release's files or its parent, of safetensors files, or of `grokjax.json`; or a checkpoint
@@ -65,7 +66,8 @@ def load(
         rules, or with `layers`, parameters of the checkpoint may be left unused; otherwise that is an error.
       exclude: regular expressions; a parameter in whose path one is found keeps its fresh random value.
       seed: of the fresh values.
-      max_host_bytes: what reading may hold on the host at once; one matrix is always allowed.
+      max_host_bytes: what reading may hold on the host at once, beside the weights of CPU devices; one matrix is always
+        allowed.
       progress: called after each part, and first for each parameter that keeps its fresh value; without it the logger
         is told now and then.
       allow_oom: try it even where the devices have too little memory left.

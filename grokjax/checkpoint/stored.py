@@ -53,6 +53,9 @@ class StoredArray(Shaped, Protocol):
     def read(self, index: Index = ()) -> Array:
         """A region of the array in memory of its own, in C order; `index` is as NumPy's, without steps."""
 
+    def read_into(self, out: Array, index: Index = ()) -> None:
+        """Reads a region of the array into `out`, of the region's shape and the array's dtype, in C order."""
+
 
 class StoredTensor(Protocol):
     """A plain weight, or an int8 weight [..., C, O] with scales [..., Q, O] (see `QuantizedArray`)."""
@@ -150,6 +153,30 @@ class TensorSpec:
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _MOST_LINES = 20
 _SAMPLE_VALUES = 256
+_ALIGNMENT = 64
+
+
+def read_region(array: StoredArray, index: Index) -> Array:
+    """A region of an array in memory of its own, which a CPU device may use as it is."""
+    out = aligned_empty(region_shape(array.shape, index), array.dtype)
+    array.read_into(out, index)
+    return out
+
+
+def region_shape(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
+    """The shape of what an index takes of an array of some shape."""
+    entries = (*index, *[slice(None)] * (len(shape) - len(index)))
+    return tuple(
+        len(range(size)[entry]) for entry, size in zip(entries, shape, strict=True) if isinstance(entry, slice)
+    )
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Memory for an array that begins where XLA's CPU devices want theirs to: such an array they use without a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def read_slices(tensors: Mapping[str, StoredTensor], wanted: Sequence[Wanted]) -> list[Shards]:

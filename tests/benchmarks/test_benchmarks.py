@@ -116,6 +116,13 @@ def test_killed_conversions_are_compared_with_one_left_alone() -> None:
 
 
 @pytest.mark.thorough
+def test_loading_is_measured_from_the_disk_and_from_the_page_cache() -> None:
+    record = json.loads(run("load.py", "--config", "tiny", "--repeats", "1")[-1])
+    assert set(record) == documented_keys("load.py") | ENVIRONMENT
+    assert all(record[layout].keys() == record["ours"].keys() for layout in ("release", "ours"))
+
+
+@pytest.mark.thorough
 def test_guesses_are_measured_on_text_that_repeats_and_on_text_that_does_not() -> None:
     options = ["--layers", "1", "--slots", "2", "--prompt", "32", "--new", "32", "--guesses", "3", "--repeats", "1"]
     record = json.loads(run("guessing.py", *options)[-1])

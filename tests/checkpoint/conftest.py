@@ -8,6 +8,19 @@ from builders import TWO_LAYERS, WrittenCheckpoint, write_checkpoint
 from grokjax import convert
 
 
+@pytest.fixture
+def part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are loaded as onto accelerators: each part is put on the devices and written into its stack there."""
+    monkeypatch.setattr("grokjax.checkpoint.assembly.can_be_in_place", lambda *_: False)
+
+
+@pytest.fixture(params=["in place", "part by part"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """Weights are loaded in both ways: as onto CPUs, and as onto accelerators."""
+    if request.param == "part by part":
+        request.getfixturevalue("part_by_part")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> WrittenCheckpoint:
     return write_checkpoint(tmp_path_factory.mktemp("release"), TWO_LAYERS, scale_blocks=4)

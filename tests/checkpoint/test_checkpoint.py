@@ -23,6 +23,7 @@ def stack_of(model, name: str) -> jax.Array | QuantizedArray:
     return getattr(getattr(model.layers, part), leaf).get_value()
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     "rules",
     [TENSOR, EXPERT, FULLY],
@@ -46,6 +47,7 @@ def test_every_shard_is_its_slice_of_the_files(tmp_path: Path, rules: ShardingRu
         assert shard.data.size == table.size // num_shards
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     ("scale_blocks", "mesh", "blocks", "rows_of_a_device"),
     [(1, (1, 8), 1, 1), (4, (1, 8), 8, 1), (8, (1, 4), 8, 2), (4, (2, 4), 4, 1)],
@@ -66,6 +68,7 @@ def test_scale_blocks_are_refined_to_the_mesh(
             np.testing.assert_array_equal(own, expected[weight.index])
 
 
+@pytest.mark.usefixtures("either_way")
 def test_layers_of_different_scale_blocks_are_made_alike(tmp_path: Path) -> None:
     """Brought to their least common multiple, and worth the same."""
     config = SMALL.replace(num_layers=2)
@@ -152,6 +155,16 @@ def test_wrong_configuration_is_refused(tmp_path: Path, changes: dict[str, int],
         load(checkpoint.path, SMALL.replace(**changes))
 
 
+def test_cpu_devices_that_hold_the_same_shard_share_its_memory(tmp_path: Path) -> None:
+    """Each byte is read to where it stays, once: a copy would lie elsewhere for each device."""
+    checkpoint = write_checkpoint(tmp_path)
+    model = load(checkpoint.path, checkpoint.config, make_mesh((2, 4)))
+    for leaf in jax.tree.leaves(model):
+        places = {shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}
+        assert len(places) == len({str(shard.index) for shard in leaf.addressable_shards})
+
+
+@pytest.mark.usefixtures("either_way")
 def test_devices_are_given_no_more_than_their_part(tmp_path: Path) -> None:
     """No array of the loaded model, and none left behind by loading, lies whole on one device of eight."""
     checkpoint = write_checkpoint(tmp_path, SMALL.replace(num_layers=2))

@@ -29,6 +29,7 @@ from grokjax.checkpoint.stored import (
     Wanted,
     list_problems,
     mismatches,
+    read_region,
 )
 from grokjax.config import GrokConfig
 
@@ -55,19 +56,28 @@ class OrbaxArray:
         return self.manifest.specs[self.parameter].leaves()[self.leaf].dtype
 
     def read(self, index: Index = ()) -> Array:
-        """A region of the array; whole parts are read where it spans several."""
+        """A region of the array in memory of its own, as `read_into` reads it."""
+        return read_region(self, index)
+
+    def read_into(self, out: Array, index: Index = ()) -> None:
+        """Reads a region of the array into `out`, part by part.
+
+        Raises:
+          CheckpointError: A unit is missing, damaged, or holds something else.
+        """
         parts = parts_of(self.parameter, self.manifest.config)
         if parts[0].expert is None:
-            return self._read_rows(parts[0], index) if index else self._read_part(parts[0])
-        if index and isinstance(index[0], int):
-            part = parts[index[0]]
-            return self._read_rows(part, index[1:]) if index[1:] else self._read_part(part)
-        chosen = parts[index[0]] if index else parts
-        assert isinstance(chosen, tuple)
-        return np.stack([self._read_part(part)[index[1:]] for part in chosen])
+            self._read_part(parts[0], out, index)
+        elif index and isinstance(index[0], int):
+            self._read_part(parts[index[0]], out, index[1:])
+        else:
+            chosen = parts[index[0]] if index else parts
+            assert isinstance(chosen, tuple)
+            for part, target in zip(chosen, out, strict=True):
+                self._read_part(part, target, index[1:])
 
-    def _read_rows(self, part: Part, index: Index) -> Array:
-        """A region of a part, by Orbax's own storage library: Orbax itself reads whole arrays."""
+    def _read_part(self, part: Part, out: Array, index: Index) -> None:
+        """Reads a region of a part by Orbax's own storage library: Orbax itself reads whole arrays."""
         import tensorstore  # takes long to import, as Orbax does
 
         check_unit(self.folder, self.manifest, part.unit)
@@ -79,19 +89,12 @@ class OrbaxArray:
                 slice(*entry.indices(size)[:2]) if isinstance(entry, slice) else entry
                 for entry, size in zip(index, stored.shape, strict=False)
             ]
-            rows: Array = stored[tuple(taken)].read().result()
+            region = stored[tuple(taken)]
+            tensorstore.array(out)[...].write(region.translate_to[(0,) * out.ndim]).result()
         except ValueError as error:
             raise CheckpointError(
                 f"{array}: cannot be read ({reason(error)}): restore this folder from a copy or convert again."
             ) from error
-        return rows
-
-    def _read_part(self, part: Part) -> Array:
-        spec = self.manifest.specs[self.parameter].part(part).leaves()[self.leaf]
-        # A view of one element tells shape and dtype without memory for all of them.
-        wanted = {part.name: {self.leaf: np.broadcast_to(np.zeros((), spec.dtype), spec.shape)}}
-        array: Array = read_unit(self.folder, self.manifest, part.unit, wanted)[part.name][self.leaf]
-        return array
 
 
 @dataclasses.dataclass(frozen=True)

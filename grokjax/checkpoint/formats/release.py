@@ -27,6 +27,7 @@ from grokjax.checkpoint.stored import (
     Wanted,
     list_problems,
     mismatches,
+    read_region,
     read_slices,
     sample_rows,
 )
@@ -65,25 +66,50 @@ class Payload:
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
 
     def read(self, index: Index = ()) -> Array:
-        """A region of the array in memory of its own; leading numbers alone are read without a map.
+        """A region of the array in memory of its own, as `read_into` reads it."""
+        return read_region(self, index)
+
+    def read_into(self, out: Array, index: Index = ()) -> None:
+        """Reads a region of the array into `out`; one whose bytes lie side by side is read without a map.
 
         Raises:
           CheckpointError: The file is no longer the one that was opened.
         """
         with unchanged(self.path, self.stamp):
-            return self._read(index)
+            start = self._start(index)
+            if start is None:
+                np.copyto(out, self.array()[index])
+            else:
+                self._read_bytes(out, start)
 
-    def _read(self, index: Index) -> Array:
-        numbers = [entry for entry in index if isinstance(entry, int)]
-        if len(numbers) < len(index):
-            return np.array(self.array()[index], order="C")
-        shape = self.shape[len(index) :]
-        count = math.prod(shape)
-        number = int(np.ravel_multi_index(numbers, self.shape[: len(index)])) if index else 0
-        data = np.fromfile(self.path, self.dtype, count, offset=self.offset + number * count * self.dtype.itemsize)
-        if data.size != count:
-            raise CheckpointError(f"{self.path}: the file has become shorter while it was read: download it again.")
-        return data.reshape(shape)
+    def _start(self, index: Index) -> int | None:
+        """The number of the first element of a region whose bytes lie side by side; None where they do not."""
+        start, size = 0, math.prod(self.shape)
+        for number, (entry, length) in enumerate(zip(index, self.shape, strict=False)):
+            size //= length
+            first, stop, _ = (
+                slice(entry, entry + 1).indices(length) if isinstance(entry, int) else entry.indices(length)
+            )
+            start += first * size
+            if stop - first != 1:
+                behind = zip(index[number + 1 :], self.shape[number + 1 :], strict=False)
+                whole = all(
+                    isinstance(entry, slice) and entry.indices(length)[:2] == (0, length) for entry, length in behind
+                )
+                return start if whole else None
+        return start
+
+    def _read_bytes(self, out: Array, start: int) -> None:
+        into = out.reshape(-1).view(np.uint8).data
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(self.offset + start * self.dtype.itemsize)
+            while into:
+                count = stream.readinto(into)
+                if not count:
+                    raise CheckpointError(
+                        f"{self.path}: the file has become shorter while it was read: download it again."
+                    )
+                into = into[count:]
 
 
 @dataclasses.dataclass(frozen=True)

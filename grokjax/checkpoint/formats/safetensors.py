@@ -39,6 +39,7 @@ from grokjax.checkpoint.stored import (
     Wanted,
     list_problems,
     mismatches,
+    read_region,
     read_slices,
     sample_rows,
 )
@@ -66,18 +67,19 @@ class SafetensorsArray:
     is_transposed: bool
 
     def read(self, index: Index = ()) -> Array:
-        """A region of the array in memory of its own; besides it, 1 MiB or one stored row is held."""
+        """A region of the array in memory of its own, as `read_into` reads it."""
+        return read_region(self, index)
+
+    def read_into(self, out: Array, index: Index = ()) -> None:
+        """Reads a region of the array into `out`; besides it, 1 MiB or one stored row is held."""
         entries = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         bounds = [_bounds(entry, size) for entry, size in zip(entries, self.shape, strict=True)]
-        result = np.empty([len(bound) for bound in bounds], self.dtype)
-        if len(self.shape) == 3:
-            for target, expert in zip(result, bounds[0], strict=True):
-                _fill(target, self.sources[expert], bounds[1:], self.is_transposed)
+        target = out.reshape([len(bound) for bound in bounds])
+        if len(self.shape) < 3:
+            _fill(target, self.sources[0], bounds, self.is_transposed)
         else:
-            _fill(result, self.sources[0], bounds, self.is_transposed)
-        return result.reshape(
-            [size for size, entry in zip(result.shape, entries, strict=True) if isinstance(entry, slice)]
-        )
+            for matrix, expert in zip(target, bounds[0], strict=True):
+                _fill(matrix, self.sources[expert], bounds[1:], self.is_transposed)
 
 
 @dataclasses.dataclass(frozen=True)
