@@ -7,8 +7,8 @@ one and loads it, first from the disk and then from the page cache. The page cac
 checkpoint's bytes on the disk.
 
 The last line is JSON with the keys `config`, `layers`, `mesh`, `checkpoint_bytes`, `peak_memory_bytes` (of the process,
-the model in it), `release` and `ours` (of each layout the seconds `cold_read`, `cold_load`, `warm_read`, `warm_load`,
-medians) and the environment.
+the model in it), `release` and `ours` (of each layout the medians of the seconds that reading and loading took, cold
+and warm) and the environment.
 """
 
 import argparse

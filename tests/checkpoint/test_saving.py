@@ -338,9 +338,7 @@ class TestDamage:
         """The library's specification of the array stays out of the sentence."""
         file = largest(copied / "weights" / "embedding.table")
         file.write_bytes(file.read_bytes()[:-20] + bytes(20))  # where it says what lies where in it
-        with pytest.raises(
-            CheckpointError, match=r"table.weight: cannot be read .*restore this folder"
-        ) as caught:
+        with pytest.raises(CheckpointError, match=r"table.weight: cannot be read .*restore this folder") as caught:
             load(copied)
         assert "tensorstore_spec" not in str(caught.value)
         assert len(str(caught.value)) < 1200
