@@ -303,6 +303,11 @@ def test_load_takes_a_file_or_its_directory(trained_tokenizer_path: Path) -> Non
         assert load_tokenizer(path).vocab_size == 512
 
 
+def test_a_name_that_no_file_can_have_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be read|no such file|File name too long"):
+        load_tokenizer(tmp_path / ("long" * 100))
+
+
 def test_missing_file_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no tokenizer file '.*nothing': give the path of a SentencePiece"):
         load_tokenizer(tmp_path / "nothing")

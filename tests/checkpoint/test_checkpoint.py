@@ -114,6 +114,8 @@ def test_norms_and_routers_stay_float32(tmp_path: Path) -> None:
     assert model.final_norm.scale[...].dtype == jnp.float32
     with pytest.raises(ValueError, match="dtype=float16 is not a compute dtype: choose float32 or bfloat16"):
         load(checkpoint.path, checkpoint.config, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="dtype='float12' is not a compute dtype: choose float32 or bfloat16"):
+        load(checkpoint.path, checkpoint.config, dtype="float12")
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from grokjax.cli import main
@@ -73,6 +74,12 @@ def test_cores_are_those_that_a_process_may_use(
 def test_where_linux_says_nothing_each_processor_is_a_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3})
     assert count_cores(tmp_path) == 2
+
+
+def test_other_systems_are_asked_for_their_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(psutil, "cpu_count", lambda *, logical: None if logical else 6)
+    assert count_cores(tmp_path) == 6
 
 
 def test_a_device_for_each_core_only_where_that_is_faster_and_nobody_says_otherwise(tmp_path: Path) -> None:

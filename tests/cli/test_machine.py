@@ -6,7 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from grokjax.cli.machine import describe_unseen
+from grokjax import make_mesh
+from grokjax.cli import machine
+from grokjax.cli.machine import describe_unseen, say_machine
 
 
 @pytest.fixture
@@ -49,3 +51,11 @@ def test_who_asks_for_cpus_is_not_warned(tmp_path: Path) -> None:
     (tmp_path / "dev" / "nvidia0").touch()
     assert jax.config.jax_platforms == "cpu"
     assert describe_unseen(tmp_path) is None
+
+
+def test_a_command_warns_of_what_jax_does_not_see(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "describe_unseen", lambda: "this machine has more.")
+    say_machine(make_mesh((1, 1)), weights="int8", dtype="bfloat16")
+    assert [record.getMessage() for record in caplog.records] == ["this machine has more."]

@@ -159,7 +159,7 @@ def test_a_full_disk_and_other_commands_are_in_nobodys_way(caches: Path) -> None
     assert third == ("6.0 1\n", "")
 
 
-@pytest.mark.parametrize("trouble", ["a file in the way", "others can write", "no home"])
+@pytest.mark.parametrize("trouble", ["a file in the way", "no right to write", "others can write", "no home"])
 def test_where_nothing_can_be_kept_a_command_says_so_and_runs(
     trouble: str,
     run: Callable[..., float],
@@ -169,6 +169,8 @@ def test_where_nothing_can_be_kept_a_command_says_so_and_runs(
 ) -> None:
     if trouble == "a file in the way":  # in place of a home that cannot be written, which stops no superuser
         (caches / "grokjax").write_text("")
+    elif trouble == "no right to write":
+        monkeypatch.setattr(os, "access", lambda *_: False)
     elif trouble == "others can write":
         run()
         files(caches)[0].parent.chmod(0o777)

@@ -19,6 +19,7 @@ from fake_steps import (
     scripted,
 )
 
+from grokjax.engine import Engine
 from grokjax.request import Request
 
 
@@ -229,6 +230,10 @@ class TestTrouble:
     def test_sizes_out_of_range_are_refused(self, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make_engine(**options)
+
+    def test_what_is_no_model_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="the model must be one that init or load makes, not a str"):
+            Engine("grok-1")
 
     def test_a_tokenizer_of_more_tokens_is_refused(self) -> None:
         class Larger(Letters):

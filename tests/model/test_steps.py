@@ -210,6 +210,16 @@ class TestWhatIsPassedInPlaceOfAnother:
         with pytest.raises(ValueError, match=r"embeddings must be an array of floats.*, not (list|int32)"):
             forward(model(), embeddings=embeddings)
 
+    def test_embeddings_of_another_size(self) -> None:
+        with pytest.raises(ValueError, match=r"embeddings must have shape \[batch, length, 64\] .* \(1, 2, 63\)"):
+            forward(model(), embeddings=np.ones((1, 2, 63), np.float32))
+
+    def test_tokens_and_embeddings(self) -> None:
+        lengths, embeddings = jnp.ones(1, jnp.int32), jnp.ones((1, 1, 64))
+        for tokens, given in ((None, None), (jnp.array([[3]]), embeddings)):
+            with pytest.raises(ValueError, match="tokens and embeddings stand for each other: give one of them"):
+                model()(tokens, lengths, None, embeddings=given)
+
 
 DONATED = "this cache was donated to a step, which returned another one in its memory: go on with that"
 

@@ -15,7 +15,12 @@ class TestSuggestions:
         monkeypatch.setattr(compiler, "compile_step", made_up_step)
         accelerator = dataclasses.replace(find_accelerator("h100"), memory_bytes=280 << 10)
         config = TINY.replace(num_layers=1)
-        found = suggest(config, target=Target(accelerator, 2), max_len=32, prompt_len=8)
+        told: list[tuple[Any, ...]] = []
+        found = suggest(
+            config, target=Target(accelerator, 2), max_len=32, prompt_len=8, progress=lambda *step: told.append(step)
+        )
+        assert [step[1:] for step in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+        assert {step[0] for step in told} == set(found)
         assert {(one.mesh, one.rules) for one in found} == {
             ((1, 2), "tensor"),
             ((1, 2), "expert"),

@@ -242,6 +242,7 @@ def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
             "values have 3 rows, its positions 2, and this call has 3",
         ),
         (project_out(np.zeros(32)), "direction has the length 0"),
+        (project_out(np.ones(5)), "the direction has 5 numbers"),
         (drop_experts({0: [8]}), "name at least one expert in each layer, from 0 to 7"),
         (drop_experts({0: []}), "name at least one expert in each layer"),
         (drop_experts({0: range(8)}), "loses all its 8 experts"),
@@ -270,6 +271,18 @@ def test_positions_that_no_text_has_are_refused_under_jit_and_in_derivatives(whi
 
     with pytest.raises(ValueError, match="positions count from 0"):
         transform(of_value)(jnp.ones((1, 1, CONFIG.model_dim)))
+
+
+def test_what_is_traced_is_not_looked_at() -> None:
+    """The value of an edit that is made within `jit` is not known; its shape is."""
+    model, tokens = make(), np.array([[3, 4, 5]])
+
+    @jax.jit
+    def forced(experts: jax.Array) -> jax.Array:
+        return forward(edit(model, force_experts(experts)), tokens)
+
+    chosen = np.array([5, 2])
+    np.testing.assert_array_equal(forced(chosen), jax.jit(forward)(edit(model, force_experts(chosen)), tokens))
 
 
 def test_one_value_is_put_at_another_position_of_each_row() -> None:
