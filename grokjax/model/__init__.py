@@ -28,7 +28,7 @@ from grokjax.model.slot_steps import (
     lower_decode,
     lower_prefill,
 )
-from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotSettings
+from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotOptions, SlotSettings
 from grokjax.model.steps import (
     check_chunks,
     check_texts,
@@ -56,6 +56,7 @@ __all__ = [
     "Probe",
     "Reader",
     "RowSettings",
+    "SlotOptions",
     "SlotSettings",
     "SlotState",
     "abstract_model",
