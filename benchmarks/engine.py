@@ -31,7 +31,7 @@ from options import make_parser, read_config, read_mesh
 
 from grokjax import Grok, KVCache, SampleSettings, decode_and_sample, init, prefill
 from grokjax.engine import Engine
-from grokjax.model import ModelSteps
+from grokjax.model import ModelSteps, SlotOptions
 from grokjax.planning import step_cost
 from grokjax.request import Request
 
@@ -83,8 +83,8 @@ class Bench:
             model, slots=self.slots, max_len=self.max_len, prefill_buckets=buckets, make_steps=self.make_steps
         )
 
-    def make_steps(self, model: Grok, **sizes) -> TimedSteps:
-        self.steps = TimedSteps(model, **sizes)
+    def make_steps(self, model: Grok, options: SlotOptions) -> TimedSteps:
+        self.steps = TimedSteps(model, options)
         return self.steps
 
     def request(self, prompt: int, new: int) -> Request:

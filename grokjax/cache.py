@@ -136,7 +136,7 @@ class KVCache:
         if not 1 <= batch_size <= MOST_ROWS:
             raise ValueError(f"batch_size={reprlib.repr(batch_size)} must be between 1 and {MOST_ROWS}.")
         if not 1 <= max_len <= config.max_seq_len:
-            raise ValueError(f"max_len={max_len} must be between 1 and max_seq_len={config.max_seq_len}.")
+            raise ValueError(f"max_len={reprlib.repr(max_len)} must be between 1 and max_seq_len={config.max_seq_len}.")
         partitioner = Partitioner.create(config, mesh, rules)
         dtype = default_cache_dtype(partitioner.platform) if dtype is None else dtype
         heads = config.num_kv_heads * partitioner.kv_copies(config)

@@ -16,6 +16,7 @@ from jax._src.clusters import ClusterEnv
 from grokjax.errors import first_line
 from grokjax.rendezvous import DistributedError as DistributedError
 from grokjax.rendezvous import Meeting
+from grokjax.request import check_integer
 
 T = TypeVar("T")
 
@@ -66,12 +67,11 @@ def initialize(
     """
     if coordinator_address is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator_address):
         raise ValueError(f"coordinator_address={coordinator_address!r} has no port: give it as HOST:PORT.")
-    if num_processes is not None and num_processes < 1:
-        raise ValueError(f"num_processes={num_processes} must be 1 or more: count this one, too.")
-    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
-        raise ValueError(f"process_id={process_id} must be between 0 and {num_processes - 1}, one of each.")
-    if heartbeat_timeout_seconds < 1:
-        raise ValueError(f"heartbeat_timeout_seconds={heartbeat_timeout_seconds} must be 1 or more.")
+    if num_processes is not None:
+        check_integer("num_processes", num_processes, 1)
+    if num_processes is not None and process_id is not None:
+        check_integer("process_id", process_id, 0, num_processes - 1)
+    check_integer("heartbeat_timeout_seconds", heartbeat_timeout_seconds, 1)
     is_late = xla_bridge.backends_are_initialized() or jax.distributed.is_initialized()  # which JAX refuses
     if not is_late:
         timeout = initialization_timeout_seconds

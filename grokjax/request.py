@@ -79,9 +79,11 @@ class Request:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_ids", _integers("stop_ids", self.stop_ids))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers, such as {{42: -1.5}}.")
+            raise ValueError(
+                f"logit_bias={reprlib.repr(self.logit_bias)} must map token ids to numbers, such as {{42: -1.5}}."
+            )
         if self.user is not None and not isinstance(self.user, str):
-            raise ValueError(f"user={self.user!r} must be a text, or None.")
+            raise ValueError(f"user={reprlib.repr(self.user)} must be a text, or None.")
         object.__setattr__(self, "deadline", _deadline(self.deadline))
 
     def __repr__(self) -> str:
@@ -261,14 +263,15 @@ def _allowed(mask: ArrayLike, vocab_size: int) -> np.ndarray:
         )
     wrong = allowed[(allowed != 0) & (allowed != 1)].tolist()
     if wrong:
-        raise ValueError(f"allowed_tokens has {wrong[0]!r}: give true or false, or 1 or 0, for each token.")
+        raise ValueError(f"allowed_tokens has {reprlib.repr(wrong[0])}: give true or false, or 1 or 0, for each token.")
     return allowed == 1
 
 
 def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if wrong.size:
-        raise ValueError(f"{name} has the token id {wrong[0]}, outside the vocabulary of {vocab_size} tokens.")
+        shown = reprlib.repr(int(wrong[0]))
+        raise ValueError(f"{name} has the token id {shown}, outside the vocabulary of {vocab_size} tokens.")
 
 
 # Field, least, largest. Without 64-bit types JAX keeps the low half of a seed, so two seeds would give one text.
@@ -303,7 +306,7 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 def _boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}={value!r} must be true or false.")
+        raise ValueError(f"{name}={reprlib.repr(value)} must be true or false.")
     return bool(value)
 
 
@@ -318,11 +321,11 @@ def _plain(value: float) -> float:
 
 def _integers(name: str, values: object) -> tuple[int, ...]:
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"{name}={values!r} must be token ids: give a list of integers.")
+        raise ValueError(f"{name}={reprlib.repr(values)} must be token ids: give a list of integers.")
     listed = tuple(values)
     wrong = [value for value in listed if not is_integer(value)]
     if wrong:
-        raise ValueError(f"{name} has {wrong[0]!r}: token ids are integers.")
+        raise ValueError(f"{name} has {reprlib.repr(wrong[0])}: token ids are integers.")
     return tuple(int(value) for value in listed)
 
 
@@ -334,7 +337,8 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     """
     listed = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     if not all(isinstance(one, str) and one for one in listed):
-        raise ValueError(f"stop={stop!r} must be strings of at least one character, in a list if there are several.")
+        shown = reprlib.repr(stop)
+        raise ValueError(f"stop={shown} must be strings of at least one character, in a list if there are several.")
     return listed
 
 

@@ -6,6 +6,7 @@ whatever the logits' dtype.
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable
 from typing import Self
 
@@ -78,7 +79,9 @@ class SampleSettings:
           ValueError: A value is out of range or of the wrong shape, or a row of the mask allows no token.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more: settings describe the rows of a batch.")
+            raise ValueError(
+                f"batch_size={reprlib.repr(batch_size)} must be 1 or more: settings describe the rows of a batch."
+            )
         return cls(
             temperature=_real_rows("temperature", temperature, batch_size, high=_LARGEST),
             top_p=_real_rows("top_p", top_p, batch_size, high=1.0),
@@ -394,7 +397,9 @@ def _check_shapes(keys: jax.Array, logits: jax.Array, settings: SampleSettings, 
             "row whether it is allowed."
         )
     if not 0 <= num_top <= vocab_size:
-        raise ValueError(f"num_top={num_top} must be from 0 to the {vocab_size} tokens of the vocabulary.")
+        raise ValueError(
+            f"num_top={reprlib.repr(num_top)} must be from 0 to the {vocab_size} tokens of the vocabulary."
+        )
 
 
 def _rows(name: str, value: ArrayLike, batch_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ hold, and NumPy 2 calls its own module by a newer name than the released files d
 
 import dataclasses
 import math
+import reprlib
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,7 +132,9 @@ def _check_layout(config: GrokConfig, layout: _Layout) -> _Layout:
     rows = (config.num_heads * config.head_dim, config.ffn_dim)
     blocks = layout.scale_blocks
     if blocks < 1 or any(size % blocks for size in rows):
-        raise ValueError(f"scale_blocks={blocks} does not divide N*H={rows[0]} and F={rows[1]}: choose a divisor.")
+        raise ValueError(
+            f"scale_blocks={reprlib.repr(blocks)} does not divide N*H={rows[0]} and F={rows[1]}: choose a divisor."
+        )
     if layout.scale_dtype not in _SCALE_DTYPES:
         raise ValueError(f"scale_dtype={layout.scale_dtype!r} is unknown: choose one of {list(_SCALE_DTYPES)}.")
     return layout

@@ -11,7 +11,7 @@ import numpy as np
 
 from grokjax.config import GrokConfig
 from grokjax.engine import Engine
-from grokjax.model import DrawnRuns, DrawnTokens, SlotSettings
+from grokjax.model import DrawnRuns, DrawnTokens, SlotOptions, SlotSettings
 
 VOCAB = 32
 EOS = 2
@@ -109,21 +109,11 @@ class FakeSteps:
       error: raised by the next step, if set.
     """
 
-    def __init__(
-        self,
-        model: FakeModel,
-        *,
-        slots: int,
-        max_len: int,
-        num_top: int,
-        max_guesses: int,
-        cache_dtype: None,
-        allow_oom: bool,
-    ):
+    def __init__(self, model: FakeModel, options: SlotOptions):
         model.steps = self
         self.repeats = model.repeats
-        self.slots, self.max_len, self.num_top = slots, max_len, num_top
-        self.vocab_size = model.config.vocab_size
+        slots, self.max_len, self.num_top = options.slots, options.max_len, options.num_top
+        self.slots, self.vocab_size = slots, model.config.vocab_size
         self.rows: list[list[int]] = [[] for _ in range(slots)]
         self.texts: list[list[int]] = [[] for _ in range(slots)]
         self.prompt_ends = [1] * slots

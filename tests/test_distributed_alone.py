@@ -1,6 +1,7 @@
 """What one of several processes says and does, told by a stand-in for the service that they share."""
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import types
@@ -15,7 +16,7 @@ from grokjax.cli import options as cli_options
 from grokjax.config import GrokConfig
 from grokjax.distributed import Channel, DistributedError, initialize, on_first, sharing_errors
 from grokjax.engine import SharedSteps, follow
-from grokjax.model import Grok, ModelSteps, RowSettings, SlotSettings, init
+from grokjax.model import Grok, ModelSteps, RowSettings, SlotOptions, SlotSettings, init
 from grokjax.rendezvous import Meeting
 
 
@@ -171,7 +172,7 @@ def send_messages(count: int) -> None:
         sender.send("decode")
 
 
-SIZES: dict[str, Any] = {"slots": 1, "max_len": 8, "num_top": 0}
+OPTIONS = SlotOptions(slots=1, max_len=8, num_top=0)
 
 
 def small_model(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Grok:
@@ -191,7 +192,7 @@ def test_a_failed_step_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelSteps, "decode", fail)
     model = small_model(monkeypatch, dtype=np.float32)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        SharedSteps(model, **SIZES).decode(SlotSettings.of({}, 1))
+        SharedSteps(model, OPTIONS).decode(SlotSettings.of({}, 1))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(DistributedError, match=r"a step of all processes failed: .* reset by peer\. Another process"):
         follow(model)
@@ -206,7 +207,7 @@ def test_a_step_that_guesses_is_followed_with_the_same_guesses(monkeypatch: pyte
 
     monkeypatch.setattr(ModelSteps, "decode_guesses", take)
     model = small_model(monkeypatch, dtype=np.float32)
-    leading = SharedSteps(model, max_guesses=3, **SIZES)
+    leading = SharedSteps(model, dataclasses.replace(OPTIONS, max_guesses=3))
     leading.decode_guesses(SlotSettings.of({0: RowSettings(seed=5, active=True)}, 1), np.array([[8, 3]], np.int32), 3)
     leading.close()
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -223,7 +224,7 @@ def test_a_model_of_another_dtype_is_not_followed(client: FakeClient, monkeypatc
     for leader, follower in itertools.permutations([small_model(monkeypatch, **options) for options in stored], 2):
         client.values.clear()
         monkeypatch.setattr(jax, "process_index", lambda: 0)
-        SharedSteps(leader, **SIZES)
+        SharedSteps(leader, OPTIONS)
         monkeypatch.setattr(jax, "process_index", lambda: 1)
         with pytest.raises(ValueError, match=ANOTHER_MODEL):
             follow(follower)
@@ -236,7 +237,7 @@ def test_a_model_of_another_dtype_is_not_led(client: FakeClient, monkeypatch: py
     client.values = {key: value for key, value in client.values.items() if not key.endswith("/0")}
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     with pytest.raises(ValueError, match=ANOTHER_MODEL):
-        SharedSteps(small_model(monkeypatch, dtype=np.float32), **SIZES)
+        SharedSteps(small_model(monkeypatch, dtype=np.float32), OPTIONS)
 
 
 def test_alone_everything_is_done_here() -> None:
@@ -248,8 +249,8 @@ def test_alone_everything_is_done_here() -> None:
     ("arguments", "message"),
     [
         (("localhost", 2, 0), r"coordinator_address='localhost' has no port: give it as HOST:PORT\."),
-        (("localhost:1", 2, 2), r"process_id=2 must be between 0 and 1"),
-        (("localhost:1", 0, 0), r"num_processes=0 must be 1 or more"),
+        (("localhost:1", 2, 2), r"process_id=2 must be an integer between 0 and 1"),
+        (("localhost:1", 0, 0), r"num_processes=0 must be an integer, 1 or more"),
         (
             ("localhost:1", 2, 0),
             r"the processes cannot be joined .*: call initialize once, first of all",
@@ -263,7 +264,7 @@ def test_arguments_that_cannot_join_are_refused(arguments: tuple[Any, ...], mess
 
 
 def test_a_heartbeat_that_none_could_keep_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"heartbeat_timeout_seconds=0 must be 1 or more"):
+    with pytest.raises(ValueError, match=r"heartbeat_timeout_seconds=0 must be an integer, 1 or more"):
         initialize("localhost:1", 2, 0, heartbeat_timeout_seconds=0)
 
 
@@ -317,7 +318,7 @@ SLURM = {
     ("options", "told"),
     [
         (["--random", "tiny", "--temperature", "-1"], "temperature=-1.0 must be"),
-        (["--random", "tiny", "--mesh", "8"], "--mesh 8: give two numbers"),
+        (["--random", "tiny", "--mesh", "8"], "--mesh '8': give two numbers"),
         (["--checkpoint", "nowhere", "--tokenizer", "bytes"], "nowhere: no such folder"),
         (["--random", "tiny", "--dtype", "float8"], "its options are wrong: see its message"),
     ],
@@ -348,7 +349,7 @@ def test_the_first_leads_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) 
         follow(model)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(ValueError, match=r"the engine runs on process 0: call follow\(model\) on process 1"):
-        SharedSteps(model, **SIZES)
+        SharedSteps(model, OPTIONS)
 
 
 def test_another_model_is_not_followed(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

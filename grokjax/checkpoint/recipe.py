@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
@@ -59,9 +60,9 @@ class Recipe:
         shape, row = spec.weight.shape, find_parameter(parameter)
         if self.weights == "int8" and row.is_quantizable and spec.scales is None:
             if shape[-2] % self.scale_blocks:
+                blocks = reprlib.repr(self.scale_blocks)
                 raise ValueError(
-                    f"scale_blocks={self.scale_blocks} does not divide the {shape[-2]} rows of {parameter}: "
-                    "choose a divisor."
+                    f"scale_blocks={blocks} does not divide the {shape[-2]} rows of {parameter}: choose a divisor."
                 )
             scales = ArraySpec((*shape[:-2], self.scale_blocks, shape[-1]), np.dtype(np.float32))
             return TensorSpec(ArraySpec(shape, np.dtype(np.int8)), scales)

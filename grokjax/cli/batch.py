@@ -138,7 +138,7 @@ def _read_object(line: str, number: int, path: Path, default: Request) -> Prompt
         )
     key = fields.pop("id", number)
     if not _is_id(key):
-        raise ValueError(f"{where}: id={key!r} must be a text in UTF-8 or an integer.")
+        raise ValueError(f"{where}: id={reprlib.repr(key)} must be a text in UTF-8 or an integer.")
     _check_fields(fields, where)
     if fields.get("logit_bias"):
         fields["logit_bias"] = _token_keys(fields["logit_bias"], where)

@@ -1,6 +1,7 @@
 """`grokjax convert`, `verify`, `export`, `info` and `make-release-fixture`: what is done to checkpoints."""
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from grokjax.cli.console import byte_progress, say, table_text
 from grokjax.cli.options import checkpoint_config, read_config, read_extents
 from grokjax.cli.streams import write
 from grokjax.config import GrokConfig
+from grokjax.request import check_integer
 from grokjax.sharding import RULES
 from grokjax.testing import write_release_checkpoint
 
@@ -168,18 +170,15 @@ def _add_info(commands: Any) -> None:
 def _run_info(arguments: argparse.Namespace) -> None:
     info = describe(arguments.source, checkpoint_config(arguments.config, arguments.source))
     mesh, dtype = read_extents(arguments.mesh), jnp.dtype(arguments.dtype)
-    rules = RULES[arguments.rules]
-    as_stored, plain = (
-        info.bytes_per_device(mesh, rules=rules, dtype=dtype, quantized=quantized) for quantized in (True, False)
-    )
-    per_device = plain if arguments.plain else as_stored
+    count = functools.partial(info.bytes_per_device, mesh, rules=RULES[arguments.rules], dtype=dtype)
+    per_device = count(quantized=not arguments.plain)
     if arguments.json:
         write(f"{json.dumps(_info_record(info) | {'mesh': list(mesh), 'bytes_per_device': per_device})}\n")
         return
     lines = [
         f"{info.path}: {info.layout} checkpoint, {info.num_parameters} parameters, {info.num_bytes} bytes",
         f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({naturalsize(per_device)})"
-        + (_compare(plain, as_stored, arguments.dtype) if arguments.plain else ""),
+        + (_compare(per_device, count(quantized=True), arguments.dtype) if arguments.plain else ""),
         *(f"  {name} = {value}" for name, value in json.loads(info.config.to_json()).items()),
         table_text(_parameters_table(info)),
     ]
@@ -236,8 +235,7 @@ def _run_fixture(arguments: argparse.Namespace) -> None:
     if os.path.lexists(target):  # be it a link to nothing
         raise ValueError(f"{target} exists already: choose another path, or remove it first.")
     config = GrokConfig.tiny().replace(num_layers=arguments.layers)
-    if arguments.seed < 0:
-        raise ValueError(f"--seed {arguments.seed} must be 0 or more.")
+    check_integer("--seed", arguments.seed, 0)
     try:
         write_release_checkpoint(
             target / "ckpt-0",

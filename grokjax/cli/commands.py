@@ -7,7 +7,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -18,6 +18,9 @@ from grokjax.cli.options import tell_of_options
 from grokjax.cli.streams import ReaderLeft, standard_streams, write
 from grokjax.distributed import DistributedError, sharing_errors
 from grokjax.errors import first_line
+
+# Characters of a word of the command line that an error repeats.
+_LONGEST_WORD = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +85,11 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command; of a long word, such as a number of 400 digits, only the beginning and the end are said."""
+        words = (word if len(word) <= _LONGEST_WORD else f"{word[:20]}...{word[-20:]}" for word in message.split(" "))
+        super().error(" ".join(words))
 
     @property
     def options(self) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import reprlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,10 +207,9 @@ def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
     check_integer("max_new_tokens", arguments.max_new_tokens, 1)
     _request(arguments)
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
-        raise ValueError(f"--max-len {arguments.max_len} must be between 2 and max_seq_len={config.max_seq_len}.")
-    longest = arguments.max_len or config.max_seq_len
-    if not 0 <= arguments.guesses < longest:
-        raise ValueError(f"--guesses {arguments.guesses} must be between 0 and {longest - 1}, such as 7.")
+        shown = reprlib.repr(arguments.max_len)
+        raise ValueError(f"--max-len {shown} must be between 2 and max_seq_len={config.max_seq_len}.")
+    check_integer("--guesses", arguments.guesses, 0, (arguments.max_len or config.max_seq_len) - 1)
     if arguments.mesh is not None:
         read_extents(arguments.mesh)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,9 @@ from grokjax.distributed import DistributedError, find_meeting, initialize
 from grokjax.sharding import default_mesh, spread_over_hosts
 
 T = TypeVar("T")
+
+# Along one axis of a mesh.
+_MOST_DEVICES = 1 << 15
 
 # What is given by hand -> the argument of `initialize`.
 _BY_HAND = {"coordinator": "coordinator_address", "num_processes": "num_processes", "process_id": "process_id"}
@@ -133,14 +137,14 @@ def read_extents(text: str) -> tuple[int, int]:
     """`1,8` as numbers.
 
     Raises:
-      ValueError: It is anything else.
+      ValueError: It is anything else, or more devices than any machine has.
     """
     try:
         data, model = (int(part) for part in text.split(","))
     except ValueError:
         data = model = 0
-    if min(data, model) < 1:
-        raise ValueError(f"--mesh {text}: give two numbers of 1 or more, such as 1,8.")
+    if not 1 <= min(data, model) <= max(data, model) <= _MOST_DEVICES:
+        raise ValueError(f"--mesh {reprlib.repr(text)}: give two numbers between 1 and {_MOST_DEVICES}, such as 1,8.")
     return data, model
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def _target(arguments: argparse.Namespace) -> Target:
     if arguments.devices is not None:
         found = re.fullmatch(r"(\d+)[xX](.+)", arguments.devices)
         if not found:
-            raise ValueError(f"--devices {arguments.devices}: give a number and a name, such as 16xH100-80G.")
+            shown = reprlib.repr(arguments.devices)
+            raise ValueError(f"--devices {shown}: give a number and a name, such as 16xH100-80G.")
         text = f"{found[2]}:{found[1]}"
     target = Target.parse(text)
     stated = (arguments.hbm_gib, arguments.bandwidth_gbs, arguments.tflops, arguments.link_gbs)

@@ -23,7 +23,7 @@ from grokjax.engine.sample import CheckedRequest, Handle, LiveSample, check_hand
 from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets, plan_chunks
 from grokjax.engine.shared_steps import make_steps as steps_of_model
 from grokjax.engine.warm_up import WarmedStep, warm_up
-from grokjax.model import Drawn, Grok, SlotSettings
+from grokjax.model import Drawn, Grok, SlotOptions, SlotSettings
 from grokjax.request import Completion, FinishReason, Piece, Request, check_integer
 from grokjax.tokenizer import Tokenizer
 
@@ -103,8 +103,7 @@ class Engine(OneThread):
         self._max_guesses = check_integer("max_guesses", max_guesses, 0, max_len - 1)
         used = model.config.experts_per_token / model.config.num_experts
         self._guessing = Guessing(max_guesses, used) if max_guesses else None
-        self._steps = make_steps(
-            model,
+        options = SlotOptions(
             slots=self._scheduler.slots,
             max_len=max_len,
             num_top=max_logprobs,
@@ -112,6 +111,7 @@ class Engine(OneThread):
             cache_dtype=cache_dtype,
             allow_oom=allow_oom,
         )
+        self._steps = make_steps(model, options)
         self._clock, self._meter = clock, Meter(self._scheduler)
         self._live: dict[LiveSample, None] = {}
         self._in_flight: collections.deque[Callable[[], None]] = collections.deque()

@@ -47,11 +47,11 @@ class Intake:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."
             )
         if not is_integer(self.max_len) or not 2 <= self.max_len <= config.max_seq_len:
-            raise ValueError(f"max_len={self.max_len!r} must be between 2 and max_seq_len={config.max_seq_len}.")
+            shown = reprlib.repr(self.max_len)
+            raise ValueError(f"max_len={shown} must be between 2 and max_seq_len={config.max_seq_len}.")
         if not is_integer(self.max_logprobs) or not 0 <= self.max_logprobs <= config.vocab_size:
-            raise ValueError(
-                f"max_logprobs={self.max_logprobs!r} must be between 0 and the {config.vocab_size} tokens there are."
-            )
+            shown = reprlib.repr(self.max_logprobs)
+            raise ValueError(f"max_logprobs={shown} must be between 0 and the {config.vocab_size} tokens there are.")
 
     def check(self, request: object) -> None:
         """Refuses what is no request of this engine at all, as `submit` does before it takes any.
@@ -110,9 +110,8 @@ class Intake:
         """
         request = handle.request
         if request.logprobs is not None and request.logprobs > self.max_logprobs:
-            raise ValueError(
-                f"logprobs={request.logprobs} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer."
-            )
+            shown = reprlib.repr(request.logprobs)
+            raise ValueError(f"logprobs={shown} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer.")
         vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
         prompt = self.encode(request.prompt)
         ends = frozenset() if request.ignore_eos else frozenset({eos_id})

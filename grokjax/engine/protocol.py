@@ -1,12 +1,11 @@
 """Between an engine and a model: the steps that it asks for, what they are given and what they give back."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
-from jax.typing import DTypeLike
 
-from grokjax.model import DrawnRuns, DrawnTokens, Grok, SlotSettings
+from grokjax.model import DrawnRuns, DrawnTokens, Grok, SlotOptions, SlotSettings
 
 
 class Pending(Protocol):
@@ -90,18 +89,5 @@ class Steps(Protocol):
         """Ends what the steps hold beyond this process; nothing is called after it."""
 
 
-class MakeSteps(Protocol):
-    """What makes the steps of a model for an engine."""
-
-    def __call__(
-        self,
-        model: Grok,
-        *,
-        slots: int,
-        max_len: int,
-        num_top: int,
-        max_guesses: int,
-        cache_dtype: DTypeLike | None,
-        allow_oom: bool,
-    ) -> Steps:
-        """The steps of a model; the arguments are those of `ModelSteps`."""
+# What makes the steps of a model for an engine.
+MakeSteps: TypeAlias = Callable[[Grok, SlotOptions], Steps]

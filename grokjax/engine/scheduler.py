@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -95,14 +96,15 @@ def check_buckets(buckets: Sequence[int], max_len: int) -> tuple[int, ...]:
       ValueError: There are none, one is no length, or one exceeds the cache.
     """
     if not isinstance(buckets, Iterable):
-        raise ValueError(f"prefill_buckets={buckets!r} must be a list of lengths, such as (16, 64, 256).")
+        raise ValueError(f"prefill_buckets={reprlib.repr(buckets)} must be a list of lengths, such as (16, 64, 256).")
     buckets = tuple(buckets)
     if not buckets:
         raise ValueError("prefill_buckets is empty: give at least one length, such as (16, 64, 256).")
     for bucket in buckets:
         if not is_integer(bucket) or not 1 <= bucket <= max_len:
+            shown = reprlib.repr(bucket)
             raise ValueError(
-                f"the prefill bucket {bucket!r} must be an integer between 1 and the {max_len} entries of a slot."
+                f"the prefill bucket {shown} must be an integer between 1 and the {max_len} entries of a slot."
             )
     return tuple(sorted({int(bucket) for bucket in buckets}))
 

@@ -7,24 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from grokjax.distributed import Channel, DistributedError, exchange
 from grokjax.engine.protocol import Steps
 from grokjax.errors import first_line
-from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, SlotSettings
+from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, SlotOptions, SlotSettings
 
 
-def make_steps(
-    model: Grok,
-    *,
-    slots: int,
-    max_len: int,
-    num_top: int,
-    max_guesses: int = 0,
-    cache_dtype: DTypeLike | None = None,
-    allow_oom: bool = False,
-) -> Steps:
+def make_steps(model: Grok, options: SlotOptions) -> Steps:
     """The steps of a model: `SharedSteps` where its mesh spans processes, else `ModelSteps`.
 
     Raises:
@@ -32,15 +22,7 @@ def make_steps(
         devices have too little memory left.
     """
     kind = SharedSteps if model.partitioner.mesh.is_multi_process else ModelSteps
-    return kind(
-        model,
-        slots=slots,
-        max_len=max_len,
-        num_top=num_top,
-        max_guesses=max_guesses,
-        cache_dtype=cache_dtype,
-        allow_oom=allow_oom,
-    )
+    return kind(model, options)
 
 
 class SharedSteps:
@@ -49,37 +31,20 @@ class SharedSteps:
     The other processes call `follow(model)`. The arguments are those of `ModelSteps`.
     """
 
-    def __init__(
-        self,
-        model: Grok,
-        *,
-        slots: int,
-        max_len: int,
-        num_top: int,
-        max_guesses: int = 0,
-        cache_dtype: DTypeLike | None = None,
-        allow_oom: bool = False,
-    ):
+    def __init__(self, model: Grok, options: SlotOptions):
         if jax.process_index():
             raise ValueError(
                 f"the model spans {jax.process_count()} processes, and the engine runs on process 0: "
                 f"call follow(model) on process {jax.process_index()}."
             )
-        self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
+        self.slots, self.max_len, self.num_top = options.slots, options.max_len, options.num_top
+        self.vocab_size = model.config.vocab_size
         # Made first: where they are refused for want of memory, the others have been told nothing yet.
-        self._steps = ModelSteps(
-            model,
-            slots=slots,
-            max_len=max_len,
-            num_top=num_top,
-            max_guesses=max_guesses,
-            cache_dtype=cache_dtype,
-            allow_oom=allow_oom,
-        )
+        self._steps = ModelSteps(model, options)
         _check_same(model)
         self._channel = Channel.open()
-        dtype = "" if cache_dtype is None else jnp.dtype(cache_dtype).name
-        self._channel.send("start", dtype, slots, max_len, num_top, max_guesses)
+        dtype = "" if options.cache_dtype is None else jnp.dtype(options.cache_dtype).name
+        self._channel.send("start", dtype, self.slots, self.max_len, self.num_top, options.max_guesses)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`."""
@@ -151,8 +116,7 @@ def follow(model: Grok) -> None:
     name, (dtype, *sizes) = channel.receive()
     slots, max_len, num_top, max_guesses = (size.item() for size in sizes)
     # Process 0, whose devices hold as much, has found room or shall try.
-    steps = ModelSteps(
-        model,
+    options = SlotOptions(
         slots=slots,
         max_len=max_len,
         num_top=num_top,
@@ -160,6 +124,7 @@ def follow(model: Grok) -> None:
         cache_dtype=str(dtype) or None,
         allow_oom=True,
     )
+    steps = ModelSteps(model, options)
     drawn: DeviceResult[Any] | None = None
     try:
         while name != "close":

@@ -3,9 +3,9 @@
 Read `grok` first: the stack of decoder layers, which `stack` runs. Then its parts: `attention`, `feed_forward`,
 `embedding`, `layers` and `weights`, which they share; `base` says how all of them print and are viewed, and `contexts`
 lets them run under any mesh that a caller has set. `probes` reads and changes their values on the way.
-`building` makes models. `steps` has `forward`, `prefill`, `decode` and `generate`; `guesses` lets a step make more than
-one token; `slot_steps` has the steps for a batch whose rows are an engine's slots, and `slots` what both say to each
-other.
+`building` makes models. `steps` has `forward`, `prefill` and `decode`; `generation` has `generate`, the whole loop, in
+which `guesses` lets a step make more than one token; `slot_steps` has the steps for a batch whose rows are an engine's
+slots, and `slots` what both say to each other.
 """
 
 from grokjax.model.base import named_parameters
@@ -18,6 +18,7 @@ from grokjax.model.building import (
     with_values,
 )
 from grokjax.model.contexts import in_any_context
+from grokjax.model.generation import Generated, generate
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
 from grokjax.model.slot_steps import (
@@ -27,15 +28,13 @@ from grokjax.model.slot_steps import (
     lower_decode,
     lower_prefill,
 )
-from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotSettings
+from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotOptions, SlotSettings
 from grokjax.model.steps import (
-    Generated,
     check_chunks,
     check_texts,
     decode,
     decode_and_sample,
     forward,
-    generate,
     last_logits,
     prefill,
 )
@@ -57,6 +56,7 @@ __all__ = [
     "Probe",
     "Reader",
     "RowSettings",
+    "SlotOptions",
     "SlotSettings",
     "SlotState",
     "abstract_model",

@@ -1,7 +1,8 @@
 """The attention of a stack of layers: its projections, and the cache that it writes to and attends over."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,30 @@ from grokjax.quantization import Weight
 from grokjax.sharding import Partitioner
 
 _INNER_SITES = ("attention.query", "attention.key", "attention.value", "attention.heads")
+_WHOLE: Any = PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Specs:
+    """How what attention is given is divided.
+
+    Attributes:
+      row: of the tokens, and of all that has a number for each row.
+      cache: of its keys and values.
+      place: of the tokens' place in it.
+    """
+
+    row: Any
+    cache: Any
+    place: Any
+
+    @classmethod
+    def of(cls, x: jax.Array, keys: Entries, place: CachePlace, partitioner: Partitioner) -> Self:
+        """For tokens [P, T, D] and the keys of a cache."""
+        cache = jax.tree.map(lambda leaf: partitioner.spec(CACHE_AXES[: leaf.ndim], leaf.shape), keys)
+        # Rows that may lie on any device are whole on all: each attends for those whose entries it holds.
+        row: Any = partitioner.spec(("batch",), x.shape[:1]) if place.rows is None else _WHOLE
+        return cls(row, cache, CachePlace(layer=_WHOLE, rows=_WHOLE, start=row, count=row))
 
 
 class Attention(Module):
@@ -66,11 +91,9 @@ class Attention(Module):
         """
         weights = LayerWeights.of((self.query, self.key, self.value, self.output), layer, self.partitioner)
         partitioner = self.partitioner.without_embed()
-        cache = jax.tree.map(lambda leaf: partitioner.spec(CACHE_AXES[: leaf.ndim], leaf.shape), keys)
-        # Rows that may lie on any device are whole on all: each attends for those whose entries it holds.
-        whole: Any = PartitionSpec()
-        row: Any = partitioner.spec(("batch",), x.shape[:1]) if place.rows is None else whole
-        places = CachePlace(layer=whole, rows=whole, start=row, count=row)
+        specs = _Specs.of(x, keys, place, partitioner)
+        if probe.is_at(*_INNER_SITES):
+            return self._attend_in_parts(x, keys, values, weights, place=place, probe=probe, specs=specs)
         project, output = self._project, self._output_locally
         mix = functools.partial(self._mix_locally, num_rows=keys.shape[1])
 
@@ -80,32 +103,46 @@ class Attention(Module):
             mixed, keys, values = mix(*project(x, weights[:3], layer, place.start), keys, values, place)
             return output(mixed, weights[3], layer), keys, values
 
-        if not probe.is_at(*_INNER_SITES):
-            run = partitioner.shard_map(
-                attend_locally,
-                in_specs=(row, weights.partition_specs, cache, cache, whole, places),
-                out_specs=(row, cache, cache),
-            )
-            return run(x, weights.stacks, keys, values, weights.layer, place)
-        # The same in three parts: what a probe is given is whole, so each part ends where there is a site.
+        run = partitioner.shard_map(
+            attend_locally,
+            in_specs=(specs.row, weights.partition_specs, specs.cache, specs.cache, _WHOLE, specs.place),
+            out_specs=(specs.row, specs.cache, specs.cache),
+        )
+        return run(x, weights.stacks, keys, values, weights.layer, place)
+
+    def _attend_in_parts(
+        self,
+        x: jax.Array,
+        keys: Entries,
+        values: Entries,
+        weights: LayerWeights,
+        *,
+        place: CachePlace,
+        probe: Probe,
+        specs: "_Specs",
+    ) -> tuple[jax.Array, Entries, Entries]:
+        """The same in three parts: what a probe is given is whole, so each part ends where there is a site."""
+        partitioner, row, cache = self.partitioner.without_embed(), specs.row, specs.cache
         lead = (*(row or (None,)), None)
         heads = PartitionSpec(*lead, *partitioner.spec(("heads",), (self.config.num_heads,)))
         kv_heads = PartitionSpec(*lead, *partitioner.spec(("kv_heads",), keys.shape[2:3]))
         *in_weights, out_weight = weights.partition_specs
         run = partitioner.shard_map(
-            project, in_specs=(row, tuple(in_weights), whole, row), out_specs=(heads, kv_heads, kv_heads)
+            self._project, in_specs=(row, tuple(in_weights), _WHOLE, row), out_specs=(heads, kv_heads, kv_heads)
         )
         query, key, value = run(x, weights.stacks[:3], weights.layer, place.start)
         query = probe.at("attention.query", query)
         key = self._at_kv_heads(probe, "attention.key", key.astype(self.dtype))
         value = self._at_kv_heads(probe, "attention.value", value.astype(self.dtype))
         run = partitioner.shard_map(
-            mix, in_specs=(heads, kv_heads, kv_heads, cache, cache, places), out_specs=(heads, cache, cache)
+            functools.partial(self._mix_locally, num_rows=keys.shape[1]),
+            in_specs=(heads, kv_heads, kv_heads, cache, cache, specs.place),
+            out_specs=(heads, cache, cache),
         )
         mixed, keys, values = run(query, key, value, keys, values, place)
         split = mixed.reshape(*mixed.shape[:2], -1, self.config.head_dim)
         mixed = probe.at("attention.heads", split).reshape(mixed.shape)
-        run = partitioner.shard_map(output, in_specs=(heads, out_weight, whole), out_specs=row)
+        run = partitioner.shard_map(self._output_locally, in_specs=(heads, out_weight, _WHOLE), out_specs=row)
         return run(mixed, weights.stacks[3], weights.layer), keys, values
 
     def _at_kv_heads(self, probe: Probe, site: str, x: jax.Array) -> jax.Array:

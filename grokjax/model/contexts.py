@@ -12,7 +12,7 @@ from jax import lax
 from grokjax.cache import KVCache
 from grokjax.context import own_context
 from grokjax.kernels import varying_over
-from grokjax.sharding import Axes, Partitioner
+from grokjax.sharding import Axes, Partitioner, check_caller, hand_over, is_foreign, receive
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +32,7 @@ def in_any_context(function: Callable[P, R]) -> Callable[P, R]:
         if not hasattr(model, "partitioner"):
             raise ValueError(f"the model must be one that init or load makes, not a {type(model).__name__}.")
         partitioner: Partitioner = model.partitioner
-        partitioner.check_context()
+        check_caller(partitioner)
         axes = _varying_axes((model, others, kwargs))
         if axes:
             model, others, kwargs = jax.tree.map(functools.partial(_as_one, axes=axes), (model, others, kwargs))
@@ -83,9 +83,9 @@ def _map(function: Callable[[Any, Partitioner], Any], tree: R, partitioner: Part
 
 def _receive(value: Any, partitioner: Partitioner) -> Any:
     if not isinstance(value, KVCache):
-        return partitioner.receive(value) if partitioner.is_foreign(value) else value
+        return receive(value, partitioner)
     value.check_is_there()
-    if any(map(partitioner.is_foreign, jax.tree.leaves(value))):
+    if any(is_foreign(leaf, partitioner) for leaf in jax.tree.leaves(value)):
         raise ValueError(
             f"the cache lies elsewhere than the model, which is on a mesh of {dict(partitioner.mesh.shape)}: create it "
             "with the model's configuration, mesh and rules, as new_cache of the model does."
@@ -100,4 +100,4 @@ def _hand_over(value: Any, partitioner: Partitioner, *, vocab_size: int) -> Any:
     axes: Axes = (
         ("batch", *(None,) * value.ndim)[: value.ndim] if last is None else ("batch", *(None,) * (value.ndim - 2), last)
     )
-    return partitioner.hand_over(value, axes)
+    return hand_over(value, axes, partitioner)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 
 from grokjax.cache import CACHE_AXES, Entries, KVCache
 from grokjax.context import own_context
@@ -17,7 +16,7 @@ from grokjax.kernels import copy_row
 from grokjax.memory import check_fits
 from grokjax.model.grok import Grok
 from grokjax.model.guesses import check_guesses, write_tokens
-from grokjax.model.slots import DrawnRuns, DrawnTokens, SlotSettings
+from grokjax.model.slots import DrawnRuns, DrawnTokens, SlotOptions, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
 from grokjax.sharding import device_bytes, zeros
@@ -79,42 +78,29 @@ class ModelSteps:
 
     Args:
       model: the model.
-      slots: B, rows of the cache.
-      max_len: S, tokens that each row holds.
-      num_top: most probable tokens that a request may ask for.
-      max_guesses: most tokens that a step may guess; 0 for steps that do not guess, and keep no texts for it.
-      cache_dtype: as in `KVCache.create`; by default float32 for a float32 model.
-      allow_oom: try it even where the devices have too little memory left.
+      options: of its slots.
 
     Raises:
       ValueError: The devices have too little memory left.
     """
 
     @own_context()
-    def __init__(
-        self,
-        model: Grok,
-        *,
-        slots: int,
-        max_len: int,
-        num_top: int,
-        max_guesses: int = 0,
-        cache_dtype: DTypeLike | None = None,
-        allow_oom: bool = False,
-    ):
-        self.slots, self.max_len, self.vocab_size, self.num_top = slots, max_len, model.config.vocab_size, num_top
+    def __init__(self, model: Grok, options: SlotOptions):
+        self.slots, self.max_len, self.num_top = options.slots, options.max_len, options.num_top
+        self.vocab_size = model.config.vocab_size
         self._model = model
-        if not allow_oom:
-            cache = model.abstract_cache(slots, max_len, dtype=cache_dtype)
-            shapes = SlotState.abstract(model, cache, guesses=max_guesses > 0)
+        guesses = options.max_guesses > 0
+        if not options.allow_oom:
+            cache = model.abstract_cache(self.slots, self.max_len, dtype=options.cache_dtype)
+            shapes = SlotState.abstract(model, cache, guesses=guesses)
             check_fits(
-                f"an engine of slots={slots}, max_len={max_len}",
+                f"an engine of slots={self.slots}, max_len={self.max_len}",
                 device_bytes(jax.tree.leaves(shapes)),
                 model.partitioner.mesh,
                 remedy="take fewer slots, a smaller max_len, int8 entries or more devices",
             )
-        cache = model.new_cache(slots, max_len, dtype=cache_dtype, allow_oom=True)
-        self._state = SlotState.create(model, cache, guesses=max_guesses > 0)
+        cache = model.new_cache(self.slots, self.max_len, dtype=options.cache_dtype, allow_oom=True)
+        self._state = SlotState.create(model, cache, guesses=guesses)
 
     @property
     def state(self) -> SlotState:
@@ -232,16 +218,19 @@ def lower_share(model: Grok, state: SlotState) -> jax.stages.Lowered:
 
 def lower_decode(model: Grok, state: SlotState, num_top: int) -> jax.stages.Lowered:
     """The step that decodes all rows, draws from them and finds the `num_top` most probable tokens."""
-    settings = SlotSettings.of({}, state.cache.batch_size).packed
-    packed = jax.ShapeDtypeStruct(settings.shape, settings.dtype)
-    return _decode.lower(model, state, packed, num_top=num_top)
+    return _decode.lower(model, state, _abstract_settings(state), num_top=num_top)
 
 
 def lower_decode_guesses(model: Grok, state: SlotState, num_top: int, num_guesses: int) -> jax.stages.Lowered:
     """`lower_decode` of a step that guesses so many tokens of each row and checks them."""
-    settings = SlotSettings.of({}, state.cache.batch_size).packed
-    packed = jax.ShapeDtypeStruct((settings.shape[0], settings.shape[1] + 2), settings.dtype)
+    packed = _abstract_settings(state, num_limits=2)
     return _decode_guesses.lower(model, state, packed, num_top=num_top, num_guesses=num_guesses)
+
+
+def _abstract_settings(state: SlotState, num_limits: int = 0) -> jax.ShapeDtypeStruct:
+    """The settings of all rows as they are packed, with so many limits of each behind them."""
+    packed = SlotSettings.of({}, state.cache.batch_size).packed
+    return jax.ShapeDtypeStruct((packed.shape[0], packed.shape[1] + num_limits), packed.dtype)
 
 
 def _placed(model: Grok, state: SlotState) -> SlotState:

@@ -1,4 +1,4 @@
-"""Between an engine and the steps of its slots: how rows are to draw, and what they drew."""
+"""Between an engine and the steps of its slots: what they are made for, how rows are to draw, and what they drew."""
 
 import dataclasses
 import functools
@@ -8,9 +8,31 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 # What lies on the host, or on the devices.
 A = TypeVar("A", np.ndarray, jax.Array)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotOptions:
+    """What the steps of an engine's slots are made for, beside their model.
+
+    Attributes:
+      slots: B, rows of the cache.
+      max_len: S, tokens that each row holds.
+      num_top: K, most probable tokens that a request may ask for.
+      max_guesses: most tokens that a step may guess; 0 for steps that do not guess, and keep no texts for it.
+      cache_dtype: as in `KVCache.create`; by default float32 for a float32 model.
+      allow_oom: try it even where the devices have too little memory left.
+    """
+
+    slots: int
+    max_len: int
+    num_top: int
+    max_guesses: int = 0
+    cache_dtype: DTypeLike | None = None
+    allow_oom: bool = False
 
 
 class RowSettings(NamedTuple):

@@ -1,22 +1,17 @@
-"""The pure steps, compiled: forward, prefill, decode and generate. Those that take a cache DONATE it."""
+"""The pure steps, compiled: forward, prefill, decode. Those that take a cache DONATE it."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from grokjax.cache import KVCache, check_cache_dtype
+from grokjax.cache import KVCache
 from grokjax.model.contexts import in_any_context
 from grokjax.model.embedding import as_integers
 from grokjax.model.grok import Grok
-from grokjax.model.guesses import check_guesses, write_tokens
-from grokjax.sampling import SampleOutput, SampleSettings, seed_key
+from grokjax.sampling import SampleOutput, SampleSettings
 
 
 @in_any_context
@@ -38,7 +33,7 @@ def forward(model: Grok, tokens: ArrayLike | None = None, *, embeddings: jax.Arr
         vocabulary, or both tokens and embeddings are given, or neither.
     """
     if tokens is not None:
-        tokens = _check_tokens(model, tokens, ndim=2)
+        tokens = check_tokens(model, tokens, ndim=2)
     _check_embeddings(model, embeddings)
     given = embeddings if tokens is None else tokens
     if given is not None and given.shape[1] > model.config.max_seq_len:
@@ -94,7 +89,7 @@ def decode(
       ValueError: Shapes disagree, a token is outside the vocabulary, an active row is full, or the cache was donated to
         an earlier step.
     """
-    tokens = _check_tokens(model, tokens, ndim=1)
+    tokens = check_tokens(model, tokens, ndim=1)
     active = jnp.ones(tokens.shape, bool) if active is None else jnp.asarray(active, bool)
     _check_cache(model, cache, tokens.shape[0])
     if active.shape != tokens.shape:
@@ -127,109 +122,10 @@ def decode_and_sample(
     Raises:
       ValueError: Shapes disagree, tokens are no integers, or the cache was donated to an earlier step.
     """
-    tokens = _check_tokens(model, tokens, ndim=1)
+    tokens = check_tokens(model, tokens, ndim=1)
     _check_cache(model, cache, tokens.shape[0])
-    logits, cache = _decode_step(model, tokens, cache, settings.active)
+    logits, cache = decode_step(model, tokens, cache, settings.active)
     return model.sample(logits, settings, keys=keys, positions=cache.lengths), cache
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """Continuations of a batch of prompts.
-
-    Attributes:
-      tokens: int32 [B, max_new_tokens], the pad id after each row's end.
-      lengths: int32 [B], tokens of each continuation, the end-of-sequence token included.
-      logprobs: float32 [B, max_new_tokens], natural log-probability of each token under the model itself, at
-        temperature 1 without mask or filter; 0 after the end.
-    """
-
-    tokens: jax.Array
-    lengths: jax.Array
-    logprobs: jax.Array
-
-
-@in_any_context
-def generate(
-    model: Grok,
-    tokens: ArrayLike,
-    lengths: ArrayLike,
-    *,
-    max_new_tokens: int,
-    settings: SampleSettings | None = None,
-    keys: jax.Array | None = None,
-    eos_id: int | None = None,
-    guesses: int = 0,
-    cache_dtype: DTypeLike | None = None,
-    allow_oom: bool = False,
-) -> Generated:
-    """Continues prompts, the whole loop on the device, until every row has ended.
-
-    The draw at position p of a row uses `fold_in(key of the row, p)`, so a row's result does not depend on its
-    neighbours, nor on `guesses`.
-
-    Args:
-      model: the model.
-      tokens: integers [B, T] in the vocabulary, right-padded.
-      lengths: integers [B], tokens of each prompt, 1 to T.
-      max_new_tokens: longest continuation; T and it together may not exceed the configuration's longest sequence.
-      settings: how to draw; greedy by default.
-      keys: a key for each row, [B]; by default folded from seed 0 and the row's number.
-      eos_id: token that ends a row; none by default, so that every row gets `max_new_tokens`.
-      guesses: tokens that a step may guess from the text so far and check together, where the last guesses were right:
-        faster for text that repeats itself or its prompt. None by default.
-      cache_dtype: as in `Grok.new_cache`.
-      allow_oom: try it even where the devices have too little memory left for the cache.
-
-    Raises:
-      ValueError: Shapes disagree, a token or `eos_id` is outside the vocabulary, a prompt is empty, there is no room,
-        `guesses` is negative, the devices have too little memory left for the cache, or it is called inside a
-        `shard_map`.
-    """
-    if jax.sharding.get_abstract_mesh().manual_axes:  # the compiler of jax 0.10 aborts the process there
-        raise ValueError("generate does not run inside a shard_map: call it outside, or loop over decode inside.")
-    tokens = _check_tokens(model, tokens, ndim=2)
-    lengths = _check_lengths(lengths, tokens, least=1)
-    batch, longest = tokens.shape
-    most = model.config.max_seq_len - longest
-    if not isinstance(max_new_tokens, int | np.integer) or not 1 <= max_new_tokens <= most:
-        raise ValueError(
-            f"{longest} prompt tokens and max_new_tokens={max_new_tokens!r} must leave at least one new token and fit "
-            f"into max_seq_len={model.config.max_seq_len}."
-        )
-    is_known = eos_id is None or (isinstance(eos_id, int | np.integer) and 0 <= eos_id < model.config.vocab_size)
-    if not is_known:
-        raise ValueError(
-            f"eos_id={eos_id!r} is outside the vocabulary of {model.config.vocab_size} tokens: it would never come."
-        )
-    if not isinstance(guesses, int | np.integer) or guesses < 0:
-        raise ValueError(f"guesses={guesses!r} must be an integer, 0 or more, such as 7.")
-    if keys is not None and np.shape(keys)[:1] != (batch,):
-        raise ValueError(
-            f"keys has shape {np.shape(keys)} for {batch} rows: pass one key for each, such as jax.random.split gives."
-        )
-    if not isinstance(settings, SampleSettings | None):
-        raise ValueError(
-            f"settings must be made by SampleSettings.create({batch}, ...), not a {type(settings).__name__}."
-        )
-    settings = SampleSettings.create(batch, temperature=0.0) if settings is None else settings
-    if keys is None:
-        keys = jax.vmap(functools.partial(jax.random.fold_in, seed_key(0)))(jnp.arange(batch, dtype=jnp.int32))
-    cache_dtype = None if cache_dtype is None else check_cache_dtype(cache_dtype)
-    if not allow_oom:
-        model.abstract_cache(batch, longest + max_new_tokens, dtype=cache_dtype).check_fits()
-    return _generate(
-        model,
-        tokens,
-        lengths,
-        settings,
-        keys,
-        max_new_tokens=int(max_new_tokens),
-        eos_id=eos_id,
-        guesses=min(int(guesses), int(max_new_tokens) - 1),
-        cache_dtype=cache_dtype,
-    )
 
 
 @jax.jit
@@ -249,146 +145,25 @@ def last_logits(model: Grok, hidden: jax.Array, lengths: jax.Array) -> jax.Array
     return model.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
 
 
-def _prefill_step(
+def prefill_step(
     model: Grok, tokens: jax.Array, lengths: jax.Array, cache: KVCache, rows: jax.Array | None = None
 ) -> tuple[jax.Array, KVCache]:
+    """`prefill` as part of a larger program: nothing is checked."""
     hidden, cache = model(tokens, lengths, cache, rows=rows)
     return last_logits(model, hidden, lengths), cache
 
 
-def _decode_step(model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Array) -> tuple[jax.Array, KVCache]:
+def decode_step(model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Array) -> tuple[jax.Array, KVCache]:
+    """`decode` as part of a larger program: nothing is checked, and an active row that is full gets logits of NaN."""
     is_full = active & (cache.lengths >= cache.max_len)
     hidden, cache = model(tokens[:, None], active.astype(jnp.int32), cache)
     return jnp.where(is_full[:, None], jnp.nan, model.logits(hidden[:, 0])), cache
 
 
-_prefill = jax.jit(_prefill_step, donate_argnames="cache")
-_decode = jax.jit(_decode_step, donate_argnames="cache")
+_prefill = jax.jit(prefill_step, donate_argnames="cache")
+_decode = jax.jit(decode_step, donate_argnames="cache")
 # For a caller's transformation: a derivative needs the cache again, and under a jit only its own inputs are donated.
-_prefill_keeping, _decode_keeping = jax.jit(_prefill_step), jax.jit(_decode_step)
-
-
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "guesses", "cache_dtype"))
-def _generate(
-    model: Grok,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    settings: SampleSettings,
-    keys: jax.Array,
-    *,
-    max_new_tokens: int,
-    eos_id: int | None,
-    guesses: int,
-    cache_dtype: jnp.dtype | None,
-) -> Generated:
-    batch, longest = tokens.shape
-    cache = model.new_cache(batch, longest + max_new_tokens, dtype=cache_dtype)
-    logits, cache = _prefill_step(model, tokens, lengths, cache)
-    shape = (batch, max_new_tokens)
-    out = Generated(
-        tokens=jnp.full(shape, model.config.pad_id, jnp.int32),
-        lengths=jnp.zeros((batch,), jnp.int32),
-        logprobs=jnp.zeros(shape, jnp.float32),
-    )
-
-    def draw(
-        step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated
-    ) -> tuple[jax.Array, jax.Array, Generated]:
-        drawn = model.sample(logits, settings, keys=keys, positions=lengths + step)
-        token = jnp.where(active, drawn.token_id, model.config.pad_id)
-        out = _append(out, step, active, token, jnp.where(active, drawn.logprob, 0))
-        return token, active if eos_id is None else active & (token != eos_id), out
-
-    def is_running(state: tuple[Any, ...]) -> jax.Array:
-        step, _, active, *_ = state
-        return (step < max_new_tokens) & active.any()
-
-    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, active, cache, out = state
-        logits, cache = _decode_step(model, token, cache, active)
-        token, active, out = draw(step, active, logits, out)
-        return step + 1, token, active, cache, out
-
-    token, active, out = draw(jnp.zeros((), jnp.int32), settings.active, logits, out)
-    if guesses:
-        texts = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
-        texts = write_tokens(texts, token[:, None], lengths, jnp.ones_like(lengths))
-        sample = functools.partial(model.sample, settings=settings, keys=keys)
-        return _go_on_guessing(model, texts, lengths, active, cache, out, sample, eos_id=eos_id, guesses=guesses)
-    state = (jnp.ones((), jnp.int32), token, active, cache, out)
-    generated: Generated = lax.while_loop(is_running, advance, state)[-1]
-    return generated
-
-
-def _go_on_guessing(
-    model: Grok,
-    texts: jax.Array,
-    prompt_lengths: jax.Array,
-    active: jax.Array,
-    cache: KVCache,
-    out: Generated,
-    sample: Callable[..., SampleOutput],
-    *,
-    eos_id: int | None,
-    guesses: int,
-) -> Generated:
-    """Continues texts [B, S], of which one token was drawn, by steps that guess.
-
-    A row earns its guesses: three when the one that it would have made was right, up to all when those were, and none
-    after a wrong one. While no row has any, a step is one of decoding.
-    """
-    most_new = out.tokens.shape[1]
-
-    def draw(logits: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        drawn = sample(logits, positions=positions)
-        return drawn.token_id, drawn.logprob
-
-    def advance(state: tuple[Any, ...], *, num_guesses: int) -> tuple[Any, ...]:
-        most, active, texts, cache, out = state
-        ends = jnp.where(active, prompt_lengths + most_new, 0)
-        checked, texts, cache = check_guesses(
-            model, texts, cache, draw, ends=ends, most=jnp.minimum(most, num_guesses), num_guesses=num_guesses
-        )
-        made = checked.made
-        if eos_id is not None:
-            is_end = (checked.tokens == eos_id) & (jnp.arange(1 + num_guesses, dtype=jnp.int32)[None] < made[:, None])
-            active &= ~is_end.any(axis=1)
-            made = jnp.where(is_end.any(axis=1), 1 + is_end.argmax(axis=1).astype(jnp.int32), made)
-        out = Generated(
-            tokens=write_tokens(out.tokens, checked.tokens, out.lengths, made),
-            lengths=out.lengths + made,
-            logprobs=write_tokens(out.logprobs, checked.drawn, out.lengths, made),
-        )
-        is_earned = (checked.looked > 0) & (checked.right == checked.looked)
-        most = jnp.where(is_earned, jnp.minimum(4 * most + 3, guesses), 0)
-        return most, active & (out.lengths < most_new), texts, cache, out
-
-    def has_guesses(state: tuple[Any, ...]) -> jax.Array:
-        most, active, *_ = state
-        return (active & (most > 0)).any()
-
-    def is_running(state: tuple[Any, ...]) -> jax.Array:
-        return state[1].any()
-
-    def advance_both(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        # Two loops and not a choice in one: of a choice, XLA:CPU copies the cache.
-        decode_one, check_some = (functools.partial(advance, num_guesses=number) for number in (0, guesses))
-        state = lax.while_loop(lambda state: is_running(state) & ~has_guesses(state), decode_one, state)
-        return lax.while_loop(has_guesses, check_some, state)
-
-    state = (jnp.zeros_like(prompt_lengths), active & (out.lengths < most_new), texts, cache, out)
-    generated: Generated = lax.while_loop(is_running, advance_both, state)[-1]
-    return generated
-
-
-def _append(out: Generated, step: jax.Array, active: jax.Array, token: jax.Array, logprob: jax.Array) -> Generated:
-    """The continuations with number `step` of each row's tokens [B], which only active rows count."""
-    write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=step, axis=1)
-    return Generated(
-        tokens=write(out.tokens, token[:, None]),
-        lengths=out.lengths + active.astype(jnp.int32),
-        logprobs=write(out.logprobs, logprob[:, None]),
-    )
+_prefill_keeping, _decode_keeping = jax.jit(prefill_step), jax.jit(decode_step)
 
 
 def _is_concrete(*arrays: jax.Array) -> bool:
@@ -401,18 +176,18 @@ def check_texts(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> tuple[jax
     Raises:
       ValueError: Shapes disagree, a token is outside the vocabulary, a text is empty, or T exceeds max_seq_len.
     """
-    tokens = _check_tokens(model, tokens, ndim=2)
+    tokens = check_tokens(model, tokens, ndim=2)
     if tokens.shape[1] > model.config.max_seq_len:
         raise ValueError(f"{tokens.shape[1]} tokens exceed max_seq_len={model.config.max_seq_len}: pass fewer.")
-    return tokens, _check_lengths(lengths, tokens, least=1)
+    return tokens, check_lengths(lengths, tokens, least=1)
 
 
 def check_chunks(
     model: Grok, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache, rows: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The arguments of `prefill`, checked as it says: tokens int32 [P, T], lengths and rows int32 [P]."""
-    tokens = _check_tokens(model, tokens, ndim=2)
-    lengths = _check_lengths(lengths, tokens, least=0)
+    tokens = check_tokens(model, tokens, ndim=2)
+    lengths = check_lengths(lengths, tokens, least=0)
     _check_cache(model, cache, tokens.shape[0] if rows is None else cache.batch_size)
     rows = None if rows is None else _check_rows(rows, tokens, cache)
     if tokens.shape[1] > cache.max_len:
@@ -423,7 +198,12 @@ def check_chunks(
     return tokens, lengths, rows
 
 
-def _check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
+def check_tokens(model: Grok, tokens: ArrayLike, *, ndim: int) -> jax.Array:
+    """Tokens as int32 [B, T], or [B] of one dimension, checked.
+
+    Raises:
+      ValueError: They have another shape, there are none, or one is no integer of the vocabulary.
+    """
     tokens = as_integers("tokens", tokens)
     if tokens.ndim != ndim or not tokens.size:
         shape = "[batch, length]" if ndim == 2 else "[batch]"
@@ -446,7 +226,12 @@ def _check_embeddings(model: Grok, embeddings: jax.Array | None) -> None:
         )
 
 
-def _check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.Array:
+def check_lengths(lengths: ArrayLike, tokens: jax.Array, *, least: int) -> jax.Array:
+    """Lengths of rows of tokens [B, T] as int32 [B], checked.
+
+    Raises:
+      ValueError: There is not one for each row, or one is no integer between `least` and T.
+    """
     lengths = as_integers("lengths", lengths)
     if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths has shape {lengths.shape} and tokens {tokens.shape}: pass one length for each row.")

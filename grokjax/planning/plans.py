@@ -15,6 +15,7 @@ from grokjax.planning.compiler import Measured, StepCompiler, Traffic
 from grokjax.planning.costs import StepCost
 from grokjax.planning.targets import Target
 from grokjax.printing import describe_size, display, on_lines
+from grokjax.request import check_integer
 from grokjax.sharding import ShardingRules
 
 Bound = Literal["memory", "compute", "transfers"]
@@ -247,8 +248,7 @@ def plan(
     prompt_len = min(prompt_len, max_len)
     for rows, length in ((batch_size, max_len), (1, prompt_len)):
         compiler.cache_bytes(rows, length)  # refuses sizes that are out of range, before anything is compiled
-    if prefill_rows < 1:
-        raise ValueError(f"prefill_rows={prefill_rows} must be 1 or more: so many prompts are prefilled together.")
+    prefill_rows = check_integer("prefill_rows", prefill_rows, 1)
     prompts = _prompts(batch_size, prompt_len, prefill_rows)
     roofline = functools.partial(_roofline, compiler, batch_size, max_len, latency=collective_latency)
     decode, prefill = compiler.compile_both(batch_size, max_len, prompts)

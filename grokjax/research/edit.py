@@ -13,7 +13,7 @@ from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.model import SITES, At, Edit, Edits, Grok, with_values
 from grokjax.research.tap import check_site, layers_of, problem_of_positions
-from grokjax.sharding import Partitioner
+from grokjax.sharding import Partitioner, receive
 
 
 @own_context()
@@ -114,8 +114,7 @@ def _array(array: Any, partitioner: Partitioner) -> jax.Array:
         array = jnp.asarray(array, array.dtype if array.dtype.itemsize < 4 else jnp.float32)
     elif jnp.issubdtype(array.dtype, jnp.integer):
         array = jnp.asarray(array, jnp.int32)
-    array = jnp.asarray(array)
-    return partitioner.receive(array) if partitioner.is_foreign(array) else array
+    return receive(jnp.asarray(array), partitioner)
 
 
 def steer(

@@ -1,5 +1,6 @@
 """The command line: what goes to which stream, exit statuses, and the main job from files to text."""
 
+import contextlib
 import functools
 import os
 import re
@@ -21,6 +22,8 @@ from grokjax.testing import write_release_checkpoint
 
 E2E = GOLDEN_DIR / "e2e"
 SMALL = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+LONG = 400 * "9"
+INTEGERS = ("--seed", "--top-k", "--max-len", "--guesses")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,7 @@ def test_a_tokenizer_beside_the_checkpoint_is_found(
     [
         (["--random", "huge", "hi"], "--random huge: neither a file nor one of tiny, bench_1b, grok_1"),
         (["--random", "tiny", ""], "the prompt is empty"),
-        (["--random", "tiny", "--mesh", "8", "hi"], "--mesh 8: give two numbers"),
+        (["--random", "tiny", "--mesh", "8", "hi"], "--mesh '8': give two numbers between 1 and 32768"),
         (["--random", "tiny", "--mesh", "1,64", "hi"], "needs 64 devices and there are 8"),
         (["--random", "tiny", "--mesh", "1,3", "hi"], "does not divide num_heads=8"),
         (["--random", "tiny", "--temperature", "-1", "hi"], "temperature"),
@@ -143,12 +146,41 @@ def test_errors_are_sentences(arguments: list[str], message: str, capsys: pytest
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        *((f"generate --random tiny hi {option}", number) for option in INTEGERS for number in (LONG, f"-{LONG}")),
+        *((f"generate --random tiny hi {option}", f"-{LONG}") for option in ("--max-new-tokens", "--cpu-devices")),
+        *((f"generate --random tiny hi {option}", "x" + LONG) for option in ("--seed", "--temperature")),
+        ("generate --random tiny hi --seed", 12 * LONG),  # which Python does not even read
+        ("generate --random tiny hi --mesh", f"1,{LONG}"),
+        ("generate --random tiny hi --coordinator a:1 --process-id 0 --num-processes", f"-{LONG}"),
+        ("generate --random tiny hi --coordinator a:1 --num-processes 1 --process-id", LONG),
+        ("generate --random tiny hi --coordinator a:1 --num-processes 1 --process-id 0 --heartbeat", f"-{LONG}"),
+        *((f"plan --config tiny {option}", LONG) for option in ("--batch", "--max-len", "--devices", "--mesh")),
+        *((f"plan --config tiny {option}", f"-{LONG}") for option in ("--prompt", "--prefill-rows")),
+        ("plan --config tiny --target", f"cpu:{LONG}"),
+        ("make-release-fixture new --scale-blocks", LONG),
+        ("make-release-fixture new --layers", LONG),
+        ("make-release-fixture new --seed", f"-{LONG}"),
+    ],
+    ids=lambda words: f"{words[0].split()[0]} {words[0].split()[-1]} {words[1][:2]}",
+)
+def test_a_number_of_400_digits_is_repeated_in_short(
+    words: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        assert main([*words[0].split(), words[1]]) == 2
+    assert 20 < len(capsys.readouterr().err.splitlines()[-1]) < 320
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["hi", "--seed", "4294967296"], "seed=4294967296 must be an integer between 0 and"),
         (["hi", "--max-new-tokens", "0"], "max_new_tokens=0 must be an integer, 1 or more"),
         (["hi", "--top-k", "-1"], "top_k=-1"),
-        (["hi", "--guesses", "-1"], "--guesses -1 must be between 0 and 31"),
+        (["hi", "--guesses", "-1"], "--guesses=-1 must be an integer between 0 and 31"),
         (["hi", "--stop", ""], "stop=[''] must be strings of at least one character"),
         (["hi", "--top-p", "2"], "top_p=2.0 must be a number, from 0 to 1"),
         (["a" * 32], "the prompt has 32 tokens and at most 31"),

@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from grokjax import CheckpointError, GrokConfig
+from grokjax import CheckpointError, CheckpointInfo, GrokConfig
 from grokjax.cli import main
 from grokjax.testing import write_release_checkpoint
 
@@ -48,7 +49,7 @@ def test_a_fixture_that_cannot_be_written_leaves_nothing(
     assert main(["make-release-fixture", str(tmp_path / "new")]) == 2
     assert "new cannot be written (No space left on device): choose a path" in capsys.readouterr().err
     assert main(["make-release-fixture", str(tmp_path / "new"), "--seed", "-1"]) == 2
-    assert "--seed -1 must be 0 or more" in capsys.readouterr().err
+    assert "--seed=-1 must be an integer, 0 or more" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -124,7 +125,7 @@ def test_info_says_the_same_of_every_layout(
         assert ours[key] == theirs[key]
     for mesh in ("0,8", "1,-8", "8"):
         assert main(["info", str(converted), f"--mesh={mesh}"]) == 2
-        assert f"--mesh {mesh}: give two numbers of 1 or more, such as 1,8" in capsys.readouterr().err
+        assert f"--mesh {mesh!r}: give two numbers between 1 and 32768, such as 1,8" in capsys.readouterr().err
     assert main(["info", str(converted), "--mesh", "1,3"]) == 2
     assert "does not divide" in capsys.readouterr().err
     assert main(["info", str(converted), "--plain", "--json"]) == 0
@@ -141,6 +142,22 @@ def test_info_says_the_same_of_every_layout(
     text = capsys.readouterr().out
     assert f"on a mesh of 1 x 8 devices: {ours['bytes_per_device']} bytes on each" in text
     assert "layers.0.feed_forward.gate" in text
+
+
+def test_info_counts_plain_weights_only_where_they_are_asked_for(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def count(*_: Any, quantized: bool, **__: Any) -> int:
+        counted.append(quantized)
+        return 1
+
+    monkeypatch.setattr(CheckpointInfo, "bytes_per_device", count)
+    assert main(["info", str(converted)]) == 0
+    assert counted == [True]
+    assert main(["info", str(converted), "--plain"]) == 0
+    assert sorted(counted) == [False, True, True]
 
 
 def test_export_makes_safetensors(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

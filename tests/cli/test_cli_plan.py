@@ -161,7 +161,7 @@ def test_a_configuration_is_read_from_a_file(capsys: pytest.CaptureFixture[str],
     [
         (["--config", "grok_9"], "--config grok_9: neither a file nor one of tiny, bench_1b, grok_1"),
         (["--target", "h100:many"], "'h100:many' is not of the form cpu:8 or h200:8"),
-        (["--devices", "H100"], "--devices H100: give a number and a name, such as 16xH100-80G"),
+        (["--devices", "H100"], "--devices 'H100': give a number and a name, such as 16xH100-80G"),
         (["--devices", "8xv5e"], "'v5e:8' is not of the form .* v5p:2x2x2"),
         (["--mesh", "3,3"], "a mesh of 3 x 3 devices is not the 8 of cpu:8"),
         (["--hbm-gib", "0"], "figures of a device must be above 0"),

@@ -13,7 +13,7 @@ from jax.stages import Compiled, Lowered
 from planned import MIB, REAL, TINY, real_plan
 
 from grokjax.config import GrokConfig
-from grokjax.model import ModelSteps, SlotSettings, abstract_model, init, lower_decode, lower_prefill
+from grokjax.model import ModelSteps, SlotOptions, SlotSettings, abstract_model, init, lower_decode, lower_prefill
 from grokjax.planning import StepCompiler, plan, read_program
 from grokjax.planning.compiler import compile_step
 from grokjax.sharding import RULES, Partitioner, make_mesh
@@ -48,7 +48,7 @@ class TestMemory:
         devices = make_mesh(mesh)
         before = {id(array) for array in jax.live_arrays()}
         model = init(config, mesh=devices, rules=RULES[rules])
-        steps = ModelSteps(model, slots=8, max_len=64, num_top=8)
+        steps = ModelSteps(model, SlotOptions(slots=8, max_len=64, num_top=8))
         tokens, numbers = np.zeros((4, 16), np.int32), np.arange(4, dtype=np.int32)
         steps.prefill(tokens, numbers + 1, 0 * numbers, numbers)
         steps.decode(SlotSettings.of({}, 8)).read()
