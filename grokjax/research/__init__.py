@@ -2,10 +2,12 @@
 
 Read `tap` first: `Tap` says what is to be read, `observe` runs a model and reads it. `edit` makes a model that computes
 something else, which goes wherever a model goes. The sites at which both work are in `grokjax.model`. `routing` sums up
-what the router does, and `lens` is what a tap makes tokens of.
+what the router does, `comparison` how far two models differ; `sums` is what both sums share. `lens` is what a tap makes
+tokens of.
 """
 
 from grokjax.model import SITES, At, Edit
+from grokjax.research.comparison import Comparison, compare
 from grokjax.research.edit import (
     bias_router,
     drop_experts,
@@ -29,11 +31,13 @@ from grokjax.research.tap import Tap, observe, observe_step
 __all__ = [
     "SITES",
     "At",
+    "Comparison",
     "Edit",
     "RouterStats",
     "Tap",
     "TopTokens",
     "bias_router",
+    "compare",
     "drop_experts",
     "edit",
     "edits_of",

@@ -9,9 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from grokjax.config import GrokConfig
-from grokjax.context import own_context
 from grokjax.model import At, Grok
-from grokjax.printing import describe_fields
+from grokjax.research.sums import Sums
 from grokjax.research.tap import Tap, observe
 
 # Bins of the margin's histogram, from 0 to 1.
@@ -19,8 +18,8 @@ _BINS = 10
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class RouterStats:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RouterStats(Sums):
     """Sums over the real tokens of some texts, for each layer. Two of them add.
 
     Attributes:
@@ -59,27 +58,6 @@ class RouterStats:
             margins=zeros(_BINS),
             together=zeros(experts, experts),
         )
-
-    @own_context()
-    def __add__(self, other: "RouterStats") -> "RouterStats":
-        """The statistics of the texts of both.
-
-        Raises:
-          ValueError: They are of models with other numbers of layers or experts.
-        """
-        if self.load.shape != other.load.shape:
-            raise ValueError(
-                f"statistics of {self.load.shape} layers and experts and of {other.load.shape} do not add: take those "
-                "of one model."
-            )
-        return jax.tree.map(lambda one, two: one + two, self, other)
-
-    def __radd__(self, other: int) -> Self:
-        """`sum` begins with 0."""
-        return self if other == 0 else NotImplemented
-
-    def __repr__(self) -> str:
-        return describe_fields(self)
 
 
 def observe_routing(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> RouterStats:
