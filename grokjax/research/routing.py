@@ -1,6 +1,7 @@
 """Statistics of the router: how it loads the experts, how sure it is, and which experts go together."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Self
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from grokjax.config import GrokConfig
-from grokjax.model import At, Grok
+from grokjax.model import At, Grok, check_texts, in_any_context
 from grokjax.research.sums import Sums
 from grokjax.research.tap import Tap, observe
 
@@ -73,6 +74,43 @@ def observe_routing(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> Route
     """
     stats: RouterStats = observe(model, tokens, lengths, {"stats": _STATS})[1]["stats"]
     return stats
+
+
+@in_any_context
+def count_tokens(model: Grok, tokens: ArrayLike, lengths: ArrayLike, layers: Iterable[int] | None = None) -> jax.Array:
+    """How often each expert was chosen by each token of the vocabulary; padding is left out.
+
+    Args:
+      model: the model, edited or not.
+      tokens: integers [B, T] in the vocabulary, right-padded.
+      lengths: integers [B], tokens of each text, 1 to T.
+      layers: all by default; each takes 4 E * V bytes, which is 4 MiB for Grok-1.
+
+    Returns:
+      int32 [n, E, V]. Those of several batches add.
+
+    Raises:
+      ValueError: The model is dense, the layers do not exist, or the texts are none, see `observe`.
+    """
+    tokens, lengths = check_texts(model, tokens, lengths)
+    counts = _CountTokens(tokens, model.config)
+    found: jax.Array = observe(model, tokens, lengths, {"counts": Tap("router.experts", layers, via=counts)})[1][
+        "counts"
+    ]
+    return found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _CountTokens:
+    """Counts of experts [P, T, X] of one layer by the tokens [P, T] that chose them, int32 [E, V]."""
+
+    tokens: jax.Array
+    config: GrokConfig = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, experts: jax.Array, at: At) -> jax.Array:
+        counts = jnp.zeros((self.config.num_experts, self.config.vocab_size), jnp.int32)
+        return counts.at[experts, self.tokens[..., None]].add(at.valid[..., None].astype(jnp.int32))
 
 
 def _count(shares: jax.Array, at: At) -> RouterStats:

@@ -154,9 +154,14 @@ def _reader_of(named: str, tap: Tap, config: GrokConfig, num_rows: int) -> Reade
         layers=layers,
         positions=None if is_last or tap.at is None else _positions_of(named, tap.at, num_rows, config),
         is_last=is_last,
-        via=jax.tree_util.Partial(via) if jax.tree_util.all_leaves([via]) else via,
+        via=as_pytree(via),
         fold=tap.fold,
     )
+
+
+def as_pytree(function: Callable[..., Any]) -> Any:
+    """A function of a caller's as compiled code takes it: itself if it is a pytree, or else static."""
+    return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
 def _whole(x: jax.Array, at: At) -> jax.Array:

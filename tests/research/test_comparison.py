@@ -62,6 +62,7 @@ def check_that_all_agree(found: Comparison) -> None:
     np.testing.assert_allclose(found.divergence, 0, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_an_edited_model_differs_from_its_edit_on() -> None:
     """An expert that the second model rules out is one that the first expected."""
     model = make()

@@ -6,7 +6,7 @@ from builders import EXPERT, TENSOR, label, or_thorough
 from looked_into import CONFIG, IS_REAL, LENGTHS, TOKENS, expected, make
 
 from grokjax import GrokConfig, ShardingRules
-from grokjax.research import RouterStats, observe_routing
+from grokjax.research import RouterStats, count_tokens, observe_routing
 
 MESHES = [((1, 1), TENSOR), ((2, 4), EXPERT)]
 
@@ -30,6 +30,14 @@ def test_statistics_are_a_count_and_add(mesh: tuple[int, int], rules: ShardingRu
     np.testing.assert_allclose(found.margin, 2 * margin.sum(axis=1), rtol=1e-3)
     wanted = [np.histogram(one, bins=found.margins.shape[1], range=(0, 1))[0] for one in margin]
     np.testing.assert_array_equal(found.margins, 2 * np.array(wanted))
+
+
+def test_tokens_are_counted_for_the_experts_that_they_choose() -> None:
+    found = count_tokens(make(), TOKENS, LENGTHS, layers=[1])
+    wanted = np.zeros((1, CONFIG.num_experts, CONFIG.vocab_size), int)
+    for token, experts in zip(TOKENS[IS_REAL], expected()["router.experts"][1][IS_REAL], strict=True):
+        wanted[0, experts, token] += 1
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_statistics_of_grok_1_are_small_and_only_those_of_one_model_add() -> None:
