@@ -4,7 +4,8 @@ Read `tap` first: `Tap` says what is to be read, `observe` runs a model and read
 something else, which goes wherever a model goes. The sites at which both work are in `grokjax.model`. `routing` sums up
 what the router does, `comparison` how far two models differ; `sums` is what both sums share. `lens` is what a tap makes
 tokens of. `attribution` splits a logit into what each part adds to it, `gradients` tells by derivatives what patches
-would do, and `recomputed` has what no kernel holds at once: attention patterns, and each expert by itself.
+would do, and `recomputed` has what no kernel holds at once: attention patterns, and each expert by itself. `pictures`
+draws what was read.
 """
 
 from grokjax.model import SITES, At, Edit
@@ -28,6 +29,7 @@ from grokjax.research.edit import (
 )
 from grokjax.research.gradients import estimate_patches, integrate_gradients
 from grokjax.research.lens import TopTokens, top_tokens
+from grokjax.research.pictures import HtmlPicture, colour_text, draw_experts, draw_lens, draw_load, draw_pattern
 from grokjax.research.recomputed import ExpertOutputs, attention_pattern, expert_outputs
 from grokjax.research.routing import RouterStats, count_tokens, observe_routing
 from grokjax.research.tap import Tap, observe, observe_step
@@ -38,6 +40,7 @@ __all__ = [
     "Comparison",
     "Edit",
     "ExpertOutputs",
+    "HtmlPicture",
     "LogitDifference",
     "LogitParts",
     "RouterStats",
@@ -46,8 +49,13 @@ __all__ = [
     "attention_pattern",
     "attribute_logits",
     "bias_router",
+    "colour_text",
     "compare",
     "count_tokens",
+    "draw_experts",
+    "draw_lens",
+    "draw_load",
+    "draw_pattern",
     "drop_experts",
     "edit",
     "edits_of",
