@@ -141,6 +141,13 @@ def test_a_page_begins_with_what_its_reader_can_do_after_it(document: Path) -> N
     assert re.match(r"# .+\n\nAfter reading this page you ", document.read_text())
 
 
+def test_the_pictures_of_experiments_are_those_that_its_blocks_save() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    shown = re.findall(r"\]\(pictures/(\w+\.png)\)", text)
+    assert sorted(shown) == sorted(re.findall(r'savefig\("(\w+\.png)"\)', text))
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "docs" / "pictures").iterdir())
+
+
 def test_the_readme_s_tree_has_every_department() -> None:
     tree = re.findall(r"^  (\w+)/ ", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(tree) == sorted(path.parent.name for path in (ROOT / "grokjax").glob("*/__init__.py"))
