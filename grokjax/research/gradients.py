@@ -14,10 +14,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from grokjax.model import At, Edit, Grok, check_texts, in_any_context
+from grokjax.model import SITES, At, Edit, Grok, check_texts, in_any_context
 from grokjax.research.attribution import LogitDifference
 from grokjax.research.edit import edit
-from grokjax.research.tap import Tap, as_pytree, check_site, layers_of, observe
+from grokjax.research.tap import Tap, as_pytree, check_site, layers_of, observe, shape_of
 
 Metric = Callable[[jax.Array], jax.Array]
 
@@ -54,7 +54,7 @@ def estimate_patches(
     """
     tokens, lengths = check_texts(model, tokens, lengths)
     held = _layers_of_floats("estimate_patches", model, site, layers)
-    wanted = _shape_of(model, site, held, tokens, lengths)
+    wanted = _shape_of(site, held, model, tokens)
     if np.shape(value) != wanted:
         raise ValueError(
             f"the value has shape {np.shape(value)}, and {site!r} has {wanted} in these layers and texts: give what "
@@ -105,7 +105,7 @@ def integrate_gradients(
         raise ValueError(f"{site!r} is in {len(held)} layers: name one, as in layer=0.")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r} must be a whole number from 1, such as 32.")
-    shape = _shape_of(model, site, held, tokens, lengths)
+    shape = _shape_of(site, held, model, tokens)
     given = jnp.asarray(baseline, jnp.float32)
     try:
         start = jnp.broadcast_to(given, shape)
@@ -125,14 +125,9 @@ def _layers_of_floats(named: str, model: Grok, site: str, layers: Iterable[int] 
     return layers_of(named, site, layers, model.config)
 
 
-def _shape_of(
-    model: Grok, site: str, layers: jax.Array | None, tokens: jax.Array, lengths: jax.Array
-) -> tuple[int, ...]:
-    def read(layers: Any) -> jax.Array:
-        seen: jax.Array = observe(model, tokens, lengths, {"x": Tap(site, layers)})[1]["x"]
-        return seen
-
-    return tuple(jax.eval_shape(read, layers).shape)
+def _shape_of(site: str, layers: jax.Array | None, model: Grok, tokens: jax.Array) -> tuple[int, ...]:
+    """The shape of what a tap reads at a site in some layers."""
+    return (() if layers is None else layers.shape) + shape_of(SITES[site], model.config, *tokens.shape)
 
 
 def _checked(metric: Metric, tokens: jax.Array, model: Grok) -> Any:

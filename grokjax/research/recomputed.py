@@ -1,84 +1,76 @@
-"""What no kernel holds at once, for one layer and a few positions: attention patterns, and each expert by itself."""
+"""What no kernel holds at once, made of what taps have read: attention patterns, and each expert by itself."""
 
 import dataclasses
 import functools
-from typing import Any
+import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from grokjax.config import GrokConfig
-from grokjax.model import At, Grok, in_any_context
+from grokjax.model import Grok, in_any_context
 from grokjax.printing import describe_fields
-from grokjax.research.tap import Tap, observe
 
 
 @in_any_context
-def attention_pattern(
-    model: Grok, tokens: ArrayLike, lengths: ArrayLike, layer: int, at: ArrayLike | str | None = None
-) -> jax.Array:
-    """How much each head of a layer attends from some positions to those up to them.
+def attention_pattern(model: Grok, query: ArrayLike, key: ArrayLike, positions: ArrayLike | None = None) -> jax.Array:
+    """How much each head attends from some tokens to all those up to them.
 
     Args:
-      model: the model, edited or not; it runs once.
-      tokens: integers [B, T] in the vocabulary, right-padded.
-      lengths: integers [B], tokens of each text, 1 to T.
-      layer: its number.
-      at: from where, as in a `Tap`: "last", or Q positions, [Q] or [B, Q]; all T by default.
+      model: whose cap and multiplier are used.
+      query: [..., Q, N, H] of Q tokens, as a tap of `attention.query` has read them.
+      key: [..., T, K, H] of all tokens, as a tap of `attention.key` has read them, with the same axes in front.
+      positions: integers [Q], or [..., Q], where the Q tokens stand; by default they are the first Q.
 
     Returns:
-      float32 [B, N, Q, T], or [B, N, T] from the last position; a row sums to 1, or is 0 where a text has no such
-      position.
+      float32 [..., N, Q, T]; each row sums to 1, and those of padding mean nothing.
 
     Raises:
-      ValueError: As `observe` with a tap of that layer and those positions.
+      ValueError: The shapes do not fit each other, or the model.
     """
-    taps = {"from": Tap("attention.query", [layer], at, via=_with_place), "to": Tap("attention.key", [layer])}
-    _, seen = observe(model, tokens, lengths, taps)
-    (key,), is_last = seen["to"], isinstance(at, str)
-    query, positions, is_real = (part[0][:, None] if is_last else part[0] for part in seen["from"])
-    pattern = _pattern(query, key, positions, is_real, config=model.config)
-    return pattern[:, :, 0] if is_last else pattern
-
-
-def _with_place(x: jax.Array, at: At) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return x, at.positions, at.valid
+    query, key = jnp.asarray(query), jnp.asarray(key)
+    *lead, num_queries = query.shape[:-2]
+    positions = jnp.arange(num_queries, dtype=jnp.int32) if positions is None else jnp.asarray(positions, jnp.int32)
+    config = model.config
+    is_fitting = query.shape[-2:] == (config.num_heads, config.head_dim) and key.shape[-2:] == (
+        config.num_kv_heads,
+        config.head_dim,
+    )
+    if not is_fitting or key.shape[:-3] != (*lead,) or positions.shape[-1:] != (num_queries,):
+        raise ValueError(
+            f"queries of shape {query.shape}, keys of shape {key.shape} and positions of shape {positions.shape} do "
+            f"not fit: give [..., Q, {config.num_heads}, {config.head_dim}], [..., T, {config.num_kv_heads}, "
+            f"{config.head_dim}] and [Q] or [..., Q]."
+        )
+    return _pattern(query, key, jnp.broadcast_to(positions, (*lead, num_queries)), config=config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _pattern(
-    query: jax.Array, key: jax.Array, positions: jax.Array, is_real: jax.Array, *, config: GrokConfig
-) -> jax.Array:
-    """The pattern [B, N, Q, T] of queries [B, Q, N, H], at positions [B, Q] of which some are real, and keys."""
-    num_rows, num_queries, num_heads, size = query.shape
-    num_keys, num_kv_heads = key.shape[1:3]
-    grouped = query.astype(jnp.float32).reshape(num_rows, num_queries, num_kv_heads, -1, size)
-    scores = jnp.einsum("bqkgh,btkh->bkgqt", grouped, key.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    capped = config.attention_softcap * jnp.tanh(scores * config.attention_multiplier / config.attention_softcap)
-    is_seen = jnp.arange(num_keys, dtype=jnp.int32)[None, None] <= positions[:, :, None]  # [B, Q, T]
-    shares = jax.nn.softmax(jnp.where(is_seen[:, None, None], capped, -jnp.inf), axis=-1)
-    shares = jnp.where(is_real[:, None, None, :, None], shares, 0)
-    return shares.reshape(num_rows, num_heads, num_queries, num_keys)
+def _pattern(query: jax.Array, key: jax.Array, positions: jax.Array, *, config: GrokConfig) -> jax.Array:
+    grouped = query.astype(jnp.float32).reshape(*query.shape[:-2], config.num_kv_heads, -1, config.head_dim)
+    product = functools.partial(jnp.einsum, "...qkgh,...tkh->...kgqt", precision=lax.Precision.HIGHEST)
+    scores = product(grouped, key.astype(jnp.float32)) * config.attention_multiplier
+    capped = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+    numbers = jnp.arange(key.shape[-3], dtype=jnp.int32).reshape((1,) * positions.ndim + (-1,))
+    is_seen = numbers <= positions[..., None]  # [..., Q, T]
+    pattern = jax.nn.softmax(jnp.where(is_seen[..., None, None, :, :], capped, -jnp.inf), axis=-1)
+    return pattern.reshape(*query.shape[:-3], config.num_heads, *is_seen.shape[-2:])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ExpertOutputs:
-    """What the chosen experts of some tokens make of them, one by one, best first.
-
-    `feed_forward.out` is the layer's last norm of the sum of `output`, each times its share.
+    """What some experts of each token make of it, one by one.
 
     Attributes:
-      experts: int32 [B, k, X], their numbers.
-      shares: float32 [B, k, X], the router's probabilities.
-      hidden: float32 [B, k, X, F], its hidden units, after the activation and the gate.
-      output: float32 [B, k, X, D].
+      hidden: float32 [P, T, X, F], hidden units, after the activation and the gate.
+      output: float32 [P, T, X, D]; the sum of those of a token's experts, each times its share, is what the layer's
+        last norm makes `feed_forward.out` of.
     """
 
-    experts: jax.Array
-    shares: jax.Array
     hidden: jax.Array
     output: jax.Array
 
@@ -86,33 +78,36 @@ class ExpertOutputs:
 
 
 @in_any_context
-def expert_outputs(
-    model: Grok, tokens: ArrayLike, lengths: ArrayLike, layer: int, at: ArrayLike | str = "last"
-) -> ExpertOutputs:
-    """Runs texts, and evaluates once more, one after the other, the experts that some tokens of a layer chose.
+def expert_outputs(model: Grok, stream: ArrayLike, experts: ArrayLike, layer: int) -> ExpertOutputs:
+    """Evaluates experts of one layer for some tokens, one expert's weights at a time.
 
     Args:
-      model: the model, edited or not.
-      tokens: integers [B, T] in the vocabulary, right-padded.
-      lengths: integers [B], tokens of each text, 1 to T.
+      model: the model; it is not run.
+      stream: [P, T, D] of some tokens in that layer, as a tap of `stream.mid` has read it.
+      experts: integers [P, T, X], which experts each token is given to, as a tap of `router.experts` has read them; or
+        any others.
       layer: its number.
-      at: of which tokens, as in a `Tap`: positions [k] or [B, k]; by default the last of each text, and then the
-        results have no axis k. Where a text has no such position they mean nothing.
 
     Raises:
-      ValueError: The model is dense; or as `observe` with a tap of that layer and those positions.
+      ValueError: The shapes do not fit each other, or the model; or there is no such layer or expert.
     """
-    sites = {"experts": "router.experts", "shares": "router.probabilities", "x": "stream.mid"}
-    _, seen = observe(model, tokens, lengths, {name: Tap(site, [layer], at) for name, site in sites.items()})
-    lead = (slice(None), None) if isinstance(at, str) else ()
-    (experts,), (x,), (shares,) = seen["experts"], seen["x"], seen["shares"]
-    hidden, output = _evaluate(model, x[lead], experts[lead], jnp.int32(layer))
-    if lead:
-        hidden, output = hidden[:, 0], output[:, 0]
-    return ExpertOutputs(experts, shares, hidden, output)
+    stream = jnp.asarray(stream)
+    numbers = experts if isinstance(experts, jax.Array) else np.asarray(experts)
+    config = model.config
+    if numbers.ndim != 3 or numbers.dtype.kind not in "iu" or stream.shape != (*numbers.shape[:2], config.model_dim):
+        raise ValueError(
+            f"a stream of shape {stream.shape} and experts {numbers.dtype} {numbers.shape} do not fit: give "
+            f"[P, T, {config.model_dim}], and integers [P, T, X] for the same tokens."
+        )
+    if not 0 <= operator.index(layer) < config.num_layers:
+        raise ValueError(f"layer={layer}: the model has layers 0 to {config.num_layers - 1}.")
+    if not isinstance(numbers, jax.core.Tracer) and not ((numbers >= 0) & (numbers < config.num_experts)).all():
+        raise ValueError(f"experts are from 0 to {config.num_experts - 1}, and others were named: {numbers}.")
+    return _evaluate(model, stream.astype(model.dtype), jnp.asarray(numbers, jnp.int32), jnp.int32(layer))
 
 
 @jax.jit
-def _evaluate(model: Grok, x: jax.Array, experts: jax.Array, layer: jax.Array) -> Any:
+def _evaluate(model: Grok, stream: jax.Array, experts: jax.Array, layer: jax.Array) -> ExpertOutputs:
     layers = model.layers
-    return layers.feed_forward.evaluate_each(layers.pre_feed_forward_norm(x, layer), experts, layer=layer)
+    x = layers.pre_feed_forward_norm(stream, layer)
+    return ExpertOutputs(*layers.feed_forward.evaluate_each(x, experts, layer=layer))

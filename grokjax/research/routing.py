@@ -1,7 +1,7 @@
 """Statistics of the router: how it loads the experts, how sure it is, and which experts go together."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
 from typing import Any, Self
 
 import jax
@@ -77,40 +77,37 @@ def observe_routing(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> Route
 
 
 @in_any_context
-def count_tokens(model: Grok, tokens: ArrayLike, lengths: ArrayLike, layers: Iterable[int] | None = None) -> jax.Array:
-    """How often each expert was chosen by each token of the vocabulary; padding is left out.
+def count_tokens(model: Grok, tokens: ArrayLike, lengths: ArrayLike, experts: ArrayLike) -> jax.Array:
+    """How often each token of the vocabulary chose each expert; padding is left out.
 
     Args:
-      model: the model, edited or not.
-      tokens: integers [B, T] in the vocabulary, right-padded.
+      model: whose vocabulary and experts these are; it is not run.
+      tokens: integers [B, T], right-padded.
       lengths: integers [B], tokens of each text, 1 to T.
-      layers: all by default; each takes 4 E * V bytes, which is 4 MiB for Grok-1.
+      experts: int32 [n, B, T, X], which experts they chose in n layers, as a tap of `router.experts` has read them.
 
     Returns:
-      int32 [n, E, V]. Those of several batches add.
+      int32 [n, E, V], which takes 4 MiB for a layer of Grok-1. Those of several batches add.
 
     Raises:
-      ValueError: The model is dense, the layers do not exist, or the texts are none, see `observe`.
+      ValueError: The shapes do not fit each other, or the texts are none, see `check_texts`.
     """
     tokens, lengths = check_texts(model, tokens, lengths)
-    counts = _CountTokens(tokens, model.config)
-    found: jax.Array = observe(model, tokens, lengths, {"counts": Tap("router.experts", layers, via=counts)})[1][
-        "counts"
-    ]
-    return found
+    experts = jnp.asarray(experts, jnp.int32)
+    if experts.ndim != 4 or experts.shape[1:3] != tokens.shape:
+        raise ValueError(
+            f"experts of shape {experts.shape} are not those of tokens of shape {tokens.shape}: give "
+            f"[n, {tokens.shape[0]}, {tokens.shape[1]}, X], which a tap reads at all positions."
+        )
+    return _count_tokens(tokens, lengths, experts, config=model.config)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class _CountTokens:
-    """Counts of experts [P, T, X] of one layer by the tokens [P, T] that chose them, int32 [E, V]."""
-
-    tokens: jax.Array
-    config: GrokConfig = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, experts: jax.Array, at: At) -> jax.Array:
-        counts = jnp.zeros((self.config.num_experts, self.config.vocab_size), jnp.int32)
-        return counts.at[experts, self.tokens[..., None]].add(at.valid[..., None].astype(jnp.int32))
+@functools.partial(jax.jit, static_argnames="config")
+def _count_tokens(tokens: jax.Array, lengths: jax.Array, experts: jax.Array, *, config: GrokConfig) -> jax.Array:
+    is_real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    counts = jnp.zeros((len(experts), config.num_experts, config.vocab_size), jnp.int32)
+    layers = jnp.arange(len(experts), dtype=jnp.int32)[:, None, None, None]
+    return counts.at[layers, experts, tokens[None, :, :, None]].add(is_real[None, :, :, None].astype(jnp.int32))
 
 
 def _count(shares: jax.Array, at: At) -> RouterStats:

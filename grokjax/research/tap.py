@@ -225,3 +225,18 @@ def layers_of(named: str, site: str, layers: Iterable[int] | None, config: GrokC
             f"{named} has layers={numbers}: name at least one, from 0 to {config.num_layers - 1}, and each once."
         )
     return jnp.asarray(numbers, jnp.int32)
+
+
+def shape_of(axes: str, config: GrokConfig, num_rows: int, length: int) -> tuple[int, ...]:
+    """The sizes of the axes of a site, as `SITES` names them, in a call of so many rows and tokens."""
+    sizes = {
+        "P": num_rows,
+        "T": length,
+        "D": config.model_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "E": config.num_experts,
+        "X": config.experts_per_token,
+    }
+    return tuple(sizes[letter] for letter in axes)

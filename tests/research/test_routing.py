@@ -33,11 +33,14 @@ def test_statistics_are_a_count_and_add(mesh: tuple[int, int], rules: ShardingRu
 
 
 def test_tokens_are_counted_for_the_experts_that_they_choose() -> None:
-    found = count_tokens(make(), TOKENS, LENGTHS, layers=[1])
-    wanted = np.zeros((1, CONFIG.num_experts, CONFIG.vocab_size), int)
-    for token, experts in zip(TOKENS[IS_REAL], expected()["router.experts"][1][IS_REAL], strict=True):
-        wanted[0, experts, token] += 1
-    np.testing.assert_array_equal(found, wanted)
+    experts = expected()["router.experts"]
+    wanted = np.zeros((CONFIG.num_layers, CONFIG.num_experts, CONFIG.vocab_size), int)
+    for layer in range(CONFIG.num_layers):
+        for token, chosen in zip(TOKENS[IS_REAL], experts[layer][IS_REAL], strict=True):
+            wanted[layer, chosen, token] += 1
+    np.testing.assert_array_equal(count_tokens(make(), TOKENS, LENGTHS, experts), wanted)
+    with pytest.raises(ValueError, match=r"experts of shape \(2, 9, 2\) are not those of tokens .* \[n, 2, 9, X\]"):
+        count_tokens(make(), TOKENS, LENGTHS, experts[0])
 
 
 def test_statistics_of_grok_1_are_small_and_only_those_of_one_model_add() -> None:
