@@ -20,6 +20,7 @@ from grokjax import cli
 
 sys.path.append(str(ROOT / "docs"))
 import draw
+import make_notebooks
 import make_site
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks" / "notebook").glob("*.md"))]
@@ -141,6 +142,13 @@ def test_a_page_begins_with_what_its_reader_can_do_after_it(document: Path) -> N
     assert re.match(r"# .+\n\nAfter reading this page you ", document.read_text())
 
 
+def test_the_pictures_of_experiments_are_those_that_its_blocks_save() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    shown = re.findall(r"\]\(pictures/(\w+\.png)\)", text)
+    assert sorted(shown) == sorted(re.findall(r'savefig\("(\w+\.png)"\)', text))
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "docs" / "pictures").iterdir())
+
+
 def test_the_readme_s_tree_has_every_department() -> None:
     tree = re.findall(r"^  (\w+)/ ", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(tree) == sorted(path.parent.name for path in (ROOT / "grokjax").glob("*/__init__.py"))
@@ -173,6 +181,15 @@ def test_a_site_without_its_extra_names_what_is_missing(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", {"mkdocstrings": object()}.get)
     with pytest.raises(SystemExit, match=r"not installed \(zensical\): pip install -e '\.\[docs\]'"):
         make_site.main()
+
+
+def test_notebooks_link_to_the_same_files_and_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "[a](b.md#c) ![d](e/f.png) [g](../h.md) [i](#j) [k](https://l.m/n)"
+    linked = "[a](o/b.md#c) ![d](o/e/f.png) [g](o/../h.md) [i](#j) [k](https://l.m/n)"
+    assert make_notebooks.with_links_from("o", text) == linked
+    monkeypatch.setattr(importlib.util, "find_spec", {"jupytext": object()}.get)
+    with pytest.raises(SystemExit, match=r"not installed \(nbclient\): pip install -e '\.\[notebooks\]'"):
+        make_notebooks.main()
 
 
 def test_blocks_know_their_line_and_whether_they_run() -> None:

@@ -16,7 +16,7 @@ from grokjax.kernels.cpu_features import processor_features, product_dtype
 from grokjax.kernels.derivatives import varying_over, with_rule
 from grokjax.kernels.entries import CachePlace, copy_row, own_place, scatter_entries, write
 from grokjax.kernels.experts import evaluate_experts
-from grokjax.kernels.gated_unit import GatedWeights, gated_unit
+from grokjax.kernels.gated_unit import GatedWeights, activate, gated_unit
 from grokjax.kernels.products import matmul, matmuls
 from grokjax.kernels.slices import in_place
 from grokjax.kernels.unembedding import unembed
@@ -24,6 +24,7 @@ from grokjax.kernels.unembedding import unembed
 __all__ = [
     "CachePlace",
     "GatedWeights",
+    "activate",
     "attend",
     "copy_row",
     "evaluate_experts",

@@ -15,6 +15,7 @@ from grokjax.cache import CACHE_AXES, Entries
 from grokjax.config import GrokConfig
 from grokjax.kernels import CachePlace, attend, matmul, matmuls, own_place, write
 from grokjax.model.base import Module
+from grokjax.model.contexts import in_any_context
 from grokjax.model.layers import rotate
 from grokjax.model.probes import UNPROBED, Probe
 from grokjax.model.weights import LayerWeights, weight_param
@@ -126,9 +127,10 @@ class Attention(Module):
         lead = (*(row or (None,)), None)
         heads = PartitionSpec(*lead, *partitioner.spec(("heads",), (self.config.num_heads,)))
         kv_heads = PartitionSpec(*lead, *partitioner.spec(("kv_heads",), keys.shape[2:3]))
-        *in_weights, out_weight = weights.partition_specs
         run = partitioner.shard_map(
-            self._project, in_specs=(row, tuple(in_weights), _WHOLE, row), out_specs=(heads, kv_heads, kv_heads)
+            self._project,
+            in_specs=(row, weights.partition_specs[:3], _WHOLE, row),
+            out_specs=(heads, kv_heads, kv_heads),
         )
         query, key, value = run(x, weights.stacks[:3], weights.layer, place.start)
         query = probe.at("attention.query", query)
@@ -141,9 +143,28 @@ class Attention(Module):
         )
         mixed, keys, values = run(query, key, value, keys, values, place)
         split = mixed.reshape(*mixed.shape[:2], -1, self.config.head_dim)
-        mixed = probe.at("attention.heads", split).reshape(mixed.shape)
-        run = partitioner.shard_map(self._output_locally, in_specs=(heads, out_weight, _WHOLE), out_specs=row)
-        return run(mixed, weights.stacks[3], weights.layer), keys, values
+        return self.join_heads(probe.at("attention.heads", split), layer=weights.layer), keys, values
+
+    @in_any_context
+    def join_heads(self, heads: jax.Array, *, layer: jax.Array) -> jax.Array:
+        """The output projection of what the heads have mixed.
+
+        Args:
+          heads: [P, T, N, H] in the compute dtype.
+          layer: int32 [], which layer's weights.
+
+        Returns:
+          [P, T, D] in the compute dtype.
+        """
+        weights = LayerWeights.of((self.output,), layer, self.partitioner)
+        partitioner = self.partitioner.without_embed()
+        rows = partitioner.spec(("batch", None, "heads", None), heads.shape)
+        run = partitioner.shard_map(
+            self._output_locally,
+            in_specs=(PartitionSpec(*rows[:3]), *weights.partition_specs, _WHOLE),
+            out_specs=PartitionSpec(*rows[:1]),
+        )
+        return run(heads.reshape(*heads.shape[:2], -1), *weights.stacks, weights.layer)
 
     def _at_kv_heads(self, probe: Probe, site: str, x: jax.Array) -> jax.Array:
         """Keys or values past a site that has each kv head once, however many devices hold it."""

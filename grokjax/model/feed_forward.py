@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.kernels import GatedWeights, evaluate_experts
+from grokjax.kernels import GatedWeights, activate, evaluate_experts, matmuls
 from grokjax.model.base import Module
 from grokjax.model.contexts import in_any_context
 from grokjax.model.probes import UNPROBED, Probe
@@ -92,6 +92,28 @@ class FeedForward(Module):
         router = lax.dynamic_index_in_dim(self.router[...], layer, keepdims=False)
         return jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
 
+    @in_any_context
+    def evaluate_each(self, x: jax.Array, experts: jax.Array, *, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What some experts of each token make of it, one by one; the weights of one expert are used at a time.
+
+        Args:
+          x: [B, T, D] in the compute dtype.
+          experts: int32 [B, T, X], their numbers.
+          layer: int32 [], which layer's weights.
+
+        Returns:
+          Hidden units after activation and gate, float32 [B, T, X, F], and outputs, float32 [B, T, X, D].
+        """
+        weights = LayerWeights.of((self.gate, self.up, self.down), layer, self.partitioner)
+        partitioner = self.partitioner.without_embed()
+        rows = partitioner.spec(("batch", None, None), x.shape)
+        run = partitioner.shard_map(
+            self._evaluate_each_locally,
+            in_specs=(rows, rows, weights.partition_specs, PartitionSpec()),
+            out_specs=(PartitionSpec(*rows, *partitioner.spec(("ffn",), (self.config.ffn_dim,))), rows),
+        )
+        return run(x, experts, weights.stacks, weights.layer)
+
     def _choose(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The largest probabilities of logits [B, T, E] and their experts, both [B, T, X]."""
         probabilities, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.experts_per_token)
@@ -120,3 +142,25 @@ class FeedForward(Module):
             platform=self.partitioner.platform,
         )
         return self.partitioner.psum(out, "experts", "ffn").reshape(x.shape).astype(self.dtype)
+
+    def _evaluate_each_locally(
+        self, x: jax.Array, experts: jax.Array, weights: GatedWeights, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """One device's hidden units, and all of the outputs, of its rows."""
+        gate, up, down = weights
+        multiply = functools.partial(matmuls, platform=self.partitioner.platform)
+        own = experts - self.partitioner.index("experts") * gate.shape[1]
+
+        def add_expert(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            is_it = (own == number)[..., None]  # [B, T, X, 1]
+
+            def evaluate() -> tuple[jax.Array, jax.Array]:
+                hidden = activate(*multiply(x, (gate, up), at=(layer, number)))
+                (output,) = multiply(hidden.astype(x.dtype), (down,), at=(layer, number))
+                return jnp.where(is_it, hidden[:, :, None], found[0]), jnp.where(is_it, output[:, :, None], found[1])
+
+            return lax.cond(is_it.any(), evaluate, lambda: found)
+
+        nothing = (jnp.zeros((*experts.shape, w.shape[-1]), jnp.float32) for w in (gate, down))
+        hidden, output = lax.fori_loop(0, gate.shape[1], add_expert, tuple(nothing))
+        return self.partitioner.psum(hidden, "experts"), self.partitioner.psum(output, "experts", "ffn")

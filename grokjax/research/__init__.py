@@ -2,10 +2,15 @@
 
 Read `tap` first: `Tap` says what is to be read, `observe` runs a model and reads it. `edit` makes a model that computes
 something else, which goes wherever a model goes. The sites at which both work are in `grokjax.model`. `routing` sums up
-what the router does, and `lens` is what a tap makes tokens of.
+what the router does, `comparison` how far two models differ; `sums` is what both sums share. `lens` is what a tap makes
+tokens of. `attribution` splits a logit into what each part adds to it, `gradients` tells by derivatives what patches
+would do, and `recomputed` has what no kernel holds at once: attention patterns, and each expert by itself. `pictures`
+draws what was read.
 """
 
 from grokjax.model import SITES, At, Edit
+from grokjax.research.attribution import LogitDifference, LogitParts, attribute_logits
+from grokjax.research.comparison import Comparison, compare
 from grokjax.research.edit import (
     bias_router,
     drop_experts,
@@ -22,22 +27,42 @@ from grokjax.research.edit import (
     steer,
     unedited,
 )
+from grokjax.research.gradients import estimate_patches, integrate_gradients
 from grokjax.research.lens import TopTokens, top_tokens
-from grokjax.research.routing import RouterStats, observe_routing
+from grokjax.research.pictures import HtmlPicture, colour_text, draw_experts, draw_lens, draw_load, draw_pattern
+from grokjax.research.recomputed import ExpertOutputs, attention_pattern, expert_outputs
+from grokjax.research.routing import RouterStats, count_tokens, observe_routing
 from grokjax.research.tap import Tap, observe, observe_step
 
 __all__ = [
     "SITES",
     "At",
+    "Comparison",
     "Edit",
+    "ExpertOutputs",
+    "HtmlPicture",
+    "LogitDifference",
+    "LogitParts",
     "RouterStats",
     "Tap",
     "TopTokens",
+    "attention_pattern",
+    "attribute_logits",
     "bias_router",
+    "colour_text",
+    "compare",
+    "count_tokens",
+    "draw_experts",
+    "draw_lens",
+    "draw_load",
+    "draw_pattern",
     "drop_experts",
     "edit",
     "edits_of",
+    "estimate_patches",
+    "expert_outputs",
     "force_experts",
+    "integrate_gradients",
     "limit_experts",
     "mask_heads",
     "observe",

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.model import SITES, At, Edit, Edits, Grok, with_values
-from grokjax.research.tap import check_site, layers_of, problem_of_positions
+from grokjax.research.tap import check_site, layers_of, problem_of_positions, shape_of
 from grokjax.sharding import Partitioner, receive
 
 
@@ -83,19 +83,9 @@ def _try(bound: Edit, config: GrokConfig) -> None:
     rank = len(SITES[bound.site]) + bound.by_layer
     full = [leaf.shape[bound.by_layer :] for leaf in jax.tree.leaves(bound.value) if leaf.ndim == rank]
     rows, length = full[0][:2] if full else (1, 1)
-    sizes = {
-        "P": rows,
-        "T": length,
-        "D": config.model_dim,
-        "N": config.num_heads,
-        "K": config.num_kv_heads,
-        "H": config.head_dim,
-        "E": config.num_experts,
-        "X": config.experts_per_token,
-    }
 
-    def shape(letters: str, dtype: DTypeLike) -> Any:
-        return jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in letters), dtype)
+    def shape(axes: str, dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct(shape_of(axes, config, rows, length), dtype)
 
     at = At(
         layer=shape("", jnp.int32),

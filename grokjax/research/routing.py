@@ -1,6 +1,7 @@
 """Statistics of the router: how it loads the experts, how sure it is, and which experts go together."""
 
 import dataclasses
+import functools
 from typing import Any, Self
 
 import jax
@@ -9,9 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from grokjax.config import GrokConfig
-from grokjax.context import own_context
-from grokjax.model import At, Grok
-from grokjax.printing import describe_fields
+from grokjax.model import At, Grok, check_texts, in_any_context
+from grokjax.research.sums import Sums
 from grokjax.research.tap import Tap, observe
 
 # Bins of the margin's histogram, from 0 to 1.
@@ -19,8 +19,8 @@ _BINS = 10
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class RouterStats:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RouterStats(Sums):
     """Sums over the real tokens of some texts, for each layer. Two of them add.
 
     Attributes:
@@ -60,27 +60,6 @@ class RouterStats:
             together=zeros(experts, experts),
         )
 
-    @own_context()
-    def __add__(self, other: "RouterStats") -> "RouterStats":
-        """The statistics of the texts of both.
-
-        Raises:
-          ValueError: They are of models with other numbers of layers or experts.
-        """
-        if self.load.shape != other.load.shape:
-            raise ValueError(
-                f"statistics of {self.load.shape} layers and experts and of {other.load.shape} do not add: take those "
-                "of one model."
-            )
-        return jax.tree.map(lambda one, two: one + two, self, other)
-
-    def __radd__(self, other: int) -> Self:
-        """`sum` begins with 0."""
-        return self if other == 0 else NotImplemented
-
-    def __repr__(self) -> str:
-        return describe_fields(self)
-
 
 def observe_routing(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> RouterStats:
     """The router's statistics of whole texts; each layer leaves counts alone, and padding is left out.
@@ -95,6 +74,40 @@ def observe_routing(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> Route
     """
     stats: RouterStats = observe(model, tokens, lengths, {"stats": _STATS})[1]["stats"]
     return stats
+
+
+@in_any_context
+def count_tokens(model: Grok, tokens: ArrayLike, lengths: ArrayLike, experts: ArrayLike) -> jax.Array:
+    """How often each token of the vocabulary chose each expert; padding is left out.
+
+    Args:
+      model: whose vocabulary and experts these are; it is not run.
+      tokens: integers [B, T], right-padded.
+      lengths: integers [B], tokens of each text, 1 to T.
+      experts: int32 [n, B, T, X], which experts they chose in n layers, as a tap of `router.experts` has read them.
+
+    Returns:
+      int32 [n, E, V], which takes 4 MiB for a layer of Grok-1. Those of several batches add.
+
+    Raises:
+      ValueError: The shapes do not fit each other, or the texts are none, see `check_texts`.
+    """
+    tokens, lengths = check_texts(model, tokens, lengths)
+    experts = jnp.asarray(experts, jnp.int32)
+    if experts.ndim != 4 or experts.shape[1:3] != tokens.shape:
+        raise ValueError(
+            f"experts of shape {experts.shape} are not those of tokens of shape {tokens.shape}: give "
+            f"[n, {tokens.shape[0]}, {tokens.shape[1]}, X], which a tap reads at all positions."
+        )
+    return _count_tokens(tokens, lengths, experts, config=model.config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _count_tokens(tokens: jax.Array, lengths: jax.Array, experts: jax.Array, *, config: GrokConfig) -> jax.Array:
+    is_real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    counts = jnp.zeros((len(experts), config.num_experts, config.vocab_size), jnp.int32)
+    layers = jnp.arange(len(experts), dtype=jnp.int32)[:, None, None, None]
+    return counts.at[layers, experts, tokens[None, :, :, None]].add(is_real[None, :, :, None].astype(jnp.int32))
 
 
 def _count(shares: jax.Array, at: At) -> RouterStats:

@@ -154,9 +154,14 @@ def _reader_of(named: str, tap: Tap, config: GrokConfig, num_rows: int) -> Reade
         layers=layers,
         positions=None if is_last or tap.at is None else _positions_of(named, tap.at, num_rows, config),
         is_last=is_last,
-        via=jax.tree_util.Partial(via) if jax.tree_util.all_leaves([via]) else via,
+        via=as_pytree(via),
         fold=tap.fold,
     )
+
+
+def as_pytree(function: Callable[..., Any]) -> Any:
+    """A function of a caller's as compiled code takes it: itself if it is a pytree, or else static."""
+    return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
 def _whole(x: jax.Array, at: At) -> jax.Array:
@@ -220,3 +225,18 @@ def layers_of(named: str, site: str, layers: Iterable[int] | None, config: GrokC
             f"{named} has layers={numbers}: name at least one, from 0 to {config.num_layers - 1}, and each once."
         )
     return jnp.asarray(numbers, jnp.int32)
+
+
+def shape_of(axes: str, config: GrokConfig, num_rows: int, length: int) -> tuple[int, ...]:
+    """The sizes of the axes of a site, as `SITES` names them, in a call of so many rows and tokens."""
+    sizes = {
+        "P": num_rows,
+        "T": length,
+        "D": config.model_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "E": config.num_experts,
+        "X": config.experts_per_token,
+    }
+    return tuple(sizes[letter] for letter in axes)

@@ -6,7 +6,7 @@ from builders import EXPERT, TENSOR, label, or_thorough
 from looked_into import CONFIG, IS_REAL, LENGTHS, TOKENS, expected, make
 
 from grokjax import GrokConfig, ShardingRules
-from grokjax.research import RouterStats, observe_routing
+from grokjax.research import RouterStats, count_tokens, observe_routing
 
 MESHES = [((1, 1), TENSOR), ((2, 4), EXPERT)]
 
@@ -32,9 +32,22 @@ def test_statistics_are_a_count_and_add(mesh: tuple[int, int], rules: ShardingRu
     np.testing.assert_array_equal(found.margins, 2 * np.array(wanted))
 
 
+def test_tokens_are_counted_for_the_experts_that_they_choose() -> None:
+    experts = expected()["router.experts"]
+    wanted = np.zeros((CONFIG.num_layers, CONFIG.num_experts, CONFIG.vocab_size), int)
+    for layer in range(CONFIG.num_layers):
+        for token, chosen in zip(TOKENS[IS_REAL], experts[layer][IS_REAL], strict=True):
+            wanted[layer, chosen, token] += 1
+    np.testing.assert_array_equal(count_tokens(make(), TOKENS, LENGTHS, experts), wanted)
+    with pytest.raises(ValueError, match=r"experts of shape \(2, 9, 2\) are not those of tokens .* \[n, 2, 9, X\]"):
+        count_tokens(make(), TOKENS, LENGTHS, experts[0])
+
+
 def test_statistics_of_grok_1_are_small_and_only_those_of_one_model_add() -> None:
     zero = RouterStats.zero(GrokConfig.grok_1())
     assert sum(part.nbytes for part in vars(zero).values()) < 25_000
     assert repr(zero).startswith("RouterStats(tokens=int32[64], load=int32[64,8]")
-    with pytest.raises(ValueError, match=r"of \(64, 8\) layers and experts and of \(2, 8\) do not add"):
+    with pytest.raises(
+        ValueError, match=r"load=int32\[64,8\].* and RouterStats.* do not add: take those of models of one size"
+    ):
         zero + RouterStats.zero(CONFIG)

@@ -1,0 +1,57 @@
+"""Makes notebooks of the pages for research, run, in build/notebooks: `python docs/make_notebooks.py`.
+
+It needs the extra `notebooks`. A page's Python blocks become cells, which share their names as they do in the tests of
+the documents, and its prose stays prose. An error in a cell ends the command.
+"""
+
+import importlib.util
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "notebooks"
+PAGES = ("walkthrough.md", "research.md", "experiments.md")
+
+
+def with_links_from(folder: str, text: str) -> str:
+    """Markdown whose relative links lead to the same files from elsewhere; `folder` is the way back to the page's."""
+    return re.sub(r"\]\((?![^)]*://|#)([^)]+)\)", rf"]({folder}/\1)", text)
+
+
+def make_notebook(page: str) -> Any:
+    """The notebook of a page of this folder, not yet run."""
+    import jupytext
+
+    notebook = jupytext.reads((ROOT / "docs" / page).read_text(), fmt="md")
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_links_from("../../docs", cell.source)
+    return notebook
+
+
+def main() -> None:
+    """Makes, runs and writes the notebooks.
+
+    Raises:
+      SystemExit: A package of the extra `notebooks` is not installed.
+    """
+    for package in ("jupytext", "nbclient", "ipykernel"):
+        if importlib.util.find_spec(package) is None:
+            sys.exit(f"Notebooks need a package that is not installed ({package}): pip install -e '.[notebooks]'")
+    import nbclient
+    import nbformat
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    for page in PAGES:
+        notebook = make_notebook(page)
+        with tempfile.TemporaryDirectory() as folder:  # where the cells write their files
+            resources = {"metadata": {"path": folder}}
+            nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
+        nbformat.write(notebook, BUILD / f"{Path(page).stem}.ipynb")
+
+
+if __name__ == "__main__":
+    main()
