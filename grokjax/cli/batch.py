@@ -19,7 +19,7 @@ from typing import Any
 
 from grokjax.checkpoint import lock_file, open_itself
 from grokjax.engine import Engine, Handle
-from grokjax.request import Completion, Request
+from grokjax.request import Completion, Request, TokenScore
 
 PromptId = str | int
 
@@ -27,6 +27,7 @@ PromptId = str | int
 _PROGRESS_PERIOD = 0.1
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Request))
+_SCORE_FIELDS = tuple(field.name for field in dataclasses.fields(TokenScore))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +365,7 @@ def _prompt_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
         "prompt_ids": list(sample.prompt_ids),
     }
     if sample.prompt_logprobs is not None:
-        record["prompt_logprobs"] = list(map(_scored, sample.prompt_ids, sample.prompt_logprobs))
+        record["prompt_logprobs"] = list(map(_prompt_score, sample.prompt_ids, sample.prompt_logprobs))
     return record
 
 
@@ -385,8 +386,12 @@ def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
     return record
 
 
-def _scored(token_id: int, logprob: float | None) -> dict[str, Any]:
-    """A token and its log-probability, null if there is none."""
+def _prompt_score(token_id: int, score: TokenScore | None) -> dict[str, Any]:
+    """A token of a prompt and what is said of it, null for the first."""
+    return dict.fromkeys(_SCORE_FIELDS) | {"token_id": token_id} if score is None else dataclasses.asdict(score)
+
+
+def _scored(token_id: int, logprob: float) -> dict[str, Any]:
     return {"token_id": token_id, "logprob": logprob}
 
 

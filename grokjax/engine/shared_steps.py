@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from grokjax.distributed import Channel, DistributedError, exchange
 from grokjax.engine.protocol import Steps
 from grokjax.errors import first_line
-from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, SlotSettings
+from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, Scores, SlotSettings
 
 
 def make_steps(
@@ -88,7 +88,7 @@ class SharedSteps:
 
     def score(
         self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int
-    ) -> DeviceResult[np.ndarray]:
+    ) -> DeviceResult[Scores[np.ndarray]]:
         """See `Steps`."""
         self._channel.send("score", tokens, targets, count, start, row)
         return self._steps.score(tokens, targets, count, start, row)

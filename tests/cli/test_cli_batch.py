@@ -157,7 +157,11 @@ class TestResults:
         run(read_json(tmp_path, asked, {**asked, "n": 2}), tmp_path / "out")
         one, two = records(tmp_path / "out").values()
         assert one["prompt_ids"] == two["prompt_ids"] == [4, 5]
-        assert one["prompt_logprobs"] == [{"token_id": 4, "logprob": None}, {"token_id": 5, "logprob": -5.0}]
+        first = {"token_id": 4, "logprob": None, "rank": None, "entropy": None, "top_id": None}
+        assert one["prompt_logprobs"] == [
+            first,
+            {"token_id": 5, "logprob": -5.0, "rank": 5, "entropy": 2.5, "top_id": 6},
+        ]
         assert two["prompt_logprobs"] == one["prompt_logprobs"]
         for sample in (one, *two["samples"]):
             for token, scored in zip(sample["token_ids"], sample["logprobs"], strict=True):
