@@ -2,7 +2,8 @@
 
 Read `tap` first: `Tap` says what is to be read, `observe` runs a model and reads it. `edit` makes a model that computes
 something else, which goes wherever a model goes. The sites at which both work are in `grokjax.model`. `routing` sums up
-what the router does, and `lens` is what a tap makes tokens of.
+what the router does, and `lens` is what a tap makes tokens of. `perplexity` scores texts longer than a model reads at
+once, by `grokjax.score`.
 """
 
 from grokjax.model import SITES, At, Edit
@@ -23,6 +24,7 @@ from grokjax.research.edit import (
     unedited,
 )
 from grokjax.research.lens import TopTokens, top_tokens
+from grokjax.research.perplexity import Perplexity, perplexity
 from grokjax.research.routing import RouterStats, observe_routing
 from grokjax.research.tap import Tap, observe, observe_step
 
@@ -30,6 +32,7 @@ __all__ = [
     "SITES",
     "At",
     "Edit",
+    "Perplexity",
     "RouterStats",
     "Tap",
     "TopTokens",
@@ -44,6 +47,7 @@ __all__ = [
     "observe_routing",
     "observe_step",
     "patch",
+    "perplexity",
     "project_out",
     "replace",
     "scale_experts",
