@@ -2,7 +2,8 @@
 
 * A model: `GrokConfig`, `init`, `Grok`; where it lies: `make_mesh`, `ShardingRules`; int8 weights: `QuantizedArray`,
   `quantize`, `dequantize`.
-* Its steps: `forward`, `prefill`, `decode`, `decode_and_sample`, `generate` (`Generated`), with a `KVCache`.
+* Its steps: `forward`, `score` (`Scores`), and with a `KVCache` `prefill`, `decode`, `decode_and_sample`, `generate`
+  (`Generated`).
 * Drawing tokens: `SampleSettings`, `sample_token`, `SampleOutput`, `row_keys`.
 * Checkpoints: `load`, `load_parameters`, `save`, `describe` (`CheckpointInfo`), `plan_conversion` (`ConversionPlan`),
   `convert`, `verify`, `verify_finite`, `keep_checksums`, `export`; `Progress`, `CheckpointError`.
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.distributed import DistributedError
-from grokjax.model import Generated, Grok, decode, decode_and_sample, forward, generate, init, prefill
+from grokjax.model import Generated, Grok, Scores, decode, decode_and_sample, forward, generate, init, prefill, score
 from grokjax.quantization import QuantizedArray, dequantize, quantize
 from grokjax.request import Completion, Piece, Request
 from grokjax.sampling import SampleOutput, SampleSettings, row_keys, sample_token
@@ -114,6 +115,7 @@ __all__ = [
     "Request",
     "SampleOutput",
     "SampleSettings",
+    "Scores",
     "SentencePieceTokenizer",
     "ShardingRules",
     "Suggestion",
@@ -141,6 +143,7 @@ __all__ = [
     "row_keys",
     "sample_token",
     "save",
+    "score",
     "suggest",
     "verify",
     "verify_finite",

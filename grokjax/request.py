@@ -33,7 +33,7 @@ class Request:
       stop_ids: token ids that end the continuation, as the end-of-sequence token does; any integers, in an array too.
       ignore_eos: go on past the end-of-sequence token.
       logprobs: report each token's log-probability and those of so many most probable tokens; None reports none.
-      prompt_logprobs: report the log-probability of each token of the prompt. Such a prompt is computed alone.
+      prompt_logprobs: report how probable each token of the prompt is. Such a prompt is computed alone.
       n: samples, at most 1024 and the engine's `max_queue`; they share the prefill, and sample i draws as a request
         with the seed `seed + i` would.
       priority: waiting requests of larger priority go first.
@@ -107,6 +107,25 @@ class TokenLogprob:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenScore:
+    """How probable a token of a prompt is under the model itself: temperature 1, no mask, no bias, no filter.
+
+    Attributes:
+      token_id: the token.
+      logprob: its natural log-probability, given the tokens before it.
+      rank: how many tokens are more probable than it.
+      entropy: of the distribution that it was expected by, in nats.
+      top_id: the token that was most probable in its place.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    entropy: float
+    top_id: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """What a stream yields: a drawn token with the text that became certain by it, or the text at a sample's end.
 
@@ -154,8 +173,8 @@ class Completion:
       finish_reason: "stop" at the end-of-sequence token, a stop id or a stop string; "length" at `max_new_tokens` or
         the end of the slot; "deadline" at its deadline; "cancelled"; "error".
       logprobs: one for each token, if asked for.
-      prompt_logprobs: natural log-probability of each token of the prompt given those before, None for the first; as
-        a whole None if not asked for, or if the request ended before.
+      prompt_logprobs: how probable each token of the prompt is given those before, None for the first; as a whole None
+        if not asked for, or if the request ended before.
       timings: where the time went.
       sample: which of the request's samples this is.
       error: what ended it, if something failed.
@@ -166,7 +185,7 @@ class Completion:
     prompt_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None
-    prompt_logprobs: tuple[float | None, ...] | None
+    prompt_logprobs: tuple[TokenScore | None, ...] | None
     timings: Timings
     sample: int
     error: Exception | None
@@ -176,27 +195,31 @@ class Completion:
         return _short_repr(self)
 
 
-def check_prompt(prompt: object, *, vocab_size: int, max_len: int) -> np.ndarray:
+def check_prompt(prompt: object, *, vocab_size: int, max_len: int, is_continued: bool = True) -> np.ndarray:
     """The tokens of a prompt, int32 [n].
 
     Raises:
-      ValueError: It is no list of integers, there are none, one is outside the vocabulary, or they leave no room for a
-        continuation.
+      ValueError: It is no list of integers, there are none, one is outside the vocabulary, they exceed `max_len`, or
+        they leave no room for a continuation though it is continued.
     """
     given = _array(prompt)
     if given.ndim != 1:
         raise ValueError(f"the prompt must be text or a list of token ids, not {reprlib.repr(prompt)}.")
     if not len(given):
         raise ValueError("the prompt is empty: give it some text, or begin with the beginning-of-sequence token.")
-    if len(given) >= max_len:
-        raise ValueError(
-            f"the prompt has {len(given)} tokens and at most {max_len - 1} leave room for a continuation: shorten it."
-        )
+    if len(given) > max_len - is_continued:
+        limit = most_tokens(max_len, is_continued=is_continued)
+        raise ValueError(f"the prompt has {len(given)} tokens and {limit}: shorten it.")
     # One by one: NumPy takes booleans among integers for integers, and integers of more than 64 bits for objects.
     is_array = np.issubdtype(given.dtype, np.integer) and not isinstance(prompt, list | tuple)
     ids = given if is_array else np.array(_integers("the prompt", prompt), object)
     _check_ids("the prompt", ids, vocab_size)
     return ids.astype(np.int32)
+
+
+def most_tokens(max_len: int, *, is_continued: bool) -> str:
+    """How many tokens a prompt may have where prompt and continuation have `max_len`, for the middle of a sentence."""
+    return f"at most {max_len - 1} leave room for a continuation" if is_continued else f"a slot holds {max_len}"
 
 
 def bias_row(request: Request, vocab_size: int, standing: np.ndarray | None = None) -> np.ndarray | None:

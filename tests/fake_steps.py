@@ -11,7 +11,8 @@ import numpy as np
 
 from grokjax.config import GrokConfig
 from grokjax.engine import Engine
-from grokjax.model import DrawnRuns, DrawnTokens, SlotOptions, SlotSettings
+from grokjax.model import DrawnRuns, DrawnTokens, Scores, SlotOptions, SlotSettings
+from grokjax.request import Completion
 
 VOCAB = 32
 EOS = 2
@@ -90,10 +91,10 @@ class FakeScores:
     """The scores of a chunk of a prompt; `read` notes the same."""
 
     steps: "FakeSteps"
-    scores: np.ndarray
+    scores: Scores[np.ndarray]
     number: int
 
-    def read(self) -> np.ndarray:
+    def read(self) -> Scores[np.ndarray]:
         self.steps.note_read(self.number)
         return self.scores
 
@@ -136,7 +137,9 @@ class FakeSteps:
         number = self._dispatch("score", tokens.shape)
         self._fill(tokens, count, start, row)
         self.unread.add(number)
-        return FakeScores(self, -(targets + start + np.arange(len(targets))).astype(np.float32), number)
+        surprise = targets + start + np.arange(len(targets))
+        scores = Scores(-surprise.astype(np.float32), surprise, surprise.astype(np.float32) / 2, targets + 1)
+        return FakeScores(self, scores, number)
 
     def share(self, source: int, target: int, length: int) -> None:
         self._dispatch("share", (source, target, length))
@@ -257,6 +260,11 @@ def expected(prompt: list[int], *, limit: int, seed: int = 0, stop_ids: tuple[in
     tokens = continuation(prompt, limit, seed=seed)
     ends = [number for number, token in enumerate(tokens) if token in stop_ids]
     return tokens[: ends[0] + 1] if ends else tokens
+
+
+def prompt_logprobs(done: Completion) -> list[float | None]:
+    """The log-probabilities of a prompt's tokens, None for the first."""
+    return [score and score.logprob for score in done.prompt_logprobs]
 
 
 def scripted(tokens: list[int]):

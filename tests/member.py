@@ -55,7 +55,10 @@ def answer(engine: Engine) -> list[dict[str, Any]]:
     handles += [engine.submit(request) for request in REQUESTS[3:]]
     engine.run()
     return [
-        {"ids": list(sample.token_ids), "scores": sample.prompt_logprobs and list(sample.prompt_logprobs[1:])}
+        {
+            "ids": list(sample.token_ids),
+            "scores": [score.logprob for score in sample.prompt_logprobs[1:]] if sample.prompt_logprobs else [],
+        }
         for handle in handles
         for sample in handle.samples
     ]

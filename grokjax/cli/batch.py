@@ -1,4 +1,4 @@
-"""The batch job of `grokjax generate`: prompts from a file, results as JSON lines, resumed after interruption."""
+"""Jobs of `grokjax generate` and `score`: prompts from a file, results as JSON lines, resumed after interruption."""
 
 import codecs
 import collections
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from grokjax.checkpoint import lock_file, open_itself
-from grokjax.engine import Engine, Handle
-from grokjax.request import Completion, Request
+from grokjax.engine import Engine, Handle, Metrics
+from grokjax.request import Completion, Request, TokenScore
 
 PromptId = str | int
 
@@ -27,6 +27,7 @@ PromptId = str | int
 _PROGRESS_PERIOD = 0.1
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Request))
+_SCORE_FIELDS = tuple(field.name for field in dataclasses.fields(TokenScore))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +100,9 @@ def read_prompts(path: Path, default: Request) -> tuple[Prompt, ...]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"--prompts {path} cannot be read: {error.strerror}.") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-        raise ValueError(
-            f"--prompts {path} is UTF-16 or no text: give it in UTF-8, as `iconv -f UTF-16 -t UTF-8` converts it."
-        )
+        raise ValueError(f"{path} is UTF-16 or no text: give it in UTF-8, as `iconv -f UTF-16 -t UTF-8` converts it.")
     # Bytes that are no UTF-8 become lone surrogates, which the tokenizer refuses in that prompt alone.
     text = content.decode("utf-8-sig", errors="surrogateescape")
     read = _read_object if path.suffix.lower() == ".jsonl" else _read_text
@@ -119,7 +118,7 @@ def read_prompts(path: Path, default: Request) -> tuple[Prompt, ...]:
         more = f"\n... and {len(problems) - _MOST_LISTED} line(s) more." if len(problems) > _MOST_LISTED else ""
         raise ValueError("\n".join(problems[:_MOST_LISTED]) + more)
     if not prompts:
-        raise ValueError(f"--prompts {path} has no prompts: give it at least one line.")
+        raise ValueError(f"{path} has no prompts: give it at least one line.")
     _check_ids(prompts, path)
     return tuple(prompts)
 
@@ -250,6 +249,8 @@ def run_batch(
     results: Results,
     progress: Callable[[int, int], None],
     is_interrupted: Callable[[], bool] = lambda: False,
+    *,
+    num_tokens: Callable[[Metrics], int] = lambda measured: measured.new_tokens,
 ) -> None:
     """Runs the prompts that have no result yet, and writes each result as soon as it is there.
 
@@ -257,8 +258,9 @@ def run_batch(
       engine: idle.
       prompts: all of them.
       results: of an earlier run, and the place for the others.
-      progress: told now and then the number of results and of the tokens drawn by this engine.
+      progress: told now and then the number of results and of the engine's tokens.
       is_interrupted: asked before each step.
+      num_tokens: which tokens count; those drawn by default.
 
     Raises:
       ValueError: A result cannot be written.
@@ -277,7 +279,7 @@ def run_batch(
         for handle in engine.step():
             results.write(running.pop(handle), handle)
         if time.monotonic() - told >= _PROGRESS_PERIOD or not (waiting or running):
-            progress(len(results.failed), engine.metrics().new_tokens)
+            progress(len(results.failed), num_tokens(engine.metrics()))
             told = time.monotonic()
 
 
@@ -340,7 +342,7 @@ def _read_result(line: bytes, where: str, known: Mapping[PromptId, Prompt]) -> t
     if prompt is None or _written(record.get("prompt")) != _written(prompt.request.prompt):
         other = "has no prompt" if prompt is None else "has another prompt"
         raise ValueError(
-            f"{where} is the result of other prompts: for the id {record['id']!r} --prompts {other}. Choose another "
+            f"{where} is the result of other prompts: for the id {record['id']!r} the file {other}. Choose another "
             "--output. The file stays as it is."
         )
     return record["id"], "error" in record
@@ -364,7 +366,7 @@ def _prompt_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
         "prompt_ids": list(sample.prompt_ids),
     }
     if sample.prompt_logprobs is not None:
-        record["prompt_logprobs"] = list(map(_scored, sample.prompt_ids, sample.prompt_logprobs))
+        record["prompt_logprobs"] = list(map(_prompt_score, sample.prompt_ids, sample.prompt_logprobs))
     return record
 
 
@@ -385,8 +387,12 @@ def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
     return record
 
 
-def _scored(token_id: int, logprob: float | None) -> dict[str, Any]:
-    """A token and its log-probability, null if there is none."""
+def _prompt_score(token_id: int, score: TokenScore | None) -> dict[str, Any]:
+    """A token of a prompt and what is said of it, null for the first."""
+    return dict.fromkeys(_SCORE_FIELDS) | {"token_id": token_id} if score is None else dataclasses.asdict(score)
+
+
+def _scored(token_id: int, logprob: float) -> dict[str, Any]:
     return {"token_id": token_id, "logprob": logprob}
 
 

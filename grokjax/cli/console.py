@@ -123,10 +123,11 @@ class BatchProgress(Display):
 
     Args:
       total: results that there will be.
+      doing: what makes them, in one word.
       clock: seconds.
     """
 
-    def __init__(self, total: int, *, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, total: int, doing: str = "generating", *, clock: Callable[[], float] = time.perf_counter):
         super().__init__(
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
@@ -134,6 +135,7 @@ class BatchProgress(Display):
             _TimeLeft(),
             clock=clock,
         )
+        self.doing = doing
         self.results = self.add_task("compiling the first steps", total=total, rate="")
         self.tokens = self.add_task("tokens", total=None, visible=False)
 
@@ -146,7 +148,7 @@ class BatchProgress(Display):
         self.show(
             self.results,
             completed=done,
-            description="generating" if tokens else "compiling the first steps",
+            description=self.doing if tokens else "compiling the first steps",
             rate="" if speed is None else f"{speed:.1f} tokens/s",
         )
 

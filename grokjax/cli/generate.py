@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import operator
 import reprlib
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ _SMALLER_BATCH = f"fewer --slots or {_SMALLER_ROW}"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
+class Source:
     """A model that is not yet in memory: what is checked before, and how it is made."""
 
     config: GrokConfig
@@ -64,7 +65,7 @@ def add_command(commands: Any) -> None:
         "Interrupted, the same command goes on where it stopped.",
     )
     _add_prompts(generate)
-    _add_model(generate)
+    add_model(generate)
     _add_settings(generate)
     add_processes(generate)
     generate.set_defaults(run=run)
@@ -77,10 +78,16 @@ def _add_prompts(generate: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", type=Path, help="a prompt a line; with a name in .jsonl a JSON object a line"
     )
     generate.add_argument("--output", metavar="FILE.jsonl", type=Path, help="where the results of --prompts go")
-    generate.add_argument("--slots", type=int, help=f"of --prompts that run at once (default: {_SLOTS})")
+    add_slots(generate)
 
 
-def _add_model(generate: argparse.ArgumentParser) -> None:
+def add_slots(command: argparse.ArgumentParser) -> None:
+    """Adds the option that says how many prompts of a file run at once."""
+    command.add_argument("--slots", type=int, help=f"prompts of a file that run at once (default: {_SLOTS})")
+
+
+def add_model(generate: argparse.ArgumentParser) -> None:
+    """Adds the options that say which model runs, and where."""
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint of any layout")
     source.add_argument(
@@ -146,16 +153,27 @@ def run(arguments: argparse.Namespace) -> int:
     source = join_processes(arguments, lambda: _check(arguments))
     with kept_programs(is_wanted=not arguments.no_compilation_cache):
         if arguments.prompts is not None:
-            kept = " The results so far are kept, and the same command goes on after them."
-            with _model_failures(_SMALLER_BATCH, kept):
-                return _run_batch(source, arguments)
+            return run_file(source, arguments, _request(arguments))
         with _model_failures(_SMALLER_ROW):
             return _run_prompt(source, arguments)
 
 
-def _check(arguments: argparse.Namespace) -> _Source:
+def _check(arguments: argparse.Namespace) -> Source:
     """Refuses now what would be refused after the processes are joined and the model has loaded, which take minutes."""
     _check_batch(arguments)
+    check_integer("max_new_tokens", arguments.max_new_tokens, 1)
+    _request(arguments)
+    return open_source(arguments)
+
+
+def open_source(arguments: argparse.Namespace) -> Source:
+    """The model that the options of a command ask for, which is not loaded yet.
+
+    Raises:
+      ValueError: There is none, or another option does not fit it.
+    """
+    if arguments.slots is not None:
+        check_integer("--slots", arguments.slots, 1, MOST_ROWS)
     _choose_devices(arguments)
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
@@ -190,8 +208,6 @@ def _check_batch(arguments: argparse.Namespace) -> None:
         raise ValueError("--output goes with --prompts: the text of one prompt goes to standard output.")
     if arguments.prompts is None and arguments.slots is not None:
         raise ValueError("--slots goes with --prompts: one prompt runs alone.")
-    if arguments.slots is not None:
-        check_integer("--slots", arguments.slots, 1, MOST_ROWS)
 
 
 def _choose_devices(arguments: argparse.Namespace) -> None:
@@ -204,8 +220,6 @@ def _choose_devices(arguments: argparse.Namespace) -> None:
 
 
 def _check_settings(config: GrokConfig, arguments: argparse.Namespace) -> None:
-    check_integer("max_new_tokens", arguments.max_new_tokens, 1)
-    _request(arguments)
     if arguments.max_len is not None and not 2 <= arguments.max_len <= config.max_seq_len:
         shown = reprlib.repr(arguments.max_len)
         raise ValueError(f"--max-len {shown} must be between 2 and max_seq_len={config.max_seq_len}.")
@@ -229,28 +243,51 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def _run_batch(source: _Source, arguments: argparse.Namespace) -> int:
-    """Of several processes, the first has prompts and results, and the others step the model with it."""
-    with interrupted_by_sigterm() as came, contextlib.ExitStack() as until_done:
-        batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, until_done))
+def run_file(source: Source, arguments: argparse.Namespace, request: Request) -> int:
+    """Runs a file of prompts; of several processes, the first has prompts and results, and the others step with it.
+
+    Args:
+      source: the model.
+      arguments: of the command.
+      request: what is asked for of each prompt whose line does not say otherwise.
+
+    Returns:
+      1 if a prompt ended with an error, else 0.
+
+    Raises:
+      ValueError: The file cannot be read or the results written, or the model failed.
+    """
+    kept = " The results so far are kept, and the same command goes on after them."
+    with (
+        _model_failures(_SMALLER_BATCH, kept),
+        interrupted_by_sigterm() as came,
+        contextlib.ExitStack() as until_done,
+    ):
+        batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, request, until_done))
         if batch is None:
             follow(source.make())
             return 0
-        return _run_prompts(*batch, source, arguments, came.is_set)
+        return _run_prompts(*batch, source, arguments, came.is_set, is_scored=not request.max_new_tokens)
 
 
-def _open_batch(arguments: argparse.Namespace, until_done: contextlib.ExitStack) -> tuple[tuple[Prompt, ...], Results]:
-    prompts = read_prompts(arguments.prompts, _request(arguments))
+def _open_batch(
+    arguments: argparse.Namespace, request: Request, until_done: contextlib.ExitStack
+) -> tuple[tuple[Prompt, ...], Results]:
+    prompts = read_prompts(arguments.prompts, request)
     return prompts, until_done.enter_context(open_results(arguments.output, prompts))
 
 
 def _run_prompts(
     prompts: tuple[Prompt, ...],
     results: Results,
-    source: _Source,
+    source: Source,
     arguments: argparse.Namespace,
     is_interrupted: Callable[[], bool],
+    *,
+    is_scored: bool,
 ) -> int:
+    """Runs the prompts that have no result; where they are scored and not continued, their own tokens count."""
+    doing, counted = ("scoring", "prompt_tokens") if is_scored else ("generating", "new_tokens")
     earlier = len(results.failed)
     if earlier:
         say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
@@ -266,15 +303,16 @@ def _run_prompts(
             allow_oom=arguments.allow_oom,
             add_bos=arguments.add_bos,
         )
-        with engine, BatchProgress(len(prompts)) as progress:
-            run_batch(engine, prompts, results, progress, is_interrupted)
+        with engine, BatchProgress(len(prompts), doing) as progress:
+            num_tokens = operator.attrgetter(counted)
+            run_batch(engine, prompts, results, progress, is_interrupted, num_tokens=num_tokens)
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
     return 1 if num_errors else 0
 
 
-def _run_prompt(source: _Source, arguments: argparse.Namespace) -> int:
+def _run_prompt(source: Source, arguments: argparse.Namespace) -> int:
     """Of several processes, the first has the text, and the others step the model with it."""
     max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
     intake = Intake(source.tokenizer, config=source.config, max_len=max_len, max_logprobs=0, add_bos=add_bos)
@@ -326,15 +364,15 @@ def _hits(engine: Engine) -> str:
     return f"; {measured.accepted_tokens} of {measured.guessed_tokens} guesses were right"
 
 
-def _random_source(arguments: argparse.Namespace) -> _Source:
+def _random_source(arguments: argparse.Namespace) -> Source:
     config = _random_config(arguments)
-    return _Source(config, _tokenizer(config, arguments.tokenizer), functools.partial(_random_model, config, arguments))
+    return Source(config, _tokenizer(config, arguments.tokenizer), functools.partial(_random_model, config, arguments))
 
 
-def _checkpoint_source(arguments: argparse.Namespace) -> _Source:
+def _checkpoint_source(arguments: argparse.Namespace) -> Source:
     checkpoint = open_checkpoint(arguments.checkpoint, checkpoint_config(arguments.config, arguments.checkpoint))
     tokenizer = _tokenizer(checkpoint.config, arguments.tokenizer or _tokenizer_beside(arguments.checkpoint))
-    return _Source(checkpoint.config, tokenizer, functools.partial(_load_model, checkpoint, arguments))
+    return Source(checkpoint.config, tokenizer, functools.partial(_load_model, checkpoint, arguments))
 
 
 def _random_config(arguments: argparse.Namespace) -> GrokConfig:

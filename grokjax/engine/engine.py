@@ -23,7 +23,7 @@ from grokjax.engine.sample import CheckedRequest, Handle, LiveSample, check_hand
 from grokjax.engine.scheduler import PrefillGroup, Scheduler, default_buckets, plan_chunks
 from grokjax.engine.shared_steps import make_steps as steps_of_model
 from grokjax.engine.warm_up import WarmedStep, warm_up
-from grokjax.model import Drawn, Grok, SlotOptions, SlotSettings
+from grokjax.model import Drawn, Grok, Scores, SlotOptions, SlotSettings
 from grokjax.request import Completion, FinishReason, Piece, Request, check_integer
 from grokjax.tokenizer import Tokenizer
 
@@ -389,12 +389,12 @@ class Engine(OneThread):
         assert sample.slot is not None
         tokens, targets = group.tokens()[0], group.tokens(offset=1)[0]
         pending = self._steps.score(tokens, targets, chunk.count, chunk.start, sample.slot)
-        self._in_flight.append(lambda: self._push_scores(sample, pending.read()[: chunk.count]))
+        self._in_flight.append(lambda: self._push_scores(sample, pending.read(), chunk.count))
 
-    def _push_scores(self, sample: LiveSample, scores: np.ndarray) -> None:
-        """Takes the log-probabilities of a chunk of a prompt, which all samples of its request share."""
+    def _push_scores(self, sample: LiveSample, scores: Scores[np.ndarray], count: int) -> None:
+        """Takes the scores behind a chunk of a prompt, which all samples of its request share."""
         try:
-            sample.push_scores(scores)
+            sample.push_scores(scores, count)
         except ValueError as error:
             for other in [other for other in self._live if other.handle is sample.handle]:
                 self._finish(other, "error", error)

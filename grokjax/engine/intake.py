@@ -10,7 +10,7 @@ import numpy as np
 
 from grokjax.config import GrokConfig
 from grokjax.engine.sample import CheckedRequest, Handle, LiveSample
-from grokjax.request import Request, bias_row, check_prompt, check_stop_ids, is_integer
+from grokjax.request import Request, bias_row, check_prompt, check_stop_ids, is_integer, most_tokens
 from grokjax.sampling import EXCLUDED
 from grokjax.tokenizer import Tokenizer
 
@@ -66,29 +66,29 @@ class Intake:
         if self.tokenizer is None and request.stop:
             raise ValueError("stop strings need a tokenizer: give one to the engine, or stop at `stop_ids`.")
 
-    def encode(self, prompt: str | Sequence[int]) -> np.ndarray:
+    def encode(self, prompt: str | Sequence[int], *, is_continued: bool = True) -> np.ndarray:
         """The tokens of a prompt, int32 [n]; those of a text begin with the beginning-of-sequence token if `add_bos`.
 
         Raises:
-          ValueError: There are none, or more than leave room for a continuation; one is outside the vocabulary; or the
-            prompt is text and there is no tokenizer.
+          ValueError: There are none, or more than leave room for a continuation if it is continued, else than a slot
+            holds; one is outside the vocabulary; or the prompt is text and there is no tokenizer.
           Exception: Whatever the tokenizer raises.
         """
         if isinstance(prompt, str):
             tokenizer = self._tokenizer_for_prompts()
-            self._check_beginning(tokenizer, prompt)
+            self._check_beginning(tokenizer, prompt, is_continued=is_continued)
             prompt = [tokenizer.bos_id] * self.add_bos + tokenizer.encode(prompt)
-        return check_prompt(prompt, vocab_size=self.config.vocab_size, max_len=self.max_len)
+        return check_prompt(prompt, vocab_size=self.config.vocab_size, max_len=self.max_len, is_continued=is_continued)
 
-    def _check_beginning(self, tokenizer: Tokenizer, text: str) -> None:
+    def _check_beginning(self, tokenizer: Tokenizer, text: str, *, is_continued: bool) -> None:
         """Refuses a text by its beginning where that is too long by far: to encode all of it may take minutes."""
         size = _CHARACTERS * self.max_len
         while size < len(text):
             count = len(tokenizer.encode(text[:size]))
             if count > 2 * self.max_len:  # a cut adds or takes a few tokens
                 raise ValueError(
-                    f"the first {size} of the prompt's {len(text)} characters have {count} tokens and at most "
-                    f"{self.max_len - 1} leave room for a continuation: shorten it."
+                    f"the first {size} of the prompt's {len(text)} characters have {count} tokens and "
+                    f"{most_tokens(self.max_len, is_continued=is_continued)}: shorten it."
                 )
             size *= 4
 
@@ -113,7 +113,7 @@ class Intake:
             shown = reprlib.repr(request.logprobs)
             raise ValueError(f"logprobs={shown} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer.")
         vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
-        prompt = self.encode(request.prompt)
+        prompt = self.encode(request.prompt, is_continued=request.max_new_tokens > 0)
         ends = frozenset() if request.ignore_eos else frozenset({eos_id})
         checked = CheckedRequest(
             prompt=prompt,

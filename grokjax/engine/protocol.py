@@ -5,7 +5,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from grokjax.model import DrawnRuns, DrawnTokens, Grok, SlotOptions, SlotSettings
+from grokjax.model import DrawnRuns, DrawnTokens, Grok, Scores, SlotOptions, SlotSettings
 
 
 class Pending(Protocol):
@@ -23,10 +23,10 @@ class PendingRuns(Protocol):
 
 
 class PendingScores(Protocol):
-    """Log-probabilities of a chunk of a prompt, which a dispatched step computes."""
+    """The scores of a chunk of a prompt, which a dispatched step computes."""
 
-    def read(self) -> np.ndarray:
-        """Waits for the step; gives the log-probabilities, float32 [T]."""
+    def read(self) -> Scores[np.ndarray]:
+        """Waits for the step; gives the scores, each field [T]."""
 
 
 class Steps(Protocol):
@@ -48,7 +48,7 @@ class Steps(Protocol):
         """
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> PendingScores:
-        """`prefill` of one chunk [T] that also gives the log-probability of a target [T] at each of its positions."""
+        """`prefill` of one chunk [T] that also gives the score of a target [T] at each of its positions."""
 
     def share(self, source: int, target: int, length: int) -> None:
         """Makes row `target` hold the first `length` entries of row `source` and its logits; they may be one row."""

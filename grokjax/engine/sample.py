@@ -10,8 +10,8 @@ import numpy as np
 from grokjax.engine.guessing import HitRate
 from grokjax.engine.scheduler import Job
 from grokjax.engine.stopping import StopFilter
-from grokjax.model import Drawn, RowSettings
-from grokjax.request import Completion, FinishReason, Piece, Request, Timings, TokenLogprob
+from grokjax.model import Drawn, RowSettings, Scores
+from grokjax.request import Completion, FinishReason, Piece, Request, Timings, TokenLogprob, TokenScore
 from grokjax.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -106,7 +106,7 @@ class CheckedRequest:
     stop_ids: frozenset[int] = frozenset()
     bias: np.ndarray | None = None
     tokenizer: Tokenizer | None = None
-    prompt_logprobs: list[float | None] = dataclasses.field(default_factory=lambda: [None])
+    prompt_logprobs: list[TokenScore | None] = dataclasses.field(default_factory=lambda: [None])
 
 
 class LiveSample(Job):
@@ -178,14 +178,17 @@ class LiveSample(Job):
             return "stop"
         return "length" if len(self.token_ids) >= self.limit else None
 
-    def push_scores(self, scores: np.ndarray) -> None:
-        """Takes the log-probabilities [n] of the next tokens of the prompt; that after its end is not one.
+    def push_scores(self, scores: Scores[np.ndarray], count: int) -> None:
+        """Takes the first `count` scores, those of the next tokens of the prompt; what comes after its end is not one.
 
         Raises:
-          ValueError: One is not finite.
+          ValueError: A log-probability is not finite.
         """
-        own = scores[: len(self.prompt) - len(self.prompt_logprobs)].tolist()
-        _check_finite(own)
+        known = len(self.prompt_logprobs)
+        tokens = self.prompt[known : known + count].tolist()
+        fields = scores.logprob, scores.rank, scores.entropy, scores.top_id
+        own = [TokenScore(*values) for values in zip(tokens, *(field.tolist() for field in fields), strict=False)]
+        _check_finite(score.logprob for score in own)
         self.prompt_logprobs.extend(own)
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> Completion:

@@ -11,7 +11,7 @@ import numpy as np
 from grokjax.distributed import Channel, DistributedError, exchange
 from grokjax.engine.protocol import Steps
 from grokjax.errors import first_line
-from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, SlotOptions, SlotSettings
+from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, Scores, SlotOptions, SlotSettings
 
 
 def make_steps(model: Grok, options: SlotOptions) -> Steps:
@@ -53,7 +53,7 @@ class SharedSteps:
 
     def score(
         self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int
-    ) -> DeviceResult[np.ndarray]:
+    ) -> DeviceResult[Scores[np.ndarray]]:
         """See `Steps`."""
         self._channel.send("score", tokens, targets, count, start, row)
         return self._steps.score(tokens, targets, count, start, row)

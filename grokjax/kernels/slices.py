@@ -70,7 +70,7 @@ def in_place(stack: jax.Array, index: jax.Array, *, platform: str) -> tuple[jax.
 
     Args:
       stack: of any dtype.
-      index: int32 [].
+      index: int32, one or several.
       platform: "cpu", "gpu" or "tpu", where it will run.
     """
     if platform != "cpu" or stack.dtype != jnp.bfloat16:

@@ -4,8 +4,8 @@ Read `grok` first: the stack of decoder layers, which `stack` runs. Then its par
 `embedding`, `layers` and `weights`, which they share; `base` says how all of them print and are viewed, and `contexts`
 lets them run under any mesh that a caller has set. `probes` reads and changes their values on the way.
 `building` makes models. `steps` has `forward`, `prefill` and `decode`; `generation` has `generate`, the whole loop, in
-which `guesses` lets a step make more than one token; `slot_steps` has the steps for a batch whose rows are an engine's
-slots, and `slots` what both say to each other.
+which `guesses` lets a step make more than one token; `scores` says how probable the tokens of a text are. `slot_steps`
+has the steps for a batch whose rows are an engine's slots, and `slots` what both say to each other.
 """
 
 from grokjax.model.base import named_parameters
@@ -21,6 +21,7 @@ from grokjax.model.contexts import in_any_context
 from grokjax.model.generation import Generated, generate
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
+from grokjax.model.scores import Scores, score
 from grokjax.model.slot_steps import (
     DeviceResult,
     ModelSteps,
@@ -56,6 +57,7 @@ __all__ = [
     "Probe",
     "Reader",
     "RowSettings",
+    "Scores",
     "SlotOptions",
     "SlotSettings",
     "SlotState",
@@ -76,6 +78,7 @@ __all__ = [
     "lower_prefill",
     "named_parameters",
     "prefill",
+    "score",
     "with_quantized_table",
     "with_values",
 ]

@@ -16,15 +16,13 @@ from grokjax.kernels import copy_row
 from grokjax.memory import check_fits
 from grokjax.model.grok import Grok
 from grokjax.model.guesses import check_guesses, write_tokens
+from grokjax.model.scores import Scores, scores_of
 from grokjax.model.slots import DrawnRuns, DrawnTokens, SlotOptions, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
 from grokjax.sharding import device_bytes, zeros
 
 V = TypeVar("V")
-
-# Positions of a prompt whose logits are there at once: a chunk of 1024 would need half a gigabyte of them.
-_SCORE_BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -115,11 +113,11 @@ class ModelSteps:
     @own_context()
     def score(
         self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int
-    ) -> "DeviceResult[np.ndarray]":
+    ) -> "DeviceResult[Scores[np.ndarray]]":
         """See `Steps`; compiled for each length of `tokens`."""
         place = np.array([count, start, row], np.int32)
         scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place)
-        return DeviceResult(scores, lambda scores: scores)
+        return DeviceResult(scores, Scores.unpack)
 
     @own_context()
     def share(self, source: int, target: int, length: int) -> None:
@@ -206,7 +204,7 @@ def lower_prefill(model: Grok, state: SlotState, prompts: tuple[int, int]) -> ja
 
 
 def lower_score(model: Grok, state: SlotState, length: int) -> jax.stages.Lowered:
-    """The step that prefills `length` tokens of one row and gives the log-probabilities of the next ones."""
+    """The step that prefills `length` tokens of one row and gives the scores of the next ones."""
     tokens, place = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
     return _score_row.lower(model, state, tokens, tokens, place)
 
@@ -266,14 +264,10 @@ def _score_row(
     count, start, row = place[:1], place[1:2], place[2:]
     hidden, cache = model(tokens, count, _holding(state.cache, start, row), rows=row)
     state = _noting(state, row, tokens, start, count)
-    length = tokens.shape[1]
-    block = min(_SCORE_BLOCK, length)
-    padded = jnp.pad(hidden[0], ((0, -length % block), (0, 0))).reshape(-1, block, hidden.shape[-1])
-    wanted = jnp.pad(targets[0], (0, -length % block)).reshape(-1, block)
-    scores = lax.map(lambda pair: log_probs_of(model.logits(pair[0]), pair[1]), (padded, wanted))
+    scores = scores_of(model, hidden, targets).pack()[0]
     last = lax.dynamic_index_in_dim(hidden[0], count[0] - 1, keepdims=True)
     state = dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, model.logits(last), row))
-    return model.partitioner.constrain(scores.reshape(-1)[:length], (None,)), _placed(model, state)
+    return model.partitioner.constrain(scores, (None, None)), _placed(model, state)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

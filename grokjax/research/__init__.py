@@ -5,7 +5,7 @@ something else, which goes wherever a model goes. The sites at which both work a
 what the router does, `comparison` how far two models differ; `sums` is what both sums share. `lens` is what a tap makes
 tokens of. `attribution` splits a logit into what each part adds to it, `gradients` tells by derivatives what patches
 would do, and `recomputed` has what no kernel holds at once: attention patterns, and each expert by itself. `pictures`
-draws what was read.
+draws what was read. `perplexity` scores texts longer than a model reads at once, by `grokjax.score`.
 """
 
 from grokjax.model import SITES, At, Edit
@@ -29,6 +29,7 @@ from grokjax.research.edit import (
 )
 from grokjax.research.gradients import estimate_patches, integrate_gradients
 from grokjax.research.lens import TopTokens, top_tokens
+from grokjax.research.perplexity import Perplexity, perplexity
 from grokjax.research.pictures import HtmlPicture, colour_text, draw_experts, draw_lens, draw_load, draw_pattern
 from grokjax.research.recomputed import ExpertOutputs, attention_pattern, expert_outputs
 from grokjax.research.routing import RouterStats, count_tokens, observe_routing
@@ -43,6 +44,7 @@ __all__ = [
     "HtmlPicture",
     "LogitDifference",
     "LogitParts",
+    "Perplexity",
     "RouterStats",
     "Tap",
     "TopTokens",
@@ -69,6 +71,7 @@ __all__ = [
     "observe_routing",
     "observe_step",
     "patch",
+    "perplexity",
     "project_out",
     "replace",
     "scale_experts",

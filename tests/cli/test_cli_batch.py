@@ -124,7 +124,7 @@ class TestPrompts:
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
     @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
     def test_a_file_in_utf_16_is_refused_whole(self, encoding: str, name: str, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=rf"--prompts .*{name} is UTF-16 or no text: give it in UTF-8, as `iconv"):
+        with pytest.raises(ValueError, match=rf"{name} is UTF-16 or no text: give it in UTF-8, as `iconv"):
             read(tmp_path, '{"prompt": "4"}\n{"prompt": "5"}'.encode(encoding), name)
 
     def test_utf_16_is_known_by_its_mark_too(self, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ class TestPrompts:
             read(tmp_path, "\u4f60\u597d".encode("utf-16"))
 
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"--prompts .*missing cannot be read: No such file"):
+        with pytest.raises(ValueError, match=r"missing cannot be read: No such file"):
             read_prompts(tmp_path / "missing", DEFAULT)
 
 
@@ -157,7 +157,11 @@ class TestResults:
         run(read_json(tmp_path, asked, {**asked, "n": 2}), tmp_path / "out")
         one, two = records(tmp_path / "out").values()
         assert one["prompt_ids"] == two["prompt_ids"] == [4, 5]
-        assert one["prompt_logprobs"] == [{"token_id": 4, "logprob": None}, {"token_id": 5, "logprob": -5.0}]
+        first = {"token_id": 4, "logprob": None, "rank": None, "entropy": None, "top_id": None}
+        assert one["prompt_logprobs"] == [
+            first,
+            {"token_id": 5, "logprob": -5.0, "rank": 5, "entropy": 2.5, "top_id": 6},
+        ]
         assert two["prompt_logprobs"] == one["prompt_logprobs"]
         for sample in (one, *two["samples"]):
             for token, scored in zip(sample["token_ids"], sample["logprobs"], strict=True):
@@ -346,8 +350,8 @@ class TestResumed:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b'{"id": 1, "prompt": "9", "finish_reason": "length"}\n', "the id 1 --prompts has another prompt"),
-            (b'{"id": 99, "prompt": "9", "finish_reason": "length"}\n', "the id 99 --prompts has no prompt"),
+            (b'{"id": 1, "prompt": "9", "finish_reason": "length"}\n', "the id 1 the file has another prompt"),
+            (b'{"id": 99, "prompt": "9", "finish_reason": "length"}\n', "the id 99 the file has no prompt"),
             (b"my diary\n", "line 1 is no result of this command"),
             (b"my diary", "line 1 is no result of this command"),
             (b'{"id": 1}\n', "line 1 is no result of this command"),

@@ -282,7 +282,7 @@ class TestCommand:
             (["--guesses", "32"], "--guesses=32 must be an integer between 0 and 31"),
             (["--guesses", "5", "--max-len", "5"], "--guesses=5 must be an integer between 0 and 4"),
             (["--temperature", "-1"], "temperature"),
-            (["--prompts", "missing.txt"], "--prompts missing.txt cannot be read: No such file"),
+            (["--prompts", "missing.txt"], "missing.txt cannot be read: No such file"),
         ],
     )
     def test_refused_before_the_model_is_made(

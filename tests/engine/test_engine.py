@@ -5,7 +5,17 @@ import logging
 
 import numpy as np
 import pytest
-from fake_steps import EOS, VOCAB, FakeModel, Letters, continuation, expected, make_engine, scripted
+from fake_steps import (
+    EOS,
+    VOCAB,
+    FakeModel,
+    Letters,
+    continuation,
+    expected,
+    make_engine,
+    prompt_logprobs,
+    scripted,
+)
 
 from grokjax.config import GrokConfig
 from grokjax.request import Request
@@ -63,7 +73,18 @@ class TestResults:
         engine = make_engine()
         [done] = engine.generate([[3, 4, 5]], max_new_tokens=0, prompt_logprobs=True)
         assert (done.token_ids, done.finish_reason) == ((), "length")
-        assert done.prompt_logprobs == (None, -4.0, -6.0)
+        assert prompt_logprobs(done) == [None, -4.0, -6.0]
+
+    def test_a_prompt_that_fills_its_slot_is_scored_if_nothing_is_to_follow(self) -> None:
+        engine, prompt = make_engine(slots=2, max_len=12), list(range(3, 15))
+        for done in engine.generate([prompt] * 3, max_new_tokens=0, prompt_logprobs=True, n=2):
+            assert (done.token_ids, done.finish_reason) == ((), "length")
+            assert prompt_logprobs(done) == [None, *(-float(t + p) for p, t in enumerate(prompt[1:]))]
+        [after] = engine.generate([prompt[:11]], max_new_tokens=1, ignore_eos=True)
+        assert list(after.token_ids) == continuation(prompt[:11], 1)
+        for options, problem in (({"max_new_tokens": 1}, "11 leave room"), ({"max_new_tokens": 0}, "slot holds 12")):
+            [refused] = engine.generate([[*prompt, 3][: 12 + (not options["max_new_tokens"])]], **options)
+            assert problem in str(refused.error)
 
     def test_samples_are_requests_with_the_next_seeds_and_one_prefill(self) -> None:
         prompt = list(range(3, 14))
@@ -93,7 +114,7 @@ class TestResults:
         engine.generate([prompt], max_new_tokens=1)  # a prefix that must not be reused
         done = engine.generate([prompt], max_new_tokens=2, prompt_logprobs=True, n=2)
         for sample in done:
-            assert sample.prompt_logprobs == (None, *(-float(t + p) for p, t in enumerate(prompt[1:])))
+            assert prompt_logprobs(sample) == [None, *(-float(t + p) for p, t in enumerate(prompt[1:]))]
         names = [entry[0] for entry in model.steps.log]
         assert names.count("score") == 3  # of both samples together
 
@@ -130,7 +151,7 @@ class TestResults:
             assert list(sample.token_ids) == continuation(sample.prompt_ids, 20, seed=sample.sample, bias=known)
         [scored] = engine.generate([[3, 30]], max_new_tokens=5, ignore_eos=True, prompt_logprobs=True)
         assert scored.error is None
-        assert scored.prompt_logprobs == (None, -30)
+        assert prompt_logprobs(scored) == [None, -30]
         mask = np.arange(VOCAB) >= 12
         assert "leave no token" in str(engine.generate(["a"], allowed_tokens=mask)[0].error)
 

@@ -152,8 +152,14 @@ def test_logprobs_are_the_models() -> None:
         text = [*prompt, *done.token_ids]
         by_model = np.asarray(jax.nn.log_softmax(forward(model(), np.array([text]))[0]))
         expected = [by_model[i, token] for i, token in enumerate(text[1:])]
-        assert done.prompt_logprobs[0] is None
-        np.testing.assert_allclose(done.prompt_logprobs[1:], expected[: len(prompt) - 1], atol=1e-4)
+        first, *scores = done.prompt_logprobs
+        assert first is None
+        assert [score.token_id for score in scores] == prompt[1:]
+        np.testing.assert_allclose([score.logprob for score in scores], expected[: len(prompt) - 1], atol=1e-4)
+        for score, found in zip(scores, by_model[:-1], strict=False):
+            assert score.rank == (found > found[score.token_id]).sum()
+            assert score.top_id == found.argmax()
+            np.testing.assert_allclose(score.entropy, -(np.exp(found) * found).sum(), atol=1e-4)
         np.testing.assert_allclose([e.logprob for e in done.logprobs], expected[len(prompt) - 1 :], atol=1e-4)
         for i, entry in enumerate(done.logprobs):
             best = np.argsort(-by_model[len(prompt) - 1 + i])[:3]

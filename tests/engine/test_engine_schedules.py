@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, Letters, continuation
+from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, Letters, continuation, prompt_logprobs
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -207,7 +207,7 @@ class Schedules(RuleBasedStateMachine):
         else:
             assert (list(done.token_ids), done.text, done.finish_reason) == (tokens, text, reason)
             if request.prompt_logprobs:
-                assert done.prompt_logprobs == (None, *(-float(t + p) for p, t in enumerate(request.prompt[1:])))
+                assert prompt_logprobs(done) == [None, *(-float(t + p) for p, t in enumerate(request.prompt[1:]))]
         count = request.logprobs
         assert (done.logprobs is None) == (count is None)
         for token, logprob in zip(done.token_ids, done.logprobs or (), strict=count is not None):

@@ -16,6 +16,7 @@ from fake_steps import (
     continuation,
     entry_after,
     make_engine,
+    prompt_logprobs,
     scripted,
 )
 
@@ -131,7 +132,7 @@ class TestTrouble:
         class Failing(FakeSteps):
             def score(self, tokens, targets, count, start, row):
                 pending = super().score(tokens, targets, count, start, row)
-                pending.scores[targets == 20] = logprob
+                pending.scores.logprob[targets == 20] = logprob
                 return pending
 
         engine = make_engine(make_steps=Failing)
@@ -141,7 +142,7 @@ class TestTrouble:
         for sample in bad.samples:
             assert (sample.finish_reason, sample.prompt_logprobs) == ("error", None)
             assert "the model's logits are not finite" in str(sample.error)
-        assert good.completion.prompt_logprobs == (None, -4.0, -6.0)
+        assert prompt_logprobs(good.completion) == [None, -4.0, -6.0]
         assert list(good.completion.token_ids) == continuation([3, 4, 5], 3)
 
     @pytest.mark.parametrize("where", ["logprobs", "top_logprobs"])

@@ -1,0 +1,125 @@
+"""`grokjax score`: how probable each token of the texts of a file is, as JSON lines and as a coloured page."""
+
+import argparse
+import html
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grokjax import Tokenizer
+from grokjax.cli.console import say
+from grokjax.cli.generate import add_model, add_slots, open_source, run_file
+from grokjax.cli.options import add_processes, join_processes
+from grokjax.cli.programs import kept_programs
+from grokjax.distributed import is_first, on_first
+from grokjax.request import Request
+from grokjax.tokenizer import StreamDecoder
+
+# Nats at and above which a token has the strongest colour: one in a thousand.
+_STRONGEST = 7.0
+
+_HEAD = """<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<title>Surprise of each token</title>
+<style>
+body { background: white; color: black; font-family: sans-serif; margin: 2em; }
+pre { white-space: pre-wrap; line-height: 1.6; }
+</style>
+</head>
+<body>
+<p>The redder a token, the less probable it was after those before it, up to 7 nats, one in a thousand. Pointing at it
+tells more. Nothing comes before the first token of a text, which has no colour.</p>
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Adds the command to the subparsers of `grokjax`."""
+    score = commands.add_parser(
+        "score",
+        help="tell how probable each token of texts is",
+        description="Tells how probable each token of the texts of a file is, and appends a JSON object for each text "
+        "to --output as it is done. Interrupted, the same command goes on where it stopped.",
+    )
+    score.add_argument(
+        "prompts", metavar="FILE", type=Path, help="a text a line; with a name in .jsonl a JSON object a line"
+    )
+    score.add_argument("--output", metavar="FILE.jsonl", type=Path, required=True, help="where the scores go")
+    score.add_argument("--html", metavar="FILE.html", type=Path, help="a page of the texts, coloured by surprise")
+    add_slots(score)
+    add_model(score)
+    score.add_argument("--max-len", type=int, help="tokens of a text (default: the model's longest sequence)")
+    score.add_argument("--add-bos", action="store_true", help="begin with the beginning-of-sequence token")
+    add_processes(score)
+    score.set_defaults(run=run, guesses=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns 1 if a text ended with an error, else 0."""
+    source = join_processes(arguments, lambda: open_source(arguments))
+    on_first("the look for --html", lambda: _check_page(arguments))
+    with kept_programs(is_wanted=not arguments.no_compilation_cache):
+        status = run_file(source, arguments, Request([], max_new_tokens=0, prompt_logprobs=True))
+    if is_first():
+        records = [json.loads(line) for line in arguments.output.read_text().splitlines()]
+        _say_means(records)
+        if arguments.html is not None:
+            arguments.html.write_text("".join(_page(records, source.tokenizer)), encoding="utf-8")
+            say(f"{arguments.html} shows them")
+    return status
+
+
+def _check_page(arguments: argparse.Namespace) -> None:
+    if arguments.html is None:
+        return
+    if arguments.html.resolve() in (arguments.prompts.resolve(), arguments.output.resolve()):
+        raise ValueError(f"--html {arguments.html} would take the place of the texts or scores: name another file.")
+    if arguments.html.is_dir() or not arguments.html.parent.is_dir():
+        raise ValueError(f"--html {arguments.html} cannot be written: name a file in a folder that is there.")
+
+
+def _say_means(records: Sequence[Mapping[str, Any]]) -> None:
+    lacking = sum("prompt_logprobs" not in record and "error" not in record for record in records)
+    if lacking:
+        say(f"{lacking} results have no scores: they were not asked for, or stem from grokjax generate")
+    logprobs = [score["logprob"] for record in records for score in record.get("prompt_logprobs", ())[1:]]
+    if logprobs:
+        nats = -math.fsum(logprobs) / len(logprobs)
+        say(f"{nats:.4f} nats per token over {len(logprobs)} tokens: a perplexity of {math.exp(nats):.4g}")
+
+
+def _page(records: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> Iterator[str]:
+    """A page of HTML in parts, all texts in it escaped."""
+    yield _HEAD
+    for record in records:
+        yield f"<h2>{html.escape(str(record['id']))}</h2>\n"
+        if "error" in record:
+            yield f"<p>{html.escape(record['error'])}</p>\n"
+        yield f"<pre>{''.join(_spans(record.get('prompt_logprobs', ()), tokenizer))}</pre>\n"
+    yield "</body>\n</html>\n"
+
+
+def _spans(scores: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> Iterator[str]:
+    decoder = StreamDecoder(tokenizer)
+    for score in scores:
+        token = score["token_id"]
+        text = html.escape(decoder.push(token) if token < tokenizer.vocab_size else f"[{token}]")
+        yield f"<span {_look(score, tokenizer)}>{text}</span>"
+    yield html.escape(decoder.flush())
+
+
+def _look(score: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """The attributes of a token: what pointing at it tells, and its colour."""
+    if score["logprob"] is None:
+        return f'title="token {score["token_id"]}, the first"'
+    nats, best = -score["logprob"], score["top_id"]
+    shown = tokenizer.decode([best]) if best < tokenizer.vocab_size else ""
+    told = (
+        f"token {score['token_id']}: {nats:.2f} nats, rank {score['rank']}; "
+        f"of {score['entropy']:.2f} nats of entropy; most probable: {best} {shown!r}"
+    )
+    strength = min(max(nats, 0.0) / _STRONGEST, 1.0)
+    return f'title="{html.escape(told)}" style="background: rgba(214, 39, 40, {strength:.2f})"'
