@@ -91,12 +91,14 @@ def test_more_filled_than_allocated_is_refused() -> None:
     assert "--sizes 9/8 is not FILLED/ALLOCATED with 1 to ALLOCATED entries filled." in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_warm_start_takes_less_than_a_cold_one() -> None:
     record = json.loads(run("startup.py", "--repeats", "1")[-1])
     assert set(record) == documented_keys("startup.py") | ENVIRONMENT
     assert record["warm_seconds"] < record["cold_seconds"]
 
 
+@pytest.mark.thorough
 def test_two_sets_of_options_are_compared_in_turn() -> None:
     """What is compared stands in one table, run by run in turn; two rows read more bytes than one."""
     command = [sys.executable, str(BENCHMARKS / "compare.py"), "--turns", "1", "--head-options=--batch 2"]
@@ -109,6 +111,7 @@ def test_two_sets_of_options_are_compared_in_turn() -> None:
     assert least <= median <= most
 
 
+@pytest.mark.thorough
 def test_killed_conversions_are_compared_with_one_left_alone() -> None:
     record = json.loads(run("convert.py", "--layers", "1", "--repeats", "1", "--kills", "1")[-1])
     assert set(record) == documented_keys("convert.py") | ENVIRONMENT

@@ -5,11 +5,13 @@ import re
 import subprocess
 import sys
 
+import pytest
 from builders import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "engine.py"
 
 
+@pytest.mark.thorough
 def test_the_record_of_a_small_model_has_the_documented_keys() -> None:
     command = [sys.executable, str(SCRIPT), "--config", "tiny", "--layers", "1", "--prompt", "8", "--mesh", "1,2"]
     command += ["--new", "12", "--slots", "2", "--chunk", "8", "--requests", "4", "--repeats", "1"]

@@ -24,9 +24,9 @@ PLAIN = VALID_FILES[0]
 
 
 def test_short_run_finds_nothing_wrong(tmp_path: Path) -> None:
-    outcomes = fuzz(tmp_path, inputs=1500, seed=0)
+    outcomes = fuzz(tmp_path, inputs=1000, seed=0)
     kinds = {outcome.refusal for outcome in outcomes}
-    assert len(outcomes) == 1500
+    assert len(outcomes) == 1000
     assert None in kinds, "some files must be accepted"
     assert len(kinds) > 20, "the mutations must reach what the reader checks last"
 

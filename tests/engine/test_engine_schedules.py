@@ -235,7 +235,7 @@ class Schedules(RuleBasedStateMachine):
 
 
 TestSchedules = Schedules.TestCase
-TestSchedules.settings = settings(max_examples=300, stateful_step_count=20)
+TestSchedules.settings = settings(max_examples=150, stateful_step_count=20)
 
 
 @pytest.mark.thorough

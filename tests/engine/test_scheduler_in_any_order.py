@@ -139,4 +139,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=500, stateful_step_count=30)
+TestAnyOrder.settings = settings(max_examples=250, stateful_step_count=30)

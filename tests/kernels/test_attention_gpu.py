@@ -100,6 +100,7 @@ def test_few_programs_share_out_the_keys(max_len: int, programs: int, splits: in
     assert attention_gpu.choose_num_splits(max_len, programs=programs) == splits
 
 
+@pytest.mark.thorough
 def test_a_model_with_all_kernels_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a program for GPUs computes is what one for CPUs does: prefill and two steps."""
     sizes = {"model_dim": 128, "ffn_dim": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "num_layers": 2}
