@@ -4,11 +4,11 @@ Nothing here knows of layers or requests. Each operation has a module that choos
 run; a form that serves one kind of device lies beside it.
 
 Read `products` first, of activations with a plain or int8 weight, and its forms `matmul_cpu` and `matmul_gpu`; they
-share `slices`, and `cpu_features` says what the processors of this machine multiply. Then `unembedding`, the product of
-hidden states with the table; `experts`, those that each token chose, with `experts_blocks`, `experts_gpu` and the
-`gated_unit` of both; `entries`, rows of the cache read and written; and `attention` over them, with `attention_blocks`,
-`attention_gpu` and `attention_tpu`. Backwards, `derivatives` gives each a rule, which lies in `cotangents`,
-`experts_backward` and `attention_backward`.
+share `slices`, and `cpu_features` says what the processors of this machine multiply, numbers as they are or integers in
+`planes`. Then `unembedding`, the product of hidden states with the table; `experts`, those that each token chose, with
+`experts_blocks`, `experts_gpu` and the `gated_unit` of both; `entries`, rows of the cache read and written; and
+`attention` over them, with `attention_blocks`, `attention_gpu` and `attention_tpu`. Backwards, `derivatives` gives each
+a rule, which lies in `cotangents`, `experts_backward` and `attention_backward`.
 """
 
 from grokjax.kernels.attention import attend

@@ -1,7 +1,7 @@
 """The matrix product of activations with a plain or quantised weight, in the form that suits the device."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from grokjax.kernels import matmul_gpu
 from grokjax.kernels.cotangents import operand_cotangent, placed, weight_cotangent
 from grokjax.kernels.derivatives import with_rule
-from grokjax.kernels.matmul_cpu import cpu_matmul
+from grokjax.kernels.matmul_cpu import cpu_matmul, cpu_matmuls
 from grokjax.kernels.slices import float_precision, select, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
 
@@ -60,7 +60,7 @@ def matmuls(
             )
     rows = x.reshape(-1, x.shape[-1])
     at = tuple(jnp.asarray(index, jnp.int32) for index in at)
-    smooth = functools.partial(_multiply, platform="tpu" if platform == "gpu" else platform)  # without kernels
+    smooth = functools.partial(_multiply_smoothly, form=cpu_matmul if platform == "cpu" else direct_matmul)
     multiply = with_rule(
         functools.partial(_multiply, platform=platform), functools.partial(_pull, platform=platform), smooth=smooth
     )
@@ -70,9 +70,15 @@ def matmuls(
 
 def _multiply(x: jax.Array, weights: list[Weight], at: tuple[jax.Array, ...], *, platform: str) -> list[jax.Array]:
     """`matmuls` of rows [M, C]."""
-    if platform == "gpu":
-        return gpu_matmuls(x, weights, at)
-    form = cpu_matmul if platform == "cpu" else direct_matmul
+    if platform == "cpu":
+        return cpu_matmuls(x, weights, at)
+    return gpu_matmuls(x, weights, at) if platform == "gpu" else _multiply_smoothly(x, weights, at, form=direct_matmul)
+
+
+def _multiply_smoothly(
+    x: jax.Array, weights: list[Weight], at: tuple[jax.Array, ...], *, form: Callable[..., jax.Array]
+) -> list[jax.Array]:
+    """`matmuls` of rows [M, C] in a form that JAX can differentiate, without kernels and without rounding to int8."""
     return [form(x, w, at) for w in weights]
 
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grokjax.kernels.cpu_features import product_dtype
+from grokjax.kernels.cpu_features import product_dtype, takes_planes
 from grokjax.kernels.derivatives import with_rule
+from grokjax.kernels.planes import multiply_in_parts, to_planes
 from grokjax.kernels.slices import float_precision, pad_rows
 from grokjax.quantization import QuantizedTable, Table
 
@@ -90,32 +91,22 @@ def padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     return direct_unembed(pad_rows(x), table)[: x.shape[0]]
 
 
-# Most rows that are written as int8 ones, and the rows of an int8 table that are cast together for more.
+# Most rows that any processor multiplies as int8 ones, and the rows of an int8 table that are cast together for more.
 _INTEGER_ROWS, _CAST_ROWS = 16, 1024
 
 
 def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     """`x @ table.T` with an int8 table, of which XLA's CPU backend would make a whole copy in the dtype of x.
 
-    A few rows are written as sums of int8 rows, each 254 times finer than the one before, and multiplied as integers:
-    two for bfloat16, with an error of 2e-5 of a row's largest element, and three for float32. For more rows the table
-    is cast block by block. Arguments and result are those of `direct_unembed`.
+    A few rows are multiplied as integers, in planes, and more where the processor is faster so; else the table is cast
+    block by block. Arguments and result are those of `direct_unembed`.
     """
-    if x.shape[0] > _INTEGER_ROWS:
+    if x.shape[0] > _INTEGER_ROWS and not takes_planes(x.shape[0], x.dtype):
         return blocked_unembed(x.astype(product_dtype(x.dtype)), table)
-    digits = 2 if x.dtype == jnp.bfloat16 else 3
-    wide = x.astype(jnp.float32)
-    largest = jnp.abs(wide).max(axis=1, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest) / 127
-    rest, rows = wide / scale, []
-    for _ in range(digits):
-        digit = jnp.round(rest)
-        rows.append(digit.astype(jnp.int8))
-        rest = (rest - digit) * 254
+    planes = to_planes(x)
     product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(table.dtype))
-    products = product(jnp.concatenate(rows), table, preferred_element_type=jnp.int32)
-    parts = products.astype(jnp.float32).reshape(digits, x.shape[0], -1)
-    return sum((part / 254**i for i, part in enumerate(parts)), jnp.zeros(())) * scale
+    to_table = functools.partial(product, preferred_element_type=jnp.int32)
+    return planes.join(multiply_in_parts(planes.rows, lambda rows: to_table(rows, table)))
 
 
 def blocked_unembed(x: jax.Array, table: jax.Array) -> jax.Array:

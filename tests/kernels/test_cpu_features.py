@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grokjax.kernels import cpu_features, matmul, product_dtype
-from grokjax.kernels.cpu_features import has_bfloat16
+from grokjax.kernels.cpu_features import has_bfloat16, plane_rows
 from grokjax.quantization import quantize
 
 
@@ -29,8 +29,26 @@ def test_a_description_says_whether_there_is_bfloat16(tmp_path: Path, line: str,
     assert has_bfloat16(description) is expected
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni amx_tile amx_int8", range(8, 129)),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", range(0)),
+        ("flags\t\t: fpu avx2 avx_vnni", range(0)),
+        ("flags\t\t: fpu avx2", range(0)),
+        ("Features\t: fp asimd i8mm bf16", range(0)),
+        ("Features\t: fp asimd", range(0)),
+    ],
+)
+def test_integers_are_multiplied_where_that_was_faster(tmp_path: Path, line: str, expected: range) -> None:
+    description = tmp_path / "cpuinfo"
+    description.write_text(f"{line}\n")
+    assert plane_rows(description) == expected
+
+
 def test_without_a_description_there_is_none(tmp_path: Path) -> None:
     assert not has_bfloat16(tmp_path / "absent")
+    assert not plane_rows(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 64])

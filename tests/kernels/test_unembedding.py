@@ -23,3 +23,13 @@ def test_every_form_of_the_product_is_its_definition(num_rows: int, dtype: str) 
         out = np.asarray(jax.jit(form)(x, table))
         tolerance = {"float32": 1e-6, "bfloat16": 5e-5}[dtype]
         np.testing.assert_allclose(out, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_has_no_finite_logits(value: float) -> None:
+    """Of which an engine would draw tokens; in a batch large enough for XLA's fast, careless search for the largest."""
+    x = jnp.ones((8, 1024), jnp.bfloat16)
+    table = jnp.ones((32, 1024), jnp.int8)
+    found = np.asarray(jax.jit(integer_unembed)(x.at[3, 5].set(value), table))
+    assert not np.isfinite(found[3]).any()
+    np.testing.assert_allclose(np.delete(found, 3, axis=0), np.full((7, 32), 1024), rtol=1e-4)
