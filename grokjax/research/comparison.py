@@ -77,6 +77,9 @@ def compare(first: Grok, second: Grok, tokens: ArrayLike, lengths: ArrayLike) ->
 
 
 def _check_alike(first: Grok, second: Grok) -> None:
+    for model in (first, second):
+        if not isinstance(model, Grok):
+            raise ValueError(f"both models must be ones that init or load makes, and one is a {type(model).__name__}.")
     for name in ("vocab_size", "num_layers", "num_experts"):
         one, two = getattr(first.config, name), getattr(second.config, name)
         if one != two:

@@ -43,6 +43,13 @@ def size_of(x: np.ndarray) -> np.floating:
     return np.sqrt((x**2).mean() + CONFIG.norm_eps)
 
 
+def test_a_difference_is_of_one_token_or_of_each_row_s() -> None:
+    logits = np.arange(12, dtype=np.float32).reshape(2, 6) ** 2
+    assert LogitDifference(5).by_row(logits).tolist() == [25, 121]
+    assert LogitDifference([5, 0], 1).by_row(logits).tolist() == [24, -13]
+    assert LogitDifference([5, 0], 1)(logits) == 11
+
+
 @pytest.mark.parametrize(
     ("difference", "message"),
     [

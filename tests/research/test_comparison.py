@@ -5,9 +5,10 @@ import pytest
 from builders import EXPERT, TENSOR, label, or_thorough
 from looked_into import CONFIG, IS_REAL, LENGTHS, TOKENS, dense, expected, make
 
-from grokjax import Grok, ShardingRules, reference
-from grokjax.model import named_parameters, with_values
+from grokjax import Grok, ShardingRules, make_mesh, reference
+from grokjax.model import abstract_model, named_parameters, with_values
 from grokjax.research import Comparison, compare, drop_experts, edit
+from grokjax.sharding import Partitioner
 
 MESHES = [((1, 1), TENSOR), ((2, 4), EXPERT)]
 
@@ -50,6 +51,7 @@ def test_a_comparison_is_a_count_and_adds(mesh: tuple[int, int], rules: Sharding
     check_that_all_agree(compare(model, model, TOKENS, LENGTHS))
 
 
+@pytest.mark.thorough
 def test_a_dense_model_agrees_with_itself() -> None:
     check_that_all_agree(compare(dense(), dense(), TOKENS, LENGTHS))
 
@@ -76,7 +78,10 @@ def test_an_edited_model_differs_from_its_edit_on() -> None:
 def test_models_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ValueError, match="the models have num_layers=2 and num_layers=1: compare two of the same"):
         compare(make(), dense(), TOKENS, LENGTHS)
+    elsewhere = Partitioner(make_mesh((2, 4)), TENSOR)
     with pytest.raises(ValueError, match=r"on meshes of \{'data': 1, 'model': 1\} and \{'data': 2, 'model': 4\}"):
-        compare(make(), make((2, 4)), TOKENS, LENGTHS)
+        compare(make(), abstract_model(CONFIG, elsewhere, dtype=np.float32, quantized=False), TOKENS, LENGTHS)
+    with pytest.raises(ValueError, match="ones that init or load makes, and one is a ndarray"):
+        compare(make(), TOKENS, LENGTHS, LENGTHS)
     with pytest.raises(ValueError, match="lengths"):
         compare(make(), make(), TOKENS, [10, 5])
