@@ -1,16 +1,16 @@
 """Looks inside a model: reads the values that it computes on its way, and changes them.
 
 Read `tap` first: `Tap` says what is to be read, `observe` runs a model and reads it. `edit` makes a model that computes
-something else, which goes wherever a model goes. The sites at which both work are in `grokjax.model`. `routing` sums up
-what the router does, and `lens` is what a tap makes tokens of.
+something else, which goes wherever a model goes, and `ready_made` has the usual changes for it. The sites at which both
+work are in `grokjax.model`. `routing` sums up what the router does, and `lens` is what a tap makes tokens of.
 """
 
 from grokjax.model import SITES, At, Edit
-from grokjax.research.edit import (
+from grokjax.research.edit import edit, edits_of, unedited
+from grokjax.research.lens import TopTokens, top_tokens
+from grokjax.research.ready_made import (
     bias_router,
     drop_experts,
-    edit,
-    edits_of,
     force_experts,
     limit_experts,
     mask_heads,
@@ -20,9 +20,7 @@ from grokjax.research.edit import (
     scale_experts,
     scale_heads,
     steer,
-    unedited,
 )
-from grokjax.research.lens import TopTokens, top_tokens
 from grokjax.research.routing import RouterStats, observe_routing
 from grokjax.research.tap import Tap, observe, observe_step
 
