@@ -12,7 +12,7 @@ from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_unit
 from grokjax.checkpoint.parameters import Part, parameter_shapes, stack_name, units_of
 from grokjax.checkpoint.progress import Report, Tally
-from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, mismatches, unit_bytes
+from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, find_misfits, unit_bytes
 from grokjax.context import own_context
 from grokjax.distributed import on_first
 from grokjax.model import Grok, abstract_model, named_parameters
@@ -66,10 +66,8 @@ def _check_parameters(model: Grok) -> None:
     found = named_parameters(model)
     known = named_parameters(abstract_model(model.config, model.partitioner, dtype=model.dtype, quantized=False))
     problems = [f"{name}: checkpoints have no place for it" for name in found if name not in known]
-    problems += [f"{name}: missing" for name in known if name not in found]
-    for name in [name for name in known if name in found]:
-        spec = _spec_of(found[name].get_value())
-        problems += [f"{name}: {text}" for text in mismatches(spec, name, known[name].get_value().shape)]
+    specs = {name: _spec_of(param.get_value()) for name, param in found.items() if name in known}
+    problems += find_misfits(specs, {name: param.get_value().shape for name, param in known.items()})
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise ValueError(

@@ -143,6 +143,10 @@ class TensorSpec:
         """The arrays by name."""
         return {"weight": self.weight} | ({} if self.scales is None else {"scales": self.scales})
 
+    def document(self) -> dict[str, dict[str, Any]]:
+        """The shape and dtype of each array, as JSON has them."""
+        return {name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name} for name, leaf in self.leaves().items()}
+
     def part(self, part: Part) -> "TensorSpec":
         """The shapes and dtypes of one part of it."""
         skipped = len(part.index)
@@ -152,6 +156,8 @@ class TensorSpec:
 
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16))
 _MOST_LINES = 20
+# What to do with files whose parameters are not those of a configuration.
+ANOTHER_CONFIG = "Pass the configuration that the checkpoint was made with, or download these files again."
 _SAMPLE_VALUES = 256
 _ALIGNMENT = 64
 
@@ -215,6 +221,17 @@ def specs_of(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
 def unit_bytes(specs: Mapping[str, TensorSpec], unit: Unit) -> int:
     """Bytes of the arrays of a unit, by the specs of the parameters that it is of."""
     return sum(specs[part.parameter].part(part).num_bytes for part in unit.parts)
+
+
+def find_misfits(
+    tensors: Mapping[str, StoredTensor] | Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """A sentence for each parameter that is missing or surplus, or is not that of its shape."""
+    problems = [f"{parameter}: missing" for parameter in shapes if parameter not in tensors]
+    problems += [f"{parameter}: surplus" for parameter in tensors if parameter not in shapes]
+    for parameter in [parameter for parameter in shapes if parameter in tensors]:
+        problems += [f"{parameter}: {text}" for text in mismatches(tensors[parameter], parameter, shapes[parameter])]
+    return problems
 
 
 def mismatches(tensor: StoredTensor | TensorSpec, parameter: str, shape: tuple[int, ...]) -> Iterator[str]:

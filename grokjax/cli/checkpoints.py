@@ -1,6 +1,7 @@
 """`grokjax convert`, `verify`, `export`, `info` and `make-release-fixture`: what is done to checkpoints."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -27,7 +28,7 @@ from grokjax.checkpoint import (
     verify_finite,
 )
 from grokjax.cli.console import byte_progress, say, table_text
-from grokjax.cli.options import checkpoint_config, read_config, read_extents
+from grokjax.cli.options import add_dtype, checkpoint_config, read_config, read_extents
 from grokjax.cli.streams import write
 from grokjax.config import GrokConfig
 from grokjax.request import check_integer
@@ -134,7 +135,7 @@ def _add_export(commands: Any) -> None:
     command.add_argument(
         "--tokenizer", metavar="FILE", type=Path, help="copied to DST (default: tokenizer.model beside SRC, if any)"
     )
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    add_dtype(command)
     command.set_defaults(run=_run_export)
 
 
@@ -159,7 +160,7 @@ def _add_info(commands: Any) -> None:
     _add_source(command)
     command.add_argument("--mesh", metavar="DATA,MODEL", default="1,8", help="devices (default: %(default)s)")
     command.add_argument("--rules", choices=tuple(RULES), default="tensor", help="parallelism (default: %(default)s)")
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    add_dtype(command)
     command.add_argument(
         "--plain", action="store_true", help="what the devices need if int8 weights are made plain, and how much more"
     )
@@ -179,7 +180,7 @@ def _run_info(arguments: argparse.Namespace) -> None:
         f"{info.path}: {info.layout} checkpoint, {info.num_parameters} parameters, {info.num_bytes} bytes",
         f"on a mesh of {mesh[0]} x {mesh[1]} devices: {per_device} bytes on each ({naturalsize(per_device)})"
         + (_compare(per_device, count(quantized=True), arguments.dtype) if arguments.plain else ""),
-        *(f"  {name} = {value}" for name, value in json.loads(info.config.to_json()).items()),
+        *(f"  {name} = {value}" for name, value in dataclasses.asdict(info.config).items()),
         table_text(_parameters_table(info)),
     ]
     write("\n".join(lines) + "\n")
@@ -202,17 +203,13 @@ def _parameters_table(info: CheckpointInfo) -> Table:
 
 
 def _info_record(info: CheckpointInfo) -> dict[str, Any]:
-    leaves = {
-        name: {leaf: {"shape": list(array.shape), "dtype": array.dtype.name} for leaf, array in spec.leaves().items()}
-        for name, spec in info.specs.items()
-    }
     return {
         "path": str(info.path),
         "layout": info.layout,
         "num_parameters": info.num_parameters,
         "num_bytes": info.num_bytes,
-        "config": json.loads(info.config.to_json()),
-        "parameters": leaves,
+        "config": dataclasses.asdict(info.config),
+        "parameters": {name: spec.document() for name, spec in info.specs.items()},
     }
 
 

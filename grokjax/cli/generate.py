@@ -22,6 +22,7 @@ from grokjax.cli.console import BatchProgress, byte_progress, say
 from grokjax.cli.cores import use_every_core
 from grokjax.cli.machine import say_machine
 from grokjax.cli.options import (
+    add_dtype,
     add_processes,
     checkpoint_config,
     choose_mesh,
@@ -113,7 +114,7 @@ def add_model(generate: argparse.ArgumentParser) -> None:
     )
     generate.add_argument("--plain", action="store_true", help="int8 weights as plain ones: 2 or 4 times the memory")
     generate.add_argument("--quantized-table", action="store_true", help="the embedding table in int8, with an error")
-    generate.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    add_dtype(generate)
     generate.add_argument(
         "--allow-oom", action="store_true", help="try it even where there seems to be too little memory"
     )

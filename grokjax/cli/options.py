@@ -24,6 +24,11 @@ _MOST_DEVICES = 1 << 15
 _BY_HAND = {"coordinator": "coordinator_address", "num_processes": "num_processes", "process_id": "process_id"}
 
 
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """Adds the compute dtype."""
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+
+
 def add_processes(command: argparse.ArgumentParser) -> None:
     """Adds the options that join the processes of several hosts."""
     group = command.add_argument_group("several hosts", "the same command on each, see docs/distributed.md")

@@ -17,9 +17,10 @@ from rich.table import Column, Table
 
 from grokjax.checkpoint import check_no_link
 from grokjax.cli.console import say, table_text
-from grokjax.cli.options import named_config, read_extents
+from grokjax.cli.options import add_dtype, named_config, read_extents
 from grokjax.cli.streams import write
-from grokjax.planning import ACCELERATORS, GIB, Plan, StepPlan, Suggestion, Target, plan, suggest
+from grokjax.planning import ACCELERATORS, GIB, GradientPlan, Plan, StepPlan, Suggestion, Target, plan, suggest
+from grokjax.request import check_integer
 from grokjax.sharding import RULES
 
 
@@ -54,7 +55,10 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--prefill-rows", type=int, default=4, help="prompts prefilled together at most (default: %(default)s)"
     )
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    command.add_argument(
+        "--gradient", metavar="TOKENS", type=int, help="say also what the gradient of a loss over so many tokens needs"
+    )
+    add_dtype(command)
     command.add_argument(
         "--cache-dtype", choices=("bfloat16", "float32", "int8"), help="(default: bfloat16, on a CPU float32)"
     )
@@ -75,9 +79,15 @@ def _add_figures(command: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.suggest and (arguments.mesh, arguments.rules, arguments.plot) != (None, None, None):
-        raise ValueError("--suggest tries every mesh and rule and draws nothing: leave out --mesh, --rules, --plot.")
+    others = (arguments.mesh, arguments.rules, arguments.plot, arguments.gradient)
+    if arguments.suggest and any(other is not None for other in others):
+        raise ValueError(
+            "--suggest tries every mesh and rule, for decoding, and draws nothing: leave out --mesh, --rules, --plot "
+            "and --gradient."
+        )
     target, config = _target(arguments), named_config("--config", arguments.config)
+    if arguments.gradient is not None:
+        check_integer("--gradient", arguments.gradient, 2, config.max_seq_len)
     mesh = None if arguments.mesh is None else read_extents(arguments.mesh)
     figure = None if arguments.plot is None else _new_figure(arguments.plot)
     _simulate_devices(target.num_devices)
@@ -108,8 +118,15 @@ def _run(arguments: argparse.Namespace) -> None:
     made = ask(mesh=mesh, rules=RULES[arguments.rules or "tensor"])
     if figure is not None:
         _draw(made, figure, arguments.plot)
-    text = json.dumps(plan_record(made)) if arguments.json else f"{_title(made)}\n{table_text(_plan_table(made))}"
-    write(f"{text}\n")
+    gradient = None if arguments.gradient is None else made.plan_gradient(arguments.gradient)
+    if arguments.json:
+        also = {} if gradient is None else {"gradient": _gradient_record(gradient)}
+        write(f"{json.dumps(plan_record(made) | also)}\n")
+        return
+    table = _plan_table(made)
+    if gradient is not None:
+        _add_gradient(table, gradient)
+    write(f"{_title(made)}\n{table_text(table)}\n")
 
 
 def _target(arguments: argparse.Namespace) -> Target:
@@ -185,6 +202,16 @@ def _step_record(step: StepPlan) -> dict[str, Any]:
     }
 
 
+def _gradient_record(gradient: GradientPlan) -> dict[str, Any]:
+    return {
+        "num_tokens": gradient.num_tokens,
+        "gradient_bytes_per_device": gradient.gradient_bytes,
+        "temporary_bytes_per_device": gradient.temporary_bytes,
+        "total_bytes_per_device": gradient.total_bytes,
+        "fits": gradient.fits,
+    }
+
+
 def _say_suggestion(one: Suggestion, done: int, total: int) -> None:
     say(f"{done} of {total} planned: mesh {one.mesh[0]},{one.mesh[1]}, {one.rules}: {one.reason}")
 
@@ -254,6 +281,15 @@ def _add_step(table: Table, name: str, step: StepPlan) -> None:
     if step.seconds is not None and step.tokens_per_second is not None:
         table.add_row("  transfers", "", _milliseconds(step.transfer_seconds))
         table.add_row("  at most", f"{step.tokens_per_second:.1f} tokens/s", f"bound by {step.bound}")
+
+
+def _add_gradient(table: Table, gradient: GradientPlan) -> None:
+    """The memory of a step of training, of which nothing is in the parts above but the weights."""
+    table.add_row(f"gradient of {gradient.num_tokens} tokens")
+    table.add_row("  gradients", _memory(gradient.gradient_bytes))
+    table.add_row("  temporaries", _memory(gradient.temporary_bytes))
+    verdict = {None: "", True: "fits", False: "does not fit"}[gradient.fits]
+    table.add_row("  total", _memory(gradient.total_bytes), verdict)
 
 
 def _memory(num_bytes: int) -> str:

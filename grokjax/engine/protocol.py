@@ -33,9 +33,7 @@ class Steps(Protocol):
     """What an engine asks of a model: rows that hold samples, and steps that are dispatched and read later."""
 
     slots: int
-    max_len: int
     vocab_size: int
-    num_top: int
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """Cuts some rows back to `starts` and adds chunks of prompts; keeps the logits at each chunk's end.

@@ -37,14 +37,13 @@ class SharedSteps:
                 f"the model spans {jax.process_count()} processes, and the engine runs on process 0: "
                 f"call follow(model) on process {jax.process_index()}."
             )
-        self.slots, self.max_len, self.num_top = options.slots, options.max_len, options.num_top
-        self.vocab_size = model.config.vocab_size
+        self.slots, self.vocab_size = options.slots, model.config.vocab_size
         # Made first: where they are refused for want of memory, the others have been told nothing yet.
         self._steps = ModelSteps(model, options)
         _check_same(model)
         self._channel = Channel.open()
         dtype = "" if options.cache_dtype is None else jnp.dtype(options.cache_dtype).name
-        self._channel.send("start", dtype, self.slots, self.max_len, self.num_top, options.max_guesses)
+        self._channel.send("start", dtype, options.slots, options.max_len, options.num_top, options.max_guesses)
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`."""

@@ -84,20 +84,19 @@ class ModelSteps:
 
     @own_context()
     def __init__(self, model: Grok, options: SlotOptions):
-        self.slots, self.max_len, self.num_top = options.slots, options.max_len, options.num_top
-        self.vocab_size = model.config.vocab_size
-        self._model = model
+        self.slots, self.vocab_size = options.slots, model.config.vocab_size
+        self._model, self._num_top = model, options.num_top
         guesses = options.max_guesses > 0
         if not options.allow_oom:
-            cache = model.abstract_cache(self.slots, self.max_len, dtype=options.cache_dtype)
+            cache = model.abstract_cache(options.slots, options.max_len, dtype=options.cache_dtype)
             shapes = SlotState.abstract(model, cache, guesses=guesses)
             check_fits(
-                f"an engine of slots={self.slots}, max_len={self.max_len}",
+                f"an engine of slots={options.slots}, max_len={options.max_len}",
                 device_bytes(jax.tree.leaves(shapes)),
                 model.partitioner.mesh,
                 remedy="take fewer slots, a smaller max_len, int8 entries or more devices",
             )
-        cache = model.new_cache(self.slots, self.max_len, dtype=options.cache_dtype, allow_oom=True)
+        cache = model.new_cache(options.slots, options.max_len, dtype=options.cache_dtype, allow_oom=True)
         self._state = SlotState.create(model, cache, guesses=guesses)
 
     @property
@@ -132,13 +131,13 @@ class ModelSteps:
     @own_context()
     def begin(self, settings: SlotSettings) -> "DeviceResult[DrawnTokens]":
         """See `Steps`."""
-        packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self.num_top)
+        packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self._num_top)
         return DeviceResult(packed, DrawnTokens.unpack)
 
     @own_context()
     def decode(self, settings: SlotSettings) -> "DeviceResult[DrawnTokens]":
         """See `Steps`."""
-        packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
+        packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self._num_top)
         return DeviceResult(packed, DrawnTokens.unpack)
 
     @own_context()
@@ -148,7 +147,7 @@ class ModelSteps:
             self._model,
             self._state,
             np.concatenate([settings.packed, limits], axis=1),
-            num_top=self.num_top,
+            num_top=self._num_top,
             num_guesses=num_guesses,
         )
         return DeviceResult(packed, functools.partial(DrawnRuns.unpack, num_guesses=num_guesses))
@@ -165,9 +164,9 @@ class ModelSteps:
             case "share":
                 return lower_share(model, state).compile
             case "decode":
-                return lower_decode(model, state, self.num_top).compile
+                return lower_decode(model, state, self._num_top).compile
             case "decode_guesses":
-                return lower_decode_guesses(model, state, self.num_top, shape[1] - 1).compile
+                return lower_decode_guesses(model, state, self._num_top, shape[1] - 1).compile
         return lambda: None  # the others are small
 
     def wait(self) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -13,7 +13,17 @@ from jax.typing import DTypeLike
 from grokjax.cache import KVCache, check_cache_dtype, default_cache_dtype
 from grokjax.config import GrokConfig
 from grokjax.errors import first_line
-from grokjax.model import Grok, SlotState, abstract_model, check_dtype, lower_decode, lower_prefill
+from grokjax.model import (
+    Grok,
+    SlotState,
+    abstract_model,
+    check_dtype,
+    forward,
+    lower_decode,
+    lower_prefill,
+    named_parameters,
+    with_values,
+)
 from grokjax.planning.compiled import Program, read_program
 from grokjax.planning.costs import StepCost, step_cost
 from grokjax.planning.targets import Target
@@ -126,6 +136,11 @@ class StepCompiler:
         """Bytes that the model's weights take on each device."""
         return device_bytes(jax.tree.leaves(self._model(self.config, self.dtype)))
 
+    @functools.cached_property
+    def gradient_bytes(self) -> int:
+        """Bytes that the gradients of the plain parameters take on each device."""
+        return device_bytes(_plain_parameters(self._model(self.config, self.dtype)).values())
+
     def cache_bytes(self, batch_size: int, max_len: int) -> int:
         """Bytes that a cache of so many rows takes on each device.
 
@@ -169,19 +184,35 @@ class StepCompiler:
         self, num_layers: int, batch_size: int, max_len: int, prompts: tuple[int, int] | None
     ) -> Measured:
         """A step of an engine of so many rows, of a model of so many layers: what its compiler said."""
-        config = self.config.replace(num_layers=num_layers)
-        # What old compilers for CPUs do to bfloat16 stacks, converting them whole, says nothing of other targets.
-        as_float32 = self.stands_in and not self.quantized
-        model = self._model(config, jnp.float32 if as_float32 else self.dtype)
+        model = self._compiled_model(num_layers)
         cache_dtype = jnp.float32 if self.stands_in and self.cache_dtype == jnp.bfloat16 else self.cache_dtype
-        cache = self._cache(batch_size, max_len, cache_dtype, config)
+        cache = self._cache(batch_size, max_len, cache_dtype, model.config)
         state = SlotState.abstract(model, cache)
         with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):  # tells kernels the device
             lowered = lower_decode(model, state, _NUM_TOP) if prompts is None else lower_prefill(model, state, prompts)
+        return self._measure(lowered, num_layers, (model, cache))
+
+    def compile_gradient_layers(self, num_layers: int, num_tokens: int) -> Measured:
+        """The gradient of a loss, a text of so many tokens for each replica, of a model of so many layers."""
+        model, shape = self._compiled_model(num_layers), (self.mesh[0], num_tokens)
+        plain = _plain_parameters(model)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.partitioner.sharding(("batch", None), shape))
+        with jax.sharding.use_abstract_mesh(self.partitioner.mesh.abstract_mesh):
+            lowered = jax.jit(jax.grad(_loss)).lower(plain, model, tokens)
+        return self._measure(lowered, num_layers, (model, plain))
+
+    def _compiled_model(self, num_layers: int) -> Grok:
+        """The model with so many layers, as it is compiled."""
+        # What old compilers for CPUs do to bfloat16 stacks, converting them whole, says nothing of other targets.
+        as_float32 = self.stands_in and not self.quantized
+        return self._model(self.config.replace(num_layers=num_layers), jnp.float32 if as_float32 else self.dtype)
+
+    def _measure(self, lowered: jax.stages.Lowered, num_layers: int, counted: Any) -> Measured:
+        """What the compiler says of a program, besides the bytes of some arrays that are counted without it."""
         program = read_program(_compile_quickly(lowered, self.target.compiler))
-        counted = program.temporary_bytes + device_bytes(jax.tree.leaves((model, cache)))
+        other_bytes = program.peak_bytes - program.temporary_bytes - device_bytes(jax.tree.leaves(counted))
         traffic = _traffic(program, num_layers, self.target.accelerator.group_size)
-        return Measured(program.temporary_bytes, program.peak_bytes - counted, traffic)
+        return Measured(program.temporary_bytes, other_bytes, traffic)
 
 
 @functools.cache  # some numbers for each program, the same for equal compilers
@@ -191,14 +222,36 @@ def compile_step(compiler: StepCompiler, batch_size: int, max_len: int, prompts:
     Raises:
       ValueError: The compiler fails. Where it only lacks memory, the step is extrapolated from models of few layers.
     """
-    num_layers = compiler.config.num_layers
+    compile_layers = functools.partial(compiler.compile_layers, batch_size=batch_size, max_len=max_len, prompts=prompts)
+    return _compile_all(compile_layers, compiler.config.num_layers)
+
+
+def compile_gradient(compiler: StepCompiler, num_tokens: int) -> Measured:
+    """The gradient of a loss, a text of so many tokens for each replica; the errors are those of `compile_step`."""
+    compile_layers = functools.partial(compiler.compile_gradient_layers, num_tokens=num_tokens)
+    return _compile_all(compile_layers, compiler.config.num_layers)
+
+
+def _compile_all(compile_layers: Callable[[int], Measured], num_layers: int) -> Measured:
+    """A program of all layers, extrapolated from those of few where the compiler lacks memory for it."""
     try:
-        return compiler.compile_layers(num_layers, batch_size, max_len, prompts)
+        return compile_layers(num_layers)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise ValueError(f"the compiler failed: {first_line(error)}") from error
-        few = [compiler.compile_layers(number, batch_size, max_len, prompts) for number in _FEW_LAYERS]
-        return extrapolate(*few, num_layers=num_layers)
+        return extrapolate(*map(compile_layers, _FEW_LAYERS), num_layers=num_layers)
+
+
+def _loss(parameters: dict[str, jax.Array], model: Grok, tokens: jax.Array) -> jax.Array:
+    """The mean cross-entropy of the tokens [B, T] behind the first of each text."""
+    logits = forward(with_values(model, parameters), tokens)[:, :-1]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
+
+
+def _plain_parameters(model: Grok) -> dict[str, Any]:
+    """What has derivatives of a model of shapes, by path: int8 weights are constants."""
+    values = {name: param.get_value() for name, param in named_parameters(model).items()}
+    return {name: value for name, value in values.items() if isinstance(value, jax.ShapeDtypeStruct)}
 
 
 def _compile_quickly(lowered: jax.stages.Lowered, compiler: str) -> jax.stages.Compiled:

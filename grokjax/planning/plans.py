@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
 from grokjax.planning.accelerators import Accelerator
-from grokjax.planning.compiler import Measured, StepCompiler, Traffic
+from grokjax.planning.compiler import Measured, StepCompiler, Traffic, compile_gradient
 from grokjax.planning.costs import StepCost
 from grokjax.planning.targets import Target
 from grokjax.printing import describe_size, display, on_lines
@@ -79,6 +79,25 @@ class StepPlan:
             (self.transfer_seconds, "transfers"),
         ]
         return max(times)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientPlan:
+    """What the gradient of a loss needs on each device, with respect to the plain parameters: int8 is constant.
+
+    Attributes:
+      num_tokens: of a text; each replica has one.
+      gradient_bytes: that the gradients take.
+      temporary_bytes: what the program allocates besides its arguments and results.
+      total_bytes: all that it takes, weights and gradients included; an optimizer's own arrays come on top.
+      fits: whether the total is within what is usable of a device's memory; None if that is unknown.
+    """
+
+    num_tokens: int
+    gradient_bytes: int
+    temporary_bytes: int
+    total_bytes: int
+    fits: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +197,23 @@ class Plan:
         total = functools.partial(self._least_bytes, usable, self.batch_size)
         guess = self.max_len + (usable - self.total_bytes) // self.compiler.cache_bytes(self.batch_size, 1)
         return find_largest(total, usable, self.max_len, self.compiler.config.max_seq_len, guess)
+
+    def plan_gradient(self, num_tokens: int) -> GradientPlan:
+        """Compiles one more program to find what the gradient of the mean cross-entropy needs: a step of training.
+
+        Raises:
+          ValueError: The number of tokens is not between 2 and the model's longest sequence, or the compiler fails.
+        """
+        num_tokens = check_integer("num_tokens", num_tokens, 2, self.compiler.config.max_seq_len)
+        measured, held = compile_gradient(self.compiler, num_tokens), self.weights_bytes + self.compiler.gradient_bytes
+        total, usable = held + measured.temporary_bytes + measured.other_bytes, self.target.accelerator.usable_bytes
+        return GradientPlan(
+            num_tokens,
+            gradient_bytes=self.compiler.gradient_bytes,
+            temporary_bytes=measured.temporary_bytes,
+            total_bytes=total,
+            fits=None if usable is None else total <= usable,
+        )
 
     def _likely_rows(self, usable: int) -> int:
         """Rows of each replica that fit if a prefill's temporaries grow with its prompts, and a decode step's less.

@@ -1,21 +1,25 @@
 """Looks inside a model: reads the values that it computes on its way, and changes them.
 
 Read `tap` first: `Tap` says what is to be read, `observe` runs a model and reads it. `edit` makes a model that computes
-something else, which goes wherever a model goes. The sites at which both work are in `grokjax.model`. `routing` sums up
-what the router does, `comparison` how far two models differ; `sums` is what both sums share. `lens` is what a tap makes
-tokens of. `attribution` splits a logit into what each part adds to it, `gradients` tells by derivatives what patches
-would do, and `recomputed` has what no kernel holds at once: attention patterns, and each expert by itself. `pictures`
-draws what was read. `perplexity` scores texts longer than a model reads at once, by `grokjax.score`.
+something else, which goes wherever a model goes, and `ready_made` has the usual changes for it. The sites at which both
+work are in `grokjax.model`. `routing` sums up what the router does, `comparison` how far two models differ; `sums` is
+what both sums share. `lens` is what a tap makes tokens of. `attribution` splits a logit into what each part adds to it,
+`gradients` tells by derivatives what patches would do, and `recomputed` has what no kernel holds at once: attention
+patterns, and each expert by itself. `pictures` draws what was read. `perplexity` scores texts longer than a model reads
+at once, by `grokjax.score`.
 """
 
 from grokjax.model import SITES, At, Edit
 from grokjax.research.attribution import LogitDifference, LogitParts, attribute_logits
 from grokjax.research.comparison import Comparison, compare
-from grokjax.research.edit import (
+from grokjax.research.edit import edit, edits_of, unedited
+from grokjax.research.gradients import estimate_patches, integrate_gradients
+from grokjax.research.lens import TopTokens, top_tokens
+from grokjax.research.perplexity import Perplexity, perplexity
+from grokjax.research.pictures import HtmlPicture, colour_text, draw_experts, draw_lens, draw_load, draw_pattern
+from grokjax.research.ready_made import (
     bias_router,
     drop_experts,
-    edit,
-    edits_of,
     force_experts,
     limit_experts,
     mask_heads,
@@ -25,12 +29,7 @@ from grokjax.research.edit import (
     scale_experts,
     scale_heads,
     steer,
-    unedited,
 )
-from grokjax.research.gradients import estimate_patches, integrate_gradients
-from grokjax.research.lens import TopTokens, top_tokens
-from grokjax.research.perplexity import Perplexity, perplexity
-from grokjax.research.pictures import HtmlPicture, colour_text, draw_experts, draw_lens, draw_load, draw_pattern
 from grokjax.research.recomputed import ExpertOutputs, attention_pattern, expert_outputs
 from grokjax.research.routing import RouterStats, count_tokens, observe_routing
 from grokjax.research.tap import Tap, observe, observe_step

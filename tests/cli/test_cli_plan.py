@@ -17,12 +17,12 @@ from builders import ROOT
 from grokjax import planning
 from grokjax.cli import main, plan
 from grokjax.config import GrokConfig
-from grokjax.planning import Plan, Suggestion, suggest
+from grokjax.planning import GradientPlan, Plan, Suggestion, suggest
 
 SMALL = ["--config", "tiny", "--max-len", "32", "--prompt", "8"]
 DEFAULT = inspect.signature(suggest).parameters["batch_size"].default
 OF_A_PLAN, REST = (ROOT / "docs" / "hardware.md").read_text().split("\n## As JSON\n")[1].split("\nWith `--suggest`")
-OF_A_SUGGESTION = REST.partition("`--plot")[0]
+OF_A_SUGGESTION, OF_A_GRADIENT = REST.partition("`--plot")[0], REST.partition("With `--gradient`")[2]
 KEYS = {"weights", "cache", "temporary", "other", "total"}
 
 
@@ -43,7 +43,10 @@ def test_the_table_says_whether_it_fits_and_how_fast_it_is(
 ) -> None:
     monkeypatch.setattr(Plan, "find_largest_batch_size", lambda _: 4096)
     monkeypatch.setattr(Plan, "find_largest_max_len", lambda _: 128)
-    out = run_plan(capsys, "--target", "h100:2")
+    monkeypatch.setattr(Plan, "plan_gradient", lambda _, tokens: GradientPlan(tokens, 1 << 20, 1 << 30, 1 << 40, False))
+    out = run_plan(capsys, "--target", "h100:2", "--gradient", "16")
+    assert re.search(r"^gradient of 16 tokens\n  gradients +1\.000 MiB\n  temporaries +1\.000 GiB\n", out, re.MULTILINE)
+    assert re.search(r"^  total +1\.000 TiB  does not fit$", out, re.MULTILINE)
     assert "h100-80g:2, mesh 1,2: batch 1, 32 tokens a row, programs by the compiler for cpu" in out
     for name in ("weights", "cache", "temporaries", "total", "usable", "most rows of 32", "most tokens a row"):
         assert f"  {name} " in out
@@ -52,9 +55,14 @@ def test_the_table_says_whether_it_fits_and_how_fast_it_is(
     assert out.count("tokens/s  bound by") == 2
 
 
-def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its keys are those of the table in docs/hardware.md."""
-    record = json.loads(run_plan(capsys, "--target", "cpu:8", "--mesh", "2,4", "--rules", "expert", "--json"))
+    monkeypatch.setattr(Plan, "plan_gradient", lambda _, tokens: GradientPlan(tokens, 1, 2, 4, None))
+    options = ("--target", "cpu:8", "--mesh", "2,4", "--rules", "expert", "--gradient", "16", "--json")
+    record = json.loads(run_plan(capsys, *options))
+    gradient = record.pop("gradient")
+    assert all(f"`{key}`" in OF_A_GRADIENT for key in gradient), "docs/hardware.md lists other keys"
+    assert list(gradient.values()) == [16, 1, 2, 4, None]
     assert all(isinstance(record[f"{key}_bytes_per_device"], int) for key in KEYS)
     assert record["total_bytes_per_device"] == sum(record[f"{key}_bytes_per_device"] for key in KEYS - {"total"})
     assert (record["mesh"], record["fits"], record["largest_batch_size"]) == ([2, 4], None, None)
@@ -172,6 +180,8 @@ def test_a_configuration_is_read_from_a_file(capsys: pytest.CaptureFixture[str],
         (["--suggest", "--mesh", "1,8"], "leave out --mesh, --rules, --plot"),
         (["--suggest", "--rules", "fsdp"], "leave out --mesh, --rules, --plot"),
         (["--suggest", "--plot", "a.png"], "leave out --mesh, --rules, --plot"),
+        (["--suggest", "--gradient", "8"], "leave out --mesh, --rules, --plot and --gradient"),
+        (["--gradient", "1"], "--gradient=1 must be an integer between 2 and 256"),
         (["--batch", "0"], "batch_size=0 must be between 1 and 4194304"),
         (["--prompt", "0"], "max_len=0 must be between 1"),
     ],

@@ -9,12 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import or_thorough
+from flax import nnx
 from jax.stages import Compiled, Lowered
-from planned import MIB, REAL, TINY, real_plan
+from planned import MIB, REAL, TINY, made_up_step, real_plan
 
 from grokjax.config import GrokConfig
-from grokjax.model import ModelSteps, SlotOptions, SlotSettings, abstract_model, init, lower_decode, lower_prefill
-from grokjax.planning import StepCompiler, plan, read_program
+from grokjax.model import (
+    ModelSteps,
+    SlotOptions,
+    SlotSettings,
+    abstract_model,
+    forward,
+    init,
+    lower_decode,
+    lower_prefill,
+)
+from grokjax.planning import StepCompiler, compiler, plan, read_program
 from grokjax.planning.compiler import compile_step
 from grokjax.sharding import RULES, Partitioner, make_mesh
 
@@ -70,6 +80,30 @@ class TestMemory:
             assert planned.temporary_bytes == pytest.approx(program.temporary_bytes, rel=0.02)
         assert made.total_bytes == pytest.approx(max(program.peak_bytes for program in programs), rel=0.02)
         assert made.total_bytes == made.weights_bytes + made.cache_bytes + made.temporary_bytes + made.other_bytes
+
+    @pytest.mark.parametrize("quantized", or_thorough([(True,), (False,)], [(True,)]), ids=["int8", "plain"])
+    def test_a_gradient_takes_what_a_real_one_does(self, quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(compiler, "compile_step", made_up_step)
+        config = TINY.replace(num_layers=1)
+        made = plan(config, target="cpu:2", dtype=jnp.float32, quantized=quantized)
+        model = init(config, mesh=make_mesh((1, 2)), dtype=jnp.float32, quantized=quantized)
+        tokens = jnp.zeros((1, 16), jnp.int32)
+        plain = nnx.All(nnx.Param, lambda _, param: isinstance(param.get_value(), jax.Array))
+        graph, floats, rest = nnx.split(model, plain, ...)
+
+        def loss(floats: nnx.State, rest: nnx.State, tokens: jax.Array) -> jax.Array:
+            logits = forward(nnx.merge(graph, floats, rest), tokens)[:, :-1]
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
+
+        real = read_program(jax.jit(jax.grad(loss)).lower(floats, rest, tokens).compile())
+        gradient = made.plan_gradient(16)
+        assert gradient.num_tokens == 16
+        assert gradient.gradient_bytes == pytest.approx(real.output_bytes, rel=0.02)
+        assert (gradient.gradient_bytes == made.weights_bytes) is not quantized
+        assert gradient.temporary_bytes == pytest.approx(real.temporary_bytes, rel=0.05)
+        beside = gradient.total_bytes - made.weights_bytes - gradient.gradient_bytes - gradient.temporary_bytes
+        assert 0 <= beside < 4096  # the texts
+        assert gradient.fits is None  # the memory of a CPU is unknown
 
     def test_the_real_weights_are_spread_over_eight_devices(self) -> None:
         """In int8, with a scale for each output channel; only norms and routers are whole on every device."""

@@ -43,18 +43,12 @@ class Manifest:
 
     def document(self) -> dict[str, Any]:
         """What the file says, as JSON has it."""
-        tensors = {
-            parameter: {
-                leaf: {"shape": list(spec.shape), "dtype": spec.dtype.name} for leaf, spec in tensor.leaves().items()
-            }
-            for parameter, tensor in self.specs.items()
-        }
         return {
             "format": "grokjax",
             "format_version": FORMAT_VERSION,
             "config": dataclasses.asdict(self.config),
             "origin": dict(self.origin),
-            "tensors": tensors,
+            "tensors": {parameter: tensor.document() for parameter, tensor in self.specs.items()},
             "checksums": dict(self.checksums),
         }
 

@@ -25,10 +25,9 @@ from grokjax.checkpoint.stored import (
     DamageError,
     Index,
     Shards,
-    StoredTensor,
     Wanted,
+    find_misfits,
     list_problems,
-    mismatches,
     read_region,
 )
 from grokjax.config import GrokConfig
@@ -178,7 +177,7 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
     manifest = read_manifest(folder / MANIFEST)
     check_count(folder, manifest.config, "num_experts", len(unit_names(folder)), f"folders in {WEIGHTS}")
     tensors = {parameter: _tensor(folder, manifest, parameter) for parameter in manifest.specs}
-    problems = _shape_problems(tensors, manifest.config)
+    problems = find_misfits(tensors, parameter_shapes(manifest.config))
     if problems:
         advice = f"Restore {MANIFEST} from a copy or convert again."
         raise CheckpointError(list_problems(folder, problems, advice))
@@ -193,15 +192,6 @@ def _tensor(folder: Path, manifest: Manifest, parameter: str) -> OrbaxTensor:
     leaves = manifest.specs[parameter].leaves()
     weight, scales = (OrbaxArray(folder, manifest, parameter, leaf) for leaf in ("weight", "scales"))
     return OrbaxTensor(weight, scales if "scales" in leaves else None)
-
-
-def _shape_problems(tensors: Mapping[str, StoredTensor], config: GrokConfig) -> list[str]:
-    shapes = parameter_shapes(config)
-    problems = [f"{parameter}: missing" for parameter in shapes if parameter not in tensors]
-    problems += [f"{parameter}: surplus" for parameter in tensors if parameter not in shapes]
-    for parameter in [parameter for parameter in shapes if parameter in tensors]:
-        problems += [f"{parameter}: {text}" for text in mismatches(tensors[parameter], parameter, shapes[parameter])]
-    return problems
 
 
 def _unit_problems(folder: Path, manifest: Manifest) -> list[str]:

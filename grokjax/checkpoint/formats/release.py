@@ -19,6 +19,7 @@ from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatE
 from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes
 from grokjax.checkpoint.sizes import check_count, recognise
 from grokjax.checkpoint.stored import (
+    ANOTHER_CONFIG,
     Array,
     CheckpointError,
     DamageError,
@@ -310,8 +311,7 @@ def open_release(path: str | Path, config: GrokConfig | None = None) -> ReleaseC
         what, advice = "files are damaged", "Download these files again."
         raise DamageError(list_problems(folder, problems, advice, what=what))
     if problems:
-        advice = "Pass the configuration that the checkpoint was made with, or download these files again."
-        raise CheckpointError(list_problems(folder, problems, advice))
+        raise CheckpointError(list_problems(folder, problems, ANOTHER_CONFIG))
     return ReleaseCheckpoint(folder, config, types.MappingProxyType(tensors))
 
 

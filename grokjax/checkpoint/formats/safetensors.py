@@ -30,6 +30,7 @@ from grokjax.checkpoint.formats.safetensors_names import (
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
 from grokjax.checkpoint.sizes import check_count, recognise
 from grokjax.checkpoint.stored import (
+    ANOTHER_CONFIG,
     Array,
     ArraySpec,
     CheckpointError,
@@ -154,8 +155,7 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
     problems += [f"{name}: surplus" for name in headers if name not in used]
     problems += _tied_faults(headers, tensors.get("embedding.table"), (config.vocab_size, config.model_dim))
     if problems:
-        advice = "Pass the configuration that the checkpoint was made with, or download these files again."
-        raise CheckpointError(list_problems(folder, problems, advice))
+        raise CheckpointError(list_problems(folder, problems, ANOTHER_CONFIG))
     return SafetensorsCheckpoint(folder, config, types.MappingProxyType(tensors))
 
 
