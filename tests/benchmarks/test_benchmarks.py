@@ -118,6 +118,14 @@ def test_killed_conversions_are_compared_with_one_left_alone() -> None:
     assert record["identical"]
 
 
+def test_scores_taps_and_statistics_are_measured_beside_a_prefill() -> None:
+    record = json.loads(run("research.py", "--lengths", "8", "--repeats", "1", "--layers", "1")[-1])
+    assert set(record) == documented_keys("research.py") | ENVIRONMENT
+    assert record["score_to_prefill"][0] == pytest.approx(
+        record["score_seconds"][0] / record["prefill_seconds"][0], rel=0.05
+    )
+
+
 @pytest.mark.thorough
 def test_loading_is_measured_from_the_disk_and_from_the_page_cache() -> None:
     record = json.loads(run("load.py", "--config", "tiny", "--repeats", "1")[-1])
