@@ -10,6 +10,7 @@ from grokjax.model import abstract_model, named_parameters, with_values
 from grokjax.research import Comparison, compare, drop_experts, edit
 from grokjax.sharding import Partitioner
 
+MANY = np.tile(TOKENS, (32, 1)), np.tile(LENGTHS, 32)  # so many that their logits are compared in several chunks
 MESHES = [((1, 1), TENSOR), ((2, 4), EXPERT)]
 
 
@@ -37,31 +38,31 @@ def test_a_comparison_is_a_count_and_adds(mesh: tuple[int, int], rules: Sharding
         for name, param in named_parameters(model).items()
         if name in ("layers.feed_forward.router", "final_norm.scale")
     }
-    other, batches = with_values(model, changed), [(TOKENS, LENGTHS)] * 2
+    other, batches = with_values(model, changed), [MANY] * 2
     found = sum((compare(model, other, *batch) for batch in batches), Comparison.zero(CONFIG))
     (routers, experts, logits), (other_routers, other_experts, other_logits) = expected_of(model), expected_of(other)
-    assert found.tokens == 2 * LENGTHS.sum()
-    np.testing.assert_array_equal(found.same_first, 2 * (experts[..., 0] == other_experts[..., 0]).sum(axis=1))
+    assert found.tokens == 64 * LENGTHS.sum()
+    np.testing.assert_array_equal(found.same_first, 64 * (experts[..., 0] == other_experts[..., 0]).sum(axis=1))
     is_same = (np.sort(experts, axis=-1) == np.sort(other_experts, axis=-1)).all(axis=-1)
     assert 0 < is_same.sum() < is_same.size
-    np.testing.assert_array_equal(found.same_experts, 2 * is_same.sum(axis=1))
-    np.testing.assert_allclose(found.router_divergence, 2 * divergence(routers, other_routers).sum(axis=1), rtol=1e-4)
-    assert found.same_token == 2 * (logits.argmax(axis=-1) == other_logits.argmax(axis=-1)).sum()
-    np.testing.assert_allclose(found.divergence, 2 * divergence(logits, other_logits).sum(), rtol=1e-3)
-    check_that_all_agree(compare(model, model, TOKENS, LENGTHS))
+    np.testing.assert_array_equal(found.same_experts, 64 * is_same.sum(axis=1))
+    np.testing.assert_allclose(found.router_divergence, 64 * divergence(routers, other_routers).sum(axis=1), rtol=1e-4)
+    assert found.same_token == 64 * (logits.argmax(axis=-1) == other_logits.argmax(axis=-1)).sum()
+    np.testing.assert_allclose(found.divergence, 64 * divergence(logits, other_logits).sum(), rtol=1e-3)
+    check_that_all_agree(compare(model, model, *MANY), num_tokens=32 * LENGTHS.sum())
 
 
 @pytest.mark.thorough
 def test_a_dense_model_agrees_with_itself() -> None:
-    check_that_all_agree(compare(dense(), dense(), TOKENS, LENGTHS))
+    check_that_all_agree(compare(dense(), dense(), TOKENS, LENGTHS), num_tokens=LENGTHS.sum())
 
 
-def check_that_all_agree(found: Comparison) -> None:
-    assert found.tokens == found.same_token == LENGTHS.sum()
+def check_that_all_agree(found: Comparison, *, num_tokens: int) -> None:
+    assert found.tokens == found.same_token == num_tokens
     assert (found.same_first == found.tokens).all()
     assert (found.same_experts == found.tokens).all()
-    np.testing.assert_allclose(found.router_divergence, 0, atol=1e-6)
-    np.testing.assert_allclose(found.divergence, 0, atol=1e-6)
+    np.testing.assert_allclose(found.router_divergence, 0, atol=1e-4)
+    np.testing.assert_allclose(found.divergence, 0, atol=1e-4)
 
 
 @pytest.mark.thorough
