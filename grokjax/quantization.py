@@ -99,7 +99,9 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
     if num_blocks < 1 or rows % num_blocks:
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
-    scales = (jnp.abs(blocks).max(axis=-2) / 127).astype(scale_dtype)
+    # For XLA's CPU backend the largest of some numbers and NaN may be one of the numbers.
+    magnitudes = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
+    scales = (magnitudes.max(axis=-2) / 127).astype(scale_dtype)
     return QuantizedArray(_round_to_int8(blocks, scales[..., None, :]).reshape(w.shape), scales)
 
 
