@@ -119,14 +119,18 @@ def _run(arguments: argparse.Namespace) -> None:
     if figure is not None:
         _draw(made, figure, arguments.plot)
     gradient = None if arguments.gradient is None else made.plan_gradient(arguments.gradient)
-    if arguments.json:
-        also = {} if gradient is None else {"gradient": _gradient_record(gradient)}
-        write(f"{json.dumps(plan_record(made) | also)}\n")
-        return
+    write(f"{_as_json(made, gradient) if arguments.json else _as_table(made, gradient)}\n")
+
+
+def _as_json(made: Plan, gradient: GradientPlan | None) -> str:
+    return json.dumps(plan_record(made) | ({} if gradient is None else {"gradient": _gradient_record(gradient)}))
+
+
+def _as_table(made: Plan, gradient: GradientPlan | None) -> str:
     table = _plan_table(made)
     if gradient is not None:
         _add_gradient(table, gradient)
-    write(f"{_title(made)}\n{table_text(table)}\n")
+    return f"{_title(made)}\n{table_text(table)}"
 
 
 def _target(arguments: argparse.Namespace) -> Target:
