@@ -194,7 +194,7 @@ class Schedules(RuleBasedStateMachine):
 
     def check(self, handle: Handle, done: Completion) -> None:
         request = handle.request
-        if len(request.prompt) >= self.max_len or request.n > MAX_QUEUE:
+        if len(request.prompt) > self.max_len - (request.max_new_tokens > 0) or request.n > MAX_QUEUE:
             assert done.finish_reason == "error"
             return
         tokens, text, reason = by_hand(request, done.sample, self.max_len, repeats=self.model.repeats)
