@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grokjax import Tokenizer
 from grokjax.cli.console import say
 from grokjax.cli.generate import add_model, add_slots, open_source, run_file
@@ -15,10 +17,8 @@ from grokjax.cli.options import add_processes, join_processes
 from grokjax.cli.programs import kept_programs
 from grokjax.distributed import is_first, on_first
 from grokjax.request import Request
+from grokjax.research import HtmlPicture, colour_text
 from grokjax.tokenizer import StreamDecoder
-
-# Nats at and above which a token has the strongest colour: one in a thousand.
-_STRONGEST = 7.0
 
 _HEAD = """<!DOCTYPE html>
 <html>
@@ -26,8 +26,7 @@ _HEAD = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>Surprise of each token</title>
 <style>
-body { background: white; color: black; font-family: sans-serif; margin: 2em; }
-pre { white-space: pre-wrap; line-height: 1.6; }
+body { background: white; color: black; font-family: sans-serif; line-height: 1.6; margin: 2em; }
 </style>
 </head>
 <body>
@@ -98,28 +97,29 @@ def _page(records: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> Iterato
         yield f"<h2>{html.escape(str(record['id']))}</h2>\n"
         if "error" in record:
             yield f"<p>{html.escape(record['error'])}</p>\n"
-        yield f"<pre>{''.join(_spans(record.get('prompt_logprobs', ()), tokenizer))}</pre>\n"
+        yield f"{_coloured(record.get('prompt_logprobs', ()), tokenizer).source}\n"
     yield "</body>\n</html>\n"
 
 
-def _spans(scores: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> Iterator[str]:
+def _coloured(scores: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> HtmlPicture:
     decoder = StreamDecoder(tokenizer)
-    for score in scores:
-        token = score["token_id"]
-        text = html.escape(decoder.push(token) if token < tokenizer.vocab_size else f"[{token}]")
-        yield f"<span {_look(score, tokenizer)}>{text}</span>"
-    yield html.escape(decoder.flush())
+    pieces = [
+        decoder.push(score["token_id"]) if score["token_id"] < tokenizer.vocab_size else f"[{score['token_id']}]"
+        for score in scores
+    ]
+    if pieces:
+        pieces[-1] += decoder.flush()
+    logprobs = np.array([math.nan if score["logprob"] is None else score["logprob"] for score in scores])
+    return colour_text(pieces, logprobs, [_note(score, tokenizer) for score in scores])
 
 
-def _look(score: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """The attributes of a token: what pointing at it tells, and its colour."""
+def _note(score: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """What pointing at a token tells."""
     if score["logprob"] is None:
-        return f'title="token {score["token_id"]}, the first"'
-    nats, best = -score["logprob"], score["top_id"]
+        return f"token {score['token_id']}, the first"
+    best = score["top_id"]
     shown = tokenizer.decode([best]) if best < tokenizer.vocab_size else ""
-    told = (
-        f"token {score['token_id']}: {nats:.2f} nats, rank {score['rank']}; "
+    return (
+        f"token {score['token_id']}: {-score['logprob']:.2f} nats, rank {score['rank']}; "
         f"of {score['entropy']:.2f} nats of entropy; most probable: {best} {shown!r}"
     )
-    strength = min(max(nats, 0.0) / _STRONGEST, 1.0)
-    return f'title="{html.escape(told)}" style="background: rgba(214, 39, 40, {strength:.2f})"'

@@ -143,34 +143,37 @@ class HtmlPicture:
         return self.source
 
 
-def colour_text(pieces: Sequence[str], logprobs: ArrayLike) -> HtmlPicture:
+def colour_text(pieces: Sequence[str], logprobs: ArrayLike, notes: Sequence[str] | None = None) -> HtmlPicture:
     """A text, coloured by how much each of its tokens surprised the model.
 
     How to read it: the redder a token, the less the model expected it after what stands before; white ones it knew. The
-    strongest red is 7 nats or more, a chance of one in a thousand. Pointing at a token tells its nats.
+    strongest red is 7 nats or more, a chance of one in a thousand. Pointing at a token tells its note.
 
     Args:
       pieces: the text of each token.
       logprobs: floats [T], the natural log-probability that the model gave each after those before it; NaN for one
         that it gave none, such as the first, which has no colour.
+      notes: what to tell of each token; by default its nats.
 
     Raises:
-      ValueError: There are not as many of both.
+      ValueError: There are not as many of all.
     """
     surprise = -_on_host(logprobs).astype(np.float64)
     if surprise.shape != (len(pieces),):
         raise ValueError(f"{len(pieces)} pieces of text and log-probabilities of shape {surprise.shape}: give as many.")
-    spans = [_span(piece, nats) for piece, nats in zip(pieces, surprise, strict=True)]
+    if notes is None:
+        notes = ["the model said nothing of it" if np.isnan(nats) else f"{nats:.2f} nats" for nats in surprise]
+    if len(notes) != len(pieces):
+        raise ValueError(f"{len(pieces)} pieces of text and {len(notes)} notes: give as many.")
+    spans = [_span(*token) for token in zip(pieces, surprise, notes, strict=True)]
     style = "white-space: pre-wrap; font-family: monospace; background: white; color: black"
     return HtmlPicture(f'<div style="{style}">{"".join(spans)}</div>')
 
 
-def _span(piece: str, nats: float) -> str:
-    if np.isnan(nats):
-        return f"<span>{html.escape(piece)}</span>"
-    strength = min(max(nats, 0) / _STRONGEST, 1)
+def _span(piece: str, nats: float, note: str) -> str:
+    strength = 0 if np.isnan(nats) else min(max(nats, 0) / _STRONGEST, 1)
     style = f"background: rgba(214, 39, 40, {strength:.2f})"
-    return f'<span style="{style}" title="{nats:.2f} nats">{html.escape(piece)}</span>'
+    return f'<span style="{style}" title="{html.escape(note)}">{html.escape(piece)}</span>'
 
 
 def _new_figure(width: float, height: float) -> "Figure":

@@ -80,7 +80,7 @@ def test_a_page_shows_every_text_and_escapes_all_of_it(command: list[str], tmp_p
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "<b>" not in page
-    shown = re.findall(r"<pre>(.*?)</pre>", page, flags=re.DOTALL)
+    shown = re.findall(r"<div[^>]*>(.*?)</div>", page, flags=re.DOTALL)
     texts = {html.unescape(re.sub(r"<[^>]*>", "", one)) for one in shown}
     assert texts == {text["prompt"] for text in TEXTS}
     assert page.count("<span") == sum(len(TOKENIZER.encode(text["prompt"])) for text in TEXTS)

@@ -47,12 +47,15 @@ def test_each_picture_shows_what_it_was_given() -> None:
 def test_a_text_is_coloured_by_surprise_and_escaped() -> None:
     source = colour_text(["<b>", "&", "x"], [np.nan, -0.7, -9])._repr_html_()
     assert source.endswith(
-        "<span>&lt;b&gt;</span>"
+        '<span style="background: rgba(214, 39, 40, 0.00)" title="the model said nothing of it">&lt;b&gt;</span>'
         '<span style="background: rgba(214, 39, 40, 0.10)" title="0.70 nats">&amp;</span>'
         '<span style="background: rgba(214, 39, 40, 1.00)" title="9.00 nats">x</span></div>'
     )
     with pytest.raises(ValueError, match=r"2 pieces of text and log-probabilities of shape \(3,\): give as many"):
         colour_text(["a", "b"], [0, 0, 0])
+    assert 'title="&quot;&lt;"' in colour_text(["a"], [-1.0], ['"<']).source
+    with pytest.raises(ValueError, match="1 pieces of text and 2 notes: give as many"):
+        colour_text(["a"], [-1.0], ["b", "c"])
 
 
 def test_a_picture_that_cannot_be_drawn_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
