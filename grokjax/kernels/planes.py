@@ -33,7 +33,7 @@ class Planes:
         """What the rows' products [P * M, O] say of the activations: float32 [M, O]."""
         num_rows = len(self.scale)
         parts = products.astype(jnp.float32).reshape(len(self.rows) // num_rows, num_rows, -1)
-        return sum((part / 254**i for i, part in enumerate(parts)), jnp.zeros(())) * self.scale
+        return sum((part / 254**i for i, part in enumerate(parts)), jnp.float32(0)) * self.scale
 
 
 def to_planes(x: jax.Array) -> Planes:

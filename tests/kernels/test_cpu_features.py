@@ -51,6 +51,7 @@ def test_without_a_description_there_is_none(tmp_path: Path) -> None:
     assert not plane_rows(tmp_path / "absent")
 
 
+@pytest.mark.usefixtures("planes_nowhere")
 @pytest.mark.parametrize("num_rows", [1, 8, 64])
 @pytest.mark.parametrize("found", [True, False])
 def test_bfloat16_is_multiplied_where_processors_can(

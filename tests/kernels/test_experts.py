@@ -96,6 +96,7 @@ def test_experts_give_the_definition(platform: str, num_tokens: int, per_token: 
     np.testing.assert_allclose(out, definition(x, probabilities, experts, 1), atol=2e-5)
 
 
+@pytest.mark.usefixtures("planes_nowhere")
 @pytest.mark.parametrize(("num_tokens", "held"), or_thorough([(1, 8), (17, 8), (200, 8), (40, 4)], [(1, 8), (40, 4)]))
 def test_one_kernel_gives_the_same_as_blocks(num_tokens: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For GPUs, run as plain JAX: the same as block by block, with experts that nobody chose and that others hold."""

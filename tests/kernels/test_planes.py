@@ -1,7 +1,6 @@
 """Products of integers: as exact as promised on any processor, row by row, and used only where they are faster."""
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,6 @@ from grokjax.kernels.planes import LONGEST_SUM, to_planes
 from grokjax.quantization import QuantizedArray, QuantizedTable, dequantize
 
 LAYER = jnp.int32(1)
-
-
-@pytest.fixture
-def planes_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a processor that multiplies integers faster, whatever the number of rows and their dtype."""
-    for user in ("matmul_cpu", "unembedding"):
-        monkeypatch.setattr(f"grokjax.kernels.{user}.takes_planes", lambda num_rows, dtype: True)
-    jax.clear_caches()  # what was traced with another answer
-    yield
-    jax.clear_caches()
 
 
 def random(*shape: int, dtype: str = "float32") -> jax.Array:
@@ -143,6 +132,16 @@ def test_derivatives_are_those_without_planes(monkeypatch: pytest.MonkeyPatch) -
     for ours, expected in zip(found, derivatives(), strict=True):
         assert np.abs(expected).max() > 0
         np.testing.assert_allclose(ours, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("planes_everywhere")
+def test_results_are_float32_where_jax_has_float64() -> None:
+    w, x = stack_of(96, 40), random(9, 96, dtype="bfloat16")
+    found = matmul(x, w, at=(LAYER,), platform="cpu")
+    with jax.enable_x64(True):
+        wide = matmul(x, w, at=(LAYER,), platform="cpu")
+    assert wide.dtype == found.dtype == jnp.float32
+    np.testing.assert_array_equal(wide, found)
 
 
 @pytest.mark.usefixtures("planes_everywhere")

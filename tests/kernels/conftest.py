@@ -1,0 +1,26 @@
+"""Which products a CPU's processor makes of integers, where a test must not depend on the processor."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+def _answer(monkeypatch: pytest.MonkeyPatch, answer: bool) -> Iterator[None]:
+    for user in ("matmul_cpu", "unembedding"):
+        monkeypatch.setattr(f"grokjax.kernels.{user}.takes_planes", lambda num_rows, dtype: answer)
+    jax.clear_caches()  # what was traced with another answer
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def planes_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor that multiplies integers faster, whatever the number of rows and their dtype."""
+    yield from _answer(monkeypatch, answer=True)
+
+
+@pytest.fixture
+def planes_nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor that multiplies bfloat16 faster than integers."""
+    yield from _answer(monkeypatch, answer=False)
