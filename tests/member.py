@@ -121,16 +121,15 @@ def lead_or_follow(model: Grok) -> list[dict[str, Any]] | None:
 def counted_bytes() -> Iterator[list[int]]:
     """Sizes of what is read of the release's files meanwhile."""
     sizes: list[int] = []
-    read = release.Payload.read
+    read_into = release.Payload.read_into
 
-    def counted(payload: release.Payload, index: Any = ()) -> np.ndarray:
-        part = read(payload, index)
-        sizes.append(part.nbytes)
-        return part
+    def counted(payload: release.Payload, out: np.ndarray, index: Any = ()) -> None:
+        read_into(payload, out, index)
+        sizes.append(out.nbytes)
 
-    release.Payload.read = counted
+    release.Payload.read_into = counted
     yield sizes
-    release.Payload.read = read
+    release.Payload.read_into = read_into
 
 
 # Job -> whose function it is and at which of its calls a process dies: before all meet, or between steps.
