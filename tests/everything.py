@@ -1,6 +1,7 @@
 """A little of everything that a user asks of the package, on a golden model; `test_settings.py` runs it in processes.
 
 python everything.py run FOLDER
+python everything.py draws
 python everything.py steps
 
 It reads JAX's settings from the environment, as a user's program does, and writes what it computed as JSON.
@@ -109,18 +110,29 @@ def steps() -> dict[str, Any]:
     return {"drawn": drawn.token_id.tolist(), "best": following.argmax(axis=-1).tolist()}
 
 
-def run(folder: Path) -> dict[str, Any]:
-    """Everything."""
+def golden() -> Grok:
+    """The golden model, float32, its results checked."""
     model = load(GOLDEN.checkpoint, GOLDEN.config, dtype=np.float32)
     check_model(model)
-    fresh = init(SMALL, seed=3)
-    return {
-        "drawn": generated(model),
-        "answered": answered(model),
-        "stored": stored(fresh, folder),
-        "commanded": commanded(folder),
-    }
+    return model
+
+
+def draws(model: Grok) -> dict[str, Any]:
+    """What a model generates, and what an engine answers."""
+    return {"drawn": generated(model), "answered": answered(model)}
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Everything."""
+    return draws(golden()) | {"stored": stored(init(SMALL, seed=3), folder), "commanded": commanded(folder)}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(steps() if sys.argv[1] == "steps" else run(Path(sys.argv[2]))))
+    match sys.argv[1]:
+        case "steps":
+            results = steps()
+        case "draws":
+            results = draws(golden())
+        case _:
+            results = run(Path(sys.argv[2]))
+    sys.stdout.write(json.dumps(results))

@@ -154,7 +154,7 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize(("job", "mortal"), or_thorough(list(TOLD), [("batch", 0), ("prompt", 1)]))
+@pytest.mark.parametrize(("job", "mortal"), or_thorough(list(TOLD), [("prompt", 1)]))
 def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
     (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=128).to_json())
     (tmp_path / "prompts.txt").write_text("abc\ndef\n")

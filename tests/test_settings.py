@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import ROOT, SMALL, or_thorough, program_for, write_checkpoint
+from builders import ROOT, SMALL, program_for, write_checkpoint
 
 from grokjax.cli import main
 from grokjax.kernels import unembed
@@ -52,10 +52,20 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(json.dumps(everything.run(tmp_path_factory.mktemp("here"))))
 
 
-@pytest.mark.parametrize("settings", or_thorough([(one,) for one in SETTINGS], [(SETTINGS[-1],)]))
+def environment(settings: str) -> dict[str, str]:
+    return dict(one.split("=") for one in settings.split())
+
+
+def test_several_settings_at_once_change_no_draw() -> None:
+    """The logits and greedy tokens of the release are checked too."""
+    assert run_with(environment(SETTINGS[-1]), "draws") == json.loads(json.dumps(everything.draws(everything.golden())))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_settings_change_no_result(settings: str, expected: Any, tmp_path: Path) -> None:
-    """The logits and greedy tokens of the release are checked too; draws, weights and commands here."""
-    assert run_with(dict(one.split("=") for one in settings.split()), "run", str(tmp_path)) == expected
+    """The same, and weights and commands."""
+    assert run_with(environment(settings), "run", str(tmp_path)) == expected
 
 
 @pytest.mark.thorough

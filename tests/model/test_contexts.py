@@ -145,8 +145,15 @@ EAGER: dict[str, Callable[[Path], Any]] = {
 FEW = ("its own, Explicit", "of another shape", "of two devices")
 
 
-@pytest.mark.parametrize("contexts", or_thorough([(FEW,), (tuple(MESHES),)], [(FEW,)]), ids=len)
-@pytest.mark.parametrize("name", EAGER)
+# Each function under one of these, which take turns, or under all meshes.
+IN_TURN = [(name, (FEW[number % len(FEW)],)) for number, name in enumerate(EAGER)]
+
+
+@pytest.mark.parametrize(
+    ("name", "contexts"),
+    or_thorough(IN_TURN + [(name, tuple(MESHES)) for name in EAGER], IN_TURN),
+    ids=lambda value: value if isinstance(value, str) else "all" if len(value) > 1 else value[0],
+)
 def test_every_function_does_the_same_under_any_mesh(name: str, contexts: Sequence[str], tmp_path: Path) -> None:
     expected = EAGER[name](tmp_path / "none")
     for context in contexts:
@@ -176,7 +183,7 @@ def _loop(model: Any, tokens: jax.Array) -> jax.Array:
     return jax.lax.scan(advance, (logits, cache), None, length=3)[1]
 
 
-@pytest.mark.parametrize("name", or_thorough([(name,) for name in TRANSFORMED], [("jit",), ("vmap",), ("a loop",)]))
+@pytest.mark.parametrize("name", or_thorough([(name,) for name in TRANSFORMED], [("jit",), ("a loop",)]))
 def test_transformations_do_the_same_under_any_mesh_of_the_devices(name: str) -> None:
     expected = TRANSFORMED[name](TOKENS)
     for context in ("its own", "its own, Explicit", "of other axes, Explicit"):
