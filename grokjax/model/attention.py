@@ -90,11 +90,11 @@ class Attention(Module):
         Returns:
           The output [P, T, D] in the compute dtype, and the cache's keys and values.
         """
-        weights = LayerWeights.of((self.query, self.key, self.value, self.output), layer, self.partitioner)
         partitioner = self.partitioner.without_embed()
         specs = _Specs.of(x, keys, place, partitioner)
         if probe.is_at(*_INNER_SITES):
-            return self._attend_in_parts(x, keys, values, weights, place=place, probe=probe, specs=specs)
+            return self._attend_in_parts(x, keys, values, layer=layer, place=place, probe=probe, specs=specs)
+        weights = LayerWeights.of((self.query, self.key, self.value, self.output), layer, self.partitioner)
         project, output = self._project, self._output_locally
         mix = functools.partial(self._mix_locally, num_rows=keys.shape[1])
 
@@ -116,23 +116,24 @@ class Attention(Module):
         x: jax.Array,
         keys: Entries,
         values: Entries,
-        weights: LayerWeights,
         *,
+        layer: jax.Array,
         place: CachePlace,
         probe: Probe,
         specs: "_Specs",
     ) -> tuple[jax.Array, Entries, Entries]:
         """The same in three parts: what a probe is given is whole, so each part ends where there is a site."""
+        weights = LayerWeights.of((self.query, self.key, self.value), layer, self.partitioner)
         partitioner, row, cache = self.partitioner.without_embed(), specs.row, specs.cache
         lead = (*(row or (None,)), None)
         heads = PartitionSpec(*lead, *partitioner.spec(("heads",), (self.config.num_heads,)))
         kv_heads = PartitionSpec(*lead, *partitioner.spec(("kv_heads",), keys.shape[2:3]))
         run = partitioner.shard_map(
             self._project,
-            in_specs=(row, weights.partition_specs[:3], _WHOLE, row),
+            in_specs=(row, weights.partition_specs, _WHOLE, row),
             out_specs=(heads, kv_heads, kv_heads),
         )
-        query, key, value = run(x, weights.stacks[:3], weights.layer, place.start)
+        query, key, value = run(x, weights.stacks, weights.layer, place.start)
         query = probe.at("attention.query", query)
         key = self._at_kv_heads(probe, "attention.key", key.astype(self.dtype))
         value = self._at_kv_heads(probe, "attention.value", value.astype(self.dtype))
@@ -143,7 +144,7 @@ class Attention(Module):
         )
         mixed, keys, values = run(query, key, value, keys, values, place)
         split = mixed.reshape(*mixed.shape[:2], -1, self.config.head_dim)
-        return self.join_heads(probe.at("attention.heads", split), layer=weights.layer), keys, values
+        return self.join_heads(probe.at("attention.heads", split), layer=layer), keys, values
 
     @in_any_context
     def join_heads(self, heads: jax.Array, *, layer: jax.Array) -> jax.Array:
