@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from grokjax.config import GrokConfig
 from grokjax.model import At, Grok, check_texts, in_any_context
+from grokjax.research.routing import is_chosen
 from grokjax.research.sums import Sums
 from grokjax.research.tap import Tap, observe
 
@@ -139,15 +140,11 @@ class _Choices:
         other = _choices(shares, at)
         own = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, at.layer, keepdims=False), self)
         same_first = own.experts[..., 0] == other.experts[..., 0]
-        same_experts = (own.is_chosen() == other.is_chosen()).all(axis=-1)
+        chosen = [is_chosen(choices.experts, choices.logits.shape[-1]) for choices in (own, other)]
+        same_experts = (chosen[0] == chosen[1]).all(axis=-1)
         divergence = _divergence(own.logits, other.logits)
         counts = [jnp.sum(same & at.valid, dtype=jnp.int32) for same in (same_first, same_experts)]
         return counts[0], counts[1], jnp.where(at.valid, divergence, 0).sum()
-
-    def is_chosen(self) -> jax.Array:
-        """Which experts each token chose, bool [P, T, E]."""
-        numbers = jnp.arange(self.logits.shape[-1], dtype=jnp.int32)[None, None, None]
-        return (self.experts[..., None] == numbers).any(axis=2)
 
 
 def _choices(shares: jax.Array, at: At) -> _Choices:

@@ -110,6 +110,11 @@ def _count_tokens(tokens: jax.Array, lengths: jax.Array, experts: jax.Array, *, 
     return counts.at[layers, experts, tokens[None, :, :, None]].add(is_real[None, :, :, None].astype(jnp.int32))
 
 
+def is_chosen(experts: jax.Array, num_experts: int) -> jax.Array:
+    """Which of the experts each token chose, bool [P, T, E], from the numbers of those that it did, [P, T, X]."""
+    return (experts[..., None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, None]).any(axis=2)
+
+
 def _count(shares: jax.Array, at: At) -> RouterStats:
     """The statistics of one layer, without the axis of layers."""
     assert at.experts is not None
@@ -117,7 +122,7 @@ def _count(shares: jax.Array, at: At) -> RouterStats:
     probabilities = jax.nn.softmax(at.router_logits, axis=-1)  # [P, T, E]
     num_experts = probabilities.shape[-1]
     is_real = at.valid[..., None]
-    chosen = (at.experts[..., None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, None]).any(axis=2)
+    chosen = is_chosen(at.experts, num_experts)
     chosen_int = (chosen & is_real).astype(jnp.int32)
     least = jnp.where(chosen, probabilities, jnp.inf).min(axis=-1)
     most = jnp.where(chosen, -jnp.inf, probabilities).max(axis=-1, initial=0.0)
