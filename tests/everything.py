@@ -1,7 +1,6 @@
 """A little of everything that a user asks of the package, on a golden model; `test_settings.py` runs it in processes.
 
 python everything.py run FOLDER
-python everything.py draws
 python everything.py steps
 
 It reads JAX's settings from the environment, as a user's program does, and writes what it computed as JSON.
@@ -103,11 +102,13 @@ def steps() -> dict[str, Any]:
     model, prompt, lengths = init(SMALL, seed=3, dtype=np.float32), np.array([[3, 4, 5]]), np.array([3])
     logits, cache = prefill(model, prompt, lengths, model.new_cache(1, 8))
     settings = SampleSettings.create(1, top_k=40, top_p=0.9, min_p=0.01)
-    drawn = sample_token(row_keys(jax.vmap(seed_key)(np.array([5], np.uint32)), cache.lengths), logits, settings)
-    following, cache = decode(model, drawn.token_id, cache)
-    whole = forward(model, np.array([[3, 4, 5, int(drawn.token_id[0])]]))
-    np.testing.assert_allclose(whole[0, 2:], np.stack([logits[0], following[0]]), atol=1e-4)
-    return {"drawn": drawn.token_id.tolist(), "best": following.argmax(axis=-1).tolist()}
+    keys = jax.vmap(seed_key)(jax.device_put(np.array([5], np.uint32)))
+    token_id = sample_token(row_keys(keys, cache.lengths), logits, settings).token_id
+    following, cache = decode(model, token_id, cache)
+    drawn, logits, following = jax.device_get((token_id, logits, following))
+    whole = jax.device_get(forward(model, np.concatenate([prompt, drawn[None]], axis=1)))
+    np.testing.assert_allclose(whole[0, 2:], np.concatenate([logits, following]), atol=1e-4)
+    return {"drawn": drawn.tolist(), "best": following.argmax(axis=-1).tolist()}
 
 
 def golden() -> Grok:
@@ -117,22 +118,17 @@ def golden() -> Grok:
     return model
 
 
-def draws(model: Grok) -> dict[str, Any]:
-    """What a model generates, and what an engine answers."""
-    return {"drawn": generated(model), "answered": answered(model)}
-
-
 def run(folder: Path) -> dict[str, Any]:
-    """Everything."""
-    return draws(golden()) | {"stored": stored(init(SMALL, seed=3), folder), "commanded": commanded(folder)}
+    """Everything else."""
+    model = golden()
+    return {
+        "drawn": generated(model),
+        "answered": answered(model),
+        "stored": stored(init(SMALL, seed=3), folder),
+        "commanded": commanded(folder),
+    }
 
 
 if __name__ == "__main__":
-    match sys.argv[1]:
-        case "steps":
-            results = steps()
-        case "draws":
-            results = draws(golden())
-        case _:
-            results = run(Path(sys.argv[2]))
+    results = steps() if sys.argv[1] == "steps" else run(Path(sys.argv[2]))
     sys.stdout.write(json.dumps(results))

@@ -56,15 +56,14 @@ def environment(settings: str) -> dict[str, str]:
     return dict(one.split("=") for one in settings.split())
 
 
-def test_several_settings_at_once_change_no_draw() -> None:
-    """The logits and greedy tokens of the release are checked too."""
-    assert run_with(environment(SETTINGS[-1]), "draws") == json.loads(json.dumps(everything.draws(everything.golden())))
+def test_several_settings_at_once_change_no_step() -> None:
+    assert run_with(environment(SETTINGS[-1]), "steps") == everything.steps()
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_settings_change_no_result(settings: str, expected: Any, tmp_path: Path) -> None:
-    """The same, and weights and commands."""
+    """Of the release's model, `generate`, an engine, weights on the disk, and commands."""
     assert run_with(environment(settings), "run", str(tmp_path)) == expected
 
 

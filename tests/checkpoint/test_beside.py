@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from builders import TWO_LAYERS, WrittenCheckpoint
+from builders import SMALL, WrittenCheckpoint
 
 from grokjax import CheckpointError, describe
 from grokjax.checkpoint import find_config, find_tokenizer
@@ -34,8 +34,8 @@ RELEASE_NAMES = {
         "pad_token": 0,
         "eos_token": 2,
         "sequence_len": 32,
-        "embedding_multiplier_scale": TWO_LAYERS.embedding_multiplier,
-        "output_multiplier_scale": TWO_LAYERS.output_multiplier,
+        "embedding_multiplier_scale": SMALL.embedding_multiplier,
+        "output_multiplier_scale": SMALL.output_multiplier,
     },
     "model": {
         "emb_size": 32,
@@ -44,24 +44,26 @@ RELEASE_NAMES = {
         "num_q_heads": 8,
         "num_kv_heads": 4,
         "num_layers": 2,
-        "num_experts": 8,
+        "num_experts": 3,
         "num_selected_experts": 2,
-        "attn_output_multiplier": TWO_LAYERS.attention_multiplier,
+        "attn_output_multiplier": SMALL.attention_multiplier,
     },
 }
 
 
 @pytest.mark.parametrize("place", ["ckpt-0", "."])
 @pytest.mark.parametrize("path", ["ckpt-0", "."])
-def test_a_release_is_opened_with_the_configuration_beside_it(copied: Path, place: str, path: str) -> None:
-    (copied / place / "config.json").write_text(TWO_LAYERS.to_json())
+def test_a_release_is_opened_with_the_configuration_beside_it(
+    source: WrittenCheckpoint, copied: Path, place: str, path: str
+) -> None:
+    (copied / place / "config.json").write_text(source.config.to_json())
     assert find_config(copied / path) == copied / place / "config.json"
-    assert describe(copied / path).config == TWO_LAYERS
+    assert describe(copied / path).config == source.config
 
 
-def test_it_may_have_the_release_s_names(copied: Path) -> None:
+def test_it_may_have_the_release_s_names(source: WrittenCheckpoint, copied: Path) -> None:
     (copied / "config.json").write_text(json.dumps(RELEASE_NAMES))
-    assert describe(copied).config == TWO_LAYERS
+    assert describe(copied).config == source.config
 
 
 def test_only_around_a_folder_of_the_release_s_name(copied: Path) -> None:
@@ -73,18 +75,18 @@ def test_only_around_a_folder_of_the_release_s_name(copied: Path) -> None:
         describe(copied / "files")
 
 
-def test_one_that_does_not_fit_is_named(copied: Path) -> None:
-    (copied / "config.json").write_text(TWO_LAYERS.replace(ffn_dim=40).to_json())
+def test_one_that_does_not_fit_is_named(source: WrittenCheckpoint, copied: Path) -> None:
+    (copied / "config.json").write_text(source.config.replace(ffn_dim=40).to_json())
     with pytest.raises(CheckpointError) as caught:
         describe(copied)
     assert "the files do not fit the configuration" in str(caught.value)
     assert f"The configuration was that of {copied / 'config.json'}: correct it, or pass another." in str(caught.value)
-    assert describe(copied, TWO_LAYERS).config == TWO_LAYERS
+    assert describe(copied, source.config).config == source.config
 
 
-def test_it_is_not_blamed_for_a_file_that_was_cut_short(copied: Path) -> None:
+def test_it_is_not_blamed_for_a_file_that_was_cut_short(source: WrittenCheckpoint, copied: Path) -> None:
     """Its name, what it has and what it should have; and that no configuration would help."""
-    (copied / "config.json").write_text(TWO_LAYERS.to_json())
+    (copied / "config.json").write_text(source.config.to_json())
     cut = copied / "ckpt-0" / "tensor00003_000"
     size = cut.stat().st_size
     os.truncate(cut, size - 100)

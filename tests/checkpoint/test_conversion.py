@@ -87,7 +87,7 @@ class TestGoldens:
 
 def test_twelve_layers_keep_their_order(tmp_path: Path) -> None:
     """Files in the order of names, 0, 1, 10, 11, 2 ...: a wrong order would load, and compute something else."""
-    source = write_checkpoint(tmp_path / "release", SMALL.replace(num_layers=12, num_experts=2), scale_blocks=8)
+    source = write_checkpoint(tmp_path / "release", DENSE.replace(num_layers=12), scale_blocks=8)
     convert(source.path, tmp_path / "model", source.config)
     tokens = np.arange(3, 15)[None]
     logits = forward(load(tmp_path / "model", mesh=make_mesh((1, 8)), dtype=jnp.float32), tokens)
@@ -185,7 +185,7 @@ class TestWeights:
 class TestSafetensors:
     @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.thorough), "bfloat16"])
     def test_plain_weights_come_back_bit_for_bit(self, tmp_path: Path, dtype: str) -> None:
-        source = write_checkpoint(tmp_path, SMALL.replace(num_layers=12, num_experts=2), quantized=False)
+        source = write_checkpoint(tmp_path, DENSE.replace(num_layers=12), quantized=False)
         convert(source.path, tmp_path / "ours", source.config, weights=dtype)
         export(tmp_path / "ours", tmp_path / "exported", dtype=dtype)
         convert(tmp_path / "exported", tmp_path / "back")
@@ -380,7 +380,7 @@ class TestVerify:
 class TestPlan:
     def test_a_plan_says_what_it_takes_and_writes_nothing(self, source: WrittenCheckpoint, tmp_path: Path) -> None:
         plan = plan_conversion(source.path, tmp_path / "model", source.config)
-        assert (plan.num_units, plan.num_done) == (2 + 2 * (1 + 3 * SMALL.num_experts), 0)
+        assert (plan.num_units, plan.num_done) == (2 + 2 * (1 + 3 * source.config.num_experts), 0)
         assert plan.write_bytes == describe(source.path, source.config).num_bytes
         assert not (tmp_path / "model").exists()
 

@@ -284,7 +284,9 @@ class TestFileSet:
         with pytest.raises(CheckpointError, match=r"tensor00000_000: cannot be read \(No such file or directory\)"):
             table.read()
 
+    @pytest.mark.usefixtures("part_by_part")
     def test_a_file_that_changes_under_a_load_ends_it(self, folder: Path) -> None:
+        """One part is read after the other here, so that the last is not read before it changes."""
         last = max(folder.iterdir())
 
         def shorten(_: Progress) -> None:

@@ -46,7 +46,7 @@ class TestInterrupted:
         target, config = tmp_path / "model", tmp_path / "config.json"
         config.write_text(source.config.to_json())
         command = [sys.executable, "-m", "grokjax", "convert", str(source.path), str(target), "--config", str(config)]
-        for wanted in (1, 8, 20):
+        for wanted in (1, 12):
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
             while process.poll() is None and len(list((target / "weights").glob("*"))) < wanted:
                 time.sleep(0.002)
@@ -143,7 +143,7 @@ class TestInterrupted:
                 shutil.rmtree(target / "weights" / "layers.1")
 
         with pytest.raises(
-            CheckpointError, match=r"1 of its 52 parts, such as weights/layers\.1, were written and have"
+            CheckpointError, match=r"1 of its 22 parts, such as weights/layers\.1, were written and have"
         ):
             convert(source.path, target, source.config, progress=remove)
         assert not (target / "grokjax.json").exists()
