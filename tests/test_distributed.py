@@ -221,6 +221,7 @@ def test_an_option_that_is_wrong_on_one_process_ends_all(
     assert "Traceback" not in first + second
 
 
+@pytest.mark.thorough
 def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     """Two processes on one machine, as docs/distributed.md shows them."""
     text = (ROOT / "docs" / "distributed.md").read_text()

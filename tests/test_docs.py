@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
-from builders import ROOT
+from builders import ROOT, or_thorough
 
 from grokjax import cli
 
@@ -86,6 +86,8 @@ def has_examples(module: str) -> bool:
 # pyproject.toml says.
 WITH_PYTHON = [document for document in DOCUMENTS if any(block.runs for block in python_blocks(document))]
 WITH_COMMANDS = [document for document in DOCUMENTS if read_commands(document.read_text())]
+# It looks into one model in every way, which takes as long as all others: the tests of research show each way too.
+LONGEST = ROOT / "docs" / "experiments.md"
 WITH_EXAMPLES = [module for module in MODULES if has_examples(module)]
 
 
@@ -94,7 +96,11 @@ def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
     assert compiled
 
 
-@pytest.mark.parametrize("document", WITH_PYTHON, ids=name)
+@pytest.mark.parametrize(
+    "document",
+    or_thorough([(page,) for page in WITH_PYTHON], [(page,) for page in WITH_PYTHON if page != LONGEST]),
+    ids=name,
+)
 def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}

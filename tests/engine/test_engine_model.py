@@ -290,7 +290,7 @@ jax.monitoring.register_event_listener(lambda name, **_: misses.append(name == "
 model = init(GrokConfig.tiny().replace(num_layers=1, max_seq_len=32), dtype=jnp.float32)
 engine = Engine(model, slots=2, prefill_buckets=(4,))
 before, misses[:] = jax.config.jax_compilation_cache_dir, []
-steps = engine.warm_up(sys.argv[1])
+steps = engine.warm_up(sys.argv[1], prompt_len=3)
 assert jax.config.jax_compilation_cache_dir == before
 print(json.dumps([len(steps), sum(misses)]))
 """

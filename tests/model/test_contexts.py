@@ -183,7 +183,7 @@ def _loop(model: Any, tokens: jax.Array) -> jax.Array:
     return jax.lax.scan(advance, (logits, cache), None, length=3)[1]
 
 
-@pytest.mark.parametrize("name", or_thorough([(name,) for name in TRANSFORMED], [("jit",), ("a loop",)]))
+@pytest.mark.parametrize("name", or_thorough([(name,) for name in TRANSFORMED], [("jit",)]))
 def test_transformations_do_the_same_under_any_mesh_of_the_devices(name: str) -> None:
     expected = TRANSFORMED[name](TOKENS)
     for context in ("its own", "its own, Explicit", "of other axes, Explicit"):
