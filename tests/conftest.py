@@ -70,9 +70,9 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """JAX traces with many small objects, and Python's collector walks all that live whenever they have become some more.
+    """JAX makes many small objects, and Python's collector walks through all that live whenever some more were made.
 
-    It took a tenth of the time. What is here now stays to the end; of what comes, it waits for more.
+    It took a twelfth of the time. What is here now stays to the end; of what comes, the collector waits for more.
     """
     gc.collect()
     gc.freeze()

@@ -69,6 +69,7 @@ def test_prefill_is_measured_at_every_length() -> None:
     assert lines.index("medians") > 2
 
 
+@pytest.mark.thorough
 def test_experts_are_measured_at_every_number_of_rows() -> None:
     record = json.loads(run("moe.py", "--rows", "1,16", "--repeats", "1", "--layers", "1", "--mesh", "1,2")[-1])
     assert set(record) == documented_keys("moe.py") | ENVIRONMENT
@@ -77,6 +78,7 @@ def test_experts_are_measured_at_every_number_of_rows() -> None:
     assert 3.5 < many / few < 4.1  # two experts of eight, and nearly all
 
 
+@pytest.mark.thorough
 def test_attention_is_measured_by_what_is_filled() -> None:
     record = json.loads(run("attention.py", "--sizes", "8/16,8/512,64/512", "--repeats", "1", "--layers", "1")[-1])
     assert set(record) == documented_keys("attention.py") | ENVIRONMENT
@@ -118,6 +120,7 @@ def test_killed_conversions_are_compared_with_one_left_alone() -> None:
     assert record["identical"]
 
 
+@pytest.mark.thorough
 def test_scores_taps_and_statistics_are_measured_beside_a_prefill() -> None:
     record = json.loads(run("research.py", "--lengths", "8", "--repeats", "1", "--layers", "1")[-1])
     assert set(record) == documented_keys("research.py") | ENVIRONMENT

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import LONG, MULTIPLIER, ROWS, SOFTCAP
-from builders import program_for
+from builders import or_thorough, program_for
 
 from grokjax.cache import Entries, QuantizedEntries
 from grokjax.kernels import attend, attention_tpu
@@ -16,8 +16,17 @@ from grokjax.kernels import attend, attention_tpu
 run = functools.partial(attention_tpu.attend, multiplier=MULTIPLIER, softcap=SOFTCAP, interpret=True)
 
 
-@pytest.mark.parametrize(("num_new", "max_len"), [(128, 1024), (200, 1280), (300, 2048), (600, 1536)])
-@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize(
+    ("num_new", "max_len", "is_quantized"),
+    or_thorough(
+        [
+            (*sizes, is_quantized)
+            for sizes in ((128, 1024), (200, 1280), (300, 2048), (600, 1536))
+            for is_quantized in (False, True)
+        ],
+        [(128, 1024, False), (200, 1280, True), (300, 2048, False), (600, 1536, True)],
+    ),
+)
 def test_kernel_gives_the_definition(num_new: int, max_len: int, is_quantized: bool) -> None:
     """As exact as bfloat16 queries and results are."""
     query, keys, values = LONG.make(num_new, max_len=max_len)

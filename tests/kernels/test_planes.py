@@ -154,6 +154,7 @@ def test_the_table_is_multiplied_in_planes(num_rows: int) -> None:
     assert error(unembed(x, table, platform="cpu"), expected) < 2e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("planes_everywhere")
 def test_goldens_hold() -> None:
     """An int8 model of the release, every product of a weight in planes: its logits, tokens and cache."""
