@@ -41,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; what is wrong with the tasks is known before the model has loaded."""
     _check(arguments)
     source = open_source(arguments)
-    tasks = load_tasks(arguments.tasks.split(","), include_path=arguments.include_path)
+    names, num_fewshot = arguments.tasks.split(","), arguments.num_fewshot
+    tasks = load_tasks(names, include_path=arguments.include_path, num_fewshot=num_fewshot)
     with kept_programs(is_wanted=not arguments.no_compilation_cache), model_failures(SMALLER_BATCH):
         results = evaluate_tasks(
             source.make(),
             source.tokenizer,
             tasks,
-            num_fewshot=arguments.num_fewshot,
             limit=arguments.limit,
             slots=arguments.slots or SLOTS,
             max_len=arguments.max_len,

@@ -15,22 +15,27 @@ if TYPE_CHECKING:
     from grokjax.research.harness_model import LoadedTasks
 
 
-def load_tasks(names: Sequence[str], *, include_path: str | os.PathLike[str] | None = None) -> "LoadedTasks":
+def load_tasks(
+    names: Sequence[str], *, include_path: str | os.PathLike[str] | None = None, num_fewshot: int | None = None
+) -> "LoadedTasks":
     """Loads tasks and their data, so that what is wrong with them is known before a model is there.
 
     Args:
       names: of tasks, such as `hellaswag`, or of groups of them, such as `mmlu`; patterns; or paths of YAML files.
       include_path: a folder in whose YAML files, too, tasks are looked for.
+      num_fewshot: examples before each question, 0 or more; by default, and where a task wants none, as the task says.
 
     Raises:
-      ValueError: There is no such task, its data cannot be loaded, or the harness is not installed.
+      ValueError: There is no such task, its data cannot be loaded, num_fewshot is out of its range, or the harness is
+        not installed.
     """
     _check_harness()
     from grokjax.research.harness_model import LoadedTasks
 
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={os.fspath(include_path)} is no folder: name one with YAML files of tasks.")
-    return LoadedTasks(names, None if include_path is None else Path(include_path))
+    num_fewshot = None if num_fewshot is None else check_integer("num_fewshot", num_fewshot, 0)
+    return LoadedTasks(names, None if include_path is None else Path(include_path), num_fewshot)
 
 
 def evaluate_tasks(
@@ -38,7 +43,6 @@ def evaluate_tasks(
     tokenizer: Tokenizer,
     tasks: "LoadedTasks",
     *,
-    num_fewshot: int | None = None,
     limit: int | None = None,
     slots: int = 8,
     max_len: int | None = None,
@@ -52,7 +56,6 @@ def evaluate_tasks(
       model: the model, edited or not.
       tokenizer: its tokenizer.
       tasks: what `load_tasks` gives; they serve for any number of models.
-      num_fewshot: examples before each question, 0 or more; by default as many as the task says.
       limit: questions of each task, the first ones; by default all.
       slots: texts that are scored or continued at once.
       max_len: tokens of a text with its continuation; by default the model's longest sequence. Of a longer one the
@@ -84,7 +87,7 @@ def evaluate_tasks(
         ),
         tasks=tasks.names,
         task_manager=tasks,
-        num_fewshot=None if num_fewshot is None else check_integer("num_fewshot", num_fewshot, 0),
+        num_fewshot=tasks.num_fewshot,
         limit=None if limit is None else check_integer("limit", limit, 1),
         log_samples=False,
     )

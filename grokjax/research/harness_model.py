@@ -140,17 +140,20 @@ class LoadedTasks(TaskManager):
     Args:
       names: of tasks, groups, tags or patterns of them, or files of tasks.
       include_path: a folder with tasks of one's own.
+      num_fewshot: examples before each question; None for as many as a task says. The tasks keep it.
 
     Attributes:
-      names: those of the tasks, groups and tags that are meant.
+      names: those of the tasks, groups and tags that are meant, each once.
+      num_fewshot: as it was given.
 
     Raises:
       ValueError: There is no such task, or its data cannot be loaded.
     """
 
-    def __init__(self, names: Sequence[str], include_path: Path | None):
+    def __init__(self, names: Sequence[str], include_path: Path | None, num_fewshot: int | None):
         super().__init__(include_path=include_path)
-        self.names = [match for name in names for match in self._matches(name)]
+        self.names = list(dict.fromkeys(match for name in names for match in self._matches(name)))
+        self.num_fewshot = num_fewshot
         try:
             self._loaded = super().load(self.names)
         except Exception as error:  # what a task's file or the source of its data may raise
