@@ -33,7 +33,8 @@ class Request:
       stop_ids: token ids that end the continuation, as the end-of-sequence token does; any integers, in an array too.
       ignore_eos: go on past the end-of-sequence token.
       logprobs: report each token's log-probability and those of so many most probable tokens; None reports none.
-      prompt_logprobs: report how probable each token of the prompt is. Such a prompt is computed alone.
+      prompt_logprobs: report how probable each token of the prompt is, and as many of the most probable tokens in its
+        place as `logprobs` says. Such a prompt is computed alone.
       n: samples, at most 1024 and the engine's `max_queue`; they share the prefill, and sample i draws as a request
         with the seed `seed + i` would.
       priority: waiting requests of larger priority go first.
@@ -116,6 +117,8 @@ class TokenScore:
       rank: how many tokens are more probable than it.
       entropy: of the distribution that it was expected by, in nats.
       top_id: the token that was most probable in its place.
+      top: the most probable tokens in its place with their log-probabilities, best first; as many as the request's
+        `logprobs` says.
     """
 
     token_id: int
@@ -123,6 +126,7 @@ class TokenScore:
     rank: int
     entropy: float
     top_id: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

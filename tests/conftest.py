@@ -5,6 +5,7 @@ And the fixtures that tests of several folders share: tokenizers, a release at f
 
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -111,12 +112,18 @@ def release_tokenizer() -> Path | None:
     return path if path.is_file() else None
 
 
+def has_harness() -> bool:
+    """Whether the package of the extra `eval` is installed."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
 def pytest_report_header() -> list[str]:
     packages = ("jax", "jaxlib", "flax", "orbax-checkpoint", "sentencepiece", "numpy")
     found = release_tokenizer()
     return [
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
         f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}",
+        f"evaluation harness: {'installed' if has_harness() else 'none; its tests are deselected, install .[eval]'}",
     ]
 
 
@@ -146,9 +153,9 @@ SLOWEST_FIRST = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     rank = {name: number for number, name in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-    if release_tokenizer() is not None:
-        return
-    absent = [item for item in items if item.get_closest_marker("release_tokenizer")]
+    lacking = [] if release_tokenizer() else ["release_tokenizer"]
+    lacking += [] if has_harness() else ["harness"]
+    absent = [item for item in items if any(item.get_closest_marker(name) for name in lacking)]
     config.hook.pytest_deselected(items=absent)
     items[:] = [item for item in items if item not in absent]
 

@@ -133,12 +133,17 @@ class FakeSteps:
         for chunk, count, start, row in zip(tokens, counts, starts, rows, strict=True):
             self._fill(chunk, int(count), int(start), int(row))
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> FakeScores:
+    def score(
+        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int, *, wants_top: bool
+    ) -> FakeScores:
         number = self._dispatch("score", tokens.shape)
         self._fill(tokens, count, start, row)
         self.unread.add(number)
         surprise = targets + start + np.arange(len(targets))
         scores = Scores(-surprise.astype(np.float32), surprise, surprise.astype(np.float32) / 2, targets + 1)
+        if wants_top:
+            top = (targets[:, None] + 1 + np.arange(self.num_top)) % self.vocab_size
+            scores = dataclasses.replace(scores, top_ids=top, top_logprobs=-(top / 8).astype(np.float32))
         return FakeScores(self, scores, number)
 
     def share(self, source: int, target: int, length: int) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flax import nnx
 from goldens import check_logits, load_case
 from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, TINY, answer, show
 
+from grokjax import cli
 from grokjax.checkpoint import describe, load, save, verify
 from grokjax.config import GrokConfig
 from grokjax.engine import Engine
@@ -185,14 +186,16 @@ def by_slurm(number: int, port: int) -> tuple[list[str], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def commands(folder: Path, *options: list[str], started: Any) -> Iterator[list[subprocess.Popen[str]]]:
+def commands(
+    folder: Path, *options: list[str], started: Any, what: Sequence[str] = (*GENERATE, "tiny", "abc")
+) -> Iterator[list[subprocess.Popen[str]]]:
     """A command on each of two processes, with an option of its own."""
     port = free_port()
     with contextlib.ExitStack() as stack:
         processes = []
         for number, own in enumerate(options):
             joining, environment = started(number, port)
-            command = [sys.executable, "-m", "grokjax", *GENERATE, "tiny", "abc", *joining, *own]
+            command = [sys.executable, "-m", "grokjax", *what, *joining, *own]
             process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
@@ -219,6 +222,40 @@ def test_an_option_that_is_wrong_on_one_process_ends_all(
         assert [process.returncode for process in processes] == [2, 2]
     assert re.search(rf"^grokjax: error: process 1: .*{re.escape(told)}", first, re.MULTILINE), first
     assert "Traceback" not in first + second
+
+
+@pytest.mark.thorough
+def test_texts_are_scored_over_two_processes_as_over_one(tmp_path: Path) -> None:
+    """With the most probable tokens for one of them; interrupted, the same command goes on."""
+    texts = [{"prompt": "The answer is", "logprobs": 3}, {"prompt": "Once upon a time"}, {"prompt": ""}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    score = ["score", "texts.jsonl", "--random", "tiny", "--dtype", "float32", "--max-len", "32"]
+
+    def run(output: str) -> dict[int, dict[str, Any]]:
+        command = [*score, "--output", output, "--html", "page.html"]
+        with commands(tmp_path, [], [], started=by_hand, what=command) as processes:
+            told = [process.communicate(timeout=300)[1] for process in processes]
+            assert [process.returncode for process in processes] == [1, 0], told  # the first tells of the empty text
+        records = map(json.loads, (tmp_path / output).read_text().splitlines())
+        return {record["id"]: record for record in records}
+
+    found = run("together")
+    lines = (tmp_path / "together").read_bytes().splitlines(keepends=True)
+    (tmp_path / "together").write_bytes(lines[0] + lines[1][:20])
+    again = run("together")
+    with contextlib.chdir(tmp_path):
+        assert cli.main([*score, "--output", "alone", "--mesh", "1,1"]) == 1
+    for line in (tmp_path / "alone").read_text().splitlines():
+        alone = json.loads(line)
+        for one in (found[alone["id"]], again[alone["id"]]):
+            assert one.get("error") == alone.get("error")
+            both = (record.get("prompt_logprobs", ())[1:] for record in (one, alone))
+            for ours, theirs in zip(*both, strict=True):
+                assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-4)
+                best = [[token["logprob"] for token in scored.get("top", ())] for scored in (ours, theirs)]
+                np.testing.assert_allclose(*best, atol=1e-4)
+                assert len(best[0]) == texts[alone["id"] - 1].get("logprobs", 0)
+    assert (tmp_path / "page.html").read_text().count("<h2>") == len(texts)
 
 
 @pytest.mark.thorough

@@ -25,10 +25,10 @@ import make_site
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks" / "notebook").glob("*.md"))]
 DOCUMENTS = [ROOT / "README.md", *PAGES]
-MODULES = sorted(
+WITH_EXAMPLES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "grokjax").rglob("*.py")
-    if path.name != "__main__.py"  # importing it runs the command line
+    if ">>>" in path.read_text()  # the others are not imported: one may need an extra
 )
 
 
@@ -77,18 +77,12 @@ def compile_block(block: Block, document: Path) -> types.CodeType:
     return compile("\n" * (block.line - 1) + block.text, str(document), "exec")
 
 
-def has_examples(module: str) -> bool:
-    """Whether a docstring of the module shows an example that doctest runs."""
-    return any(test.examples for test in doctest.DocTestFinder().find(importlib.import_module(module)))
-
-
 # Only what has something to run: a case that runs nothing could not fail. An empty list fails at collection, as
 # pyproject.toml says.
 WITH_PYTHON = [document for document in DOCUMENTS if any(block.runs for block in python_blocks(document))]
 WITH_COMMANDS = [document for document in DOCUMENTS if read_commands(document.read_text())]
 # It looks into one model in every way, which takes as long as all others: the tests of research show each way too.
 LONGEST = ROOT / "docs" / "experiments.md"
-WITH_EXAMPLES = [module for module in MODULES if has_examples(module)]
 
 
 def test_python_blocks_are_python_even_where_they_are_not_run() -> None:

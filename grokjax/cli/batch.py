@@ -12,7 +12,7 @@ import reprlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ PromptId = str | int
 _PROGRESS_PERIOD = 0.1
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Request))
-_SCORE_FIELDS = tuple(field.name for field in dataclasses.fields(TokenScore))
+_SCORE_FIELDS = tuple(field.name for field in dataclasses.fields(TokenScore) if field.name != "top")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,19 +381,25 @@ def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
         record["error"] = _sentence(prompt.request.prompt, sample.error)
     if sample.logprobs is not None:
         record["logprobs"] = [
-            _scored(one.token_id, one.logprob) | {"top": [_scored(*other) for other in one.top]}
-            for one in sample.logprobs
+            _scored(one.token_id, one.logprob) | {"top": _all_scored(one.top)} for one in sample.logprobs
         ]
     return record
 
 
 def _prompt_score(token_id: int, score: TokenScore | None) -> dict[str, Any]:
-    """A token of a prompt and what is said of it, null for the first."""
-    return dict.fromkeys(_SCORE_FIELDS) | {"token_id": token_id} if score is None else dataclasses.asdict(score)
+    """A token of a prompt and what is said of it, null for the first; the most probable ones if they were asked for."""
+    if score is None:
+        return dict.fromkeys(_SCORE_FIELDS) | {"token_id": token_id}
+    record = {name: getattr(score, name) for name in _SCORE_FIELDS}
+    return record | ({"top": _all_scored(score.top)} if score.top else {})
 
 
 def _scored(token_id: int, logprob: float) -> dict[str, Any]:
     return {"token_id": token_id, "logprob": logprob}
+
+
+def _all_scored(top: Iterable[tuple[int, float]]) -> list[dict[str, Any]]:
+    return [_scored(*one) for one in top]
 
 
 def _sentence(prompt: object, error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jax
 
 from grokjax import __version__
-from grokjax.cli import checkpoints, generate, plan, score
+from grokjax.cli import checkpoints, evaluate, generate, plan, score
 from grokjax.cli.console import messages, say, say_error, set_level
 from grokjax.cli.options import tell_of_options
 from grokjax.cli.streams import ReaderLeft, standard_streams, write
@@ -104,6 +104,7 @@ def _parser() -> tuple[_Parser, Mapping[str, _Parser]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_command(commands)
     score.add_command(commands)
+    evaluate.add_command(commands)
     checkpoints.add_commands(commands)
     plan.add_command(commands)
     for command in commands.choices.values():

@@ -41,10 +41,10 @@ from grokjax.request import Request, check_integer
 from grokjax.sharding import Partitioner, device_bytes
 
 # Prompts of a file that run at once.
-_SLOTS = 8
+SLOTS = 8
 # Options that take less memory.
 _SMALLER_ROW = "a smaller --max-len"
-_SMALLER_BATCH = f"fewer --slots or {_SMALLER_ROW}"
+SMALLER_BATCH = f"fewer --slots or {_SMALLER_ROW}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _add_prompts(generate: argparse.ArgumentParser) -> None:
 
 def add_slots(command: argparse.ArgumentParser) -> None:
     """Adds the option that says how many prompts of a file run at once."""
-    command.add_argument("--slots", type=int, help=f"prompts of a file that run at once (default: {_SLOTS})")
+    command.add_argument("--slots", type=int, help=f"prompts of a file that run at once (default: {SLOTS})")
 
 
 def add_model(generate: argparse.ArgumentParser) -> None:
@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
     with kept_programs(is_wanted=not arguments.no_compilation_cache):
         if arguments.prompts is not None:
             return run_file(source, arguments, _request(arguments))
-        with _model_failures(_SMALLER_ROW):
+        with model_failures(_SMALLER_ROW):
             return _run_prompt(source, arguments)
 
 
@@ -182,7 +182,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
 
 
 @contextlib.contextmanager
-def _model_failures(smaller: str, kept: str = "") -> Iterator[None]:
+def model_failures(smaller: str, kept: str = "") -> Iterator[None]:
     """Turns an error of the devices, such as the death of another process, or too little memory into a sentence.
 
     Args:
@@ -260,7 +260,7 @@ def run_file(source: Source, arguments: argparse.Namespace, request: Request) ->
     """
     kept = " The results so far are kept, and the same command goes on after them."
     with (
-        _model_failures(_SMALLER_BATCH, kept),
+        model_failures(SMALLER_BATCH, kept),
         interrupted_by_sigterm() as came,
         contextlib.ExitStack() as until_done,
     ):
@@ -297,7 +297,7 @@ def _run_prompts(
         engine = Engine(
             source.make(),
             source.tokenizer,
-            slots=arguments.slots or _SLOTS,
+            slots=arguments.slots or SLOTS,
             max_len=arguments.max_len,
             max_guesses=arguments.guesses,
             cache_dtype=arguments.cache_dtype,
@@ -447,7 +447,7 @@ def _check_machine(abstract: Grok, weights_bytes: int, arguments: argparse.Names
         return
     slots, asked, smaller = 1, "", _SMALLER_ROW
     if arguments.prompts is not None:
-        slots, smaller = arguments.slots or _SLOTS, _SMALLER_BATCH
+        slots, smaller = arguments.slots or SLOTS, SMALLER_BATCH
         asked = f"--slots {slots} and "
     cache = abstract.abstract_cache(slots, arguments.max_len, dtype=arguments.cache_dtype)
     state = SlotState.abstract(abstract, cache, guesses=arguments.guesses > 0)

@@ -388,7 +388,8 @@ class Engine(OneThread):
         (sample,), (chunk,) = group.jobs, group.chunks
         assert sample.slot is not None
         tokens, targets = group.tokens()[0], group.tokens(offset=1)[0]
-        pending = self._steps.score(tokens, targets, chunk.count, chunk.start, sample.slot)
+        place, wants_top = (chunk.count, chunk.start, sample.slot), sample.row.wants_top
+        pending = self._steps.score(tokens, targets, *place, wants_top=wants_top)
         self._in_flight.append(lambda: self._push_scores(sample, pending.read(), chunk.count))
 
     def _push_scores(self, sample: LiveSample, scores: Scores[np.ndarray], count: int) -> None:

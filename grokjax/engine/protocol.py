@@ -30,10 +30,17 @@ class PendingScores(Protocol):
 
 
 class Steps(Protocol):
-    """What an engine asks of a model: rows that hold samples, and steps that are dispatched and read later."""
+    """What an engine asks of a model: rows that hold samples, and steps that are dispatched and read later.
+
+    Attributes:
+      slots: B, rows.
+      vocab_size: V.
+      num_top: K, most probable tokens that a request may ask for.
+    """
 
     slots: int
     vocab_size: int
+    num_top: int
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """Cuts some rows back to `starts` and adds chunks of prompts; keeps the logits at each chunk's end.
@@ -45,8 +52,13 @@ class Steps(Protocol):
           rows: int32 [P], different slots.
         """
 
-    def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> PendingScores:
-        """`prefill` of one chunk [T] that also gives the score of a target [T] at each of its positions."""
+    def score(
+        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int, *, wants_top: bool
+    ) -> PendingScores:
+        """`prefill` of one chunk [T] that also gives the score of a target [T] at each of its positions.
+
+        If they are wanted, it also gives the most probable tokens there, as many as a request may ask for.
+        """
 
     def share(self, source: int, target: int, length: int) -> None:
         """Makes row `target` hold the first `length` entries of row `source` and its logits; they may be one row."""

@@ -188,7 +188,10 @@ class LiveSample(Job):
         tokens = self.prompt[known : known + count].tolist()
         fields = scores.logprob, scores.rank, scores.entropy, scores.top_id
         own = [TokenScore(*values) for values in zip(tokens, *(field.tolist() for field in fields), strict=False)]
-        _check_finite(score.logprob for score in own)
+        if scores.top_ids is not None and scores.top_logprobs is not None:
+            top = map(self._most_probable, scores.top_ids, scores.top_logprobs)
+            own = [dataclasses.replace(score, top=found) for score, found in zip(own, top, strict=False)]
+        _check_finite(logprob for score in own for logprob in (score.logprob, *dict(score.top).values()))
         self.prompt_logprobs.extend(own)
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> Completion:
@@ -212,10 +215,14 @@ class LiveSample(Job):
         return completion
 
     def _note_logprob(self, drawn: Drawn) -> None:
+        if self.handle.request.logprobs is not None:
+            top = self._most_probable(drawn.top_ids, drawn.top_logprobs)
+            self._logprobs.append(TokenLogprob(drawn.token_id, drawn.logprob, top))
+
+    def _most_probable(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[tuple[int, float], ...]:
+        """As many of the most probable tokens [K] as the request asks for, with their log-probabilities."""
         count = self.handle.request.logprobs
-        if count is not None:
-            top = zip(drawn.top_ids[:count].tolist(), drawn.top_logprobs[:count].tolist(), strict=True)
-            self._logprobs.append(TokenLogprob(drawn.token_id, drawn.logprob, tuple(top)))
+        return tuple(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))
 
     def _emit(self, text: str, token: int | None, reason: FinishReason | None = None) -> None:
         self._text.append(text)

@@ -37,7 +37,7 @@ class SharedSteps:
                 f"the model spans {jax.process_count()} processes, and the engine runs on process 0: "
                 f"call follow(model) on process {jax.process_index()}."
             )
-        self.slots, self.vocab_size = options.slots, model.config.vocab_size
+        self.slots, self.vocab_size, self.num_top = options.slots, model.config.vocab_size, options.num_top
         # Made first: where they are refused for want of memory, the others have been told nothing yet.
         self._steps = ModelSteps(model, options)
         _check_same(model)
@@ -51,11 +51,11 @@ class SharedSteps:
         self._steps.prefill(tokens, counts, starts, rows)
 
     def score(
-        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int
+        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int, *, wants_top: bool
     ) -> DeviceResult[Scores[np.ndarray]]:
         """See `Steps`."""
-        self._channel.send("score", tokens, targets, count, start, row)
-        return self._steps.score(tokens, targets, count, start, row)
+        self._channel.send("score", tokens, targets, count, start, row, wants_top)
+        return self._steps.score(tokens, targets, count, start, row, wants_top=wants_top)
 
     def share(self, source: int, target: int, length: int) -> None:
         """See `Steps`."""
@@ -150,8 +150,8 @@ def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> Device
         case "prefill":
             steps.prefill(*values)
         case "score":
-            tokens, targets, *place = values
-            steps.score(tokens, targets, *(number.item() for number in place))
+            tokens, targets, *place, wants_top = values
+            steps.score(tokens, targets, *(number.item() for number in place), wants_top=wants_top.item())
         case "share":
             steps.share(*(number.item() for number in values))
         case "set_bias":

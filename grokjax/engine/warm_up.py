@@ -25,8 +25,8 @@ class WarmedStep:
 
     Attributes:
       name: of the step, as in `Steps`.
-      shape: rows and tokens of what it prefills; slots for the steps over all of them, with the tokens of each where a
-        step guesses; nothing for others.
+      shape: rows and tokens of what it prefills, with how many most probable tokens it finds for each if it does; slots
+        for the steps over all of them, with the tokens of each where a step guesses; nothing for others.
       seconds: that it was waited for: until it was compiled, beside others, and had run once.
     """
 
@@ -154,4 +154,6 @@ def _runs(
             rows = np.arange(count, dtype=np.int32)
             yield "prefill", (count, bucket), functools.partial(steps.prefill, tokens, ones, 0 * ones, rows)
         line = np.zeros(bucket, np.int32)
-        yield "score", (1, bucket), functools.partial(steps.score, line, line, 1, 0, 0)
+        for num_top in sorted({0, steps.num_top}):
+            score = functools.partial(steps.score, line, line, 1, 0, 0, wants_top=num_top > 0)
+            yield "score", (1, bucket, *([num_top] if num_top else [])), score

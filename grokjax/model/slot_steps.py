@@ -84,8 +84,8 @@ class ModelSteps:
 
     @own_context()
     def __init__(self, model: Grok, options: SlotOptions):
-        self.slots, self.vocab_size = options.slots, model.config.vocab_size
-        self._model, self._num_top = model, options.num_top
+        self.slots, self.vocab_size, self.num_top = options.slots, model.config.vocab_size, options.num_top
+        self._model = model
         guesses = options.max_guesses > 0
         if not options.allow_oom:
             cache = model.abstract_cache(options.slots, options.max_len, dtype=options.cache_dtype)
@@ -111,11 +111,11 @@ class ModelSteps:
 
     @own_context()
     def score(
-        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int
+        self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int, *, wants_top: bool
     ) -> "DeviceResult[Scores[np.ndarray]]":
-        """See `Steps`; compiled for each length of `tokens`."""
-        place = np.array([count, start, row], np.int32)
-        scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place)
+        """See `Steps`; compiled for each length of `tokens`, and anew where the most probable tokens are wanted."""
+        place, num_top = np.array([count, start, row], np.int32), self.num_top * wants_top
+        scores, self._state = _score_row(self._model, self._state, tokens[None], targets[None], place, num_top=num_top)
         return DeviceResult(scores, Scores.unpack)
 
     @own_context()
@@ -131,13 +131,13 @@ class ModelSteps:
     @own_context()
     def begin(self, settings: SlotSettings) -> "DeviceResult[DrawnTokens]":
         """See `Steps`."""
-        packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self._num_top)
+        packed, self._state = _begin(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceResult(packed, DrawnTokens.unpack)
 
     @own_context()
     def decode(self, settings: SlotSettings) -> "DeviceResult[DrawnTokens]":
         """See `Steps`."""
-        packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self._num_top)
+        packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceResult(packed, DrawnTokens.unpack)
 
     @own_context()
@@ -147,7 +147,7 @@ class ModelSteps:
             self._model,
             self._state,
             np.concatenate([settings.packed, limits], axis=1),
-            num_top=self._num_top,
+            num_top=self.num_top,
             num_guesses=num_guesses,
         )
         return DeviceResult(packed, functools.partial(DrawnRuns.unpack, num_guesses=num_guesses))
@@ -160,13 +160,13 @@ class ModelSteps:
             case "prefill":
                 return lower_prefill(model, state, (shape[0], shape[1])).compile
             case "score":
-                return lower_score(model, state, shape[1]).compile
+                return lower_score(model, state, *shape[1:]).compile
             case "share":
                 return lower_share(model, state).compile
             case "decode":
-                return lower_decode(model, state, self._num_top).compile
+                return lower_decode(model, state, self.num_top).compile
             case "decode_guesses":
-                return lower_decode_guesses(model, state, self._num_top, shape[1] - 1).compile
+                return lower_decode_guesses(model, state, self.num_top, shape[1] - 1).compile
         return lambda: None  # the others are small
 
     def wait(self) -> None:
@@ -202,10 +202,13 @@ def lower_prefill(model: Grok, state: SlotState, prompts: tuple[int, int]) -> ja
     return _prefill_rows.lower(model, state, tokens, numbers, numbers, numbers)
 
 
-def lower_score(model: Grok, state: SlotState, length: int) -> jax.stages.Lowered:
-    """The step that prefills `length` tokens of one row and gives the scores of the next ones."""
+def lower_score(model: Grok, state: SlotState, length: int, num_top: int = 0) -> jax.stages.Lowered:
+    """The step that prefills `length` tokens of one row and gives the scores of the next ones.
+
+    With `num_top` it also finds so many most probable tokens in the place of each.
+    """
     tokens, place = jax.ShapeDtypeStruct((1, length), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
-    return _score_row.lower(model, state, tokens, tokens, place)
+    return _score_row.lower(model, state, tokens, tokens, place, num_top=num_top)
 
 
 def lower_share(model: Grok, state: SlotState) -> jax.stages.Lowered:
@@ -256,14 +259,14 @@ def _prefill_rows(
     return _placed(model, dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)))
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
 def _score_row(
-    model: Grok, state: SlotState, tokens: jax.Array, targets: jax.Array, place: jax.Array
+    model: Grok, state: SlotState, tokens: jax.Array, targets: jax.Array, place: jax.Array, *, num_top: int
 ) -> tuple[jax.Array, SlotState]:
     count, start, row = place[:1], place[1:2], place[2:]
     hidden, cache = model(tokens, count, _holding(state.cache, start, row), rows=row)
     state = _noting(state, row, tokens, start, count)
-    scores = scores_of(model, hidden, targets).pack()[0]
+    scores = scores_of(model, hidden, targets, num_top).pack()[0]
     last = lax.dynamic_index_in_dim(hidden[0], count[0] - 1, keepdims=True)
     state = dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, model.logits(last), row))
     return model.partitioner.constrain(scores, (None, None)), _placed(model, state)

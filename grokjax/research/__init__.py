@@ -6,14 +6,17 @@ work are in `grokjax.model`. `routing` sums up what the router does, `comparison
 what both sums share. `lens` is what a tap makes tokens of. `attribution` splits a logit into what each part adds to it,
 `gradients` tells by derivatives what patches would do, and `recomputed` has what no kernel holds at once: attention
 patterns, and each expert by itself. `pictures` draws what was read. `perplexity` scores texts longer than a model reads
-at once, by `grokjax.score`.
+at once, by `grokjax.score`; `continuations` scores what may come behind a context. `harness` has a model do the tasks
+of EleutherAI's evaluation harness, for which `harness_model` is what it takes for one.
 """
 
 from grokjax.model import SITES, At, Edit
 from grokjax.research.attribution import LogitDifference, LogitParts, attribute_logits
 from grokjax.research.comparison import Comparison, compare
+from grokjax.research.continuations import ContinuationScore, score_continuations
 from grokjax.research.edit import edit, edits_of, unedited
 from grokjax.research.gradients import estimate_patches, integrate_gradients
+from grokjax.research.harness import evaluate_tasks, load_tasks
 from grokjax.research.lens import TopTokens, top_tokens
 from grokjax.research.perplexity import Perplexity, perplexity
 from grokjax.research.pictures import HtmlPicture, colour_text, draw_experts, draw_lens, draw_load, draw_pattern
@@ -38,6 +41,7 @@ __all__ = [
     "SITES",
     "At",
     "Comparison",
+    "ContinuationScore",
     "Edit",
     "ExpertOutputs",
     "HtmlPicture",
@@ -61,10 +65,12 @@ __all__ = [
     "edit",
     "edits_of",
     "estimate_patches",
+    "evaluate_tasks",
     "expert_outputs",
     "force_experts",
     "integrate_gradients",
     "limit_experts",
+    "load_tasks",
     "mask_heads",
     "observe",
     "observe_routing",
@@ -75,6 +81,7 @@ __all__ = [
     "replace",
     "scale_experts",
     "scale_heads",
+    "score_continuations",
     "steer",
     "top_tokens",
     "unedited",

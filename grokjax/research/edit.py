@@ -61,11 +61,11 @@ def _bound(one: Edit, model: Grok) -> Edit:
     bound = dataclasses.replace(one, layers=layers, value=value)
     if one.by_layer:
         num_layers = 0 if layers is None else len(layers)
-        if any(leaf.shape[:1] != (num_layers,) for leaf in jax.tree.leaves(value)):
-            shapes = [leaf.shape for leaf in jax.tree.leaves(value)]
+        wrong = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(value)} - {num_layers}
+        if wrong:
             raise ValueError(
-                f"{named} is in {num_layers} layers, and its values have shapes {shapes}: give them {num_layers} for a "
-                "first axis, or leave that axis away, to have the same in all layers."
+                f"{named} is in {num_layers} layer(s), and its value is for {', '.join(map(str, sorted(wrong)))}: give "
+                f"it {num_layers} for a first axis, or leave that axis away, to have the same in all layers."
             )
     try:
         problem = None if one.check is None else one.check(layers, given, config)

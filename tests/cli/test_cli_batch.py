@@ -158,9 +158,10 @@ class TestResults:
         one, two = records(tmp_path / "out").values()
         assert one["prompt_ids"] == two["prompt_ids"] == [4, 5]
         first = {"token_id": 4, "logprob": None, "rank": None, "entropy": None, "top_id": None}
+        best = [{"token_id": 6, "logprob": -0.75}, {"token_id": 7, "logprob": -0.875}]
         assert one["prompt_logprobs"] == [
             first,
-            {"token_id": 5, "logprob": -5.0, "rank": 5, "entropy": 2.5, "top_id": 6},
+            {"token_id": 5, "logprob": -5.0, "rank": 5, "entropy": 2.5, "top_id": 6, "top": best},
         ]
         assert two["prompt_logprobs"] == one["prompt_logprobs"]
         for sample in (one, *two["samples"]):

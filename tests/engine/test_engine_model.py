@@ -159,6 +159,9 @@ def test_logprobs_are_the_models() -> None:
         for score, found in zip(scores, by_model[:-1], strict=False):
             assert score.rank == (found > found[score.token_id]).sum()
             assert score.top_id == found.argmax()
+            best = np.argsort(-found)[:3]
+            assert [token for token, _ in score.top] == best.tolist()
+            np.testing.assert_allclose([logprob for _, logprob in score.top], found[best], atol=1e-4)
             np.testing.assert_allclose(score.entropy, -(np.exp(found) * found).sum(), atol=1e-4)
         np.testing.assert_allclose([e.logprob for e in done.logprobs], expected[len(prompt) - 1 :], atol=1e-4)
         for i, entry in enumerate(done.logprobs):
@@ -236,7 +239,9 @@ def test_nothing_compiles_after_warm_up(
     assert len(COMPILED) - before >= len(steps)
     names = [(step.name, step.shape) for step in steps]
     prompts = {
-        (name, (rows, bucket)) for name, rows in (("score", 1), ("prefill", 1), ("prefill", 2)) for bucket in buckets
+        (name, (rows, bucket, *most))
+        for name, rows, *most in (("score", 1), ("score", 1, 8), ("prefill", 1), ("prefill", 2))
+        for bucket in buckets
     }
     assert {("begin", (3,)), ("decode", (3,))} | prompts < set(names)
     assert len(names) == len(set(names)) == 4 + len(prompts)

@@ -130,8 +130,8 @@ class TestTrouble:
         """All of its samples, which share them, at the chunk that has the first."""
 
         class Failing(FakeSteps):
-            def score(self, tokens, targets, count, start, row):
-                pending = super().score(tokens, targets, count, start, row)
+            def score(self, tokens, targets, *place, **options):
+                pending = super().score(tokens, targets, *place, **options)
                 pending.scores.logprob[targets == 20] = logprob
                 return pending
 

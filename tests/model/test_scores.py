@@ -15,12 +15,13 @@ from grokjax.sharding import Partitioner
 
 CONFIG = SMALL.replace(vocab_size=1304)  # three blocks of the vocabulary, the last of which overlaps
 LENGTHS = np.array([32, 5])
+EQUAL = [9, 700, 1300]
 TOKENS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 32))
 
 
 @functools.cache
 def make(mesh: tuple[int, int] = (1, 1), rules: ShardingRules = TENSOR, *, quantized_table: bool = False) -> Grok:
-    """A float32 model in whose table tokens 9, 700 and 1300 have one row, and whose logits differ more."""
+    """A float32 model in whose table the tokens of `EQUAL` have one row, and whose logits differ more."""
     model = init(
         CONFIG, mesh=make_mesh(mesh), rules=rules, dtype=jnp.float32, quantized=False, quantized_table=quantized_table
     )
@@ -28,7 +29,7 @@ def make(mesh: tuple[int, int] = (1, 1), rules: ShardingRules = TENSOR, *, quant
         return model
     table = model.embedding.table.get_value()
     rows = np.array(table) * 4
-    rows[[700, 1300]] = rows[9]
+    rows[EQUAL] = rows[EQUAL[0]]
     return with_values(model, {"embedding.table": jax.device_put(rows, table.sharding)})
 
 
@@ -91,6 +92,31 @@ def test_tokens_that_are_as_probable_have_one_rank_and_the_lowest_is_named(
     np.testing.assert_allclose(found.logprob[:, 1:], -np.log(CONFIG.vocab_size), rtol=1e-6)
 
 
+EVERY_TOP = [((1, 1), TENSOR, 600), ((1, 8), EXPERT, 3), ((2, 4), FULLY, 600)]
+
+
+@pytest.mark.parametrize(("mesh", "rules", "num_top"), or_thorough(EVERY_TOP, EVERY_TOP[:1]), ids=label)
+def test_the_most_probable_tokens_are_those_of_all_logits(
+    mesh: tuple[int, int], rules: ShardingRules, num_top: int
+) -> None:
+    """More of them, too, than a block or a device has tokens of the vocabulary; of equal ones the lowest is first."""
+    model = make(mesh, rules)
+    found = jax.device_get(score(model, TOKENS, LENGTHS, num_top=num_top))
+    logprobs = np.asarray(jax.nn.log_softmax(forward(model, TOKENS)))
+    for row, length in enumerate(LENGTHS):
+        for t in range(1, length):
+            ids, before = found.top_ids[row, t], logprobs[row, t - 1]
+            np.testing.assert_allclose(found.top_logprobs[row, t], np.sort(before)[::-1][:num_top], atol=1e-5)
+            np.testing.assert_allclose(found.top_logprobs[row, t], before[ids], atol=1e-5)
+            assert len(set(ids.tolist())) == num_top
+            assert [token for token in ids.tolist() if token in EQUAL] in (EQUAL, EQUAL[:2], EQUAL[:1], [])
+        without = np.r_[0, length:32]
+        assert (found.top_ids[row, without] == -1).all()
+        assert (found.top_logprobs[row, without] == 0).all()
+    for name in ("logprob", "rank", "entropy", "top_id"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(score(model, TOKENS, LENGTHS), name))
+
+
 def test_nothing_is_said_of_first_tokens_and_padding() -> None:
     found = jax.device_get(score(make(), TOKENS, LENGTHS))
     for row, length in enumerate(LENGTHS):
@@ -104,7 +130,8 @@ def test_nothing_is_said_of_first_tokens_and_padding() -> None:
 
 
 @pytest.mark.usefixtures("compiled_afresh")
-def test_scores_take_no_more_memory_than_a_prefill_and_8_mib() -> None:
+@pytest.mark.parametrize("num_top", or_thorough([(0,), (8,)], [(0,)]))
+def test_scores_take_no_more_memory_than_a_prefill_and_8_mib(num_top: int) -> None:
     """Of a bfloat16 model whose logits have 64 MiB, and whose table would have 8 in float32."""
     config = GrokConfig.tiny().replace(num_layers=1, vocab_size=32768, max_seq_len=512)
     partitioner = Partitioner.create(config, make_mesh())
@@ -112,6 +139,7 @@ def test_scores_take_no_more_memory_than_a_prefill_and_8_mib() -> None:
     tokens, lengths = jax.ShapeDtypeStruct((1, 512), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     cache = KVCache.abstract(config, 1, 512, mesh=partitioner.mesh)
     prefilled = jax.jit(prefill, donate_argnames="cache").lower(model, tokens, lengths, cache).compile()
-    program = read_program(jax.jit(score).lower(model, tokens, lengths).compile())
+    step = jax.jit(functools.partial(score, num_top=num_top))
+    program = read_program(step.lower(model, tokens, lengths).compile())
     assert program.temporary_bytes < read_program(prefilled).temporary_bytes + (8 << 20)
     assert max(value.num_bytes for value in program.values) <= 4 << 20

@@ -220,7 +220,7 @@ def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
         (steer(VECTOR[:5]), r"steer at stream\.out in layers 0 to 1 does not fit x of shape \(1, 1, 32\) \(P, T, D\)"),
         (
             steer(np.stack([VECTOR] * 3)),
-            r"is in 2 layers, and its values have shapes .*\(3, 32\).*: give them 2 for a first axis",
+            r"is in 2 layer\(s\), and its value is for 3: give it 2 for a first axis",
         ),
         (replace("final", [0], 0), "'final' stands outside of them"),
         (patch("stream.out", [0], np.zeros((2, 3, 5))), r"\(2, 3, 5\) are no values of 3 positions"),

@@ -1,5 +1,6 @@
 """What taps read is what the float64 reference has, on every mesh, in every kind of call."""
 
+import functools
 import itertools
 import re
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 from builders import EXPERT, FULLY, ROOT, TENSOR, label, or_thorough
 from looked_into import COMPILED, CONFIG, LENGTHS, TOKENS, dense, expected, make, real
 
-from grokjax import ShardingRules, forward, init, make_mesh
+from grokjax import KVCache, ShardingRules, forward, init, make_mesh, prefill
+from grokjax.model import abstract_model
+from grokjax.planning import read_program
 from grokjax.research import SITES, At, Tap, observe, observe_step
+from grokjax.sharding import Partitioner
 
 EVERY = {site: Tap(site) for site in SITES}
 CASES = [
@@ -186,3 +190,22 @@ def test_taps_have_names() -> None:
 def test_the_table_of_the_docs_is_that_of_the_code() -> None:
     rows = re.findall(r"^\| `([a-z_.]+)` \| \[(.+?)\] \|", (ROOT / "docs" / "research.md").read_text(), re.MULTILINE)
     assert {site: shape.replace(", ", "") for site, shape in rows} == dict(SITES)
+
+
+@pytest.mark.usefixtures("compiled_afresh")
+def test_a_tap_writes_nothing_large_and_exchanges_nothing() -> None:
+    """Its program is that of a prefill, which writes as many arrays of the stream's size, and what the tap keeps."""
+    partitioner = Partitioner.create(CONFIG, make_mesh((2, 4)))
+    model = abstract_model(CONFIG, partitioner, dtype=jnp.bfloat16, quantized=True)
+    tokens, lengths = jax.ShapeDtypeStruct((2, 32), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    cache = KVCache.abstract(CONFIG, 2, 32, mesh=partitioner.mesh)
+    step = functools.partial(observe_step, taps={"x": Tap("stream.out", at="last")})
+    plain, tapped = (
+        read_program(jax.jit(run, donate_argnames="cache").lower(model, tokens, lengths, cache).compile())
+        for run in (prefill, step)
+    )
+    assert tapped.collectives == plain.collectives
+    assert tapped.temporary_bytes < plain.temporary_bytes + 8192
+    stream = 32 * CONFIG.model_dim * 2  # bytes of a device's row
+    sizes = [[value.num_bytes for value in program.values if value.num_bytes >= stream] for program in (plain, tapped)]
+    assert sizes[0] == sizes[1]
