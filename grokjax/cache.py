@@ -15,6 +15,7 @@ from grokjax.config import GrokConfig
 from grokjax.context import is_traced, own_context
 from grokjax.memory import check_fits
 from grokjax.printing import describe, describe_devices, describe_fields, display, on_lines
+from grokjax.quantization import largest_magnitude
 from grokjax.sharding import Axes, Partitioner, ShardingRules, device_bytes, zeros
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
@@ -43,9 +44,12 @@ class QuantizedEntries:
 
     @classmethod
     def of(cls, entries: jax.Array) -> Self:
-        """Float entries [..., H] rounded to int8: off by at most half a scale, 1/254 of an entry's largest number."""
+        """Float entries [..., H] rounded to int8: off by at most half a scale, 1/254 of an entry's largest number.
+
+        An entry with a NaN or an infinite number has an infinite scale, so no result of it is finite.
+        """
         entries = entries.astype(jnp.float32)
-        scales = jnp.abs(entries).max(axis=-1) / 127
+        scales = largest_magnitude(entries, axis=-1) / 127
         numbers = jnp.round(entries / jnp.where(scales == 0, 1, scales)[..., None])
         return cls(numbers.astype(jnp.int8), scales)
 

@@ -91,6 +91,7 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
 
     Returns:
       The array whose values differ from `w` by at most half a scale (a little more where a bfloat16 scale rounds down).
+      The scale of a block with a NaN or an infinite number is infinite.
 
     Raises:
       ValueError: `num_blocks` does not divide C.
@@ -99,10 +100,17 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
     if num_blocks < 1 or rows % num_blocks:
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
-    # For XLA's CPU backend the largest of some numbers and NaN may be one of the numbers.
-    magnitudes = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
-    scales = (magnitudes.max(axis=-2) / 127).astype(scale_dtype)
+    scales = (largest_magnitude(blocks, axis=-2) / 127).astype(scale_dtype)
     return QuantizedArray(_round_to_int8(blocks, scales[..., None, :]).reshape(w.shape), scales)
+
+
+def largest_magnitude(x: jax.Array, axis: int) -> jax.Array:
+    """The largest magnitude along an axis, in the dtype of `x`; infinite where there is a NaN.
+
+    So a scale made of it is infinite, and what NaN is rounded to is seen. For XLA's CPU backend the largest of some
+    numbers and NaN may be one of the numbers.
+    """
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(axis=axis)
 
 
 def _round_to_int8(w: jax.Array, scales: jax.Array) -> jax.Array:
@@ -140,9 +148,14 @@ Table = jax.Array | QuantizedTable
 
 @in_own_context
 def quantize_table(table: jax.Array) -> QuantizedTable:
-    """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale."""
+    """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale.
+
+    A row with a NaN or an infinite number has an infinite scale, so whatever is made of it is not finite.
+    """
+    # Without barriers XLA's CPU backend casts the table once for all, and holds all of it in float32 meanwhile.
     scales = jnp.abs(table).max(axis=1).astype(jnp.float32) / 127
-    # Else XLA's CPU backend casts the table once for scales and weight, and holds all of it in float32 between them.
+    scales, table = lax.optimization_barrier((scales, table))
+    scales = jnp.where(jnp.isnan(table).any(axis=1), jnp.inf, scales)  # see `largest_magnitude`
     scales, table = lax.optimization_barrier((scales, table))
     return QuantizedTable(_round_to_int8(table, scales[:, None]), scales)
 
