@@ -11,11 +11,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from grokjax.config import GrokConfig
+from grokjax.config import GrokConfig, check_config
 from grokjax.context import is_traced, own_context
 from grokjax.memory import check_fits
 from grokjax.printing import describe, describe_devices, describe_fields, display, on_lines
 from grokjax.quantization import largest_magnitude
+from grokjax.request import check_integer, is_integer
 from grokjax.sharding import Axes, Partitioner, ShardingRules, device_bytes, zeros
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
@@ -136,10 +137,10 @@ class KVCache:
         rules: ShardingRules | None = None,
     ) -> Self:
         """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
+        check_config(config)
         max_len = config.max_seq_len if max_len is None else max_len
-        if not 1 <= batch_size <= MOST_ROWS:
-            raise ValueError(f"batch_size={reprlib.repr(batch_size)} must be between 1 and {MOST_ROWS}.")
-        if not 1 <= max_len <= config.max_seq_len:
+        batch_size = check_integer("batch_size", batch_size, 1, MOST_ROWS)
+        if not is_integer(max_len) or not 1 <= max_len <= config.max_seq_len:
             raise ValueError(f"max_len={reprlib.repr(max_len)} must be between 1 and max_seq_len={config.max_seq_len}.")
         partitioner = Partitioner.create(config, mesh, rules)
         dtype = default_cache_dtype(partitioner.platform) if dtype is None else dtype
@@ -279,7 +280,9 @@ class KVCache:
             is_explicit = bool(jax.typeof(row).sharding.mesh.explicit_axes)
             return jnp.asarray(jax.device_put(row, own) if is_explicit else row, jnp.int32)
         if row not in range(self.batch_size):
-            raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows: give one of 0, 1, ...")
+            raise ValueError(
+                f"row {row} is outside the cache's {self.batch_size} rows: give 0 to {self.batch_size - 1}."
+            )
         return jnp.asarray(int(row), jnp.int32)
 
 

@@ -94,8 +94,10 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
       The scale of a block with a NaN or an infinite number is infinite.
 
     Raises:
-      ValueError: `num_blocks` does not divide C.
+      ValueError: `w` has no axes C and O, or `num_blocks` does not divide C.
     """
+    if w.ndim < 2:
+        raise ValueError(f"w has shape {w.shape}: give a matrix [C, O], or several [..., C, O].")
     *lead, rows, outputs = w.shape
     if num_blocks < 1 or rows % num_blocks:
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")

@@ -41,8 +41,10 @@ def test_an_int8_entry_of_what_is_no_number_is_not_finite(value: float, dtype: s
 @pytest.mark.parametrize(
     ("batch_size", "max_len", "message"),
     [
-        (0, 8, "batch_size=0 must be between 1 and 4194304"),
+        (0, 8, "batch_size=0 must be an integer between 1 and 4194304"),
         (1, 0, "max_len=0 must be between 1 and max_seq_len=256"),
+        ("one", 8, "batch_size='one' must be an integer"),
+        (1, 8.5, r"max_len=8\.5 must be between 1 and max_seq_len=256"),
         (1, 257, "max_len=257 must be between 1 and max_seq_len=256"),
     ],
 )

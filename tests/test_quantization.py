@@ -84,6 +84,11 @@ def test_indivisible_blocks_are_refused() -> None:
         quantize(jnp.ones((16, 4)), num_blocks=3)
 
 
+def test_a_vector_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"w has shape \(16,\): give a matrix \[C, O\]"):
+        quantize(jnp.ones(16))
+
+
 def test_no_blocks_at_all_are_refused() -> None:
     with pytest.raises(ValueError, match="num_blocks=0 does not divide"):
         quantize(jnp.ones((16, 4)), num_blocks=0)

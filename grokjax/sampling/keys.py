@@ -1,9 +1,11 @@
 """Keys: one for each request, and from it one for each position."""
 
+import reprlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -14,7 +16,14 @@ _GENERATOR = "threefry2x32"
 
 
 def seed_key(seed: ArrayLike) -> jax.Array:
-    """The key of a seed, uint32 []: of threefry, so that a seed draws the same whatever `jax_default_prng_impl` is."""
+    """The key of a seed, uint32 []: of threefry, so that a seed draws the same whatever `jax_default_prng_impl` is.
+
+    Raises:
+      ValueError: The seed is no integer of at most 64 bits.
+    """
+    dtype = seed.dtype if isinstance(seed, jax.Array) else np.asarray(seed).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"seed={reprlib.repr(seed)} must be an integer of at most 64 bits.")
     return jax.random.key(seed, impl=_GENERATOR)
 
 

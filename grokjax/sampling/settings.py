@@ -65,9 +65,10 @@ class SampleSettings:
         Raises:
           ValueError: A value is out of range or of the wrong shape, or a row of the mask allows no token.
         """
-        if batch_size < 1:
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(
-                f"batch_size={reprlib.repr(batch_size)} must be 1 or more: settings describe the rows of a batch."
+                f"batch_size={reprlib.repr(batch_size)} must be an integer, 1 or more: settings describe the rows of a "
+                "batch."
             )
         return cls(
             temperature=_real_rows("temperature", temperature, batch_size, high=_LARGEST),
@@ -81,6 +82,8 @@ class SampleSettings:
 
 def _rows(name: str, value: ArrayLike, batch_size: int) -> np.ndarray:
     array = np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != np.bool_:
+        raise ValueError(f"{name}={reprlib.repr(value)} must be a number, or one for each row.")
     if array.shape not in ((), (batch_size,)):
         raise ValueError(f"{name} has shape {array.shape}: give one value, or one for each of the {batch_size} rows.")
     return np.broadcast_to(array, (batch_size,))

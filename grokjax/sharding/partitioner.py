@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grokjax.config import GrokConfig
+from grokjax.config import GrokConfig, check_config
 from grokjax.context import with_auto_axes
 from grokjax.sharding.meshes import default_mesh
 from grokjax.sharding.rules import ShardingRules, indivisible, shards_of
@@ -34,8 +34,10 @@ class Partitioner:
         `AbstractMesh` is enough where only shapes are asked for.
 
         Raises:
-          ValueError: The mesh lacks an axis that a rule names, or an axis does not divide a size of `config`.
+          ValueError: `config` is no configuration, the mesh lacks an axis that a rule names, or an axis does not divide
+            a size of `config`.
         """
+        check_config(config)
         rules = ShardingRules() if rules is None else rules
         mesh = default_mesh(config, rules) if mesh is None else with_auto_axes(mesh)
         for problem in rules.find_problems(config, mesh):
