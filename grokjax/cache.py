@@ -136,7 +136,13 @@ class KVCache:
         mesh: Mesh | AbstractMesh | None = None,
         rules: ShardingRules | None = None,
     ) -> Self:
-        """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
+        """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory.
+
+        The arguments are those of `create`; of the mesh only the shape is asked for.
+
+        Raises:
+          ValueError: A size is out of range, or the dtype is another one.
+        """
         check_config(config)
         max_len = config.max_seq_len if max_len is None else max_len
         batch_size = check_integer("batch_size", batch_size, 1, MOST_ROWS)
@@ -266,7 +272,10 @@ class KVCache:
 
     @own_context()
     def reset(self, row: jax.Array | int) -> "KVCache":
-        """This cache with row `row` empty.
+        """This cache with one row empty; its memory stays as it is.
+
+        Args:
+          row: int32 [], or a number from 0.
 
         Raises:
           ValueError: `row` is outside the batch, or a step has taken this cache's memory.

@@ -68,7 +68,14 @@ class QuantizedArray:
         return self.scales.shape[-2]
 
     def refine(self, num_blocks: int) -> "QuantizedArray":
-        """The same values with each scale block cut into equal parts, `num_blocks` (a multiple of Q) in all."""
+        """The same values with each scale block cut into equal parts.
+
+        Args:
+          num_blocks: of the result, along the contracting axis: a multiple of Q that divides C.
+
+        Raises:
+          ValueError: It is something else.
+        """
         if num_blocks < 1 or num_blocks % self.num_blocks or self.shape[-2] % num_blocks:
             raise ValueError(
                 f"{self.num_blocks} scale blocks over {self.shape[-2]} rows cannot be cut into {num_blocks}: choose a "
@@ -173,15 +180,32 @@ def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
 
 
 def einsum(subscripts: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`jnp.einsum` of an activation and a plain or quantised weight, in float32.
+    """`jnp.einsum` of an activation and a plain or quantised weight, for any contraction.
 
-    For any contraction; it may hold the dequantised weight in memory, which `matmul` never does.
+    It may hold the dequantised weight in memory, which `matmul` never does.
+
+    Args:
+      subscripts: as for `jnp.einsum`, of two operands.
+      x: the activation, of any shape and float dtype.
+      w: the weight [..., C, O].
+
+    Returns:
+      float32, of the shape that the subscripts say.
     """
     return jnp.einsum(subscripts, x.astype(jnp.float32), dequantize(w), precision=lax.Precision.HIGHEST)
 
 
 def partition_specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
-    """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1."""
+    """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1.
+
+    Args:
+      w: a weight or a table, or one of shapes alone.
+      axes: the logical axis of each of its axes.
+      partitioner: mesh and rules.
+
+    Raises:
+      ValueError: A mesh axis does not divide a size, or would split two axes.
+    """
     if isinstance(w, QuantizedTable):
         rows: list[Any] = [partitioner.spec(axes, w.shape), partitioner.spec(axes[:1], w.scales.shape)]
         return QuantizedTable(*rows)
@@ -193,7 +217,13 @@ def partition_specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
 
 
 def shardable_blocks(num_blocks: int, axes: Axes, partitioner: Partitioner) -> int:
-    """The scale blocks to `refine` to, so that every device holds whole blocks for its rows of the weight."""
+    """The scale blocks to `refine` to, so that every device holds whole blocks for its rows of the weight.
+
+    Args:
+      num_blocks: Q, blocks that there are.
+      axes: the logical axes of the weight, the contracting one second to last.
+      partitioner: mesh and rules.
+    """
     contracting = axes[-2]
     return (
         num_blocks if num_blocks == 1 or contracting is None else math.lcm(num_blocks, partitioner.shards(contracting))

@@ -46,7 +46,15 @@ class Steps(Protocol):
         """
 
     def score(self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int) -> PendingScores:
-        """`prefill` of one chunk [T] that also gives the score of a target [T] at each of its positions."""
+        """`prefill` of one chunk of one prompt that also scores the token behind each of its positions.
+
+        Args:
+          tokens: int32 [T], right-padded.
+          targets: int32 [T], the token behind each of these.
+          count: how many of the tokens are real.
+          start: the position of the first.
+          row: which row takes them.
+        """
 
     def share(self, source: int, target: int, length: int) -> None:
         """Makes row `target` hold the first `length` entries of row `source` and its logits; they may be one row."""

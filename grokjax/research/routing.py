@@ -104,10 +104,10 @@ def count_tokens(model: Grok, tokens: ArrayLike, lengths: ArrayLike, experts: Ar
 
 @functools.partial(jax.jit, static_argnames="config")
 def _count_tokens(tokens: jax.Array, lengths: jax.Array, experts: jax.Array, *, config: GrokConfig) -> jax.Array:
-    counted = is_real(tokens, lengths).astype(jnp.int32)
+    counted = is_real(tokens, lengths)
     counts = jnp.zeros((len(experts), config.num_experts, config.vocab_size), jnp.int32)
     layers = jnp.arange(len(experts), dtype=jnp.int32)[:, None, None, None]
-    return counts.at[layers, experts, tokens[None, :, :, None]].add(counted[None, :, :, None])
+    return counts.at[layers, experts, tokens[None, :, :, None]].add(counted[None, :, :, None].astype(jnp.int32))
 
 
 def is_chosen(experts: jax.Array, num_experts: int) -> jax.Array:

@@ -119,11 +119,25 @@ class Partitioner:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh_here(), spec), specs)
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """States the sharding of an activation inside a compiled function."""
+        """An activation whose sharding is stated, inside a compiled function.
+
+        Args:
+          x: an array of any shape and dtype.
+          axes: the logical axis of each of its axes, None where it is not split.
+
+        Raises:
+          ValueError: As `spec` says.
+        """
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """Runs `function` on each device's own shards; collectives inside name mesh axes."""
+        """Runs a function on each device's own shards; collectives inside name mesh axes.
+
+        Args:
+          function: of shards, which gives shards.
+          in_specs: a `PartitionSpec` for each argument, or a tree of them.
+          out_specs: the same for the result.
+        """
         mesh = self.mesh_here()
         names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
         return jax.shard_map(
@@ -131,7 +145,7 @@ class Partitioner:
         )
 
     def psum(self, x: jax.Array, *axes: str) -> jax.Array:
-        """Inside `shard_map`: the sum over the mesh axes that split the logical `axes`."""
+        """Inside `shard_map`: the sum of shards, of any shape, over the mesh axes that split the logical `axes`."""
         names = {self.rules.axis_of(axis) for axis in axes} - {None}
         return jax.lax.psum(x, tuple(sorted(names))) if names else x
 
