@@ -11,10 +11,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from grokjax.config import GrokConfig
+from grokjax.config import GrokConfig, check_config
 from grokjax.context import is_traced, own_context
 from grokjax.memory import check_fits
 from grokjax.printing import describe, describe_devices, describe_fields, display, on_lines
+from grokjax.quantization import largest_magnitude
+from grokjax.request import check_integer, is_integer
 from grokjax.sharding import Axes, Partitioner, ShardingRules, device_bytes, zeros
 
 CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, None)
@@ -43,9 +45,12 @@ class QuantizedEntries:
 
     @classmethod
     def of(cls, entries: jax.Array) -> Self:
-        """Float entries [..., H] rounded to int8: off by at most half a scale, 1/254 of an entry's largest number."""
+        """Float entries [..., H] rounded to int8: off by at most half a scale, 1/254 of an entry's largest number.
+
+        An entry with a NaN or an infinite number has an infinite scale, so no result of it is finite.
+        """
         entries = entries.astype(jnp.float32)
-        scales = jnp.abs(entries).max(axis=-1) / 127
+        scales = largest_magnitude(entries, axis=-1) / 127
         numbers = jnp.round(entries / jnp.where(scales == 0, 1, scales)[..., None])
         return cls(numbers.astype(jnp.int8), scales)
 
@@ -131,11 +136,17 @@ class KVCache:
         mesh: Mesh | AbstractMesh | None = None,
         rules: ShardingRules | None = None,
     ) -> Self:
-        """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory."""
+        """The cache that `create` makes, as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory.
+
+        The arguments are those of `create`; of the mesh only the shape is asked for.
+
+        Raises:
+          ValueError: A size is out of range, or the dtype is another one.
+        """
+        check_config(config)
         max_len = config.max_seq_len if max_len is None else max_len
-        if not 1 <= batch_size <= MOST_ROWS:
-            raise ValueError(f"batch_size={reprlib.repr(batch_size)} must be between 1 and {MOST_ROWS}.")
-        if not 1 <= max_len <= config.max_seq_len:
+        batch_size = check_integer("batch_size", batch_size, 1, MOST_ROWS)
+        if not is_integer(max_len) or not 1 <= max_len <= config.max_seq_len:
             raise ValueError(f"max_len={reprlib.repr(max_len)} must be between 1 and max_seq_len={config.max_seq_len}.")
         partitioner = Partitioner.create(config, mesh, rules)
         dtype = default_cache_dtype(partitioner.platform) if dtype is None else dtype
@@ -261,7 +272,10 @@ class KVCache:
 
     @own_context()
     def reset(self, row: jax.Array | int) -> "KVCache":
-        """This cache with row `row` empty.
+        """This cache with one row empty; its memory stays as it is.
+
+        Args:
+          row: int32 [], or a number from 0.
 
         Raises:
           ValueError: `row` is outside the batch, or a step has taken this cache's memory.
@@ -275,7 +289,9 @@ class KVCache:
             is_explicit = bool(jax.typeof(row).sharding.mesh.explicit_axes)
             return jnp.asarray(jax.device_put(row, own) if is_explicit else row, jnp.int32)
         if row not in range(self.batch_size):
-            raise ValueError(f"row {row} is outside the cache's {self.batch_size} rows: give one of 0, 1, ...")
+            raise ValueError(
+                f"row {row} is outside the cache's {self.batch_size} rows: give 0 to {self.batch_size - 1}."
+            )
         return jnp.asarray(int(row), jnp.int32)
 
 

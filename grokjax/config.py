@@ -241,6 +241,19 @@ _MODEL_FIELDS = {
 }
 
 
+def check_config(config: object) -> None:
+    """Refuses what is no configuration, such as the name of one.
+
+    Raises:
+      ValueError: It is something else.
+    """
+    if not isinstance(config, GrokConfig):
+        raise ValueError(
+            f"the configuration must be a GrokConfig, such as GrokConfig.grok_1() or GrokConfig.from_json(text) makes, "
+            f"not {reprlib.repr(config)}."
+        )
+
+
 def _check_number(name: str, value: Any, kind: Any) -> None:
     shown = f"{name}={reprlib.repr(value)}"
     if kind is int:

@@ -68,7 +68,14 @@ class QuantizedArray:
         return self.scales.shape[-2]
 
     def refine(self, num_blocks: int) -> "QuantizedArray":
-        """The same values with each scale block cut into equal parts, `num_blocks` (a multiple of Q) in all."""
+        """The same values with each scale block cut into equal parts.
+
+        Args:
+          num_blocks: of the result, along the contracting axis: a multiple of Q that divides C.
+
+        Raises:
+          ValueError: It is something else.
+        """
         if num_blocks < 1 or num_blocks % self.num_blocks or self.shape[-2] % num_blocks:
             raise ValueError(
                 f"{self.num_blocks} scale blocks over {self.shape[-2]} rows cannot be cut into {num_blocks}: choose a "
@@ -91,18 +98,28 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
 
     Returns:
       The array whose values differ from `w` by at most half a scale (a little more where a bfloat16 scale rounds down).
+      The scale of a block with a NaN or an infinite number is infinite.
 
     Raises:
-      ValueError: `num_blocks` does not divide C.
+      ValueError: `w` has no axes C and O, or `num_blocks` does not divide C.
     """
+    if w.ndim < 2:
+        raise ValueError(f"w has shape {w.shape}: give a matrix [C, O], or several [..., C, O].")
     *lead, rows, outputs = w.shape
     if num_blocks < 1 or rows % num_blocks:
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
-    # For XLA's CPU backend the largest of some numbers and NaN may be one of the numbers.
-    magnitudes = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
-    scales = (magnitudes.max(axis=-2) / 127).astype(scale_dtype)
+    scales = (largest_magnitude(blocks, axis=-2) / 127).astype(scale_dtype)
     return QuantizedArray(_round_to_int8(blocks, scales[..., None, :]).reshape(w.shape), scales)
+
+
+def largest_magnitude(x: jax.Array, axis: int) -> jax.Array:
+    """The largest magnitude along an axis, in the dtype of `x`; infinite where there is a NaN.
+
+    So a scale made of it is infinite, and what NaN is rounded to is seen. For XLA's CPU backend the largest of some
+    numbers and NaN may be one of the numbers.
+    """
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(axis=axis)
 
 
 def _round_to_int8(w: jax.Array, scales: jax.Array) -> jax.Array:
@@ -140,9 +157,14 @@ Table = jax.Array | QuantizedTable
 
 @in_own_context
 def quantize_table(table: jax.Array) -> QuantizedTable:
-    """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale."""
+    """Rounds a table, float [V, D], to int8 with one float32 scale for each row; off by at most half a scale.
+
+    A row with a NaN or an infinite number has an infinite scale, so whatever is made of it is not finite.
+    """
+    # Without barriers XLA's CPU backend casts the table once for all, and holds all of it in float32 meanwhile.
     scales = jnp.abs(table).max(axis=1).astype(jnp.float32) / 127
-    # Else XLA's CPU backend casts the table once for scales and weight, and holds all of it in float32 between them.
+    scales, table = lax.optimization_barrier((scales, table))
+    scales = jnp.where(jnp.isnan(table).any(axis=1), jnp.inf, scales)  # see `largest_magnitude`
     scales, table = lax.optimization_barrier((scales, table))
     return QuantizedTable(_round_to_int8(table, scales[:, None]), scales)
 
@@ -158,15 +180,32 @@ def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
 
 
 def einsum(subscripts: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`jnp.einsum` of an activation and a plain or quantised weight, in float32.
+    """`jnp.einsum` of an activation and a plain or quantised weight, for any contraction.
 
-    For any contraction; it may hold the dequantised weight in memory, which `matmul` never does.
+    It may hold the dequantised weight in memory, which `matmul` never does.
+
+    Args:
+      subscripts: as for `jnp.einsum`, of two operands.
+      x: the activation, of any shape and float dtype.
+      w: the weight [..., C, O].
+
+    Returns:
+      float32, of the shape that the subscripts say.
     """
     return jnp.einsum(subscripts, x.astype(jnp.float32), dequantize(w), precision=lax.Precision.HIGHEST)
 
 
 def partition_specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
-    """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1."""
+    """`PartitionSpec`s of a weight, in its own structure; scale blocks follow the contracting axis unless Q is 1.
+
+    Args:
+      w: a weight or a table, or one of shapes alone.
+      axes: the logical axis of each of its axes.
+      partitioner: mesh and rules.
+
+    Raises:
+      ValueError: A mesh axis does not divide a size, or would split two axes.
+    """
     if isinstance(w, QuantizedTable):
         rows: list[Any] = [partitioner.spec(axes, w.shape), partitioner.spec(axes[:1], w.scales.shape)]
         return QuantizedTable(*rows)
@@ -178,7 +217,13 @@ def partition_specs(w: Any, axes: Axes, partitioner: Partitioner) -> Any:
 
 
 def shardable_blocks(num_blocks: int, axes: Axes, partitioner: Partitioner) -> int:
-    """The scale blocks to `refine` to, so that every device holds whole blocks for its rows of the weight."""
+    """The scale blocks to `refine` to, so that every device holds whole blocks for its rows of the weight.
+
+    Args:
+      num_blocks: Q, blocks that there are.
+      axes: the logical axes of the weight, the contracting one second to last.
+      partitioner: mesh and rules.
+    """
     contracting = axes[-2]
     return (
         num_blocks if num_blocks == 1 or contracting is None else math.lcm(num_blocks, partitioner.shards(contracting))

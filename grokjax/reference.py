@@ -189,7 +189,17 @@ def _softmax(x: Array) -> Array:
 
 
 def greedy(weights: Weights, config: GrokConfig, tokens: Sequence[int], steps: int) -> list[int]:
-    """The `steps` most probable tokens that follow `tokens`, one after the other."""
+    """The most probable tokens that follow some tokens, one after the other.
+
+    Args:
+      weights: as for `forward`.
+      config: the sizes.
+      tokens: ids, at least one.
+      steps: how many tokens to find.
+
+    Returns:
+      Their ids, as many as `steps`.
+    """
     sequence = list(tokens)
     for _ in range(steps):
         sequence.append(int(forward(weights, config, sequence).logits[-1].argmax()))

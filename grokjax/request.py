@@ -298,7 +298,10 @@ def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if wrong.size:
         shown = reprlib.repr(int(wrong[0]))
-        raise ValueError(f"{name} has the token id {shown}, outside the vocabulary of {vocab_size} tokens.")
+        raise ValueError(
+            f"{name} has the token id {shown}, outside the vocabulary of {vocab_size} tokens: give 0 to "
+            f"{vocab_size - 1}."
+        )
 
 
 # Field, least, largest. Without 64-bit types JAX keeps the low half of a seed, so two seeds would give one text.

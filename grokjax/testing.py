@@ -89,7 +89,13 @@ def write_release_checkpoint(
 
 
 def write_tensor(path: str | Path, weight: Array, scales: Array | None = None) -> None:
-    """Writes one file of the release: a plain array, or a `QuantizedWeight8bit`."""
+    """Writes one file of the release: a plain array, or a `QuantizedWeight8bit`.
+
+    Args:
+      path: of the file; what is there is overwritten, but no link is followed.
+      weight: int8 [..., C, O] with scales; without, float32 or bfloat16 of any shape.
+      scales: float32 or bfloat16 [..., Q, O], None for a plain array.
+    """
     with open(path, "wb", opener=open_itself) as stream:
         for part in tensor_pickle(weight, scales):
             stream.write(part)

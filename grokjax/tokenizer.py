@@ -331,5 +331,7 @@ def _checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     checked = [operator.index(token) for token in ids]
     for token in checked:
         if not 0 <= token < vocab_size:
-            raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size} tokens.")
+            raise ValueError(
+                f"token id {token} is outside the vocabulary of {vocab_size} tokens: give 0 to {vocab_size - 1}."
+            )
     return checked

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from grokjax import cli, distributed
 from grokjax.checkpoint import CheckpointError, convert, describe, load, save
 from grokjax.checkpoint.formats import release
-from grokjax.cli import generate
+from grokjax.cli import batch
 from grokjax.config import GrokConfig
 from grokjax.engine import Engine, follow
 from grokjax.model import Grok, ModelSteps, forward
@@ -134,7 +134,7 @@ def counted_bytes() -> Iterator[list[int]]:
 
 # Job -> whose function it is and at which of its calls a process dies: before all meet, or between steps.
 DEATHS: dict[str, tuple[Any, str, int]] = {
-    "meeting": (generate, "on_first", 1),
+    "meeting": (batch, "on_first", 1),
     "batch": (ModelSteps, "decode", 10),
     "prompt": (ModelSteps, "decode", 10),
 }

@@ -25,11 +25,26 @@ def test_shape_sharding_and_dtype_are_as_documented() -> None:
     np.testing.assert_array_equal(cache.lengths, np.zeros(4))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_int8_entry_of_what_is_no_number_is_not_finite(value: float, dtype: str) -> None:
+    """Else an engine would go on drawing tokens from a model that computes NaN."""
+    entries = np.random.default_rng(0).standard_normal((2, 64, 128))
+    entries[1, 9, 3] = value
+    quantized = jax.jit(QuantizedEntries.of)(jnp.asarray(entries, dtype))
+    with np.errstate(invalid="ignore"):  # 0 times infinity
+        found = np.isfinite(np.asarray(quantized.numbers, np.float32) * np.asarray(quantized.scales)[..., None])
+    np.testing.assert_array_equal(found.all(axis=-1), ~np.isin(np.arange(128).reshape(2, 64), [64 + 9]))
+    assert not found[1, 9].any()
+
+
 @pytest.mark.parametrize(
     ("batch_size", "max_len", "message"),
     [
-        (0, 8, "batch_size=0 must be between 1 and 4194304"),
+        (0, 8, "batch_size=0 must be an integer between 1 and 4194304"),
         (1, 0, "max_len=0 must be between 1 and max_seq_len=256"),
+        ("one", 8, "batch_size='one' must be an integer"),
+        (1, 8.5, r"max_len=8\.5 must be between 1 and max_seq_len=256"),
         (1, 257, "max_len=257 must be between 1 and max_seq_len=256"),
     ],
 )

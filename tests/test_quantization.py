@@ -59,6 +59,18 @@ def test_what_is_no_number_is_not_rounded_to_one(dtype: str) -> None:
     np.testing.assert_array_equal(found, np.broadcast_to(np.arange(64) != 7, (64, 64)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_of_a_table_with_what_is_no_number_is_not_finite(value: float, dtype: str) -> None:
+    table = random(64, 64)
+    table[5, 7] = value
+    quantized = jax.jit(quantize_table)(jnp.asarray(table, dtype))
+    with np.errstate(invalid="ignore"):  # 0 times infinity
+        found = np.isfinite(np.asarray(quantized.weight, np.float32) * np.asarray(quantized.scales)[:, None])
+    np.testing.assert_array_equal(found.any(axis=1), np.arange(64) != 5)
+    np.testing.assert_array_equal(found.all(axis=1), np.arange(64) != 5)
+
+
 def test_refined_blocks_mean_the_same() -> None:
     quantized = quantize(jnp.asarray(random(2, 16, 8)), num_blocks=2)
     np.testing.assert_array_equal(dequantize(quantized.refine(8)), dequantize(quantized))
@@ -70,6 +82,11 @@ def test_refined_blocks_mean_the_same() -> None:
 def test_indivisible_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="num_blocks=3 does not divide the 16 rows"):
         quantize(jnp.ones((16, 4)), num_blocks=3)
+
+
+def test_a_vector_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"w has shape \(16,\): give a matrix \[C, O\]"):
+        quantize(jnp.ones(16))
 
 
 def test_no_blocks_at_all_are_refused() -> None:

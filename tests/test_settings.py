@@ -158,7 +158,7 @@ def test_what_jax_refuses_is_not_said_to_be_short_of_memory(
     def refuse(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Disallowed host-to-device transfer.")
 
-    monkeypatch.setattr("grokjax.cli.generate.init", refuse)
+    monkeypatch.setattr("grokjax.cli.model.init", refuse)
     assert main(["generate", "--random", "tiny", "hello"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "grokjax: error: the model failed: INVALID_ARGUMENT: Disallowed host-to-device transfer."

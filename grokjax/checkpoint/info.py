@@ -59,6 +59,12 @@ class CheckpointInfo:
     ) -> int:
         """Bytes of the parameters on each device after `load` onto a mesh of (data, model) devices; none are needed.
 
+        Args:
+          mesh: how many devices lie along data and along model.
+          rules: as for `load`, and so are those that follow.
+          dtype: of the plain weights.
+          quantized: which int8 weights stay so.
+
         Raises:
           ValueError: The mesh or the rules do not fit the configuration, the dtype is not a compute dtype, or
             `quantized` is none of what `load` takes.
@@ -70,5 +76,14 @@ class CheckpointInfo:
 
 
 def describe(path: str | Path, config: GrokConfig | None = None) -> CheckpointInfo:
-    """Reads names, shapes and dtypes of a checkpoint of any layout; the arguments and errors are those of `load`."""
+    """Reads names, shapes and dtypes of a checkpoint of any layout; no array is read.
+
+    Args:
+      path: as for `load`.
+      config: as for `load`.
+
+    Raises:
+      CheckpointError: There is no checkpoint, or it is damaged.
+      ValueError: `config` is no configuration.
+    """
     return CheckpointInfo.of(open_checkpoint(path, config))

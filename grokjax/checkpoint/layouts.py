@@ -10,7 +10,7 @@ from grokjax.checkpoint.formats.safetensors import open_safetensors
 from grokjax.checkpoint.formats.safetensors_headers import find_safetensors
 from grokjax.checkpoint.formats.safetensors_names import read_config
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError, DamageError
-from grokjax.config import GrokConfig
+from grokjax.config import GrokConfig, check_config
 
 
 def open_checkpoint(path: str | Path, config: GrokConfig | None = None) -> Checkpoint:
@@ -23,7 +23,10 @@ def open_checkpoint(path: str | Path, config: GrokConfig | None = None) -> Check
 
     Raises:
       CheckpointError: There is no checkpoint, or something is wrong with it; the message lists all that is.
+      ValueError: `config` is no configuration.
     """
+    if config is not None:
+        check_config(config)
     if find_orbax(path) is not None:
         checkpoint = open_orbax(path)
         _check_config(checkpoint, config)

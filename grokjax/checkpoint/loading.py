@@ -82,7 +82,7 @@ def load(
     exclude rules.
     """
     check_dtype(dtype)
-    checkpoint = open_checkpoint(path, config) if isinstance(path, str | Path) else path
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, config)
     config, sources = map_sources(checkpoint, config, layers, rename, exclude)
     partitioner = Partitioner.create(config, mesh, rules)
     check_same_weights(checkpoint, together=partitioner.mesh.is_multi_process)

@@ -34,9 +34,11 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     Raises:
       CheckpointError: The folder exists, cannot be written, or the disk is full.
       ValueError: The model has parameters that a checkpoint has no place for, or lacks some, or some have another shape
-        or dtype than a checkpoint holds; all are listed. Or its embedding table is int8, or it is
-        edited.
+        or dtype than a checkpoint holds; all are listed. Or its embedding table is int8, it is edited, or it is no
+        model.
     """
+    if not isinstance(model, Grok):
+        raise ValueError(f"the model must be one that init or load makes, not a {type(model).__name__}.")
     if isinstance(model.embedding.table.get_value(), QuantizedTable):
         raise ValueError(
             "the embedding table is int8, and checkpoints hold it plain: save the model made without quantized_table."

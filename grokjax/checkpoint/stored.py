@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import ml_dtypes
@@ -69,6 +69,7 @@ class StoredTensor(Protocol):
         """Scales of int8 values; None for a plain weight."""
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """A checkpoint whose tensors all fit its configuration."""
 

@@ -1,246 +1,95 @@
-"""Jobs of `grokjax generate` and `score`: prompts from a file, results as JSON lines, resumed after interruption."""
+"""A job of `grokjax generate` or `score`: the prompts of a file, run and written down one by one, and resumed."""
 
-import codecs
+import argparse
 import collections
 import contextlib
-import dataclasses
-import json
-import math
-import os
-import re
-import reprlib
+import operator
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from io import FileIO
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-from grokjax.checkpoint import lock_file, open_itself
-from grokjax.engine import Engine, Handle, Metrics
-from grokjax.request import Completion, Request, TokenScore
+import jax
 
-PromptId = str | int
+from grokjax.cli.console import BatchProgress, say
+from grokjax.cli.model import SLOTS, SMALLER_BATCH, Source, model_failures
+from grokjax.cli.prompts import Prompt, read_prompts
+from grokjax.cli.results import Results, open_results
+from grokjax.distributed import on_first
+from grokjax.engine import Engine, Handle, Metrics, follow
+from grokjax.request import Request
 
 # Seconds between two calls of a job's `progress`: what it shows takes longer to gather than a step may wait.
 _PROGRESS_PERIOD = 0.1
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Request))
-_SCORE_FIELDS = tuple(field.name for field in dataclasses.fields(TokenScore) if field.name != "top")
 
-
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """What JSON gives for a field that is neither a number nor true or false.
-
-    Attributes:
-      types: of the value.
-      words: the same for people.
-      items: of the entries, if it is a list.
-    """
-
-    types: tuple[type, ...]
-    words: str
-    items: type = object
-
-    def has(self, value: object) -> bool:
-        """Whether a value is of this kind."""
-        return isinstance(value, self.types) and (
-            not isinstance(value, list) or all(isinstance(item, self.items) for item in value)
-        )
-
-
-# `Request` itself names those that are of another kind.
-_KINDS = {
-    "stop": _Kind((str, list), "a text or a list of texts", str),
-    "stop_ids": _Kind((list,), "a list of token ids", int),
-    "allowed_tokens": _Kind((list, type(None)), "a list with true or false for each token", int),
-    "logit_bias": _Kind((dict, type(None)), 'an object such as {"42": -1.5}'),
-}
-
-# What stands in a text for bytes that are no UTF-8, and which no UTF-8 text can hold.
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-# Wrong lines of a file of prompts that are shown.
-_MOST_LISTED = 10
-
-# How every line of the output begins; what else stands at the end of a file is not ours to remove.
-_LINE_START = b'{"id": '
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A line of the prompt file.
-
-    Attributes:
-      id: that of the line, by default its number.
-      line: its number, from 1.
-      request: what is asked for.
-    """
-
-    id: PromptId
-    line: int
-    request: Request
-
-
-def read_prompts(path: Path, default: Request) -> tuple[Prompt, ...]:
-    """Reads a prompt file: a prompt a line, or for a name that ends in `.jsonl` a JSON object a line.
-
-    An object has a `prompt`, maybe an `id`, and any other field of `Request`. Blank lines are passed over. What is
-    wrong with a prompt as such (too long, not UTF-8) is left to its result.
+def run_file(source: Source, arguments: argparse.Namespace, request: Request) -> int:
+    """Runs a file of prompts; of several processes, the first has prompts and results, and the others step with it.
 
     Args:
-      path: the file.
-      default: whose fields a line's request has where the line does not give them.
+      source: the model.
+      arguments: of the command.
+      request: what is asked for of each prompt whose line does not say otherwise.
+
+    Returns:
+      1 if a prompt ended with an error, else 0.
 
     Raises:
-      ValueError: The file cannot be read, is UTF-16 or has no prompts, or lines are not as described; they are named.
+      ValueError: The file cannot be read or the results written, or the model failed.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-        raise ValueError(f"{path} is UTF-16 or no text: give it in UTF-8, as `iconv -f UTF-16 -t UTF-8` converts it.")
-    # Bytes that are no UTF-8 become lone surrogates, which the tokenizer refuses in that prompt alone.
-    text = content.decode("utf-8-sig", errors="surrogateescape")
-    read = _read_object if path.suffix.lower() == ".jsonl" else _read_text
-    lines = enumerate((line.removesuffix("\r") for line in text.split("\n")), start=1)
-    prompts, problems = [], []
-    for number, line in lines:
-        if line.strip():
-            try:
-                prompts.append(read(line, number, path, default))
-            except ValueError as error:
-                problems.append(str(error))
-    if problems:
-        more = f"\n... and {len(problems) - _MOST_LISTED} line(s) more." if len(problems) > _MOST_LISTED else ""
-        raise ValueError("\n".join(problems[:_MOST_LISTED]) + more)
-    if not prompts:
-        raise ValueError(f"{path} has no prompts: give it at least one line.")
-    _check_ids(prompts, path)
-    return tuple(prompts)
+    kept = " The results so far are kept, and the same command goes on after them."
+    with (
+        model_failures(SMALLER_BATCH, kept),
+        interrupted_by_sigterm() as came,
+        contextlib.ExitStack() as until_done,
+    ):
+        batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, request, until_done))
+        if batch is None:
+            follow(source.make())
+            return 0
+        return _run_prompts(*batch, source, arguments, came.is_set, is_scored=not request.max_new_tokens)
 
 
-def _read_text(line: str, number: int, path: Path, default: Request) -> Prompt:
-    del path
-    return Prompt(number, number, dataclasses.replace(default, prompt=line))
+def _open_batch(
+    arguments: argparse.Namespace, request: Request, until_done: contextlib.ExitStack
+) -> tuple[tuple[Prompt, ...], Results]:
+    prompts = read_prompts(arguments.prompts, request)
+    return prompts, until_done.enter_context(open_results(arguments.output, prompts))
 
 
-def _read_object(line: str, number: int, path: Path, default: Request) -> Prompt:
-    where = f"{path}, line {number}"
-    fields = _parse(line)
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f'{where} is not a JSON object: write {{"prompt": "..."}}, all of it in one line, its numbers finite.'
+def _run_prompts(
+    prompts: tuple[Prompt, ...],
+    results: Results,
+    source: Source,
+    arguments: argparse.Namespace,
+    is_interrupted: Callable[[], bool],
+    *,
+    is_scored: bool,
+) -> int:
+    """Runs the prompts that have no result; where they are scored and not continued, their own tokens count."""
+    doing, counted = ("scoring", "prompt_tokens") if is_scored else ("generating", "new_tokens")
+    earlier = len(results.failed)
+    if earlier:
+        say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
+    # Other processes wait for an engine, be there anything to do or not.
+    if earlier < len(prompts) or jax.process_count() > 1:
+        engine = Engine(
+            source.make(),
+            source.tokenizer,
+            slots=arguments.slots or SLOTS,
+            max_len=arguments.max_len,
+            max_guesses=arguments.guesses,
+            cache_dtype=arguments.cache_dtype,
+            allow_oom=arguments.allow_oom,
+            add_bos=arguments.add_bos,
         )
-    key = fields.pop("id", number)
-    if not _is_id(key):
-        raise ValueError(f"{where}: id={reprlib.repr(key)} must be a text in UTF-8 or an integer.")
-    _check_fields(fields, where)
-    if fields.get("logit_bias"):
-        fields["logit_bias"] = _token_keys(fields["logit_bias"], where)
-    try:
-        return Prompt(key, number, dataclasses.replace(default, **fields))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check_fields(fields: dict[str, Any], where: str) -> None:
-    unknown = sorted(fields.keys() - set(_FIELDS))
-    if unknown:
-        raise ValueError(
-            f"{where}: {', '.join(unknown)} is no field of a request; these are: id, {', '.join(_FIELDS)}."
-        )
-    if "prompt" not in fields:
-        raise ValueError(f'{where} has no prompt: write {{"prompt": "..."}}.')
-    for name, kind in _KINDS.items():
-        if name in fields and not kind.has(fields[name]):
-            raise ValueError(f"{where}: {name}={reprlib.repr(fields[name])} must be {kind.words}.")
-
-
-def _token_keys(bias: dict[str, Any], where: str) -> dict[int, Any]:
-    """The keys of an object are text in JSON."""
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError:
-        raise ValueError(f'{where}: the keys of logit_bias must be token ids, such as "42".') from None
-
-
-def _check_ids(prompts: Sequence[Prompt], path: Path) -> None:
-    first: dict[PromptId, int] = {}
-    for prompt in prompts:
-        line = first.setdefault(prompt.id, prompt.line)
-        if line != prompt.line:
-            raise ValueError(
-                f"{path}: lines {line} and {prompt.line} have the id {prompt.id!r}: give each its own. A line without "
-                "one has its number."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """The output of a job, open for more results.
-
-    Attributes:
-      file: where they are appended, unbuffered: what is written survives the process.
-      failed: the id of each prompt that has a result -> whether that is an error.
-    """
-
-    file: FileIO
-    failed: dict[PromptId, bool]
-
-    def write(self, prompt: Prompt, handle: Handle) -> None:
-        """Appends the result of a prompt that has ended.
-
-        Raises:
-          ValueError: It cannot be written, or what has the output's name is no longer this file.
-        """
-        record = _record(prompt, handle)
-        rest = json.dumps(record).encode() + b"\n"
-        try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
-        except OSError as error:
-            raise ValueError(
-                f"--output {self.file.name} cannot be written: {error.strerror}. The results so far are kept, and "
-                "the same command goes on after them."
-            ) from error
-        self._check_place()
-        self.failed[prompt.id] = "error" in record
-
-    def _check_place(self) -> None:
-        try:
-            is_there = os.path.samestat(os.fstat(self.file.fileno()), Path(self.file.name).stat())
-        except OSError:
-            is_there = False
-        if not is_there:
-            raise ValueError(
-                f"--output {self.file.name} was removed, moved or replaced while its job ran: put it back, if you can, "
-                "and give the same command again; it goes on after the results that it finds there."
-            )
-
-
-@contextlib.contextmanager
-def open_results(path: Path, prompts: Sequence[Prompt]) -> Iterator[Results]:
-    """Opens the output of a job, with the results that are in it; an incomplete last line is removed.
-
-    Raises:
-      ValueError: It cannot be written or locked, another process writes it, or it has something else than results of
-        these prompts; then it stays as it is.
-      KeyboardInterrupt: The block was interrupted; the message says what is there and how to go on.
-    """
-    with _open(path) as file:
-        lock_file(file, path)
-        results = Results(file, _take_up(file, path, prompts))
-        try:
-            yield results
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted: {len(results.failed)} of {len(prompts)} results are in {path}, and the same command "
-                "goes on after them."
-            ) from None
+        with engine, BatchProgress(len(prompts), doing) as progress:
+            num_tokens = operator.attrgetter(counted)
+            run_batch(engine, prompts, results, progress, is_interrupted, num_tokens=num_tokens)
+    num_errors = sum(results.failed.values())
+    errors = f", {num_errors} of them errors" if num_errors else ""
+    say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
+    return 1 if num_errors else 0
 
 
 def run_batch(
@@ -304,131 +153,3 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
         yield came
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def _open(path: Path) -> FileIO:
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--output {path} is not a file: results are appended to a file, and read when a job goes on.")
-    try:
-        return open(path, "a+b", buffering=0, opener=open_itself)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}.") from error
-
-
-def _take_up(file: FileIO, path: Path, prompts: Sequence[Prompt]) -> dict[PromptId, bool]:
-    """Reads the results of an earlier run; the file then ends with a complete line."""
-    file.seek(0)
-    data = file.read()
-    *lines, tail = data.split(b"\n")
-    is_cut = _parse(tail) is None and tail[: len(_LINE_START)] == _LINE_START[: len(tail)]
-    if not is_cut:
-        lines.append(tail)
-    known = {prompt.id: prompt for prompt in prompts}
-    failed = dict(_read_result(line, f"{path}, line {number}", known) for number, line in enumerate(lines, start=1))
-    if is_cut:
-        file.truncate(len(data) - len(tail))
-    else:
-        file.write(b"\n")  # the line is whole and lacks only this
-    return failed
-
-
-def _read_result(line: bytes, where: str, known: Mapping[PromptId, Prompt]) -> tuple[PromptId, bool]:
-    """The id of a result and whether it is an error."""
-    record = _parse(line)
-    if not isinstance(record, dict) or not record.keys() & {"finish_reason", "samples"} or not _is_id(record.get("id")):
-        raise ValueError(f"{where} is no result of this command: choose another --output. The file stays as it is.")
-    prompt = known.get(record["id"])
-    # Compared as they are written: 1, 1.0 and true are equal.
-    if prompt is None or _written(record.get("prompt")) != _written(prompt.request.prompt):
-        other = "has no prompt" if prompt is None else "has another prompt"
-        raise ValueError(
-            f"{where} is the result of other prompts: for the id {record['id']!r} the file {other}. Choose another "
-            "--output. The file stays as it is."
-        )
-    return record["id"], "error" in record
-
-
-def _record(prompt: Prompt, handle: Handle) -> dict[str, Any]:
-    """A line of the output. The fields of several samples are a list; any that failed marks the line as well."""
-    given = _prompt_record(prompt, handle.samples[0])
-    samples = [_sample_record(prompt, sample) for sample in handle.samples]
-    if len(samples) == 1:
-        return given | samples[0]
-    errors = [sample["error"] for sample in samples if "error" in sample]
-    return given | {"samples": samples} | ({"error": errors[0]} if errors else {})
-
-
-def _prompt_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
-    """What is said of the prompt, which all samples share."""
-    record: dict[str, Any] = {
-        "id": prompt.id,
-        "prompt": json.loads(_written(prompt.request.prompt)),
-        "prompt_ids": list(sample.prompt_ids),
-    }
-    if sample.prompt_logprobs is not None:
-        record["prompt_logprobs"] = list(map(_prompt_score, sample.prompt_ids, sample.prompt_logprobs))
-    return record
-
-
-def _sample_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "text": sample.text,
-        "token_ids": list(sample.token_ids),
-        "finish_reason": sample.finish_reason,
-        "timings": dataclasses.asdict(sample.timings),
-    }
-    if sample.error is not None:
-        record["error"] = _sentence(prompt.request.prompt, sample.error)
-    if sample.logprobs is not None:
-        record["logprobs"] = [
-            _scored(one.token_id, one.logprob) | {"top": _all_scored(one.top)} for one in sample.logprobs
-        ]
-    return record
-
-
-def _prompt_score(token_id: int, score: TokenScore | None) -> dict[str, Any]:
-    """A token of a prompt and what is said of it, null for the first; the most probable ones if they were asked for."""
-    if score is None:
-        return dict.fromkeys(_SCORE_FIELDS) | {"token_id": token_id}
-    record = {name: getattr(score, name) for name in _SCORE_FIELDS}
-    return record | ({"top": _all_scored(score.top)} if score.top else {})
-
-
-def _scored(token_id: int, logprob: float) -> dict[str, Any]:
-    return {"token_id": token_id, "logprob": logprob}
-
-
-def _all_scored(top: Iterable[tuple[int, float]]) -> list[dict[str, Any]]:
-    return [_scored(*one) for one in top]
-
-
-def _sentence(prompt: object, error: Exception) -> str:
-    if isinstance(prompt, str) and _SURROGATE.search(prompt):
-        return "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
-    return str(error) or type(error).__name__
-
-
-def _parse(text: str | bytes) -> Any:
-    """What JSON says; None where it is no JSON, as with NaN, or has a number beyond those of float64."""
-    try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number.")
-    return number
-
-
-def _written(prompt: object) -> str:
-    """A prompt as JSON that every reader takes: what is no Unicode in its text is U+FFFD."""
-    return _SURROGATE.sub("\ufffd", json.dumps(prompt, ensure_ascii=False))
-
-
-def _is_id(value: object) -> bool:
-    if isinstance(value, str):
-        return not _SURROGATE.search(value)
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grokjax.cli.console import say
-from grokjax.cli.generate import SLOTS, SMALLER_BATCH, add_model, model_failures, open_source
+from grokjax.cli.model import SLOTS, SMALLER_BATCH, add_model, model_failures, open_source
 from grokjax.cli.programs import kept_programs
 from grokjax.cli.streams import write
 from grokjax.request import check_integer

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from grokjax import Tokenizer
+from grokjax.cli.batch import run_file
 from grokjax.cli.console import say
-from grokjax.cli.generate import add_model, add_slots, open_source, run_file
+from grokjax.cli.model import add_model, add_slots, open_source
 from grokjax.cli.options import add_processes, join_processes
 from grokjax.cli.programs import kept_programs
 from grokjax.distributed import is_first, on_first

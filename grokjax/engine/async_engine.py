@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import reprlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
@@ -24,6 +25,9 @@ class AsyncEngine:
     Args:
       engine: the engine; nothing else may use it meanwhile.
 
+    Raises:
+      ValueError: It is something else.
+
     Example:
       >>> from grokjax import ByteTokenizer, GrokConfig, init
       >>> from grokjax.engine import Engine
@@ -38,6 +42,8 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine):
+        if not isinstance(engine, Engine):
+            raise ValueError(f"AsyncEngine takes an Engine, not {reprlib.repr(engine)}: make one of a model first.")
         self._engine = engine
         self._task: asyncio.Task[None] | None = None
         self._is_open = self._is_draining = False

@@ -30,7 +30,7 @@ class Intake:
       add_bos: whether prompts that are text begin with the beginning-of-sequence token.
 
     Raises:
-      ValueError: A number is out of range, or the tokenizer has more tokens than the model.
+      ValueError: A number is out of range, or the tokenizer is none, or has more tokens than the model.
     """
 
     tokenizer: Tokenizer | None
@@ -42,6 +42,10 @@ class Intake:
 
     def __post_init__(self) -> None:
         config, tokenizer = self.config, self.tokenizer
+        if tokenizer is not None and not hasattr(tokenizer, "vocab_size"):
+            raise ValueError(
+                f"the tokenizer must be one such as load_tokenizer(path) makes, not {reprlib.repr(tokenizer)}."
+            )
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: use the model's own."

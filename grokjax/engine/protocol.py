@@ -55,9 +55,15 @@ class Steps(Protocol):
     def score(
         self, tokens: np.ndarray, targets: np.ndarray, count: int, start: int, row: int, *, wants_top: bool
     ) -> PendingScores:
-        """`prefill` of one chunk [T] that also gives the score of a target [T] at each of its positions.
+        """`prefill` of one chunk of one prompt that also scores the token behind each of its positions.
 
-        If they are wanted, it also gives the most probable tokens there, as many as a request may ask for.
+        Args:
+          tokens: int32 [T], right-padded.
+          targets: int32 [T], the token behind each of these.
+          count: how many of the tokens are real.
+          start: the position of the first.
+          row: which row takes them.
+          wants_top: also give the most probable tokens there, as many as a request may ask for.
         """
 
     def share(self, source: int, target: int, length: int) -> None:

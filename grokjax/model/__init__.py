@@ -5,7 +5,8 @@ Read `grok` first: the stack of decoder layers, which `stack` runs. Then its par
 lets them run under any mesh that a caller has set. `probes` reads and changes their values on the way.
 `building` makes models. `steps` has `forward`, `prefill` and `decode`; `generation` has `generate`, the whole loop, in
 which `guesses` lets a step make more than one token; `scores` says how probable the tokens of a text are. `slot_steps`
-has the steps for a batch whose rows are an engine's slots, and `slots` what both say to each other.
+has the steps for a batch whose rows are an engine's slots, `slot_state` what they keep on the devices, and `slots` what
+an engine and they say to each other.
 """
 
 from grokjax.model.base import named_parameters
@@ -22,13 +23,8 @@ from grokjax.model.generation import Generated, generate
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
 from grokjax.model.scores import Scores, score
-from grokjax.model.slot_steps import (
-    DeviceResult,
-    ModelSteps,
-    SlotState,
-    lower_decode,
-    lower_prefill,
-)
+from grokjax.model.slot_state import SlotState
+from grokjax.model.slot_steps import DeviceResult, ModelSteps, lower_decode, lower_prefill
 from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotOptions, SlotSettings
 from grokjax.model.steps import (
     check_chunks,

@@ -163,6 +163,12 @@ def parameter_maker(
 def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DTypeLike, quantized: bool) -> Grok:
     """A model of `jax.ShapeDtypeStruct`s with shardings: what to load into, or to compile for, without any memory.
 
+    Args:
+      config: the sizes.
+      partitioner: mesh and rules.
+      dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
+      quantized: int8 weights in attention and experts, else plain ones.
+
     Raises:
       ValueError: The dtype is not a compute dtype.
     """

@@ -107,10 +107,12 @@ def generate(
 
 def _check_end(config: GrokConfig, longest: int, max_new_tokens: int, eos_id: int | None) -> None:
     """Checks what ends the continuations of prompts of at most `longest` tokens."""
-    if not is_integer(max_new_tokens) or not 1 <= max_new_tokens <= config.max_seq_len - longest:
+    room = config.max_seq_len - longest
+    if not is_integer(max_new_tokens) or not 1 <= max_new_tokens <= room:
         raise ValueError(
-            f"{longest} prompt tokens and max_new_tokens={reprlib.repr(max_new_tokens)} must leave at least one new "
-            f"token and fit into max_seq_len={config.max_seq_len}."
+            f"max_new_tokens={reprlib.repr(max_new_tokens)} must be an integer from 1 to {room}, "
+            f"which {longest} prompt tokens leave of max_seq_len={config.max_seq_len}: ask for fewer, or shorten the "
+            "prompts."
         )
     if eos_id is not None and not (is_integer(eos_id) and 0 <= eos_id < config.vocab_size):
         raise ValueError(

@@ -255,11 +255,18 @@ class Grok(Module):
           max_len: S, entries a row can hold.
           dtype: by default that of `default_cache_dtype`.
           allow_oom: try it even where the devices have too little memory left.
+
+        Raises:
+          ValueError: As `KVCache.create` says.
         """
         return self.abstract_cache(batch_size, max_len, dtype=dtype).allocate(allow_oom=allow_oom)
 
     def abstract_cache(self, batch_size: int, max_len: int | None = None, *, dtype: DTypeLike | None = None) -> KVCache:
-        """The cache that `new_cache` makes, as `jax.ShapeDtypeStruct`s with shardings."""
+        """The cache that `new_cache` makes of these arguments, as `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+          ValueError: A size is out of range, or the dtype is another one.
+        """
         return self._abstract_cache(self.config, batch_size, max_len, dtype)
 
     def _abstract_cache(

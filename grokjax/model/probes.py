@@ -91,6 +91,10 @@ class Edit:
     def apply(self, x: jax.Array, at: At) -> jax.Array:
         """The changed value, of the shape and dtype of x; x itself in other layers.
 
+        Args:
+          x: the value [P, T, ...] of the edit's site.
+          at: where it stands.
+
         Raises:
           ValueError: The function gives another shape, or its value does not fit the shape of x.
         """

@@ -71,7 +71,7 @@ class Scores(Generic[A]):
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> "Scores[np.ndarray]":
-        """What `pack` holds, on the host."""
+        """The scores [...] that `pack` made int32 [..., 4] of, on the host."""
         logprob, rank, entropy, top_id = (np.ascontiguousarray(packed[..., i]) for i in range(4))
         scores = Scores(logprob.view(np.float32), rank, entropy.view(np.float32), top_id)
         if packed.shape[-1] == 4:

@@ -3,72 +3,27 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from grokjax.cache import CACHE_AXES, Entries, KVCache
+from grokjax.cache import KVCache
 from grokjax.context import own_context
 from grokjax.kernels import copy_row
 from grokjax.memory import check_fits
 from grokjax.model.grok import Grok
-from grokjax.model.guesses import check_guesses, write_tokens
+from grokjax.model.guesses import check_guesses
 from grokjax.model.scores import Scores, scores_of
+from grokjax.model.slot_state import SlotState
 from grokjax.model.slots import DrawnRuns, DrawnTokens, SlotOptions, SlotSettings
 from grokjax.model.steps import decode, prefill
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
-from grokjax.sharding import device_bytes, zeros
+from grokjax.sharding import device_bytes
 
 V = TypeVar("V")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotState:
-    """What the steps keep on the devices from one call to the next.
-
-    Attributes:
-      cache: of B rows.
-      tokens: int32 [B], the last that was drawn in each row.
-      logits: float32 [B, V], those after each row's prefill, from which its first token is drawn.
-      bias: float32 [B, V], what each row's request adds to its logits.
-      texts: int32 [B, S], the tokens of each row by position, the last drawn one included; None where no step guesses.
-    """
-
-    cache: KVCache
-    tokens: jax.Array
-    logits: jax.Array
-    bias: jax.Array
-    texts: jax.Array | None = None
-
-    @classmethod
-    def abstract(cls, model: Grok, cache: KVCache, *, guesses: bool = False) -> Self:
-        """The state around a cache as `jax.ShapeDtypeStruct`s with shardings: to compile for, without memory.
-
-        Args:
-          model: the model.
-          cache: of shapes or of arrays.
-          guesses: whether there are steps that guess, which need the texts.
-        """
-        shape = (cache.batch_size, model.config.vocab_size)
-        wide = model.partitioner.sharding(("batch", "vocab"), shape)
-        whole = model.partitioner.sharding((None,), shape[:1])
-        tokens: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=whole)
-        logits: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=wide)
-        if not guesses:
-            return cls(cache, tokens=tokens, logits=logits, bias=logits)
-        shape = (cache.batch_size, cache.max_len)
-        texts: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=model.partitioner.sharding((None, None), shape))
-        return cls(cache, tokens=tokens, logits=logits, bias=logits, texts=texts)
-
-    @classmethod
-    def create(cls, model: Grok, cache: KVCache, *, guesses: bool = False) -> Self:
-        """The state around a cache before any step; the arguments are those of `abstract`."""
-        shapes = cls.abstract(model, cache, guesses=guesses)
-        return cls(cache, *zeros((shapes.tokens, shapes.logits, shapes.bias, shapes.texts)))
 
 
 class ModelSteps:
@@ -233,30 +188,13 @@ def _abstract_settings(state: SlotState, num_limits: int = 0) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct((packed.shape[0], packed.shape[1] + num_limits), packed.dtype)
 
 
-def _placed(model: Grok, state: SlotState) -> SlotState:
-    """The state where it began, so that no step is compiled a second time for another placement."""
-    wide, constrain = ("batch", "vocab"), model.partitioner.constrain
-
-    def placed(entries: Entries) -> Entries:
-        return jax.tree.map(lambda leaf: constrain(leaf, CACHE_AXES[: leaf.ndim]), entries)
-
-    cache = KVCache(placed(state.cache.keys), placed(state.cache.values), constrain(state.cache.lengths, (None,)))
-    return SlotState(
-        cache,
-        constrain(state.tokens, (None,)),
-        constrain(state.logits, wide),
-        constrain(state.bias, wide),
-        None if state.texts is None else constrain(state.texts, (None, None)),
-    )
-
-
 @functools.partial(jax.jit, donate_argnames="state")
 def _prefill_rows(
     model: Grok, state: SlotState, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
 ) -> SlotState:
     logits, cache = prefill(model, tokens, counts, _holding(state.cache, starts, rows), rows=rows)
-    state = _noting(state, rows, tokens, starts, counts)
-    return _placed(model, dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)))
+    state = state.noting(rows, tokens, starts, counts)
+    return dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)).placed(model)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
@@ -265,11 +203,11 @@ def _score_row(
 ) -> tuple[jax.Array, SlotState]:
     count, start, row = place[:1], place[1:2], place[2:]
     hidden, cache = model(tokens, count, _holding(state.cache, start, row), rows=row)
-    state = _noting(state, row, tokens, start, count)
+    state = state.noting(row, tokens, start, count)
     scores = scores_of(model, hidden, targets, num_top).pack()[0]
     last = lax.dynamic_index_in_dim(hidden[0], count[0] - 1, keepdims=True)
     state = dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, model.logits(last), row))
-    return model.partitioner.constrain(scores, (None, None)), _placed(model, state)
+    return model.partitioner.constrain(scores, (None, None)), state.placed(model)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -282,12 +220,12 @@ def _share_row(model: Grok, state: SlotState, place: jax.Array) -> SlotState:
     logits = _put_logits(state.logits, logits, target[None])
     if state.texts is not None:
         state = dataclasses.replace(state, texts=state.texts.at[target].set(state.texts[source]))
-    return _placed(model, dataclasses.replace(state, cache=cache, logits=logits))
+    return dataclasses.replace(state, cache=cache, logits=logits).placed(model)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _set_bias(model: Grok, state: SlotState, row: jax.Array, bias: jax.Array) -> SlotState:
-    return _placed(model, dataclasses.replace(state, bias=state.bias.at[row].set(bias)))
+    return dataclasses.replace(state, bias=state.bias.at[row].set(bias)).placed(model)
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
@@ -326,7 +264,7 @@ def _decode_guesses(
     runs = jnp.concatenate([counts, checked.drawn.reshape(counts.shape[0], -1)], axis=1)
     last = jnp.take_along_axis(texts, jnp.minimum(cache.lengths, cache.max_len - 1)[:, None], axis=1)[:, 0]
     state = dataclasses.replace(state, cache=cache, tokens=last, texts=texts)
-    return model.partitioner.constrain(runs, (None, None)), _placed(model, state)
+    return model.partitioner.constrain(runs, (None, None)), state.placed(model)
 
 
 def _draw(
@@ -338,8 +276,8 @@ def _draw(
     packed_drawn = model.partitioner.constrain(drawn.pack(), (None, None))
     tokens = jnp.where(row.active, drawn.token_ids, state.tokens)
     rows = jnp.arange(len(positions), dtype=jnp.int32)
-    state = _noting(state, rows, drawn.token_ids[:, None], positions, row.active.astype(jnp.int32))
-    return packed_drawn, _placed(model, dataclasses.replace(state, tokens=tokens))
+    state = state.noting(rows, drawn.token_ids[:, None], positions, row.active.astype(jnp.int32))
+    return packed_drawn, dataclasses.replace(state, tokens=tokens).placed(model)
 
 
 def _drawn(
@@ -364,14 +302,6 @@ def _drawn(
     drawn = model.sample(adjusted, settings, keys=keys, positions=positions).token_id
     top = _most_probable(logits, num_top, (row.active & row.wants_top).any())
     return DrawnTokens(drawn, log_probs_of(logits, drawn), *top)
-
-
-def _noting(state: SlotState, rows: jax.Array, tokens: jax.Array, starts: jax.Array, counts: jax.Array) -> SlotState:
-    """The state whose texts, if it keeps any, have tokens [P, T] of some rows [P]."""
-    if state.texts is None:
-        return state
-    own = write_tokens(state.texts[rows], tokens, starts, counts)
-    return dataclasses.replace(state, texts=state.texts.at[rows].set(own))
 
 
 def _biased(logits: jax.Array, bias: jax.Array) -> jax.Array:

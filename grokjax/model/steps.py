@@ -191,7 +191,10 @@ def check_chunks(
     _check_cache(model, cache, tokens.shape[0] if rows is None else cache.batch_size)
     rows = None if rows is None else _check_rows(rows, tokens, cache)
     if tokens.shape[1] > cache.max_len:
-        raise ValueError(f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}.")
+        raise ValueError(
+            f"{tokens.shape[1]} tokens a row exceed the cache's max_len={cache.max_len}: create a longer cache, or "
+            "pass fewer."
+        )
     named = jnp.arange(len(lengths), dtype=jnp.int32) if rows is None else rows
     if _is_concrete(lengths, cache.lengths, named):
         _check_room(cache, lengths, np.asarray(named))
@@ -257,7 +260,7 @@ def _check_range(name: str, values: jax.Array, most: int, least: int = 0) -> Non
     known = np.asarray(values)  # by NumPy: under a caller's jit, JAX would only trace what it finds
     low, high = int(known.min()), int(known.max())
     if low < least or high > most:
-        raise ValueError(f"{name} must be between {least} and {most}; these reach from {low} to {high}.")
+        raise ValueError(f"{name} must be between {least} and {most}, and one is {high if high > most else low}.")
 
 
 def _check_cache(model: Grok, cache: KVCache, batch_size: int) -> None:
@@ -271,7 +274,7 @@ def _check_cache(model: Grok, cache: KVCache, batch_size: int) -> None:
     if cache.keys.shape != needed:
         raise ValueError(
             f"the cache holds keys of shape {cache.keys.shape} and this call needs {needed}: create it with the "
-            f"model's configuration, mesh and rules, and with {batch_size} rows."
+            f"model's configuration, mesh and rules, and with batch_size={batch_size}."
         )
 
 

@@ -100,7 +100,11 @@ class Program:
 
 
 def read_program(compiled: jax.stages.Compiled) -> Program:
-    """The facts about what `jax.jit(f).lower(...).compile()` gave."""
+    """The facts about what `jax.jit(f).lower(...).compile()` gave.
+
+    Raises:
+      ValueError: The backend tells nothing of its programs.
+    """
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
         raise ValueError("this backend tells nothing of its programs: compile for a CPU, a GPU or a TPU.")

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from grokjax.config import GrokConfig
 from grokjax.model import At, Grok, check_texts, in_any_context
 from grokjax.research.routing import is_chosen
-from grokjax.research.sums import Sums
+from grokjax.research.sums import Sums, is_real
 from grokjax.research.tap import Tap, observe
 
 # Tokens whose logits are held at once: those of two models with Grok-1's vocabulary take 128 MiB.
@@ -99,8 +99,8 @@ def _compare_checked(first: Grok, second: Grok, tokens: ArrayLike, lengths: Arra
 
 @jax.jit
 def _compare(first: Grok, second: Grok, tokens: jax.Array, lengths: jax.Array) -> Comparison:
-    is_real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
-    num_tokens, final = is_real.sum(dtype=jnp.int32), {"final": Tap("final")}
+    counted = is_real(tokens, lengths)
+    num_tokens, final = counted.sum(dtype=jnp.int32), {"final": Tap("final")}
     if first.config.num_experts > 1:
         choices = {"choices": Tap("router.probabilities", via=_choices)}
         _, of_first = observe(first, tokens, lengths, final | choices)
@@ -111,7 +111,7 @@ def _compare(first: Grok, second: Grok, tokens: jax.Array, lengths: jax.Array) -
         (_, of_first), (_, of_second) = (observe(model, tokens, lengths, final) for model in (first, second))
         same_first = same_experts = jnp.full((first.config.num_layers,), num_tokens)
         router_divergence = jnp.zeros((first.config.num_layers,), jnp.float32)
-    same_token, divergence = _compare_next((first, second), (of_first["final"], of_second["final"]), is_real)
+    same_token, divergence = _compare_next((first, second), (of_first["final"], of_second["final"]), counted)
     return Comparison(
         tokens=num_tokens,
         same_first=same_first,
@@ -155,10 +155,10 @@ def _choices(shares: jax.Array, at: At) -> _Choices:
 
 
 def _compare_next(
-    models: tuple[Grok, Grok], hidden: tuple[jax.Array, jax.Array], is_real: jax.Array
+    models: tuple[Grok, Grok], hidden: tuple[jax.Array, jax.Array], counted: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """How many tokens are followed by the same one, and the sum of divergences, of hidden states [P, T, D] of both."""
-    num_rows, length = is_real.shape
+    num_rows, length = counted.shape
     size = max(1, min(length, _TOKENS_AT_ONCE // num_rows))
 
     def add_chunk(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +168,7 @@ def _compare_next(
         def cut(whole: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(whole, start, size, axis=1)
 
-        is_counted = cut(is_real) & is_new
+        is_counted = cut(counted) & is_new
         one, two = (model.logits(cut(own)) for model, own in zip(models, hidden, strict=True))
         is_same = one.argmax(axis=-1) == two.argmax(axis=-1)
         divergence = jnp.where(is_counted, _divergence(one, two), 0).sum()

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from grokjax.config import GrokConfig
 from grokjax.model import At, Grok, check_texts, in_any_context
-from grokjax.research.sums import Sums
+from grokjax.research.sums import Sums, is_real
 from grokjax.research.tap import Tap, observe
 
 # Bins of the margin's histogram, from 0 to 1.
@@ -104,10 +104,10 @@ def count_tokens(model: Grok, tokens: ArrayLike, lengths: ArrayLike, experts: Ar
 
 @functools.partial(jax.jit, static_argnames="config")
 def _count_tokens(tokens: jax.Array, lengths: jax.Array, experts: jax.Array, *, config: GrokConfig) -> jax.Array:
-    is_real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    counted = is_real(tokens, lengths)
     counts = jnp.zeros((len(experts), config.num_experts, config.vocab_size), jnp.int32)
     layers = jnp.arange(len(experts), dtype=jnp.int32)[:, None, None, None]
-    return counts.at[layers, experts, tokens[None, :, :, None]].add(is_real[None, :, :, None].astype(jnp.int32))
+    return counts.at[layers, experts, tokens[None, :, :, None]].add(counted[None, :, :, None].astype(jnp.int32))
 
 
 def is_chosen(experts: jax.Array, num_experts: int) -> jax.Array:
@@ -121,9 +121,9 @@ def _count(shares: jax.Array, at: At) -> RouterStats:
     assert at.router_logits is not None
     probabilities = jax.nn.softmax(at.router_logits, axis=-1)  # [P, T, E]
     num_experts = probabilities.shape[-1]
-    is_real = at.valid[..., None]
+    valid = at.valid[..., None]
     chosen = is_chosen(at.experts, num_experts)
-    chosen_int = (chosen & is_real).astype(jnp.int32)
+    chosen_int = (chosen & valid).astype(jnp.int32)
     least = jnp.where(chosen, probabilities, jnp.inf).min(axis=-1)
     most = jnp.where(chosen, -jnp.inf, probabilities).max(axis=-1, initial=0.0)
     margin = jnp.where(at.valid, least - most, 0)  # below 0 where an edit chose
@@ -132,10 +132,10 @@ def _count(shares: jax.Array, at: At) -> RouterStats:
     return RouterStats(
         tokens=at.valid.sum(dtype=jnp.int32),
         load=chosen_int.sum(axis=(0, 1)),
-        mass=jnp.where(is_real, probabilities, 0).sum(axis=(0, 1)),
+        mass=jnp.where(valid, probabilities, 0).sum(axis=(0, 1)),
         entropy=jnp.where(at.valid, entropy, 0).sum(),
         margin=margin.sum(),
-        margins=((bins == jnp.arange(_BINS, dtype=jnp.int32)[None, None]) & is_real).sum(axis=(0, 1), dtype=jnp.int32),
+        margins=((bins == jnp.arange(_BINS, dtype=jnp.int32)[None, None]) & valid).sum(axis=(0, 1), dtype=jnp.int32),
         together=jnp.einsum("pte,ptf->ef", chosen_int, chosen_int),
     )
 

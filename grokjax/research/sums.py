@@ -1,12 +1,18 @@
-"""What sums over the tokens of some texts have in common: two of them add, and they print their shapes."""
+"""What sums over the tokens of some texts have in common: which tokens count, that two of them add, how they print."""
 
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grokjax.context import own_context
 from grokjax.printing import describe_fields
+
+
+def is_real(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Which of tokens [B, T] are no padding, bool [B, T], for texts of lengths int32 [B]."""
+    return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
 
 
 class Sums:

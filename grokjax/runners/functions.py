@@ -100,7 +100,17 @@ def get_pad_bucket(size: int, pad_sizes: Sequence[int]) -> int:
 
 @jax.transfer_guard("allow")
 def insert_slice(memory: KVCache, slice: KVCache, length: ArrayLike, i: jax.Array | int) -> KVCache:
-    """The batch's cache with row `i` replaced by a one-row cache, which counts `length` entries."""
+    """The batch's cache with one row replaced.
+
+    Args:
+      memory: of all rows.
+      slice: a cache of one row, no longer than `memory`.
+      length: int32 [], or a number: how many of its entries count.
+      i: int32 [], or a number from 0: the row that is replaced.
+
+    Raises:
+      ValueError: As `KVCache.insert` says.
+    """
     lengths = jnp.asarray(length, jnp.int32).reshape(1)
     return memory.insert(dataclasses.replace(slice, lengths=lengths), i)
 

@@ -269,7 +269,13 @@ def _shardings(model: Grok) -> Grok:
 def sample_from_model(
     server: Generator[OutputText | None, Request | None, None], prompt: str, max_len: int, temperature: float
 ) -> str:
-    """The text that continues one prompt, from `InferenceRunner.run()` when it has no other requests.
+    """The text that continues one prompt, drawn with seed 42 and without top-p.
+
+    Args:
+      server: what `InferenceRunner.run()` returns, without other requests.
+      prompt: the text.
+      max_len: tokens of the continuation at most.
+      temperature: 0 is greedy.
 
     Raises:
       Exception: What ended the request, if something failed.

@@ -1,6 +1,7 @@
 """Meshes: made of devices, spread over hosts, and the one that is taken where none is named."""
 
 import math
+import reprlib
 from collections.abc import Sequence
 
 import jax
@@ -28,16 +29,21 @@ def make_mesh(
       devices: devices to use, by default `jax.devices()`; on one host the first `data * model` of them are taken.
 
     Raises:
-      ValueError: There are not as many devices or hosts as the mesh needs, or, where no devices are named, it leaves
-        out all those of a process, which would wait for the others without end.
+      ValueError: An extent is no integer of 1 or more, or there are not as many devices or hosts as the mesh needs.
+        Or, where no devices are named, it leaves out all those of a process, which would wait for the others without
+        end.
 
     Source: the release's `runners.py`, `make_mesh`.
     """
     is_chosen = devices is not None
     devices = list(devices if devices is not None else jax.devices())
+    for name, extents in (("local", local), ("between_hosts", between_hosts)):
+        if not _are_extents(extents):
+            raise ValueError(
+                f"{name}={reprlib.repr(extents)} must be two integers, 1 or more: the devices or hosts along "
+                f"{' and '.join(MESH_AXES)}, such as (1, 8)."
+            )
     per_host, hosts = math.prod(local), math.prod(between_hosts)
-    if min(*local, *between_hosts) < 1:
-        raise ValueError(f"mesh extents must be 1 or more, not local={local}, between_hosts={between_hosts}.")
     if hosts > 1 and per_host * hosts != len(devices):
         raise ValueError(
             f"a mesh of local={local} x between_hosts={between_hosts} needs {per_host * hosts} devices and there are "
@@ -67,6 +73,13 @@ def make_mesh(
     else:
         grid = mesh_utils.create_hybrid_device_mesh(local, between_hosts, devices, process_is_granule=True)
     return Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _are_extents(value: object) -> bool:
+    """Whether a value can be the extents of a mesh."""
+    if not isinstance(value, Sequence) or len(value) != len(MESH_AXES):
+        return False
+    return all(isinstance(extent, int | np.integer) and extent >= 1 for extent in value)
 
 
 def spread_over_hosts(data: int, model: int) -> Mesh:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grokjax.config import GrokConfig
+from grokjax.config import GrokConfig, check_config
 from grokjax.context import with_auto_axes
 from grokjax.sharding.meshes import default_mesh
 from grokjax.sharding.rules import ShardingRules, indivisible, shards_of
@@ -34,8 +34,10 @@ class Partitioner:
         `AbstractMesh` is enough where only shapes are asked for.
 
         Raises:
-          ValueError: The mesh lacks an axis that a rule names, or an axis does not divide a size of `config`.
+          ValueError: `config` is no configuration, the mesh lacks an axis that a rule names, or an axis does not divide
+            a size of `config`.
         """
+        check_config(config)
         rules = ShardingRules() if rules is None else rules
         mesh = default_mesh(config, rules) if mesh is None else with_auto_axes(mesh)
         for problem in rules.find_problems(config, mesh):
@@ -117,11 +119,25 @@ class Partitioner:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh_here(), spec), specs)
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
-        """States the sharding of an activation inside a compiled function."""
+        """An activation whose sharding is stated, inside a compiled function.
+
+        Args:
+          x: an array of any shape and dtype.
+          axes: the logical axis of each of its axes, None where it is not split.
+
+        Raises:
+          ValueError: As `spec` says.
+        """
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """Runs `function` on each device's own shards; collectives inside name mesh axes."""
+        """Runs a function on each device's own shards; collectives inside name mesh axes.
+
+        Args:
+          function: of shards, which gives shards.
+          in_specs: a `PartitionSpec` for each argument, or a tree of them.
+          out_specs: the same for the result.
+        """
         mesh = self.mesh_here()
         names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
         return jax.shard_map(
@@ -129,7 +145,7 @@ class Partitioner:
         )
 
     def psum(self, x: jax.Array, *axes: str) -> jax.Array:
-        """Inside `shard_map`: the sum over the mesh axes that split the logical `axes`."""
+        """Inside `shard_map`: the sum of shards, of any shape, over the mesh axes that split the logical `axes`."""
         names = {self.rules.axis_of(axis) for axis in axes} - {None}
         return jax.lax.psum(x, tuple(sorted(names))) if names else x
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from builders import DENSE, WrittenCheckpoint, write_checkpoint
 
-from grokjax import CheckpointError, convert, describe, load, load_parameters, verify
+from grokjax import CheckpointError, convert, describe, load, load_parameters, make_mesh, verify
 from grokjax.checkpoint import open_checkpoint
+from grokjax.checkpoint.formats import orbax_headers
 
 LEFT_BEHIND = (".DS_Store", "._layers.0", ".nfs00000001", ".snapshot/layers.0", "@eaDir/thumbnail")
 TABLE = Path("weights/embedding.table/state/embedding.table.weight")
@@ -100,6 +101,21 @@ class TestHostileHeaders:
         for index in ((), (slice(0, 2),)):
             with pytest.raises(CheckpointError, match=r"zarr.json does not describe the float32 \[64, 32\]"):
                 table.read(index)
+
+
+def test_a_unit_is_looked_at_once_however_many_devices_read_of_it(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    check_unit = orbax_headers.check_unit
+
+    def count(folder: Path, manifest: Any, name: str) -> None:
+        looked.append(name)
+        check_unit(folder, manifest, name)
+
+    monkeypatch.setattr(orbax_headers, "check_unit", count)
+    load(converted, mesh=make_mesh((2, 4)))
+    assert sorted(looked) == sorted(entry.name for entry in (converted / "weights").iterdir())
 
 
 def test_arrays_in_another_kind_of_file_are_refused(copied: Path) -> None:

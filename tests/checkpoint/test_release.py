@@ -1,5 +1,6 @@
 """The release's files: found, measured and mapped without unpickling; whatever is wrong with them is a sentence."""
 
+import itertools
 import pickle
 import re
 import subprocess
@@ -85,6 +86,20 @@ class TestGoldenFiles:
         assert isinstance(array, np.memmap)
         assert not array.flags.writeable
         assert weight.num_bytes == array.nbytes
+
+
+# One entry, some, all or none of an axis, from its beginning, its middle and its end.
+ENTRIES = (0, 2, slice(None), slice(0, 2), slice(1, 2), slice(1, 3), slice(2, None), slice(0, 0))
+
+
+def test_every_region_is_read_as_a_map_would_give_it(tmp_path: Path) -> None:
+    """Some lie side by side in the file, others in many parts; axes of one entry are in no way of either."""
+    values = np.arange(27 * 2, dtype=np.float32).reshape(3, 1, 3, 3, 2)
+    write_tensor(tmp_path / "tensor", values)
+    weight = read_tensor(tmp_path / "tensor").weight
+    for first, second, third in itertools.product(ENTRIES, repeat=3):
+        for index in ((first,), (first, 0, second), (first, slice(None), second, third)):
+            assert_same_array(weight.read(index), values[index])
 
 
 # File in the layer -> the bytes of the published file.
@@ -286,7 +301,7 @@ class TestFileSet:
 
     @pytest.mark.usefixtures("part_by_part")
     def test_a_file_that_changes_under_a_load_ends_it(self, folder: Path) -> None:
-        """One part is read after the other here, so that the last is not read before it changes."""
+        """Parts are read one after the other: threads may have read the last before anybody hears of the first."""
         last = max(folder.iterdir())
 
         def shorten(_: Progress) -> None:

@@ -370,6 +370,10 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"layers.1.attention.query: not used by the model"):
             load(tmp_path / "model", CONFIG)
 
+    def test_what_is_no_model_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="the model must be one that init or load makes, not a PosixPath"):
+            save(tmp_path, tmp_path / "new")
+
     def test_existing_target_is_refused(self, saved: Path, model: Grok) -> None:
         with pytest.raises(CheckpointError, match="exists already: choose another path, or remove it first"):
             save(model, saved)

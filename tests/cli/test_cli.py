@@ -195,7 +195,7 @@ def test_requests_are_refused_before_the_model_is_made(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: pytest.fail("the model was made"))
+    monkeypatch.setattr("grokjax.cli.model.init", lambda *_, **__: pytest.fail("the model was made"))
     assert main(["generate", "--random", str(small_config), *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -206,7 +206,7 @@ def test_a_damaged_tokenizer_is_refused_before_loading(
     write_release_checkpoint(tmp_path / "ckpt-0", SMALL, scale_blocks=1)
     (tmp_path / "config.json").write_text(SMALL.to_json())
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
-    monkeypatch.setattr("grokjax.cli.generate.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("grokjax.cli.model.load", lambda *_, **__: pytest.fail("the model was loaded"))
     command = ["generate", "--checkpoint", str(tmp_path), "--config", str(tmp_path / "config.json"), "hi"]
     assert main(command) == 2
     assert "is not a SentencePiece model" in capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_ctrl_c_ends_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grokjax.cli.generate.init", interrupt)
+    monkeypatch.setattr("grokjax.cli.model.init", interrupt)
     assert main(["generate", "--random", str(small_config), "hello"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -233,9 +233,13 @@ def test_ctrl_c_ends_with_130(
 @pytest.mark.parametrize(
     ("failing", "error", "message"),
     [
-        ("init", MemoryError(), "the model failed: MemoryError. If memory was short, give it a smaller --max-len."),
         (
-            "Engine.stream",
+            "model.init",
+            MemoryError(),
+            "the model failed: MemoryError. If memory was short, give it a smaller --max-len.",
+        ),
+        (
+            "generate.Engine.stream",
             jax.errors.JaxRuntimeError("INTERNAL: no.\nDetails"),
             "the model failed: INTERNAL: no. If memory was short, give it a smaller --max-len.",
         ),
@@ -252,7 +256,7 @@ def test_a_model_that_fails_is_a_sentence(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(f"grokjax.cli.generate.{failing}", fail)
+    monkeypatch.setattr(f"grokjax.cli.{failing}", fail)
     assert main(["generate", "--random", str(small_config), "hello"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"grokjax: error: {message}"
 
@@ -280,7 +284,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_of_it_is_made(
     Path("prompts.txt").write_text("hello")
     monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=24 << 30))
     made = []
-    monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **options: made.append(options) or sys.exit(3))
+    monkeypatch.setattr("grokjax.cli.model.init", lambda *_, **options: made.append(options) or sys.exit(3))
     assert main(["generate", "--random", "grok_1", *what]) == 2
     shown = capsys.readouterr().err
     assert re.search(rf"the model with {rows} needs \d+\.\d GiB on one device \(cpu\), and 24\.0 GiB is left", shown)
@@ -388,7 +392,7 @@ def test_the_steps_that_guess_are_compiled_before_the_first_token_and_the_right_
     guesses: int, small_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, compiled = FakeModel(SMALL, repeats=True), list[int]()
-    monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: model)
+    monkeypatch.setattr("grokjax.cli.model.init", lambda *_, **__: model)
     monkeypatch.setattr("grokjax.engine.text.Engine", functools.partial(Engine, make_steps=FakeSteps))
     monkeypatch.setattr("grokjax.cli.generate.write", lambda _: compiled.append(len(model.steps.compiled)))
     options = ["--max-new-tokens", "25", "--ignore-eos", "--guesses", str(guesses)]

@@ -13,7 +13,9 @@ import pytest
 from fake_steps import EOS, VOCAB, FakeModel, FakeSteps, continuation
 
 from grokjax.checkpoint import lock_file
-from grokjax.cli.batch import Prompt, Results, open_results, read_prompts, run_batch
+from grokjax.cli.batch import run_batch
+from grokjax.cli.prompts import Prompt, read_prompts
+from grokjax.cli.results import Results, open_results
 from grokjax.engine import Engine
 from grokjax.request import Request
 

@@ -104,8 +104,8 @@ def command(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grokjax.cli.generate.init", lambda config, **_: FakeModel(config))
-    monkeypatch.setattr("grokjax.cli.generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
+    monkeypatch.setattr("grokjax.cli.model.init", lambda config, **_: FakeModel(config))
+    monkeypatch.setattr("grokjax.cli.batch.Engine", functools.partial(Engine, make_steps=FakeSteps))
 
 
 def unexpected(*_: object) -> None:
@@ -191,7 +191,7 @@ class TestCommand:
                 signal.raise_signal(signal.SIGTERM)
             return FakeModel(config)
 
-        monkeypatch.setattr("grokjax.cli.generate.init", interrupted)
+        monkeypatch.setattr("grokjax.cli.model.init", interrupted)
         assert main([*command, "--output", str(interrupted_at_two)]) == 130
         assert capsys.readouterr().err.splitlines()[-1] == (
             f"grokjax: interrupted: 0 of 6 results are in {interrupted_at_two}, and the same command goes on after "
@@ -210,7 +210,7 @@ class TestCommand:
         assert "the prompt has 50 tokens and at most 31" in long["error"]
         assert broken["error"] == "the prompt has bytes that are not UTF-8: convert the file, or the line, to UTF-8."
         assert len(tokens(tmp_path / "out")[2]) == 6
-        monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: pytest.fail("the model was made"))
+        monkeypatch.setattr("grokjax.cli.model.init", lambda *_, **__: pytest.fail("the model was made"))
         assert main(command) == 1
 
     @pytest.mark.usefixtures("fake_model")
@@ -266,8 +266,8 @@ class TestCommand:
         def fail(*_: object) -> None:
             raise jax.errors.JaxRuntimeError("UNAVAILABLE: closed.\nDetails")
 
-        monkeypatch.setattr("grokjax.cli.generate.on_first", lambda *_: None)
-        monkeypatch.setattr("grokjax.cli.generate.follow", fail)
+        monkeypatch.setattr("grokjax.cli.batch.on_first", lambda *_: None)
+        monkeypatch.setattr("grokjax.cli.batch.follow", fail)
         assert main([*command, "--output", str(tmp_path / "out")]) == 2
         assert "the model failed: UNAVAILABLE: closed. The results so far are kept" in capsys.readouterr().err
 

@@ -57,7 +57,7 @@ def test_a_table_goes_to_standard_output_and_everything_to_a_file(
 def test_a_task_that_is_not_there_is_told_before_a_model_is_made(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grokjax.cli.generate.init", lambda *_, **__: pytest.fail("a model was made"))
+    monkeypatch.setattr("grokjax.cli.model.init", lambda *_, **__: pytest.fail("a model was made"))
     assert main([*command, "--tasks", "repeat,repaet"]) == 2
     assert "there is no task 'repaet': did you mean repeat?" in capsys.readouterr().err
 

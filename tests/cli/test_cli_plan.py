@@ -182,7 +182,7 @@ def test_a_configuration_is_read_from_a_file(capsys: pytest.CaptureFixture[str],
         (["--suggest", "--plot", "a.png"], "leave out --mesh, --rules, --plot"),
         (["--suggest", "--gradient", "8"], "leave out --mesh, --rules, --plot and --gradient"),
         (["--gradient", "1"], "--gradient=1 must be an integer between 2 and 256"),
-        (["--batch", "0"], "batch_size=0 must be between 1 and 4194304"),
+        (["--batch", "0"], "batch_size=0 must be an integer between 1 and 4194304"),
         (["--prompt", "0"], "max_len=0 must be between 1"),
     ],
 )

@@ -24,8 +24,8 @@ TOKENIZER = ByteTokenizer(512)
 
 @pytest.fixture(autouse=True)
 def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grokjax.cli.generate.init", lambda config, **_: FakeModel(config))
-    monkeypatch.setattr("grokjax.cli.generate.Engine", functools.partial(Engine, make_steps=FakeSteps))
+    monkeypatch.setattr("grokjax.cli.model.init", lambda config, **_: FakeModel(config))
+    monkeypatch.setattr("grokjax.cli.batch.Engine", functools.partial(Engine, make_steps=FakeSteps))
 
 
 @pytest.fixture

@@ -351,3 +351,8 @@ def test_errors_of_an_idle_engine_do_not_pile_up() -> None:
             assert still_held(references) < 2
 
     run(main())
+
+
+def test_what_is_no_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match="AsyncEngine takes an Engine, not 'engine': make one of a model first"):
+        AsyncEngine("engine")

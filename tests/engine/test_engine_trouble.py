@@ -243,6 +243,10 @@ class TestTrouble:
         with pytest.raises(ValueError, match="the tokenizer has 33 tokens, the model 32"):
             make_engine(Larger())
 
+    def test_the_file_of_a_tokenizer_is_none(self) -> None:
+        with pytest.raises(ValueError, match=r"one such as load_tokenizer\(path\) makes, not 'tokenizer\.model'"):
+            make_engine("tokenizer.model")
+
     @pytest.mark.parametrize("prompt", ["abc", b"abc", [3, 4, 5], np.array([3, 4, 5]), None, 3], ids=str)
     def test_one_prompt_is_no_list(self, prompt: object) -> None:
         engine = make_engine(Letters())

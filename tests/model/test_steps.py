@@ -51,8 +51,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("tokens", "message"),
         [
-            ([[512]], "tokens must be between 0 and 511; these reach from 512 to 512"),
-            ([[3, -1]], "tokens must be between 0 and 511; these reach from -1 to 3"),
+            ([[512]], "tokens must be between 0 and 511, and one is 512"),
+            ([[3, -1]], "tokens must be between 0 and 511, and one is -1"),
             ([[2**32]], "tokens must be between 0 and 511"),
             ([3], r"tokens must have shape \[batch, length\] and not be empty; these have shape \(1,\)"),
             ([[]], "must be integers, not float64"),
@@ -76,10 +76,10 @@ class TestRefusals:
             (TOKENS + 600, LENGTHS, "tokens must be between"),
             (TOKENS[0], LENGTHS, r"must have shape \[batch, length\]"),
             (TOKENS, [8, 5], r"lengths has shape \(2,\) and tokens \(3, 8\)"),
-            (TOKENS, [9, 5, 1], "lengths must be between 0 and 8; these reach from 1 to 9"),
+            (TOKENS, [9, 5, 1], "lengths must be between 0 and 8, and one is 9"),
             (TOKENS, [-1, 5, 1], "lengths must be between 0 and 8"),
-            (TOKENS[:2], LENGTHS[:2], "this call needs .*and with 2 rows"),
-            (np.full((3, 17), 3), LENGTHS, "17 tokens a row exceed the cache's max_len=16"),
+            (TOKENS[:2], LENGTHS[:2], "this call needs .*and with batch_size=2"),
+            (np.full((3, 17), 3), LENGTHS, "17 tokens a row exceed the cache's max_len=16: create a longer cache"),
         ],
     )
     def test_prefill_refuses_what_does_not_fit(self, tokens, lengths, message: str) -> None:
@@ -99,7 +99,7 @@ class TestRefusals:
         ("rows", "message"),
         [
             ([0, 1], r"rows has shape \(2,\) and tokens \(3, 8\): name one of the cache for each"),
-            ([0, 1, 4], "rows must be between 0 and 3; these reach from 0 to 4"),
+            ([0, 1, 4], "rows must be between 0 and 3, and one is 4"),
             ([1, 3, 1], r"rows \[1, 3, 1\] names one twice: prefill its parts one after the other"),
             ([1.0, 2.0, 3.0], "must be integers, not float64"),
         ],
@@ -132,9 +132,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("tokens", "lengths", "max_new_tokens", "message"),
         [
-            (TOKENS, LENGTHS, 25, "8 prompt tokens and max_new_tokens=25 must leave at least one new token and fit"),
+            (
+                TOKENS,
+                LENGTHS,
+                25,
+                "max_new_tokens=25 must be an integer from 1 to 24, which 8 prompt tokens leave of max_seq_len=32",
+            ),
             (TOKENS, LENGTHS, 0, "max_new_tokens=0"),
-            (TOKENS, [8, 0, 1], 4, "lengths must be between 1 and 8; these reach from 0 to 8"),
+            (TOKENS, [8, 0, 1], 4, "lengths must be between 1 and 8, and one is 0"),
             (TOKENS, [8.0, 5.0, 1.0], 4, "lengths must be integers, not float64"),
             (TOKENS, [8], 4, r"lengths has shape \(1,\) and tokens \(3, 8\)"),
             (TOKENS[0], LENGTHS, 4, r"must have shape \[batch, length\]"),
@@ -148,8 +153,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_new_tokens": 4.5}, r"max_new_tokens=4\.5 must leave"),
-            ({"max_new_tokens": "4"}, "max_new_tokens='4' must leave"),
+            ({"max_new_tokens": 4.5}, r"max_new_tokens=4\.5 must be an integer from 1 to"),
+            ({"max_new_tokens": "4"}, "max_new_tokens='4' must be an integer from 1 to"),
             ({"eos_id": "</s>"}, "eos_id='</s>' is outside the vocabulary of 512 tokens"),
             ({"keys": 0}, r"keys has shape \(\) for 3 rows"),
             ({"settings": 0.8}, r"settings must be made by SampleSettings\.create\(3, \.\.\.\), not a float"),

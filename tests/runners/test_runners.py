@@ -222,7 +222,7 @@ class TestFunctionsOfABatch:
         with pytest.raises(ValueError, match="max_len=49 must be between 1 and max_seq_len=48"):
             runner.new_memory(runner.params, 2, 49)
         batch.memory = runner.new_memory(runner.params, 1, 48)
-        with pytest.raises(ValueError, match=r"the cache holds keys of shape .* and with 2 rows"):
+        with pytest.raises(ValueError, match=r"the cache holds keys of shape .* and with batch_size=2"):
             batch.step()
 
     def test_parameters_can_be_placed_by_their_shardings(self, runner: InferenceRunner) -> None:

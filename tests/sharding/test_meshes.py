@@ -32,7 +32,10 @@ def test_mesh_has_the_named_axes(shape: tuple[int, int]) -> None:
         ((3, 4), (1, 1), "needs 12 devices and there are 8"),
         ((1, 4), (1, 4), "needs 16 devices and there are 8"),
         ((1, 2), (1, 2), "needs 4 devices and there are 8"),
-        ((0, 8), (1, 1), "mesh extents must be 1 or more"),
+        ((0, 8), (1, 1), r"local=\(0, 8\) must be two integers, 1 or more: .* along data and model, such as \(1, 8\)"),
+        ((1, 2, 4), (1, 1), r"local=\(1, 2, 4\) must be two integers"),
+        ("1,8", (1, 1), "local='1,8' must be two integers"),
+        ((1, 8), (1, 2.0), r"between_hosts=\(1, 2\.0\) must be two integers"),
         ((1, 4), (1, 2), r"between_hosts=\(1, 2\) needs 2 hosts and the devices belong to 1"),
     ],
 )

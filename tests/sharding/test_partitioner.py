@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,6 +189,13 @@ def test_random_weights_are_the_same_on_every_mesh(rules: str) -> None:
 @functools.cache
 def on_one_device() -> Grok:
     return init(SMALL)
+
+
+@pytest.mark.parametrize("make", [init, lambda config: KVCache.create(config, 1)], ids=["model", "cache"])
+def test_the_name_of_a_configuration_is_none(make: Callable[[Any], object]) -> None:
+    message = r"the configuration must be a GrokConfig, such as GrokConfig\.grok_1\(\) .* makes, not 'tiny'"
+    with pytest.raises(ValueError, match=message):
+        make("tiny")
 
 
 def test_bytes_of_arrays_without_shardings_are_refused() -> None:

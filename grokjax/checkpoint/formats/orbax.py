@@ -15,12 +15,13 @@ import numpy as np
 
 from grokjax.checkpoint.disk import check_name
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
-from grokjax.checkpoint.formats.orbax_headers import WEIGHTS, check_unit, unit_fault, unit_names, unit_path
+from grokjax.checkpoint.formats.orbax_headers import WEIGHTS, Units, unit_fault, unit_names, unit_path
 from grokjax.checkpoint.formats.orbax_units import how_to_go_on, read_unit, reason
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
 from grokjax.checkpoint.sizes import check_count
 from grokjax.checkpoint.stored import (
     Array,
+    ArraySpec,
     CheckpointError,
     DamageError,
     Index,
@@ -39,20 +40,23 @@ _SAMPLE_BYTES = 1024
 class OrbaxArray:
     """One array of a checkpoint; an expert axis is put together from the experts' units."""
 
-    folder: Path
-    manifest: Manifest
+    units: Units
     parameter: str
     leaf: str
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the axes."""
-        return self.manifest.specs[self.parameter].leaves()[self.leaf].shape
+        return self._spec.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """int8, float32 or bfloat16."""
-        return self.manifest.specs[self.parameter].leaves()[self.leaf].dtype
+        return self._spec.dtype
+
+    @property
+    def _spec(self) -> ArraySpec:
+        return self.units.manifest.specs[self.parameter].leaves()[self.leaf]
 
     def read(self, index: Index = ()) -> Array:
         """A region of the array in memory of its own, as `read_into` reads it."""
@@ -64,7 +68,7 @@ class OrbaxArray:
         Raises:
           CheckpointError: A unit is missing, damaged, or holds something else.
         """
-        parts = parts_of(self.parameter, self.manifest.config)
+        parts = parts_of(self.parameter, self.units.manifest.config)
         if parts[0].expert is None:
             self._read_part(parts[0], out, index)
         elif index and isinstance(index[0], int):
@@ -79,8 +83,7 @@ class OrbaxArray:
         """Reads a region of a part by Orbax's own storage library: Orbax itself reads whole arrays."""
         import tensorstore  # takes long to import, as Orbax does
 
-        check_unit(self.folder, self.manifest, part.unit)
-        array = unit_path(self.folder, part.unit) / "state" / f"{part.name}.{self.leaf}"
+        array = self.units.path(part.unit) / "state" / f"{part.name}.{self.leaf}"
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array)}}
         try:
             stored = tensorstore.open(spec, open=True, read=True).result()
@@ -176,7 +179,8 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
         )
     manifest = read_manifest(folder / MANIFEST)
     check_count(folder, manifest.config, "num_experts", len(unit_names(folder)), f"folders in {WEIGHTS}")
-    tensors = {parameter: _tensor(folder, manifest, parameter) for parameter in manifest.specs}
+    units = Units(folder, manifest)
+    tensors = {parameter: _tensor(units, parameter) for parameter in manifest.specs}
     problems = find_misfits(tensors, parameter_shapes(manifest.config))
     if problems:
         advice = f"Restore {MANIFEST} from a copy or convert again."
@@ -188,9 +192,9 @@ def open_orbax(path: str | Path) -> OrbaxCheckpoint:
     return OrbaxCheckpoint(folder, manifest, manifest.config, types.MappingProxyType(tensors))
 
 
-def _tensor(folder: Path, manifest: Manifest, parameter: str) -> OrbaxTensor:
-    leaves = manifest.specs[parameter].leaves()
-    weight, scales = (OrbaxArray(folder, manifest, parameter, leaf) for leaf in ("weight", "scales"))
+def _tensor(units: Units, parameter: str) -> OrbaxTensor:
+    leaves = units.manifest.specs[parameter].leaves()
+    weight, scales = (OrbaxArray(units, parameter, leaf) for leaf in ("weight", "scales"))
     return OrbaxTensor(weight, scales if "scales" in leaves else None)
 
 

@@ -6,6 +6,7 @@ them: a header that asks for more memory than there is would end the process.
 
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,32 @@ def finished_units(folder: Path, manifest: Manifest) -> set[str]:
     """Names of the units that are there with all their bytes: after a power cut, files may have lost theirs."""
     there = unit_names(folder)
     return {name for name in manifest.units if name in there and unit_fault(folder, manifest, name) is None}
+
+
+class Units:
+    """The units of an open checkpoint, each of which is looked at when its first array is read, and not again.
+
+    Args:
+      folder: of the checkpoint.
+      manifest: what it should hold.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder, self.manifest = folder, manifest
+        self._checked: set[str] = set()
+        self._lock = threading.Lock()
+
+    def path(self, name: str) -> Path:
+        """The folder of a unit, which the storage library may see. Threads may ask at once.
+
+        Raises:
+          CheckpointError: It is not what the manifest says.
+        """
+        with self._lock:
+            if name not in self._checked:
+                check_unit(self.folder, self.manifest, name)
+                self._checked.add(name)
+        return unit_path(self.folder, name)
 
 
 def check_unit(folder: Path, manifest: Manifest, name: str) -> None:

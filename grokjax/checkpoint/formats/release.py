@@ -85,19 +85,14 @@ class Payload:
 
     def _start(self, index: Index) -> int | None:
         """The number of the first element of a region whose bytes lie side by side; None where they do not."""
-        start, size = 0, math.prod(self.shape)
-        for number, (entry, length) in enumerate(zip(index, self.shape, strict=False)):
-            size //= length
-            first, stop, _ = (
-                slice(entry, entry + 1).indices(length) if isinstance(entry, int) else entry.indices(length)
-            )
-            start += first * size
-            if stop - first != 1:
-                behind = zip(index[number + 1 :], self.shape[number + 1 :], strict=False)
-                whole = all(
-                    isinstance(entry, slice) and entry.indices(length)[:2] == (0, length) for entry, length in behind
-                )
-                return start if whole else None
+        start, is_cut = 0, False
+        whole = [slice(None)] * (len(self.shape) - len(index))
+        for entry, length in zip((*index, *whole), self.shape, strict=True):
+            taken = range(length)[entry if isinstance(entry, slice) else slice(entry, entry + 1)]
+            if is_cut and len(taken) < length:
+                return None  # several parts of this axis, with what is left out between them
+            start = start * length + taken.start
+            is_cut |= len(taken) > 1
         return start
 
     def _read_bytes(self, out: Array, start: int) -> None:

@@ -1,11 +1,13 @@
 """How sampling settings are made, and what is said when they cannot be."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokjax.sampling import SampleSettings, sample_token
+from grokjax.sampling import SampleSettings, sample_token, seed_key
 
 
 def test_settings_broadcast_scalars_and_a_mask_for_all_rows() -> None:
@@ -26,6 +28,8 @@ def test_settings_broadcast_scalars_and_a_mask_for_all_rows() -> None:
         ({"top_p": 1.5}, r"top_p=1\.5 in row 0 must be a number from 0 to 1"),
         ({"top_p": [0.5, -0.5]}, r"top_p=-0\.5 in row 1 must be a number from 0 to 1"),
         ({"min_p": 2}, r"min_p=2 in row 0 must be a number from 0 to 1"),
+        ({"temperature": "hot"}, r"temperature='hot' must be a number, or one for each row"),
+        ({"active": [None, True]}, r"active=\[None, True\] must be a number, or one for each row"),
         ({"top_k": [3, -1]}, r"top_k=-1 in row 1 must be 0 \(no limit\) or more"),
         ({"top_k": 2.5}, r"top_k has dtype float64: give integers"),
         ({"temperature": [1.0, 1.0, 1.0]}, r"temperature has shape \(3,\): give one value, or one for each of the 2"),
@@ -40,9 +44,16 @@ def test_impossible_settings_are_refused_in_words(controls: dict, message: str) 
         SampleSettings.create(2, **controls)
 
 
-def test_an_empty_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch_size=0 must be 1 or more"):
-        SampleSettings.create(0)
+@pytest.mark.parametrize("batch_size", [0, 2.0, "two"])
+def test_what_is_no_number_of_rows_is_refused(batch_size: Any) -> None:
+    with pytest.raises(ValueError, match=rf"batch_size={batch_size!r} must be an integer, 1 or more"):
+        SampleSettings.create(batch_size)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, 2**70, None])
+def test_what_is_no_seed_is_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"seed=.* must be an integer of at most 64 bits"):
+        seed_key(seed)
 
 
 def test_shapes_that_disagree_are_refused_in_words() -> None:

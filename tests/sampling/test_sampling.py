@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grokjax import sampling
 from grokjax.sampling import (
     SampleOutput,
     SampleSettings,
+    filters,
     log_probs_of,
     min_p_filter,
     row_keys,
@@ -366,13 +366,13 @@ def test_ranks_and_random_numbers_only_inside_a_condition_and_nothing_is_sorted(
 def test_ranks_are_looked_for_only_if_an_active_row_asks(
     settings: dict[str, Any], searches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_threshold, calls = sampling.find_threshold, []
+    find_threshold, calls = filters.find_threshold, []
 
     def count(*arrays: jax.Array) -> jax.Array:
         calls.append(None)
         return find_threshold(*arrays)
 
-    monkeypatch.setattr(sampling, "find_threshold", count)
+    monkeypatch.setattr(filters, "find_threshold", count)
     with jax.disable_jit():  # so that each search is a call
         sample_token(keys_of(2), normal(2, 32), SampleSettings.create(2, **settings))
     assert len(calls) == searches
