@@ -80,9 +80,13 @@ class Builder:
         """The values of all `stacks` by name; those of layers start as what `fresh` has, else as zeros."""
         in_place = [stack for stack in stacks if can_be_in_place(stack, self.checkpoint, self.partitioner)]
         others = [stack for stack in stacks if stack not in in_place]
-        return self._build_in_place(in_place, tally) | self._build_from_parts(others, fresh, tally)
+        return self.build_in_place(in_place, tally) | self._build_from_parts(others, fresh, tally)
 
-    def _build_in_place(self, stacks: Sequence[Stack], tally: Tally) -> dict[str, Weight]:
+    def build_in_place(self, stacks: Sequence[Stack], tally: Tally) -> dict[str, Weight]:
+        """The values of some stacks, all of the checkpoint and int8 where it is, each read into host memory as a whole.
+
+        It runs no program, so any thread may call it. On CPUs that memory is the devices'; others are sent copies.
+        """
         values = {stack.name: InPlace(stack, self.checkpoint, self.partitioner) for stack in stacks}
         placements = [placement for stack in stacks for placement in self._placements(stack)]
         with ThreadPoolExecutor(_READERS) as readers:

@@ -3,9 +3,10 @@
 Read `grok` first: the stack of decoder layers, which `stack` runs. Then its parts: `attention`, `feed_forward`,
 `embedding`, `layers` and `weights`, which they share; `base` says how all of them print and are viewed, and `contexts`
 lets them run under any mesh that a caller has set. `probes` reads and changes their values on the way.
-`building` makes models. `steps` has `forward`, `prefill` and `decode`; `generation` has `generate`, the whole loop, in
-which `guesses` lets a step make more than one token; `scores` says how probable the tokens of a text are. `slot_steps`
-has the steps for a batch whose rows are an engine's slots, and `slots` what both say to each other.
+`building` makes models, and `streamed` compiles steps, also those of models whose layers come one after the other.
+`steps` has `forward`, `prefill` and `decode`; `generation` has `generate`, the whole loop, in which `guesses` lets a
+step make more than one token; `scores` says how probable the tokens of a text are. `slot_steps` has the steps for a
+batch whose rows are an engine's slots, and `slots` what both say to each other.
 """
 
 from grokjax.model.base import named_parameters
@@ -19,7 +20,7 @@ from grokjax.model.building import (
 )
 from grokjax.model.contexts import in_any_context
 from grokjax.model.generation import Generated, generate
-from grokjax.model.grok import Grok, check_dtype
+from grokjax.model.grok import DecoderLayers, Grok, check_dtype
 from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
 from grokjax.model.scores import Scores, score
 from grokjax.model.slot_steps import (
@@ -39,11 +40,14 @@ from grokjax.model.steps import (
     last_logits,
     prefill,
 )
+from grokjax.model.streamed import Compiled, LayerSource, StreamedLayers, is_streamed
 
 __all__ = [
     "OUTSIDE_LAYERS",
     "SITES",
     "At",
+    "Compiled",
+    "DecoderLayers",
     "DeviceResult",
     "Drawn",
     "DrawnRun",
@@ -53,6 +57,7 @@ __all__ = [
     "Edits",
     "Generated",
     "Grok",
+    "LayerSource",
     "ModelSteps",
     "Probe",
     "Reader",
@@ -61,6 +66,7 @@ __all__ = [
     "SlotOptions",
     "SlotSettings",
     "SlotState",
+    "StreamedLayers",
     "abstract_model",
     "check_chunks",
     "check_dtype",
@@ -73,6 +79,7 @@ __all__ = [
     "in_any_context",
     "init",
     "init_parameters",
+    "is_streamed",
     "last_logits",
     "lower_decode",
     "lower_prefill",

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.memory import check_fits
-from grokjax.model.base import named_parameters, parameter_name
+from grokjax.model.base import Module, named_parameters, parameter_name
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
 from grokjax.sampling import seed_key
 from grokjax.sharding import Partitioner, ShardingRules, check_has_devices, device_bytes, with_shardings
+
+M = TypeVar("M", bound=Module)
 
 
 @own_context()
@@ -81,11 +84,11 @@ def with_quantized_table(model: Grok) -> Grok:
     return with_values(model, {"embedding.table": table})
 
 
-def with_values(model: Grok, values: Mapping[str, Weight | QuantizedTable]) -> Grok:
-    """The model, or an abstract one, with other values of some parameters; of the others the arrays are shared.
+def with_values(model: M, values: Mapping[str, Weight | QuantizedTable]) -> M:
+    """The model, or a module of one, with other values of some parameters; of the others the arrays are shared.
 
     Args:
-      model: stays as it is.
+      model: stays as it is; it may be abstract.
       values: path of a parameter (`layers.attention.query`) -> its value, of the shape that it has in the model.
     """
     graphdef, state = nnx.split(model)

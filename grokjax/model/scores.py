@@ -22,6 +22,7 @@ from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok
 from grokjax.model.slots import A
 from grokjax.model.steps import check_texts
+from grokjax.model.streamed import Compiled
 from grokjax.printing import describe_fields
 from grokjax.quantization import Table, partition_specs
 
@@ -84,7 +85,7 @@ def score(model: Grok, tokens: ArrayLike, lengths: ArrayLike) -> Scores[jax.Arra
     return _score(model, *check_texts(model, tokens, lengths))
 
 
-@jax.jit
+@Compiled
 def _score(model: Grok, tokens: jax.Array, lengths: jax.Array) -> Scores[jax.Array]:
     hidden = model.hidden_states(tokens, count=lengths)
     of_next = scores_of(model, hidden, jnp.roll(tokens, -1, axis=1))
