@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from humanize import naturalsize
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -24,11 +25,11 @@ from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.memory import check_fits
 from grokjax.model import (
-    DecoderLayers,
     Grok,
     StreamedLayers,
     abstract_model,
     check_dtype,
+    state_with_values,
     with_quantized_table,
     with_values,
 )
@@ -98,9 +99,9 @@ def stream(
         num_at_once = min(num_on_device + _IN_PASSING, config.num_layers)
         check_fits("the model", of_outside + num_at_once * of_layer, partitioner.mesh, remedy="give less device_bytes")
     one_layer = abstract_model(config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False).layers
-    files = LayerFiles(Builder(checkpoint, partitioner, HOST_BYTES), one_layer, by_layer, progress)
+    files = LayerFiles(Builder(checkpoint, partitioner, HOST_BYTES), nnx.split(one_layer)[1], by_layer, progress)
     values = files.keep(outside, num_on_device=num_on_device, host_bytes=host_bytes)
-    abstract.layers = StreamedLayers(config.num_layers, files)
+    abstract.layers = StreamedLayers(one_layer, config.num_layers, files)
     model = with_values(abstract, values)
     return with_quantized_table(model) if quantized_table else model
 
@@ -139,17 +140,15 @@ class LayerFiles:
 
     Args:
       builder: reads the parts of the checkpoint.
-      empty: one layer of shapes, with plain weights.
+      empty: the state of one layer, of shapes.
       stacks: what each layer is made of.
       report: whom to tell how far reading has come; None for the logger.
     """
 
-    def __init__(
-        self, builder: Builder, empty: DecoderLayers, stacks: Sequence[Sequence[Stack]], report: Report | None
-    ):
+    def __init__(self, builder: Builder, empty: nnx.State, stacks: Sequence[Sequence[Stack]], report: Report | None):
         self._builder, self._empty, self._stacks, self._report = builder, empty, stacks, report
-        self._on_device: list[DecoderLayers] = []
-        self._on_host: list[DecoderLayers] = []
+        self._on_device: list[nnx.State] = []
+        self._on_host: list[nnx.State] = []
 
     def keep(self, outside: Sequence[Stack], *, num_on_device: int, host_bytes: int) -> dict[str, Weight]:
         """Reads what stays: the values of `outside`, which it gives back, and the first layers.
@@ -175,7 +174,7 @@ class LayerFiles:
         return values
 
     @contextlib.contextmanager
-    def open_pass(self) -> Iterator[Callable[[int], DecoderLayers]]:
+    def open_pass(self) -> Iterator[Callable[[int], nnx.State]]:
         """See `LayerSource`; a thread reads ahead until the pass ends, be it by an error.
 
         Raises:
@@ -185,13 +184,13 @@ class LayerFiles:
         total_bytes = sum(map(self._stored_bytes, self._stacks[num_kept:]))
         tally, stop = Tally("streamed", total_bytes, self._report), threading.Event()
         with ThreadPoolExecutor(1) as reader:
-            coming: dict[int, Future[DecoderLayers]] = {}
+            coming: dict[int, Future[nnx.State]] = {}
 
             def fetch(number: int) -> None:
                 if len(self._on_device) <= number < len(self._stacks):
                     coming[number] = reader.submit(self._fetch, number, stop)
 
-            def take(number: int) -> DecoderLayers:
+            def take(number: int) -> nnx.State:
                 if number < len(self._on_device):
                     return self._on_device[number]
                 layer = coming.pop(number).result()
@@ -207,14 +206,14 @@ class LayerFiles:
                 stop.set()
 
     @own_context()
-    def _fetch(self, number: int, stop: threading.Event) -> DecoderLayers:
+    def _fetch(self, number: int, stop: threading.Event) -> nnx.State:
         """A layer that does not stay on the devices, there."""
         at = number - len(self._on_device)
         if at < len(self._on_host):
             return jax.block_until_ready(_moved(self._on_host[at], _on_device))
         return self._read_layer(number, stop)
 
-    def _read_layer(self, number: int, stop: threading.Event) -> DecoderLayers:
+    def _read_layer(self, number: int, stop: threading.Event) -> nnx.State:
         path = self._builder.checkpoint.path
         try:
             values = self._read(self._stacks[number], stop)
@@ -223,7 +222,7 @@ class LayerFiles:
                 f"{path}: layer {number} cannot be read ({error.strerror or error}). Look after the disk; the model "
                 "stays as it is, and its next pass reads all layers again."
             ) from error
-        return with_values(self._empty, {name.removeprefix("layers."): value for name, value in values.items()})
+        return state_with_values(self._empty, {name.removeprefix("layers."): value for name, value in values.items()})
 
     def _read(self, stacks: Sequence[Stack], stop: threading.Event) -> dict[str, Weight]:
         """The values of some stacks; ends early, without them, when told to stop."""
@@ -240,7 +239,7 @@ class LayerFiles:
         return sum(TensorSpec.of(tensors[name]).num_bytes for stack in stacks for name in stack.sources if name)
 
 
-def _moved(layer: DecoderLayers, place: Callable[[jax.Array], jax.sharding.Sharding]) -> DecoderLayers:
+def _moved(layer: nnx.State, place: Callable[[jax.Array], jax.sharding.Sharding]) -> nnx.State:
     """A layer whose arrays lie elsewhere."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), layer)
 

@@ -15,12 +15,13 @@ from grokjax.model.building import (
     check_weights_fit,
     init,
     init_parameters,
+    state_with_values,
     with_quantized_table,
     with_values,
 )
 from grokjax.model.contexts import in_any_context
 from grokjax.model.generation import Generated, generate
-from grokjax.model.grok import DecoderLayers, Grok, check_dtype
+from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
 from grokjax.model.scores import Scores, score
 from grokjax.model.slot_steps import (
@@ -47,7 +48,6 @@ __all__ = [
     "SITES",
     "At",
     "Compiled",
-    "DecoderLayers",
     "DeviceResult",
     "Drawn",
     "DrawnRun",
@@ -86,6 +86,7 @@ __all__ = [
     "named_parameters",
     "prefill",
     "score",
+    "state_with_values",
     "with_quantized_table",
     "with_values",
 ]

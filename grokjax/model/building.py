@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,11 @@ from jax.typing import DTypeLike
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.memory import check_fits
-from grokjax.model.base import Module, named_parameters, parameter_name
+from grokjax.model.base import named_parameters, parameter_name
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
 from grokjax.sampling import seed_key
 from grokjax.sharding import Partitioner, ShardingRules, check_has_devices, device_bytes, with_shardings
-
-M = TypeVar("M", bound=Module)
 
 
 @own_context()
@@ -84,20 +81,25 @@ def with_quantized_table(model: Grok) -> Grok:
     return with_values(model, {"embedding.table": table})
 
 
-def with_values(model: M, values: Mapping[str, Weight | QuantizedTable]) -> M:
-    """The model, or a module of one, with other values of some parameters; of the others the arrays are shared.
+def with_values(model: Grok, values: Mapping[str, Weight | QuantizedTable]) -> Grok:
+    """The model, or an abstract one, with other values of some parameters; of the others the arrays are shared.
 
     Args:
-      model: stays as it is; it may be abstract.
+      model: stays as it is.
       values: path of a parameter (`layers.attention.query`) -> its value, of the shape that it has in the model.
     """
     graphdef, state = nnx.split(model)
+    # Without `copy` both models would have the same variables, and who changes one would change the other.
+    return nnx.merge(graphdef, state_with_values(state, values), copy=True)
+
+
+def state_with_values(state: nnx.State, values: Mapping[str, Weight | QuantizedTable]) -> nnx.State:
+    """The state of a model, or of a part of it, with other values of some parameters, by path as in `with_values`."""
     params = {parameter_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
     for name, value in values.items():
         path, param = params[name]
         params[name] = path, param.replace(value)
-    # Without `copy` both models would have the same variables, and who changes one would change the other.
-    return nnx.merge(graphdef, nnx.from_flat_state(list(params.values())), copy=True)
+    return nnx.from_flat_state(list(params.values()))
 
 
 @own_context()

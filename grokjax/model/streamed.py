@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from grokjax.cache import CACHE_AXES, Entries, KVCache
 from grokjax.kernels import CachePlace
@@ -33,10 +34,12 @@ Seen = Mapping[str, Any]
 class LayerSource(Protocol):
     """Where layers come from."""
 
-    def open_pass(self) -> AbstractContextManager[Callable[[int], DecoderLayers]]:
-        """Begins a pass: gives what takes the number of a layer, each in turn from 0 on, and waits for it, L = 1.
+    def open_pass(self) -> AbstractContextManager[Callable[[int], nnx.State]]:
+        """Begins a pass: gives what takes the number of a layer, each in turn from 0 on, and waits for it.
 
-        The next layer is fetched meanwhile. Whoever takes it has finished with the one before, and holds it no more.
+        It is the state of a `DecoderLayers` of one layer. Not the module: that takes part in cycles of references, and
+        a layer's memory would wait for Python to collect them. The next layer is fetched meanwhile. Whoever takes it
+        has finished with the one before, and holds it no more.
         """
 
 
@@ -44,12 +47,14 @@ class StreamedLayers(DecoderLayers):
     """What a model has for its layers where these come one after the other: none of their parameters.
 
     Args:
+      one_layer: one of them, maybe of shapes alone.
       num_layers: L.
       source: where they come from.
     """
 
-    def __init__(self, num_layers: int, source: LayerSource):
-        self.num_layers, self.source = num_layers, source
+    def __init__(self, one_layer: DecoderLayers, num_layers: int, source: LayerSource):
+        self.num_layers, self.partitioner, self.source = num_layers, one_layer.partitioner, source
+        self.graphdef, _ = nnx.split(one_layer)
 
     def run(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
         """Refuses: no program has all layers.
@@ -78,9 +83,26 @@ class StreamedLayers(DecoderLayers):
         seen: Seen | None = None
         with self.source.open_pass() as take:
             for number in range(self.num_layers):
-                carry, seen = _run_next(take(number), number, carry, seen, call)
+                carry, seen = self._run_next(take(number), number, carry, seen, call)
         assert seen is not None
         return carry, seen
+
+    def _run_next(
+        self, layer: nnx.State, number: int, carry: Carry, seen: Seen | None, call: "Call"
+    ) -> tuple[Carry, Seen]:
+        """Runs one layer, and waits for it: its memory is free then. DONATES what the one before has left."""
+        if seen is None:
+            seen = {} if call.probe is None else self._nothing_seen(layer, carry, call)
+        where = np.asarray(number, np.int32)
+        return jax.block_until_ready(_run_layer(layer, where, carry, seen, call, graphdef=self.graphdef))
+
+    def _nothing_seen(self, layer: nnx.State, carry: Carry, call: "Call") -> Seen:
+        """Zeros for what the probe is to see in the layers, before the first; on every device whole."""
+        run = functools.partial(_run, graphdef=self.graphdef)
+        _, found = jax.eval_shape(run, layer, np.zeros((), np.int32), carry, {}, call)
+        shapes = jax.eval_shape(Probe(*call.probe).empty, found)
+        whole = self.partitioner.sharding((), ())
+        return zeros(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes))
 
 
 _NO_PROGRAM = (
@@ -217,30 +239,18 @@ def _after(
     return function(model, **donated, **others, **dict(static))
 
 
-def _run_next(layers: DecoderLayers, number: int, carry: Carry, seen: Seen | None, call: Call) -> tuple[Carry, Seen]:
-    """Runs one layer, and waits for it: its memory is free then. DONATES what the one before has left."""
-    if seen is None:
-        seen = {} if call.probe is None else _nothing_seen(layers, carry, call)
-    return jax.block_until_ready(_run_layer(layers, np.asarray(number, np.int32), carry, seen, call))
-
-
-def _nothing_seen(layers: DecoderLayers, carry: Carry, call: Call) -> Seen:
-    """Zeros for what the probe is to see in the layers, before the first; on every device whole."""
-    _, found = jax.eval_shape(_run, layers, np.zeros((), np.int32), carry, {}, call)
-    shapes = jax.eval_shape(Probe(*call.probe).empty, found)
-    whole = layers.partitioner.sharding((), ())
-    return zeros(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes))
-
-
-def _run(layers: DecoderLayers, number: jax.Array, carry: Carry, seen: Seen, call: Call) -> tuple[Carry, Seen]:
-    """One layer, of which `layers` has no other, with number `number` in the model."""
+def _run(
+    layer: nnx.State, number: jax.Array, carry: Carry, seen: Seen, call: Call, *, graphdef: Any
+) -> tuple[Carry, Seen]:
+    """One layer, which has number `number` in the model."""
+    layers: DecoderLayers = nnx.merge(graphdef, layer)
     here = UNPROBED if call.probe is None else Probe(*call.probe).within(number, seen)
     place = dataclasses.replace(call.place, layer=number if call.keeps else call.place.layer)
     carry = layers(*carry, layer=jnp.zeros_like(number), place=place, probe=here)
     return _placed(carry, layers.partitioner), here.seen
 
 
-_run_layer = jax.jit(_run, donate_argnames=("carry", "seen"))
+_run_layer = jax.jit(_run, donate_argnames=("carry", "seen"), static_argnames="graphdef")
 
 
 def _placed(carry: Carry, partitioner: Partitioner) -> Carry:
