@@ -75,8 +75,8 @@ def stream(
         that come and go. By default none stays.
       host_bytes: what further layers may take in the host's memory, in which they then stay. Where the devices are
         CPUs, that is the same memory.
-      progress: called after each layer that is read: those that stay now, and the others in each pass; without
-        it the logger is told now and then.
+      progress: called after each layer that is read, those that stay now, and the others in each pass, which it is told
+        of when it begins, too; without it the logger is told now and then.
       allow_oom: try it even where the devices have too little memory left.
 
     Raises:
@@ -200,6 +200,8 @@ class LayerFiles:
                 return layer
 
             fetch(len(self._on_device))
+            if total_bytes:
+                tally.add(0, f"layers.{num_kept}", f"layers.{num_kept}")  # rates count from here
             try:
                 yield take
             finally:

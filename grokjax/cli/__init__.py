@@ -1,9 +1,9 @@
 """The command line, `python -m grokjax` and `grokjax`.
 
-Read `commands`, which has `main`, then the file of a command: `generate` (with `batch` for files of prompts),
-`score`, `checkpoints` and `plan`. `console` has what they say, `streams` where to, `machine` what they say of the
-devices, `options` what their options share. `cores` says how many devices a CPU is to be, `programs` keeps what JAX has
-compiled for the next command.
+Read `commands`, which has `main`, then the file of a command: `generate` (with `batch` for files of prompts), `score`
+(with `score_batches` for models that stream), `checkpoints` and `plan`. `console` has what they say, `streams` where
+to, `machine` what they say of the devices, `options` what their options share. `cores` says how many devices a CPU is
+to be, `programs` keeps what JAX has compiled for the next command.
 """
 
 from grokjax.cli.commands import main

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer
+from grokjax import ByteTokenizer, Grok, GrokConfig, TextGenerator, Tokenizer, init, load, load_tokenizer, stream
 from grokjax.cache import MOST_ROWS
 from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.batch import Prompt, Results, interrupted_by_sigterm, open_results, read_prompts, run_batch
@@ -28,9 +28,11 @@ from grokjax.cli.options import (
     choose_mesh,
     join_processes,
     named_config,
+    read_bytes,
     read_extents,
 )
 from grokjax.cli.programs import kept_programs
+from grokjax.cli.score_batches import score_batches
 from grokjax.cli.streams import write
 from grokjax.distributed import is_first, on_first
 from grokjax.engine import Engine, Intake, follow
@@ -40,8 +42,9 @@ from grokjax.model import SlotState, abstract_model
 from grokjax.request import Request, check_integer
 from grokjax.sharding import Partitioner, device_bytes
 
-# Prompts of a file that run at once.
+# Prompts of a file that run at once, and those that are prefilled together.
 _SLOTS = 8
+_PREFILL_ROWS = 4
 # Options that take less memory.
 _SMALLER_ROW = "a smaller --max-len"
 _SMALLER_BATCH = f"fewer --slots or {_SMALLER_ROW}"
@@ -115,6 +118,7 @@ def add_model(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--plain", action="store_true", help="int8 weights as plain ones: 2 or 4 times the memory")
     generate.add_argument("--quantized-table", action="store_true", help="the embedding table in int8, with an error")
     add_dtype(generate)
+    _add_streaming(generate)
     generate.add_argument(
         "--allow-oom", action="store_true", help="try it even where there seems to be too little memory"
     )
@@ -124,6 +128,21 @@ def add_model(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--no-compilation-cache", action="store_true", help="do not keep compiled programs for the next start"
     )
+
+
+def _add_streaming(generate: argparse.ArgumentParser) -> None:
+    streaming = generate.add_argument_group("weights that do not fit into memory")
+    streaming.add_argument(
+        "--stream",
+        action="store_true",
+        help="leave the layers in the files of --checkpoint, and read them each time",
+    )
+    streaming.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="for weights on each device, such as 20GiB (default: the least)",
+    )
+    streaming.add_argument("--host-memory", metavar="SIZE", help="for further layers on the host (default: none)")
 
 
 def _add_settings(generate: argparse.ArgumentParser) -> None:
@@ -175,6 +194,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
     """
     if arguments.slots is not None:
         check_integer("--slots", arguments.slots, 1, MOST_ROWS)
+    _check_streaming(arguments)
     _choose_devices(arguments)
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
@@ -209,6 +229,16 @@ def _check_batch(arguments: argparse.Namespace) -> None:
         raise ValueError("--output goes with --prompts: the text of one prompt goes to standard output.")
     if arguments.prompts is None and arguments.slots is not None:
         raise ValueError("--slots goes with --prompts: one prompt runs alone.")
+
+
+def _check_streaming(arguments: argparse.Namespace) -> None:
+    for option, text in (("--device-memory", arguments.device_memory), ("--host-memory", arguments.host_memory)):
+        if read_bytes(option, text) is not None and not arguments.stream:
+            raise ValueError(f"{option} goes with --stream: without it all weights are loaded.")
+    if arguments.stream and arguments.random is not None:
+        raise ValueError("--stream goes with --checkpoint: random weights are in no file.")
+    if arguments.stream and arguments.plain:
+        raise ValueError("--plain goes without --stream: weights that stream stay as they are in the files.")
 
 
 def _choose_devices(arguments: argparse.Namespace) -> None:
@@ -294,11 +324,19 @@ def _run_prompts(
         say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
     # Other processes wait for an engine, be there anything to do or not.
     if earlier < len(prompts) or jax.process_count() > 1:
+        model, slots = source.make(), arguments.slots or _SLOTS
+        if arguments.stream and is_scored:
+            max_len, add_bos = arguments.max_len or source.config.max_seq_len, arguments.add_bos
+            intake = Intake(source.tokenizer, config=source.config, max_len=max_len, max_logprobs=0, add_bos=add_bos)
+            with BatchProgress(len(prompts), doing) as progress:
+                score_batches(model, intake, prompts, results, progress, is_interrupted, rows=slots)
+            return _say_complete(prompts, results, arguments)
         engine = Engine(
-            source.make(),
+            model,
             source.tokenizer,
-            slots=arguments.slots or _SLOTS,
+            slots=slots,
             max_len=arguments.max_len,
+            prefill_rows=slots if arguments.stream else _PREFILL_ROWS,
             max_guesses=arguments.guesses,
             cache_dtype=arguments.cache_dtype,
             allow_oom=arguments.allow_oom,
@@ -307,6 +345,10 @@ def _run_prompts(
         with engine, BatchProgress(len(prompts), doing) as progress:
             num_tokens = operator.attrgetter(counted)
             run_batch(engine, prompts, results, progress, is_interrupted, num_tokens=num_tokens)
+    return _say_complete(prompts, results, arguments)
+
+
+def _say_complete(prompts: tuple[Prompt, ...], results: Results, arguments: argparse.Namespace) -> int:
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
@@ -402,6 +444,17 @@ def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
     extents = mesh.shape["data"], mesh.shape["model"]
     weights_bytes = info.bytes_per_device(extents, dtype=abstract.dtype, quantized=not arguments.plain)
     is_int8 = not arguments.plain and any(spec.scales is not None for spec in info.specs.values())
+    if arguments.stream:
+        say_machine(mesh, weights="streamed int8" if is_int8 else "streamed", dtype=arguments.dtype)
+        return stream(
+            checkpoint,
+            mesh=mesh,
+            dtype=abstract.dtype,
+            quantized_table=arguments.quantized_table,
+            device_bytes=read_bytes("--device-memory", arguments.device_memory),
+            host_bytes=read_bytes("--host-memory", arguments.host_memory) or 0,
+            allow_oom=arguments.allow_oom,
+        )
     _check_machine(abstract, weights_bytes, arguments, is_int8=is_int8)
     with byte_progress("loaded") as progress:
         return load(

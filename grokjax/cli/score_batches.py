@@ -1,0 +1,111 @@
+"""Scores texts many at a time, for a model whose layers stream: each batch is one pass through them."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from grokjax import Grok, Scores, score
+from grokjax.cli.batch import Prompt, Results
+from grokjax.engine import Intake
+from grokjax.request import Completion, FinishReason, Timings, TokenScore
+
+_LEAST_LENGTH = 16
+
+
+def score_batches(
+    model: Grok,
+    intake: Intake,
+    prompts: Sequence[Prompt],
+    results: Results,
+    progress: Callable[[int, int], None],
+    is_interrupted: Callable[[], bool] = lambda: False,
+    *,
+    rows: int,
+) -> None:
+    """Scores the texts that have no result yet, those of like lengths together, and writes each batch as it is done.
+
+    Args:
+      model: the model.
+      intake: makes tokens of texts.
+      prompts: all of them.
+      results: of an earlier run, and the place for the others.
+      progress: told after each batch the number of results and of tokens.
+      is_interrupted: asked before each batch.
+      rows: texts of a batch.
+
+    Raises:
+      ValueError: A result cannot be written.
+      KeyboardInterrupt: It is interrupted.
+    """
+    done_tokens = 0
+    progress(len(results.failed), done_tokens)
+    texts: list[tuple[Prompt, np.ndarray]] = []
+    for prompt in [prompt for prompt in prompts if prompt.id not in results.failed]:
+        try:
+            texts.append((prompt, _encode(prompt, intake)))
+        except Exception as error:  # whatever a tokenizer raises is the result of this text, and of no other
+            results.write(prompt, [_completion((), "error", 0.0, error=error)])
+    texts.sort(key=lambda text: len(text[1]))
+    for start in range(0, len(texts), rows):
+        if is_interrupted():
+            raise KeyboardInterrupt
+        batch = texts[start : start + rows]
+        began = time.monotonic()
+        found = _score(model, [tokens for _, tokens in batch], min(rows, len(texts)))
+        seconds = time.monotonic() - began
+        for row, (prompt, tokens) in enumerate(batch):
+            ids = tuple(tokens.tolist())
+            scores = [TokenScore(*values) for values in zip(ids, *(part[row].tolist() for part in found), strict=False)]
+            results.write(prompt, [_completion(ids, "length", seconds, scores=(None, *scores[1:]))])
+            done_tokens += len(ids)
+        progress(len(results.failed), done_tokens)
+
+
+def _encode(prompt: Prompt, intake: Intake) -> np.ndarray:
+    """The tokens of a text, int32 [n].
+
+    Raises:
+      ValueError: They are none, too many or no tokens, or the text is to be continued.
+      Exception: Whatever the tokenizer raises.
+    """
+    if prompt.request.max_new_tokens:
+        raise ValueError(
+            f"max_new_tokens={prompt.request.max_new_tokens}: with --stream texts are scored and not continued; leave "
+            "it away, or give the file to grokjax generate."
+        )
+    return intake.encode(prompt.request.prompt, is_continued=False)
+
+
+def _score(model: Grok, texts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, ...]:
+    """The fields of the scores of some texts, each [rows, T], T a power of two: few shapes, for few compilations."""
+    longest = max(map(len, texts))
+    padded = max(_LEAST_LENGTH, 1 << (longest - 1).bit_length())
+    tokens = np.full((rows, min(padded, model.config.max_seq_len)), model.config.pad_id, np.int32)
+    for row, text in zip(tokens, texts, strict=False):
+        row[: len(text)] = text
+    lengths = np.array([*map(len, texts), *(1,) * (rows - len(texts))], np.int32)
+    scores: Scores = score(model, tokens, lengths)
+    return tuple(np.asarray(part) for part in (scores.logprob, scores.rank, scores.entropy, scores.top_id))
+
+
+def _completion(
+    ids: tuple[int, ...],
+    finish_reason: FinishReason,
+    seconds: float,
+    *,
+    scores: tuple[TokenScore | None, ...] | None = None,
+    error: Exception | None = None,
+) -> Completion:
+    """What an engine would say of a text of which nothing is drawn."""
+    return Completion(
+        text="",
+        token_ids=(),
+        prompt_ids=ids,
+        finish_reason=finish_reason,
+        logprobs=None,
+        prompt_logprobs=scores,
+        timings=Timings(queue=None, prefill=None, first_token=None, decode=None, total=seconds),
+        sample=0,
+        error=error,
+    )
