@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from humanize import naturalsize
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -29,6 +28,7 @@ from grokjax.model import (
     StreamedLayers,
     abstract_model,
     check_dtype,
+    layers_that_stay,
     state_with_values,
     with_quantized_table,
     with_values,
@@ -94,45 +94,15 @@ def stream(
     outside = [stack for stack in stacks if not stack.is_layered]
     by_layer = [[stack.of_layer(number) for stack in stacks if stack.is_layered] for number in range(config.num_layers)]
     of_outside, of_layer = (bytes_of_stacks(some, checkpoint.tensors, partitioner) for some in (outside, by_layer[0]))
-    num_on_device = _num_on_device(config.num_layers, of_outside, of_layer, device_bytes)
+    num_on_device, at_once = layers_that_stay(config.num_layers, of_outside, of_layer, device_bytes)
     if not allow_oom:
-        num_at_once = min(num_on_device + _IN_PASSING, config.num_layers)
-        check_fits("the model", of_outside + num_at_once * of_layer, partitioner.mesh, remedy="give less device_bytes")
+        check_fits("the model", of_outside + at_once * of_layer, partitioner.mesh, remedy="give less device_bytes")
     one_layer = abstract_model(config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False).layers
     files = LayerFiles(Builder(checkpoint, partitioner, HOST_BYTES), nnx.split(one_layer)[1], by_layer, progress)
     values = files.keep(outside, num_on_device=num_on_device, host_bytes=host_bytes)
     abstract.layers = StreamedLayers(one_layer, config.num_layers, files)
     model = with_values(abstract, values)
     return with_quantized_table(model) if quantized_table else model
-
-
-# Layers that are there for a while: one that computes, and the next one, which is read.
-_IN_PASSING = 2
-
-
-def _num_on_device(num_layers: int, of_outside: int, of_layer: int, device_bytes: int | None) -> int:
-    """How many layers stay on the devices.
-
-    Args:
-      num_layers: L.
-      of_outside: bytes on each device of what is no layer.
-      of_layer: bytes of one layer on each device.
-      device_bytes: what all of it may take there; the least by default.
-
-    Raises:
-      ValueError: It is less than the least.
-    """
-    least = of_outside + min(_IN_PASSING, num_layers) * of_layer
-    given = least if device_bytes is None else check_integer("device_bytes", device_bytes, 0)
-    if given < least:
-        found, needed = (naturalsize(size, binary=True) for size in (given, least))
-        raise ValueError(
-            f"device_bytes={given} ({found}) is too little: the embedding table and two layers at a time take {needed} "
-            "on each device. Give as much, or take more devices along the model axis."
-        )
-    if given >= of_outside + num_layers * of_layer:
-        return num_layers
-    return (given - of_outside) // of_layer - _IN_PASSING
 
 
 class LayerFiles:

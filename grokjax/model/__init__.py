@@ -41,7 +41,7 @@ from grokjax.model.steps import (
     last_logits,
     prefill,
 )
-from grokjax.model.streamed import Compiled, LayerSource, StreamedLayers, is_streamed
+from grokjax.model.streamed import Compiled, LayerSource, StreamedLayers, is_streamed, layers_that_stay
 
 __all__ = [
     "OUTSIDE_LAYERS",
@@ -81,6 +81,7 @@ __all__ = [
     "init_parameters",
     "is_streamed",
     "last_logits",
+    "layers_that_stay",
     "lower_decode",
     "lower_prefill",
     "named_parameters",

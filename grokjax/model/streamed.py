@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from humanize import naturalsize
 
 from grokjax.cache import CACHE_AXES, Entries, KVCache
 from grokjax.kernels import CachePlace
@@ -24,6 +25,7 @@ from grokjax.model.building import with_values
 from grokjax.model.grok import DecoderLayers, Grok
 from grokjax.model.probes import UNPROBED, Probe
 from grokjax.model.stack import Carry
+from grokjax.request import check_integer
 from grokjax.sharding import Partitioner, zeros
 
 R = TypeVar("R")
@@ -114,6 +116,36 @@ _NO_PROGRAM = (
 def is_streamed(model: Grok) -> bool:
     """Whether the layers of a model come one after the other."""
     return isinstance(model.layers, StreamedLayers)
+
+
+# Layers that are there for a while: one that computes, and the next one, which is read.
+_IN_PASSING = 2
+
+
+def layers_that_stay(num_layers: int, of_outside: int, of_layer: int, device_bytes: int | None) -> tuple[int, int]:
+    """How many layers stay on the devices, and how many are there at once.
+
+    Args:
+      num_layers: L.
+      of_outside: bytes on each device of what is no layer.
+      of_layer: bytes of one layer on each device.
+      device_bytes: what all weights may take there; the least by default.
+
+    Raises:
+      ValueError: It is less than the least.
+    """
+    least = of_outside + min(_IN_PASSING, num_layers) * of_layer
+    given = least if device_bytes is None else check_integer("device_bytes", device_bytes, 0)
+    if given < least:
+        found, needed = (naturalsize(size, binary=True) for size in (given, least))
+        raise ValueError(
+            f"device_bytes={given} ({found}) is too little: the embedding table and two layers at a time take {needed} "
+            "on each device. Give as much, or take more devices along the model axis."
+        )
+    if given >= of_outside + num_layers * of_layer:
+        return num_layers, num_layers
+    at_once = (given - of_outside) // of_layer
+    return at_once - _IN_PASSING, at_once
 
 
 @jax.tree_util.register_dataclass
