@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from grokjax.checkpoint.assembly import Builder
+from grokjax.checkpoint.in_place import Allocate, allocate_again
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.likeness import check_same_weights
 from grokjax.checkpoint.loading import HOST_BYTES
 from grokjax.checkpoint.mapping import map_sources
 from grokjax.checkpoint.progress import Progress, Report, Tally
 from grokjax.checkpoint.stacks import Stack, bytes_of_stacks, stacks_of
-from grokjax.checkpoint.stored import Checkpoint, CheckpointError, TensorSpec
+from grokjax.checkpoint.stored import Array, Checkpoint, CheckpointError, TensorSpec, aligned_empty
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.memory import check_fits
@@ -153,12 +154,13 @@ class LayerFiles:
         num_kept = len(self._on_device) + len(self._on_host)
         total_bytes = sum(map(self._stored_bytes, self._stacks[num_kept:]))
         tally, stop = Tally("streamed", total_bytes, self._report), threading.Event()
+        held: tuple[list[Array], list[Array]] = [], []  # memory of layers with even and with odd numbers
         with ThreadPoolExecutor(1) as reader:
             coming: dict[int, Future[nnx.State]] = {}
 
             def fetch(number: int) -> None:
                 if len(self._on_device) <= number < len(self._stacks):
-                    coming[number] = reader.submit(self._fetch, number, stop)
+                    coming[number] = reader.submit(self._fetch, number, stop, held[number % 2])
 
             def take(number: int) -> nnx.State:
                 if number < len(self._on_device):
@@ -178,17 +180,17 @@ class LayerFiles:
                 stop.set()
 
     @own_context()
-    def _fetch(self, number: int, stop: threading.Event) -> nnx.State:
-        """A layer that does not stay on the devices, there."""
+    def _fetch(self, number: int, stop: threading.Event, held: list[Array]) -> nnx.State:
+        """A layer that does not stay on the devices, there; `held` is memory of one that was there before."""
         at = number - len(self._on_device)
         if at < len(self._on_host):
             return jax.block_until_ready(_moved(self._on_host[at], _on_device))
-        return self._read_layer(number, stop)
+        return self._read_layer(number, stop, allocate_again(held))
 
-    def _read_layer(self, number: int, stop: threading.Event) -> nnx.State:
+    def _read_layer(self, number: int, stop: threading.Event, allocate: Allocate = aligned_empty) -> nnx.State:
         path = self._builder.checkpoint.path
         try:
-            values = self._read(self._stacks[number], stop)
+            values = self._read(self._stacks[number], stop, allocate)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: layer {number} cannot be read ({error.strerror or error}). Look after the disk; the model "
@@ -196,14 +198,16 @@ class LayerFiles:
             ) from error
         return state_with_values(self._empty, {name.removeprefix("layers."): value for name, value in values.items()})
 
-    def _read(self, stacks: Sequence[Stack], stop: threading.Event) -> dict[str, Weight]:
+    def _read(
+        self, stacks: Sequence[Stack], stop: threading.Event, allocate: Allocate = aligned_empty
+    ) -> dict[str, Weight]:
         """The values of some stacks; ends early, without them, when told to stop."""
 
         def check(_: Progress) -> None:
             if stop.is_set():
                 raise CancelledError
 
-        return jax.block_until_ready(self._builder.build_in_place(stacks, Tally("read", 0, check)))
+        return jax.block_until_ready(self._builder.build_in_place(stacks, Tally("read", 0, check), allocate))
 
     def _stored_bytes(self, stacks: Sequence[Stack]) -> int:
         """Bytes of some stacks in the checkpoint."""
