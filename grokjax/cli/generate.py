@@ -123,7 +123,10 @@ def add_model(generate: argparse.ArgumentParser) -> None:
         "--allow-oom", action="store_true", help="try it even where there seems to be too little memory"
     )
     generate.add_argument(
-        "--cpu-devices", metavar="N", type=int, help="that a CPU is (default: one for each core, where that is faster)"
+        "--cpu-devices",
+        metavar="N",
+        type=int,
+        help="that a CPU is (default: one a core where that is faster; one with --stream)",
     )
     generate.add_argument(
         "--no-compilation-cache", action="store_true", help="do not keep compiled programs for the next start"
@@ -242,11 +245,14 @@ def _check_streaming(arguments: argparse.Namespace) -> None:
 
 
 def _choose_devices(arguments: argparse.Namespace) -> None:
-    """Processes that work together have the devices that each is told to have."""
+    """Processes that work together have the devices that each is told to have, and weights stream to one device.
+
+    Of several, each would read columns of a matrix, whose bytes do not lie side by side.
+    """
     is_alone = not arguments.distributed and arguments.coordinator is None
     if arguments.cpu_devices is not None:
         check_integer("--cpu-devices", arguments.cpu_devices, 1)
-    if arguments.cpu_devices is not None or is_alone:
+    if arguments.cpu_devices is not None or (is_alone and not arguments.stream):
         use_every_core(arguments.cpu_devices)
 
 

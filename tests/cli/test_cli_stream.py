@@ -82,6 +82,14 @@ def test_options_that_do_not_fit_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_cpu_is_one_device_unless_it_is_told_to_be_several(model: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int | None] = []
+    monkeypatch.setattr("grokjax.cli.generate.use_every_core", told.append)
+    for options in ([], ["--cpu-devices", "2"]):
+        assert main(["generate", "once", *model, "--stream", "--device-memory", "1kB", *options]) == 2
+    assert told == [2]
+
+
 def test_random_weights_do_not_stream(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "once", "--random", "tiny", "--stream"]) == 2
     assert "--stream goes with --checkpoint: random weights are in no file." in capsys.readouterr().err
