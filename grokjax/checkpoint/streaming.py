@@ -96,11 +96,16 @@ def stream(
     by_layer = [[stack.of_layer(number) for stack in stacks if stack.is_layered] for number in range(config.num_layers)]
     of_outside, of_layer = (bytes_of_stacks(some, checkpoint.tensors, partitioner) for some in (outside, by_layer[0]))
     num_on_device, at_once = layers_that_stay(config.num_layers, of_outside, of_layer, device_bytes)
+    fit = check_integer("host_bytes", host_bytes, 0) // _stored_bytes(by_layer[0], checkpoint)
+    num_on_host = min(config.num_layers - num_on_device, fit)
     if not allow_oom:
-        check_fits("the model", of_outside + at_once * of_layer, partitioner.mesh, remedy="give less device_bytes")
+        if partitioner.platform == "cpu":  # whose memory is the host's
+            at_once = min(config.num_layers, at_once + num_on_host)
+        remedy = "give less device_bytes and host_bytes"
+        check_fits("the model", of_outside + at_once * of_layer, partitioner.mesh, remedy=remedy)
     one_layer = abstract_model(config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False).layers
     files = LayerFiles(Builder(checkpoint, partitioner, HOST_BYTES), nnx.split(one_layer)[1], by_layer, progress)
-    values = files.keep(outside, num_on_device=num_on_device, host_bytes=host_bytes)
+    values = files.keep(outside, num_on_device=num_on_device, num_on_host=num_on_host)
     abstract.layers = StreamedLayers(one_layer, config.num_layers, files)
     model = with_values(abstract, values)
     return with_quantized_table(model) if quantized_table else model
@@ -121,16 +126,15 @@ class LayerFiles:
         self._on_device: list[nnx.State] = []
         self._on_host: list[nnx.State] = []
 
-    def keep(self, outside: Sequence[Stack], *, num_on_device: int, host_bytes: int) -> dict[str, Weight]:
+    def keep(self, outside: Sequence[Stack], *, num_on_device: int, num_on_host: int) -> dict[str, Weight]:
         """Reads what stays: the values of `outside`, which it gives back, and the first layers.
 
         Args:
           outside: what is no layer.
           num_on_device: how many layers stay on the devices.
-          host_bytes: what the next ones may take in the host's memory.
+          num_on_host: how many of the next ones stay in the host's memory.
         """
-        num_layers, of_layer = len(self._stacks), self._stored_bytes(self._stacks[0])
-        num_kept = min(num_layers, num_on_device + check_integer("host_bytes", host_bytes, 0) // of_layer)
+        num_kept, of_layer = num_on_device + num_on_host, self._stored_bytes(self._stacks[0])
         total_bytes = sum(map(self._stored_bytes, (outside, *self._stacks[:num_kept])))
         tally, never = Tally("loaded", total_bytes, self._report), threading.Event()
         values = self._read(outside, never)
@@ -210,9 +214,13 @@ class LayerFiles:
         return jax.block_until_ready(self._builder.build_in_place(stacks, Tally("read", 0, check), allocate))
 
     def _stored_bytes(self, stacks: Sequence[Stack]) -> int:
-        """Bytes of some stacks in the checkpoint."""
-        tensors = self._builder.checkpoint.tensors
-        return sum(TensorSpec.of(tensors[name]).num_bytes for stack in stacks for name in stack.sources if name)
+        return _stored_bytes(stacks, self._builder.checkpoint)
+
+
+def _stored_bytes(stacks: Sequence[Stack], checkpoint: Checkpoint) -> int:
+    """Bytes of some stacks in the checkpoint."""
+    names = [name for stack in stacks for name in stack.sources if name is not None]
+    return sum(TensorSpec.of(checkpoint.tensors[name]).num_bytes for name in names)
 
 
 def _moved(layer: nnx.State, place: Callable[[jax.Array], jax.sharding.Sharding]) -> nnx.State:

@@ -267,6 +267,14 @@ def test_too_small_a_budget_is_refused_with_the_least(release: WrittenCheckpoint
         stream(release.path, FOUR_LAYERS, host_bytes=-1)
 
 
+def test_budgets_beyond_the_memory_are_refused(release: WrittenCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the devices are CPUs, layers that stay on the host take of the same memory."""
+    monkeypatch.setattr("grokjax.memory.host_bytes_left", lambda: 150_000)
+    with pytest.raises(ValueError, match=r"the model needs .* is left there: give less device_bytes and host_bytes"):
+        stream(release.path, FOUR_LAYERS, host_bytes=1 << 30)
+    stream(release.path, FOUR_LAYERS)
+
+
 @pytest.mark.parametrize(
     "use",
     [
