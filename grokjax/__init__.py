@@ -5,8 +5,8 @@
 * Its steps: `forward`, `score` (`Scores`), and with a `KVCache` `prefill`, `decode`, `decode_and_sample`, `generate`
   (`Generated`).
 * Drawing tokens: `SampleSettings`, `sample_token`, `SampleOutput`, `row_keys`.
-* Checkpoints: `load`, `load_parameters`, `save`, `describe` (`CheckpointInfo`), `plan_conversion` (`ConversionPlan`),
-  `convert`, `verify`, `verify_finite`, `keep_checksums`, `export`; `Progress`, `CheckpointError`.
+* Checkpoints: `load`, `stream`, `load_parameters`, `save`, `describe` (`CheckpointInfo`), `plan_conversion`
+  (`ConversionPlan`), `convert`, `verify`, `verify_finite`, `keep_checksums`, `export`; `Progress`, `CheckpointError`.
 * Text: `TextGenerator` (`GeneratedText`), `Tokenizer`, `load_tokenizer`, `SentencePieceTokenizer`, `ByteTokenizer`.
 * Many requests: `Engine`, `AsyncEngine`, `Request`, `Completion`, `Piece`, `Handle`, `Metrics`, `QueueFullError`;
   over several processes `follow`, `DistributedError`, and `grokjax.distributed.initialize`.
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         load_parameters,
         plan_conversion,
         save,
+        stream,
         verify,
         verify_finite,
     )
@@ -70,7 +71,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 _LATER = {
     "checkpoint": (
         "CheckpointError CheckpointInfo ConversionPlan Progress convert describe export keep_checksums load "
-        "load_parameters plan_conversion save verify verify_finite"
+        "load_parameters plan_conversion save stream verify verify_finite"
     ),
     "engine": "AsyncEngine Engine GeneratedText Handle Metrics QueueFullError TextGenerator follow",
     "planning": "Plan Suggestion plan suggest",
@@ -144,6 +145,7 @@ __all__ = [
     "sample_token",
     "save",
     "score",
+    "stream",
     "suggest",
     "verify",
     "verify_finite",

@@ -5,10 +5,11 @@ that are read slice by slice. The folder `formats` has the layouts, and a readin
 which one a folder has, `beside` what lies beside the files, and `sizes` whether files that cannot tell all sizes are
 Grok-1's.
 `loading` has `load`: `mapping` says which parameter comes from where, `likeness` whether all processes load the same
-weights, `stacks` where each part has its place, and `assembly` puts it there, on CPUs by `in_place`. `saving` goes the
-other way, and `info` tells what a checkpoint holds. `conversion` goes from checkpoint to checkpoint: `recipe` is what
-it does with a matrix, `target` the folder that it writes; `verification` reads both again, and `exporting` writes for
-other programs. `disk` and `progress` serve all of them.
+weights, `stacks` where each part has its place, and `assembly` puts it there, on CPUs by `in_place`. `streaming` has
+`stream`, which leaves the layers in the files. `saving` goes the other way, and `info` tells what a checkpoint holds.
+`conversion` goes from checkpoint to checkpoint: `recipe` is what it does with a matrix, `target` the folder that it
+writes; `verification` reads both again, and `exporting` writes for other programs. `disk` and `progress` serve all of
+them.
 """
 
 from grokjax.checkpoint.beside import find_config, find_tokenizer, tokenizer_places
@@ -26,6 +27,7 @@ from grokjax.checkpoint.progress import EARLIER, Progress
 from grokjax.checkpoint.recipe import WeightFormat
 from grokjax.checkpoint.saving import save
 from grokjax.checkpoint.stored import Checkpoint, CheckpointError
+from grokjax.checkpoint.streaming import stream
 from grokjax.checkpoint.verification import keep_checksums, verify, verify_finite
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "plan_conversion",
     "read_config",
     "save",
+    "stream",
     "tokenizer_places",
     "verify",
     "verify_finite",

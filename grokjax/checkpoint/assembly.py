@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grokjax.checkpoint.in_place import InPlace, can_be_in_place
+from grokjax.checkpoint.in_place import Allocate, InPlace, can_be_in_place
 from grokjax.checkpoint.parameters import Part, parts_of, stack_name
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes
-from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, specs_of
+from grokjax.checkpoint.stored import Checkpoint, Shards, Targets, TensorSpec, aligned_empty, specs_of
 from grokjax.model import Grok, init_parameters, named_parameters, with_values
 from grokjax.quantization import QuantizedArray, Weight, dequantize, partition_specs, shardable_blocks
 from grokjax.sharding import Axes, Partitioner, with_shardings, zeros
@@ -80,10 +80,16 @@ class Builder:
         """The values of all `stacks` by name; those of layers start as what `fresh` has, else as zeros."""
         in_place = [stack for stack in stacks if can_be_in_place(stack, self.checkpoint, self.partitioner)]
         others = [stack for stack in stacks if stack not in in_place]
-        return self._build_in_place(in_place, tally) | self._build_from_parts(others, fresh, tally)
+        return self.build_in_place(in_place, tally) | self._build_from_parts(others, fresh, tally)
 
-    def _build_in_place(self, stacks: Sequence[Stack], tally: Tally) -> dict[str, Weight]:
-        values = {stack.name: InPlace(stack, self.checkpoint, self.partitioner) for stack in stacks}
+    def build_in_place(
+        self, stacks: Sequence[Stack], tally: Tally, allocate: Allocate = aligned_empty
+    ) -> dict[str, Weight]:
+        """The values of some stacks, all of the checkpoint and int8 where it is, each read into host memory as a whole.
+
+        It runs no program, so any thread may call it. On CPUs that memory is the devices'; others are sent copies.
+        """
+        values = {stack.name: InPlace(stack, self.checkpoint, self.partitioner, allocate) for stack in stacks}
         placements = [placement for stack in stacks for placement in self._placements(stack)]
         with ThreadPoolExecutor(_READERS) as readers:
             reads = [readers.submit(values[placement.stack.name].read, placement) for placement in placements]

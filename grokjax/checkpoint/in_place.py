@@ -1,8 +1,12 @@
 """On CPUs weights are read straight into the memory where they stay: nothing is copied, and no zeros come first."""
 
+import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from grokjax.checkpoint.stacks import Placement, Stack, stack_shapes
@@ -12,6 +16,28 @@ from grokjax.sharding import Partitioner
 
 # Of an array that changes its dtype, so much is read at once.
 _CAST_BYTES = 16 << 20
+
+# Gives memory for an array of a shape and dtype, as `aligned_empty` does.
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+
+
+def allocate_again(held: list[Array]) -> Allocate:
+    """What gives the memory that is held, array by array, to what has no use any more for what it took before.
+
+    Pages that a process has not used yet must first be cleared, which takes the system as long as reading into them.
+
+    Args:
+      held: what was given before, in this order; what is new is added.
+    """
+    numbers = itertools.count()
+
+    def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        number = next(numbers)
+        if number == len(held) or (held[number].shape, held[number].dtype) != (shape, dtype):
+            held[number:] = [aligned_empty(shape, dtype)]
+        return held[number]
+
+    return allocate
 
 
 def can_be_in_place(stack: Stack, checkpoint: Checkpoint, partitioner: Partitioner) -> bool:
@@ -29,13 +55,14 @@ class InPlace:
       stack: one that `can_be_in_place`.
       checkpoint: of any layout.
       partitioner: mesh and rules.
+      allocate: gives the memory.
     """
 
-    def __init__(self, stack: Stack, checkpoint: Checkpoint, partitioner: Partitioner):
+    def __init__(self, stack: Stack, checkpoint: Checkpoint, partitioner: Partitioner, allocate: Allocate):
         self._tensors = checkpoint.tensors
         shapes = stack_shapes(stack, checkpoint.tensors, partitioner)
         places = partitioner.shardings(partition_specs(shapes, stack.axes, partitioner))
-        self._value: Any = jax.tree.map(_Shards, shapes, places)
+        self._value: Any = jax.tree.map(functools.partial(_Shards, allocate), shapes, places)
 
     def read(self, placement: Placement) -> None:
         """Reads one part into its place. Threads may read different parts at once.
@@ -62,14 +89,14 @@ _Bounds = tuple[tuple[int, int], ...]
 class _Shards:
     """Memory for each different shard of an array that a device of this process holds."""
 
-    def __init__(self, shape: jax.ShapeDtypeStruct, sharding: NamedSharding):
+    def __init__(self, allocate: Allocate, shape: jax.ShapeDtypeStruct, sharding: NamedSharding):
         self._shape, self._sharding = shape.shape, sharding
         self._bounds: dict[jax.Device, _Bounds] = {
             device: tuple(entry.indices(size)[:2] for entry, size in zip(index or (), shape.shape, strict=True))
             for device, index in sharding.addressable_devices_indices_map(shape.shape).items()
         }
         self._memory = {
-            bounds: aligned_empty(tuple(stop - start for start, stop in bounds), shape.dtype)
+            bounds: allocate(tuple(stop - start for start, stop in bounds), shape.dtype)
             for bounds in self._bounds.values()
         }
 

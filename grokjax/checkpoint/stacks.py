@@ -47,6 +47,10 @@ class Stack:
         value = param.get_value()
         return cls(name, value.shape, value.dtype, param.logical_axes, sources, keeps_int8)
 
+    def of_layer(self, number: int) -> "Stack":
+        """One layer of a stack that has a layer axis."""
+        return dataclasses.replace(self, shape=(1, *self.shape[1:]), sources=self.sources[number : number + 1])
+
     @property
     def is_layered(self) -> bool:
         """Whether there is a layer axis."""

@@ -15,12 +15,16 @@ from grokjax.cli.console import BatchProgress, say
 from grokjax.cli.model import SLOTS, SMALLER_BATCH, Source, model_failures
 from grokjax.cli.prompts import Prompt, read_prompts
 from grokjax.cli.results import Results, open_results
+from grokjax.cli.score_batches import score_batches
 from grokjax.distributed import on_first
-from grokjax.engine import Engine, Handle, Metrics, follow
+from grokjax.engine import Engine, Handle, Intake, Metrics, follow
 from grokjax.request import Request
 
 # Seconds between two calls of a job's `progress`: what it shows takes longer to gather than a step may wait.
 _PROGRESS_PERIOD = 0.1
+
+# Prompts that are prefilled together, and most probable tokens that may be asked for, as an engine has them.
+_PREFILL_ROWS, _MAX_LOGPROBS = 4, 8
 
 
 def run_file(source: Source, arguments: argparse.Namespace, request: Request) -> int:
@@ -73,11 +77,19 @@ def _run_prompts(
         say(f"{earlier} of {len(prompts)} results are in {arguments.output}")
     # Other processes wait for an engine, be there anything to do or not.
     if earlier < len(prompts) or jax.process_count() > 1:
+        model, slots = source.make(), arguments.slots or SLOTS
+        if arguments.stream and is_scored:
+            limits = {"max_len": arguments.max_len or source.config.max_seq_len, "max_logprobs": _MAX_LOGPROBS}
+            intake = Intake(source.tokenizer, config=source.config, add_bos=arguments.add_bos, **limits)
+            with BatchProgress(len(prompts), doing) as progress:
+                score_batches(model, intake, prompts, results, progress, is_interrupted, rows=slots)
+            return _say_complete(prompts, results, arguments)
         engine = Engine(
-            source.make(),
+            model,
             source.tokenizer,
-            slots=arguments.slots or SLOTS,
+            slots=slots,
             max_len=arguments.max_len,
+            prefill_rows=slots if arguments.stream else _PREFILL_ROWS,
             max_guesses=arguments.guesses,
             cache_dtype=arguments.cache_dtype,
             allow_oom=arguments.allow_oom,
@@ -86,6 +98,10 @@ def _run_prompts(
         with engine, BatchProgress(len(prompts), doing) as progress:
             num_tokens = operator.attrgetter(counted)
             run_batch(engine, prompts, results, progress, is_interrupted, num_tokens=num_tokens)
+    return _say_complete(prompts, results, arguments)
+
+
+def _say_complete(prompts: tuple[Prompt, ...], results: Results, arguments: argparse.Namespace) -> int:
     num_errors = sum(results.failed.values())
     errors = f", {num_errors} of them errors" if num_errors else ""
     say(f"{arguments.output} is complete: {len(prompts)} results{errors}")
@@ -126,7 +142,7 @@ def run_batch(
             prompt = waiting.popleft()
             running[engine.submit(prompt.request)] = prompt
         for handle in engine.step():
-            results.write(running.pop(handle), handle)
+            results.write(running.pop(handle), handle.samples)
         if time.monotonic() - told >= _PROGRESS_PERIOD or not (waiting or running):
             progress(len(results.failed), num_tokens(engine.metrics()))
             told = time.monotonic()

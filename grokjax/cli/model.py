@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from grokjax import ByteTokenizer, Grok, GrokConfig, Tokenizer, init, load, load_tokenizer
+from grokjax import ByteTokenizer, Grok, GrokConfig, Tokenizer, init, load, load_tokenizer, stream
 from grokjax.cache import MOST_ROWS
 from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_checkpoint, tokenizer_places
 from grokjax.cli.console import byte_progress, say
 from grokjax.cli.cores import use_every_core
 from grokjax.cli.machine import say_machine
-from grokjax.cli.options import add_dtype, checkpoint_config, choose_mesh, named_config, read_extents
+from grokjax.cli.options import add_dtype, checkpoint_config, choose_mesh, named_config, read_bytes, read_extents
 from grokjax.errors import first_line
 from grokjax.memory import check_fits
 from grokjax.model import SlotState, abstract_model
@@ -68,15 +68,34 @@ def add_model(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--plain", action="store_true", help="int8 weights as plain ones: 2 or 4 times the memory")
     generate.add_argument("--quantized-table", action="store_true", help="the embedding table in int8, with an error")
     add_dtype(generate)
+    _add_streaming(generate)
     generate.add_argument(
         "--allow-oom", action="store_true", help="try it even where there seems to be too little memory"
     )
     generate.add_argument(
-        "--cpu-devices", metavar="N", type=int, help="that a CPU is (default: one for each core, where that is faster)"
+        "--cpu-devices",
+        metavar="N",
+        type=int,
+        help="that a CPU is (default: one a core where that is faster; one with --stream)",
     )
     generate.add_argument(
         "--no-compilation-cache", action="store_true", help="do not keep compiled programs for the next start"
     )
+
+
+def _add_streaming(generate: argparse.ArgumentParser) -> None:
+    streaming = generate.add_argument_group("weights that do not fit into memory")
+    streaming.add_argument(
+        "--stream",
+        action="store_true",
+        help="leave the layers in the files of --checkpoint, and read them each time",
+    )
+    streaming.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="for weights on each device, such as 20GiB (default: the least)",
+    )
+    streaming.add_argument("--host-memory", metavar="SIZE", help="for further layers on the host (default: none)")
 
 
 def add_slots(command: argparse.ArgumentParser) -> None:
@@ -92,6 +111,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
     """
     if arguments.slots is not None:
         check_integer("--slots", arguments.slots, 1, MOST_ROWS)
+    _check_streaming(arguments)
     _choose_devices(arguments)
     source = _random_source(arguments) if arguments.random else _checkpoint_source(arguments)
     _check_settings(source.config, arguments)
@@ -119,12 +139,25 @@ def model_failures(smaller: str, kept: str = "") -> Iterator[None]:
         raise ValueError(f"the model failed: {first_line(error)}.{others}{kept}{memory}") from error
 
 
+def _check_streaming(arguments: argparse.Namespace) -> None:
+    for option, text in (("--device-memory", arguments.device_memory), ("--host-memory", arguments.host_memory)):
+        if read_bytes(option, text) is not None and not arguments.stream:
+            raise ValueError(f"{option} goes with --stream: without it all weights are loaded.")
+    if arguments.stream and arguments.random is not None:
+        raise ValueError("--stream goes with --checkpoint: random weights are in no file.")
+    if arguments.stream and arguments.plain:
+        raise ValueError("--plain goes without --stream: weights that stream stay as they are in the files.")
+
+
 def _choose_devices(arguments: argparse.Namespace) -> None:
-    """Processes that work together have the devices that each is told to have."""
+    """Processes that work together have the devices that each is told to have, and weights stream to one device.
+
+    Of several, each would read columns of a matrix, whose bytes do not lie side by side.
+    """
     is_alone = not arguments.distributed and arguments.coordinator is None
     if arguments.cpu_devices is not None:
         check_integer("--cpu-devices", arguments.cpu_devices, 1)
-    if arguments.cpu_devices is not None or is_alone:
+    if arguments.cpu_devices is not None or (is_alone and not arguments.stream):
         use_every_core(arguments.cpu_devices)
 
 
@@ -174,6 +207,17 @@ def _load_model(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Grok:
     extents = mesh.shape["data"], mesh.shape["model"]
     weights_bytes = info.bytes_per_device(extents, dtype=abstract.dtype, quantized=not arguments.plain)
     is_int8 = not arguments.plain and any(spec.scales is not None for spec in info.specs.values())
+    if arguments.stream:
+        say_machine(mesh, weights="streamed int8" if is_int8 else "streamed", dtype=arguments.dtype)
+        return stream(
+            checkpoint,
+            mesh=mesh,
+            dtype=abstract.dtype,
+            quantized_table=arguments.quantized_table,
+            device_bytes=read_bytes("--device-memory", arguments.device_memory),
+            host_bytes=read_bytes("--host-memory", arguments.host_memory) or 0,
+            allow_oom=arguments.allow_oom,
+        )
     _check_machine(abstract, weights_bytes, arguments, is_int8=is_int8)
     with byte_progress("loaded") as progress:
         return load(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,3 +161,21 @@ def choose_mesh(text: str | None, config: GrokConfig) -> Mesh:
       ValueError: There are not as many devices, or the hosts cannot share them evenly.
     """
     return default_mesh(config) if text is None else spread_over_hosts(*read_extents(text))
+
+
+_UNITS = {"": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
+_UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def read_bytes(option: str, text: str | None) -> int | None:
+    """`20GiB` as a number of bytes; None where the option is not given.
+
+    Raises:
+      ValueError: It is anything else.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text.strip())
+    if not found or found[2] not in _UNITS:
+        raise ValueError(f"{option} {reprlib.repr(text)}: give bytes as a number and a unit, such as 20GiB or 20GB.")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -17,9 +17,21 @@ from rich.table import Column, Table
 
 from grokjax.checkpoint import check_no_link
 from grokjax.cli.console import say, table_text
-from grokjax.cli.options import add_dtype, named_config, read_extents
+from grokjax.cli.options import add_dtype, named_config, read_bytes, read_extents
 from grokjax.cli.streams import write
-from grokjax.planning import ACCELERATORS, GIB, GradientPlan, Plan, StepPlan, Suggestion, Target, plan, suggest
+from grokjax.planning import (
+    ACCELERATORS,
+    GIB,
+    GradientPlan,
+    Plan,
+    StepPlan,
+    StreamPlan,
+    Suggestion,
+    Target,
+    plan,
+    plan_stream,
+    suggest,
+)
 from grokjax.request import check_integer
 from grokjax.sharding import RULES
 
@@ -64,6 +76,7 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument("--plain", action="store_true", help="plain weights instead of int8")
     _add_figures(command)
+    _add_streaming(command)
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     command.add_argument("--plot", metavar="FILE.png", type=Path, help="draw the memory of a device; needs matplotlib")
     command.set_defaults(run=_run)
@@ -78,7 +91,20 @@ def _add_figures(command: argparse.ArgumentParser) -> None:
     figures.add_argument("--latency-us", type=float, default=0.0, help="of each transfer, microseconds (default: 0)")
 
 
+def _add_streaming(command: argparse.ArgumentParser) -> None:
+    streaming = command.add_argument_group("weights that stream, as by --stream of grokjax generate and score")
+    streaming.add_argument("--stream", action="store_true", help="plan a pass through the layers; compiles nothing")
+    streaming.add_argument("--tokens", type=int, default=1, help="of a pass (default: 1, a token of one text)")
+    streaming.add_argument("--disk-gbs", type=float, default=1.0, help="GB/s from the disk (default: %(default)s)")
+    streaming.add_argument("--host-gbs", type=float, help="GB/s from the host to all devices (default: unknown)")
+    streaming.add_argument("--device-memory", metavar="SIZE", help="for weights on each device (default: the least)")
+    streaming.add_argument("--host-memory", metavar="SIZE", help="for further layers on the host (default: none)")
+
+
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.stream:
+        _run_stream(arguments)
+        return
     others = (arguments.mesh, arguments.rules, arguments.plot, arguments.gradient)
     if arguments.suggest and any(other is not None for other in others):
         raise ValueError(
@@ -120,6 +146,43 @@ def _run(arguments: argparse.Namespace) -> None:
         _draw(made, figure, arguments.plot)
     gradient = None if arguments.gradient is None else made.plan_gradient(arguments.gradient)
     write(f"{_as_json(made, gradient) if arguments.json else _as_table(made, gradient)}\n")
+
+
+def _run_stream(arguments: argparse.Namespace) -> None:
+    made = plan_stream(
+        named_config("--config", arguments.config),
+        _target(arguments),
+        num_tokens=arguments.tokens,
+        disk_bandwidth=arguments.disk_gbs * 1e9,
+        host_bandwidth=arguments.host_gbs and arguments.host_gbs * 1e9,
+        dtype=arguments.dtype,
+        device_bytes_given=read_bytes("--device-memory", arguments.device_memory),
+        host_bytes=read_bytes("--host-memory", arguments.host_memory) or 0,
+    )
+    write(f"{json.dumps(_stream_record(made)) if arguments.json else table_text(_stream_table(made))}\n")
+
+
+def _stream_record(made: StreamPlan) -> dict[str, Any]:
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
+    derived = {name: getattr(made, name) for name in ("fits", "seconds", "tokens_per_second")}
+    return fields | derived | {"target": str(made.target)}
+
+
+def _stream_table(made: StreamPlan) -> Table:
+    table = Table.grid("", Column(justify="right"), "", padding=(0, 2))
+    verdict = {None: "", True: "fits", False: "does not fit"}[made.fits]
+    table.add_row("weights on each device", _memory(made.weights_bytes), verdict)
+    table.add_row("layers that stay there", str(made.on_devices))
+    table.add_row("layers on the host", str(made.on_host), _memory(made.on_host * made.layer_bytes))
+    table.add_row("layers from the disk", str(made.on_disk), _memory(made.on_disk * made.layer_bytes))
+    table.add_row("a layer: from the disk", "", _milliseconds(made.disk_seconds))
+    table.add_row("  from the host", "", _milliseconds(made.host_seconds) or "unknown: give --host-gbs")
+    table.add_row("  computes", "", _milliseconds(made.compute_seconds) or "unknown: give --tflops and --bandwidth-gbs")
+    table.add_row(
+        f"a pass of {made.num_tokens} tokens", f"{made.seconds:.1f} s", f"{made.tokens_per_second:.3g} tokens/s"
+    )
+    table.add_row("bound by computing from", "unknown" if made.bound_from is None else f"{made.bound_from} tokens")
+    return table
 
 
 def _as_json(made: Plan, gradient: GradientPlan | None) -> str:

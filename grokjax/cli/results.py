@@ -11,7 +11,6 @@ from typing import Any
 
 from grokjax.checkpoint import lock_file, open_itself
 from grokjax.cli.prompts import SURROGATE, Prompt, PromptId, is_id, parse_json
-from grokjax.engine import Handle
 from grokjax.request import Completion, TokenScore
 
 # How every line of the output begins; what else stands at the end of a file is not ours to remove.
@@ -31,13 +30,13 @@ class Results:
     file: FileIO
     failed: dict[PromptId, bool]
 
-    def write(self, prompt: Prompt, handle: Handle) -> None:
-        """Appends the result of a prompt that has ended.
+    def write(self, prompt: Prompt, samples: Sequence[Completion]) -> None:
+        """Appends the result of a prompt that has ended, with all its samples.
 
         Raises:
           ValueError: It cannot be written, or what has the output's name is no longer this file.
         """
-        record = _record(prompt, handle)
+        record = _record(prompt, samples)
         rest = json.dumps(record).encode() + b"\n"
         try:
             while rest:
@@ -125,14 +124,14 @@ def _read_result(line: bytes, where: str, known: Mapping[PromptId, Prompt]) -> t
     return record["id"], "error" in record
 
 
-def _record(prompt: Prompt, handle: Handle) -> dict[str, Any]:
+def _record(prompt: Prompt, samples: Sequence[Completion]) -> dict[str, Any]:
     """A line of the output. The fields of several samples are a list; any that failed marks the line as well."""
-    given = _prompt_record(prompt, handle.samples[0])
-    samples = [_sample_record(prompt, sample) for sample in handle.samples]
-    if len(samples) == 1:
-        return given | samples[0]
-    errors = [sample["error"] for sample in samples if "error" in sample]
-    return given | {"samples": samples} | ({"error": errors[0]} if errors else {})
+    given = _prompt_record(prompt, samples[0])
+    records = [_sample_record(prompt, sample) for sample in samples]
+    if len(records) == 1:
+        return given | records[0]
+    errors = [record["error"] for record in records if "error" in record]
+    return given | {"samples": records} | ({"error": errors[0]} if errors else {})
 
 
 def _prompt_record(prompt: Prompt, sample: Completion) -> dict[str, Any]:

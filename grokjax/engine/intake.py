@@ -113,9 +113,7 @@ class Intake:
           Exception: Whatever the tokenizer raises.
         """
         request = handle.request
-        if request.logprobs is not None and request.logprobs > self.max_logprobs:
-            shown = reprlib.repr(request.logprobs)
-            raise ValueError(f"logprobs={shown} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer.")
+        self.check_logprobs(request)
         vocab_size, eos_id = self.config.vocab_size, (self.tokenizer or self.config).eos_id
         prompt = self.encode(request.prompt, is_continued=request.max_new_tokens > 0)
         ends = frozenset() if request.ignore_eos else frozenset({eos_id})
@@ -127,6 +125,16 @@ class Intake:
             tokenizer=self.tokenizer,
         )
         return [LiveSample(handle, number, checked, submitted=now) for number in range(request.n)]
+
+    def check_logprobs(self, request: Request) -> None:
+        """Checks that a request asks for no more of the most probable tokens than there may be.
+
+        Raises:
+          ValueError: It asks for more.
+        """
+        if request.logprobs is not None and request.logprobs > self.max_logprobs:
+            shown = reprlib.repr(request.logprobs)
+            raise ValueError(f"logprobs={shown} exceeds the engine's max_logprobs={self.max_logprobs}: ask for fewer.")
 
     def _tokenizer_for_prompts(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -3,10 +3,11 @@
 Read `grok` first: the stack of decoder layers, which `stack` runs. Then its parts: `attention`, `feed_forward`,
 `embedding`, `layers` and `weights`, which they share; `base` says how all of them print and are viewed, and `contexts`
 lets them run under any mesh that a caller has set. `probes` reads and changes their values on the way.
-`building` makes models. `steps` has `forward`, `prefill` and `decode`; `generation` has `generate`, the whole loop, in
-which `guesses` lets a step make more than one token; `scores` says how probable the tokens of a text are. `slot_steps`
-has the steps for a batch whose rows are an engine's slots, `slot_state` what they keep on the devices, and `slots` what
-an engine and they say to each other.
+`building` makes models, and `streamed` compiles steps, also those of models whose layers come one after the other.
+`steps` has `forward`, `prefill` and `decode`; `generation` has `generate`, the whole loop, in which `guesses` lets a
+step make more than one token; `scores` says how probable the tokens of a text are. `slot_steps` has the steps for a
+batch whose rows are an engine's slots, `slot_state` what they keep on the devices, and `slots` what an engine and they
+say to each other.
 """
 
 from grokjax.model.base import named_parameters
@@ -15,6 +16,7 @@ from grokjax.model.building import (
     check_weights_fit,
     init,
     init_parameters,
+    state_with_values,
     with_quantized_table,
     with_values,
 )
@@ -35,11 +37,13 @@ from grokjax.model.steps import (
     last_logits,
     prefill,
 )
+from grokjax.model.streamed import Compiled, LayerSource, StreamedLayers, is_streamed, layers_that_stay
 
 __all__ = [
     "OUTSIDE_LAYERS",
     "SITES",
     "At",
+    "Compiled",
     "DeviceResult",
     "Drawn",
     "DrawnRun",
@@ -49,6 +53,7 @@ __all__ = [
     "Edits",
     "Generated",
     "Grok",
+    "LayerSource",
     "ModelSteps",
     "Probe",
     "Reader",
@@ -57,6 +62,7 @@ __all__ = [
     "SlotOptions",
     "SlotSettings",
     "SlotState",
+    "StreamedLayers",
     "abstract_model",
     "check_chunks",
     "check_dtype",
@@ -69,12 +75,15 @@ __all__ = [
     "in_any_context",
     "init",
     "init_parameters",
+    "is_streamed",
     "last_logits",
+    "layers_that_stay",
     "lower_decode",
     "lower_prefill",
     "named_parameters",
     "prefill",
     "score",
+    "state_with_values",
     "with_quantized_table",
     "with_values",
 ]

@@ -89,12 +89,17 @@ def with_values(model: Grok, values: Mapping[str, Weight | QuantizedTable]) -> G
       values: path of a parameter (`layers.attention.query`) -> its value, of the shape that it has in the model.
     """
     graphdef, state = nnx.split(model)
+    # Without `copy` both models would have the same variables, and who changes one would change the other.
+    return nnx.merge(graphdef, state_with_values(state, values), copy=True)
+
+
+def state_with_values(state: nnx.State, values: Mapping[str, Weight | QuantizedTable]) -> nnx.State:
+    """The state of a model, or of a part of it, with other values of some parameters, by path as in `with_values`."""
     params = {parameter_name(path): (path, param) for path, param in nnx.to_flat_state(state)}
     for name, value in values.items():
         path, param = params[name]
         params[name] = path, param.replace(value)
-    # Without `copy` both models would have the same variables, and who changes one would change the other.
-    return nnx.merge(graphdef, nnx.from_flat_state(list(params.values())), copy=True)
+    return nnx.from_flat_state(list(params.values()))
 
 
 @own_context()

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import reprlib
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -18,8 +17,9 @@ from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok
 from grokjax.model.guesses import Checked, check_guesses, write_tokens
 from grokjax.model.steps import check_lengths, check_tokens, decode_step, prefill_step
+from grokjax.model.streamed import Compiled, is_streamed
 from grokjax.request import check_integer, is_integer
-from grokjax.sampling import SampleOutput, SampleSettings, seed_key
+from grokjax.sampling import SampleSettings, seed_key
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +37,6 @@ class Generated:
     tokens: jax.Array
     lengths: jax.Array
     logprobs: jax.Array
-
-
-# From the number of a token, int32 [], the rows that go on, bool [B], logits, float32 [B, V], and the continuations so
-# far, to the drawn tokens, int32 [B], the rows that go on, and the continuations with them.
-_Draw: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Generated], tuple[jax.Array, jax.Array, Generated]]
 
 
 @in_any_context
@@ -92,7 +87,8 @@ def generate(
     cache_dtype = None if cache_dtype is None else check_cache_dtype(cache_dtype)
     if not allow_oom:
         model.abstract_cache(batch, longest + max_new_tokens, dtype=cache_dtype).check_fits()
-    return _generate(
+    run = _generate_step_by_step if is_streamed(model) else _generate
+    return run(
         model,
         tokens,
         lengths,
@@ -139,6 +135,47 @@ def _check_draws(
     return settings, keys
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is asked for, as `generate` takes it.
+
+    Attributes:
+      lengths: int32 [B], of the prompts.
+      settings: how to draw.
+      keys: of the rows, [B].
+      max_new_tokens: of each row.
+      eos_id: token that ends a row; None for none.
+      guesses: tokens that a step may guess.
+    """
+
+    lengths: jax.Array
+    settings: SampleSettings
+    keys: jax.Array
+    max_new_tokens: int = dataclasses.field(metadata={"static": True})
+    eos_id: int | None = dataclasses.field(metadata={"static": True})
+    guesses: int = dataclasses.field(metadata={"static": True})
+
+    def draw(
+        self, model: Grok, step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated
+    ) -> tuple[jax.Array, jax.Array, Generated]:
+        """Draws token number `step`, int32 [], of the rows that go on, `active` [B], from logits [B, V].
+
+        Returns:
+          The tokens, int32 [B], the rows that go on, bool [B], and the continuations with the tokens.
+        """
+        drawn = model.sample(logits, self.settings, keys=self.keys, positions=self.lengths + step)
+        token = jnp.where(active, drawn.token_id, model.config.pad_id)
+        out = _append(out, step, active, token, jnp.where(active, drawn.logprob, 0))
+        return token, active if self.eos_id is None else active & (token != self.eos_id), out
+
+
+# Of a generation without guesses: how many tokens were drawn, int32 [], the last of each row, int32 [B], the rows that
+# go on, bool [B], the cache, and the continuations. With guesses: how many tokens each row may guess now, int32 [B],
+# the rows that go on, the texts, int32 [B, S], the cache, and the continuations.
+_State: TypeAlias = tuple[Any, ...]
+
+
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "guesses", "cache_dtype"))
 def _generate(
     model: Grok,
@@ -152,109 +189,134 @@ def _generate(
     guesses: int,
     cache_dtype: jnp.dtype | None,
 ) -> Generated:
-    batch, longest = tokens.shape
-    cache = model.new_cache(batch, longest + max_new_tokens, dtype=cache_dtype)
-    logits, cache = prefill_step(model, tokens, lengths, cache)
-    shape = (batch, max_new_tokens)
-    out = Generated(
-        tokens=jnp.full(shape, model.config.pad_id, jnp.int32),
-        lengths=jnp.zeros((batch,), jnp.int32),
-        logprobs=jnp.zeros(shape, jnp.float32),
-    )
-
-    def draw(
-        step: jax.Array, active: jax.Array, logits: jax.Array, out: Generated
-    ) -> tuple[jax.Array, jax.Array, Generated]:
-        drawn = model.sample(logits, settings, keys=keys, positions=lengths + step)
-        token = jnp.where(active, drawn.token_id, model.config.pad_id)
-        out = _append(out, step, active, token, jnp.where(active, drawn.logprob, 0))
-        return token, active if eos_id is None else active & (token != eos_id), out
-
-    token, active, out = draw(jnp.zeros((), jnp.int32), settings.active, logits, out)
-    if not guesses:
-        return _go_on_decoding(model, token, active, cache, out, draw)
-    texts = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
-    texts = write_tokens(texts, token[:, None], lengths, jnp.ones_like(lengths))
-    sample = functools.partial(model.sample, settings=settings, keys=keys)
-    return _go_on_guessing(model, texts, lengths, active, cache, out, sample, eos_id=eos_id, guesses=guesses)
+    """The whole loop as one program."""
+    task = _Task(lengths, settings, keys, max_new_tokens, eos_id, guesses)
+    cache = model.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype)
+    state = _begin(model, tokens, cache, task)
+    go_on = _go_on_guessing if guesses else _go_on_decoding
+    return go_on(model, state, task)
 
 
-def _go_on_decoding(
-    model: Grok, token: jax.Array, active: jax.Array, cache: KVCache, out: Generated, draw: _Draw
+def _generate_step_by_step(
+    model: Grok,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    settings: SampleSettings,
+    keys: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    guesses: int,
+    cache_dtype: jnp.dtype | None,
 ) -> Generated:
-    """Continues texts of which one token [B] was drawn, by a token a step."""
-    max_new_tokens = out.tokens.shape[1]
-
-    def is_running(state: tuple[Any, ...]) -> jax.Array:
-        step, _, active, *_ = state
-        return (step < max_new_tokens) & active.any()
-
-    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, active, cache, out = state
-        logits, cache = decode_step(model, token, cache, active)
-        token, active, out = draw(step, active, logits, out)
-        return step + 1, token, active, cache, out
-
-    state = (jnp.ones((), jnp.int32), token, active, cache, out)
-    generated: Generated = lax.while_loop(is_running, advance, state)[-1]
+    """The loop for a model whose layers come one after the other: each step is a pass through them."""
+    task = _Task(lengths, settings, keys, max_new_tokens, eos_id, guesses)
+    cache = model.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype, allow_oom=True)
+    state = _begin_alone(model, tokens, cache, task)
+    is_running = _has_rows if guesses else _has_room
+    while is_running(state):
+        state = _advance_alone(model, state, task, num_guesses=guesses if guesses and _has_guesses(state) else 0)
+    generated: Generated = state[-1]
     return generated
 
 
-def _go_on_guessing(
-    model: Grok,
-    texts: jax.Array,
-    prompt_lengths: jax.Array,
-    active: jax.Array,
-    cache: KVCache,
-    out: Generated,
-    sample: Callable[..., SampleOutput],
-    *,
-    eos_id: int | None,
-    guesses: int,
-) -> Generated:
-    """Continues texts [B, S], of which one token was drawn, by steps that guess.
+def _begin(model: Grok, tokens: jax.Array, cache: KVCache, task: _Task) -> _State:
+    """Prompts read, and the first token of each drawn."""
+    logits, cache = prefill_step(model, tokens, task.lengths, cache)
+    shape = (len(tokens), task.max_new_tokens)
+    out = Generated(
+        tokens=jnp.full(shape, model.config.pad_id, jnp.int32),
+        lengths=jnp.zeros(shape[:1], jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+    )
+    token, active, out = task.draw(model, jnp.zeros((), jnp.int32), task.settings.active, logits, out)
+    if not task.guesses:
+        return jnp.ones((), jnp.int32), token, active, cache, out
+    texts = jnp.pad(tokens, ((0, 0), (0, task.max_new_tokens)))
+    texts = write_tokens(texts, token[:, None], task.lengths, jnp.ones_like(task.lengths))
+    return jnp.zeros_like(task.lengths), active & (out.lengths < task.max_new_tokens), texts, cache, out
+
+
+def _advance(model: Grok, state: _State, task: _Task, *, num_guesses: int) -> _State:
+    """One step further; with guesses, of at most `num_guesses` tokens."""
+    return _check_some(model, state, task, num_guesses) if task.guesses else _decode_one(model, state, task)
+
+
+_begin_alone = Compiled(_begin, donates="cache")
+_advance_alone = Compiled(_advance, donates="state", static=("num_guesses",))
+
+
+def _has_room(state: _State) -> jax.Array:
+    """Whether a row goes on, without guesses."""
+    step, _, active, _, out = state
+    return (step < out.tokens.shape[1]) & active.any()
+
+
+def _go_on_decoding(model: Grok, state: _State, task: _Task) -> Generated:
+    """Continues texts of which one token was drawn, by a token a step."""
+    generated: Generated = lax.while_loop(_has_room, lambda state: _decode_one(model, state, task), state)[-1]
+    return generated
+
+
+def _decode_one(model: Grok, state: _State, task: _Task) -> _State:
+    step, token, active, cache, out = state
+    logits, cache = decode_step(model, token, cache, active)
+    token, active, out = task.draw(model, step, active, logits, out)
+    return step + 1, token, active, cache, out
+
+
+def _has_rows(state: _State) -> jax.Array:
+    """Whether a row goes on, with guesses."""
+    return state[1].any()
+
+
+def _has_guesses(state: _State) -> jax.Array:
+    """Whether a row that goes on may guess."""
+    most, active, *_ = state
+    return (active & (most > 0)).any()
+
+
+def _go_on_guessing(model: Grok, state: _State, task: _Task) -> Generated:
+    """Continues texts of which one token was drawn, by steps that guess."""
+
+    def advance_both(state: _State) -> _State:
+        # Two loops and not a choice in one: of a choice, XLA:CPU copies the cache.
+        decode_one, check_some = (
+            lambda state, number=number: _check_some(model, state, task, number) for number in (0, task.guesses)
+        )
+        state = lax.while_loop(lambda state: _has_rows(state) & ~_has_guesses(state), decode_one, state)
+        return lax.while_loop(_has_guesses, check_some, state)
+
+    generated: Generated = lax.while_loop(_has_rows, advance_both, state)[-1]
+    return generated
+
+
+def _check_some(model: Grok, state: _State, task: _Task, num_guesses: int) -> _State:
+    """A step that guesses.
 
     A row earns its guesses: three when the one that it would have made was right, up to all when those were, and none
     after a wrong one. While no row has any, a step is one of decoding.
     """
-    most_new = out.tokens.shape[1]
+    most, active, texts, cache, out = state
+    most_new, eos_id = task.max_new_tokens, task.eos_id
 
     def draw(logits: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        drawn = sample(logits, positions=positions)
+        drawn = model.sample(logits, positions=positions, settings=task.settings, keys=task.keys)
         return drawn.token_id, drawn.logprob
 
-    def advance(state: tuple[Any, ...], *, num_guesses: int) -> tuple[Any, ...]:
-        most, active, texts, cache, out = state
-        ends = jnp.where(active, prompt_lengths + most_new, 0)
-        checked, texts, cache = check_guesses(
-            model, texts, cache, draw, ends=ends, most=jnp.minimum(most, num_guesses), num_guesses=num_guesses
-        )
-        made, active = (checked.made, active) if eos_id is None else _up_to_end(checked, active, eos_id)
-        out = Generated(
-            tokens=write_tokens(out.tokens, checked.tokens, out.lengths, made),
-            lengths=out.lengths + made,
-            logprobs=write_tokens(out.logprobs, checked.drawn, out.lengths, made),
-        )
-        is_earned = (checked.looked > 0) & (checked.right == checked.looked)
-        most = jnp.where(is_earned, jnp.minimum(4 * most + 3, guesses), 0)
-        return most, active & (out.lengths < most_new), texts, cache, out
-
-    def has_guesses(state: tuple[Any, ...]) -> jax.Array:
-        most, active, *_ = state
-        return (active & (most > 0)).any()
-
-    def is_running(state: tuple[Any, ...]) -> jax.Array:
-        return state[1].any()
-
-    def advance_both(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        # Two loops and not a choice in one: of a choice, XLA:CPU copies the cache.
-        decode_one, check_some = (functools.partial(advance, num_guesses=number) for number in (0, guesses))
-        state = lax.while_loop(lambda state: is_running(state) & ~has_guesses(state), decode_one, state)
-        return lax.while_loop(has_guesses, check_some, state)
-
-    state = (jnp.zeros_like(prompt_lengths), active & (out.lengths < most_new), texts, cache, out)
-    generated: Generated = lax.while_loop(is_running, advance_both, state)[-1]
-    return generated
+    ends = jnp.where(active, task.lengths + most_new, 0)
+    checked, texts, cache = check_guesses(
+        model, texts, cache, draw, ends=ends, most=jnp.minimum(most, num_guesses), num_guesses=num_guesses
+    )
+    made, active = (checked.made, active) if eos_id is None else _up_to_end(checked, active, eos_id)
+    out = Generated(
+        tokens=write_tokens(out.tokens, checked.tokens, out.lengths, made),
+        lengths=out.lengths + made,
+        logprobs=write_tokens(out.logprobs, checked.drawn, out.lengths, made),
+    )
+    is_earned = (checked.looked > 0) & (checked.right == checked.looked)
+    most = jnp.where(is_earned, jnp.minimum(4 * most + 3, task.guesses), 0)
+    return most, active & (out.lengths < most_new), texts, cache, out
 
 
 def _up_to_end(checked: Checked, active: jax.Array, eos_id: int) -> tuple[jax.Array, jax.Array]:

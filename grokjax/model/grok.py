@@ -36,7 +36,7 @@ class DecoderLayers(Module):
     def __init__(
         self, config: GrokConfig, *, dtype: DTypeLike, quantized: bool, partitioner: Partitioner, rngs: nnx.Rngs
     ):
-        self.num_layers = config.num_layers
+        self.num_layers, self.partitioner = config.num_layers, partitioner
         self.pre_attention_norm = RMSNorm(config, num_layers=config.num_layers)
         self.attention = Attention(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=rngs)
         self.post_attention_norm = RMSNorm(config, num_layers=config.num_layers)
@@ -75,6 +75,43 @@ class DecoderLayers(Module):
             mixed = self.feed_forward(self.pre_feed_forward_norm(x, layer), valid, layer=layer, probe=probe)
             x = x + probe.at("feed_forward.out", self.post_feed_forward_norm(mixed, layer))
         return probe.at("stream.out", x), keys, values
+
+    def run(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
+        """All layers, one after the other.
+
+        Args:
+          carry: the first layer's input [P, T, D] in the compute dtype, and the cache's keys and values.
+          place: of the tokens in the first layer of the cache.
+          keeps: whether each layer has a cache of its own; else all use one of one layer in turn.
+          probe: reads and changes values on their way.
+
+        Returns:
+          The last layer's output [P, T, D], and the cache's keys and values.
+        """
+        if not probe.is_idle:
+            return self._run_observed(carry, place, keeps=keeps, probe=probe)
+        graphdef, parameters = nnx.split(self)
+
+        def run_layer(parameters: nnx.State, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
+            x, keys, values = nnx.merge(graphdef, parameters)(*carry, layer=layer, place=place)
+            return self.partitioner.constrain(x, ("batch", None, None)), keys, values
+
+        return run_stack(run_layer, parameters, carry, place, keeps=keeps, platform=self.partitioner.platform)
+
+    def _run_observed(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
+        """All layers, and what the probe sees in them is carried through their loop."""
+
+        def run_layer(carry: tuple[Carry, Any], layer: jax.Array, place: CachePlace) -> tuple[Carry, Any]:
+            (x, keys, values), seen = carry
+            here = probe.within(layer, seen)
+            x, keys, values = self(x, keys, values, layer=layer, place=place, probe=here)
+            return (self.partitioner.constrain(x, ("batch", None, None)), keys, values), here.seen
+
+        found = jax.eval_shape(run_layer, (carry, {}), place.layer, place)[1]
+        start = carry, probe.empty(found)
+        carry, seen = run_observed(run_layer, start, place, num_layers=self.num_layers, keeps=keeps)
+        probe.seen.update(seen)
+        return carry
 
 
 class Grok(Module):
@@ -207,37 +244,9 @@ class Grok(Module):
             edits = () if self.edits is None else self.edits.get_value()
             probe = probe.with_edits(edits, At.of(place, embedded.shape[1]))
         x = self.partitioner.constrain(probe.at("embedding", embedded), ("batch", None, None))
-        run = self._run_stack if probe.is_idle else self._run_observed
-        x, keys, values = run((x, cache.keys, cache.values), place, keeps=keeps, probe=probe)
+        x, keys, values = self.layers.run((x, cache.keys, cache.values), place, keeps=keeps, probe=probe)
         lengths = start + count if rows is None else cache.lengths.at[rows].set(start + count)
         return probe.at("final", self.final_norm(x)), KVCache(keys, values, lengths)
-
-    def _run_stack(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
-        """All layers; the probe has nothing to do in them."""
-        del probe
-        graphdef, parameters = nnx.split(self.layers)
-
-        def run_layer(parameters: nnx.State, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
-            x, keys, values = nnx.merge(graphdef, parameters)(*carry, layer=layer, place=place)
-            return self.partitioner.constrain(x, ("batch", None, None)), keys, values
-
-        platform = self.partitioner.platform
-        return run_stack(run_layer, parameters, carry, place, keeps=keeps, platform=platform)
-
-    def _run_observed(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
-        """All layers, and what the probe sees in them is carried through their loop."""
-
-        def run_layer(carry: tuple[Carry, Any], layer: jax.Array, place: CachePlace) -> tuple[Carry, Any]:
-            (x, keys, values), seen = carry
-            here = probe.within(layer, seen)
-            x, keys, values = self.layers(x, keys, values, layer=layer, place=place, probe=here)
-            return (self.partitioner.constrain(x, ("batch", None, None)), keys, values), here.seen
-
-        found = jax.eval_shape(run_layer, (carry, {}), place.layer, place)[1]
-        start = carry, probe.empty(found)
-        carry, seen = run_observed(run_layer, start, place, num_layers=self.config.num_layers, keeps=keeps)
-        probe.seen.update(seen)
-        return carry
 
     @in_any_context
     def new_cache(

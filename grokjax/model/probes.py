@@ -222,6 +222,11 @@ class Probe:
         inner.seen = dict(seen)
         return inner
 
+    @property
+    def parts(self) -> tuple[Mapping[str, Reader], Sequence[Edit], At | None]:
+        """What it is made of: a tree of arrays, from which another program makes such a probe."""
+        return self._readers, self._edits, self._at
+
     def empty(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """What is to be seen of all layers, before the first, if one of them gives such arrays."""
         return {name: self._readers[name].empty(part) for name, part in found.items()}

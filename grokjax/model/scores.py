@@ -23,6 +23,7 @@ from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok
 from grokjax.model.slots import A
 from grokjax.model.steps import check_texts
+from grokjax.model.streamed import Compiled
 from grokjax.printing import describe_fields
 from grokjax.quantization import Table, partition_specs
 from grokjax.request import check_integer
@@ -101,7 +102,7 @@ def score(model: Grok, tokens: ArrayLike, lengths: ArrayLike, *, num_top: int = 
     return _score(model, *check_texts(model, tokens, lengths), num_top=num_top)
 
 
-@functools.partial(jax.jit, static_argnames="num_top")
+@functools.partial(Compiled, static=("num_top",))
 def _score(model: Grok, tokens: jax.Array, lengths: jax.Array, *, num_top: int = 0) -> Scores[jax.Array]:
     hidden = model.hidden_states(tokens, count=lengths)
     of_next = scores_of(model, hidden, jnp.roll(tokens, -1, axis=1), num_top)

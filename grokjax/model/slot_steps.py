@@ -20,6 +20,7 @@ from grokjax.model.scores import Scores, scores_of
 from grokjax.model.slot_state import SlotState
 from grokjax.model.slots import DrawnRuns, DrawnTokens, SlotOptions, SlotSettings
 from grokjax.model.steps import decode, prefill
+from grokjax.model.streamed import Compiled, is_streamed
 from grokjax.sampling import EXCLUDED, SampleSettings, log_probs_of, seed_key
 from grokjax.sharding import device_bytes
 
@@ -111,6 +112,8 @@ class ModelSteps:
     def lower(self, name: str, shape: tuple[int, ...]) -> Callable[[], object]:
         """See `Steps`."""
         model, state = self._model, self._state
+        if is_streamed(model):
+            return lambda: None  # its programs are made at their first run
         match name:
             case "prefill":
                 return lower_prefill(model, state, (shape[0], shape[1])).compile
@@ -188,7 +191,7 @@ def _abstract_settings(state: SlotState, num_limits: int = 0) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct((packed.shape[0], packed.shape[1] + num_limits), packed.dtype)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(Compiled, donates="state")
 def _prefill_rows(
     model: Grok, state: SlotState, tokens: jax.Array, counts: jax.Array, starts: jax.Array, rows: jax.Array
 ) -> SlotState:
@@ -197,7 +200,7 @@ def _prefill_rows(
     return dataclasses.replace(state, cache=cache, logits=_put_logits(state.logits, logits, rows)).placed(model)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
+@functools.partial(Compiled, donates="state", static=("num_top",))
 def _score_row(
     model: Grok, state: SlotState, tokens: jax.Array, targets: jax.Array, place: jax.Array, *, num_top: int
 ) -> tuple[jax.Array, SlotState]:
@@ -233,13 +236,13 @@ def _begin(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) ->
     return _draw(model, state, state.logits, packed, num_top)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames="num_top")
+@functools.partial(Compiled, donates="state", static=("num_top",))
 def _decode(model: Grok, state: SlotState, packed: jax.Array, *, num_top: int) -> tuple[jax.Array, SlotState]:
     logits, cache = decode(model, state.tokens, state.cache, active=SlotSettings.unpack(packed).active)
     return _draw(model, dataclasses.replace(state, cache=cache), logits, packed, num_top)
 
 
-@functools.partial(jax.jit, donate_argnames="state", static_argnames=("num_top", "num_guesses"))
+@functools.partial(Compiled, donates="state", static=("num_top", "num_guesses"))
 def _decode_guesses(
     model: Grok, state: SlotState, packed: jax.Array, *, num_top: int, num_guesses: int
 ) -> tuple[jax.Array, SlotState]:

@@ -11,6 +11,7 @@ from grokjax.cache import KVCache
 from grokjax.model.contexts import in_any_context
 from grokjax.model.embedding import as_integers
 from grokjax.model.grok import Grok
+from grokjax.model.streamed import Compiled
 from grokjax.sampling import SampleOutput, SampleSettings
 
 
@@ -101,7 +102,7 @@ def decode(
 
 
 @in_any_context
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(Compiled, donates="cache")
 def decode_and_sample(
     model: Grok, tokens: jax.Array, cache: KVCache, settings: SampleSettings, keys: jax.Array
 ) -> tuple[SampleOutput, KVCache]:
@@ -128,7 +129,7 @@ def decode_and_sample(
     return model.sample(logits, settings, keys=keys, positions=cache.lengths), cache
 
 
-@jax.jit
+@Compiled
 def _forward(model: Grok, tokens: jax.Array | None, embeddings: jax.Array | None = None) -> jax.Array:
     return model.logits(model.hidden_states(tokens, embeddings=embeddings))
 
@@ -160,10 +161,10 @@ def decode_step(model: Grok, tokens: jax.Array, cache: KVCache, active: jax.Arra
     return jnp.where(is_full[:, None], jnp.nan, model.logits(hidden[:, 0])), cache
 
 
-_prefill = jax.jit(prefill_step, donate_argnames="cache")
-_decode = jax.jit(decode_step, donate_argnames="cache")
+_prefill = Compiled(prefill_step, donates="cache")
+_decode = Compiled(decode_step, donates="cache")
 # For a caller's transformation: a derivative needs the cache again, and under a jit only its own inputs are donated.
-_prefill_keeping, _decode_keeping = jax.jit(prefill_step), jax.jit(decode_step)
+_prefill_keeping, _decode_keeping = Compiled(prefill_step), Compiled(decode_step)
 
 
 def _is_concrete(*arrays: jax.Array) -> bool:

@@ -16,6 +16,7 @@ from grokjax.model import (
     OUTSIDE_LAYERS,
     SITES,
     At,
+    Compiled,
     Grok,
     Probe,
     Reader,
@@ -110,7 +111,7 @@ def observe_step(
     return (_observe_step_keeping if is_traced else _observe_step)(*given)
 
 
-@jax.jit
+@Compiled
 def _observe(
     model: Grok, tokens: jax.Array, lengths: jax.Array, readers: Mapping[str, Reader]
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -132,8 +133,8 @@ def _run_step(
     return last_logits(model, hidden, lengths), probe.seen, cache
 
 
-_observe_step = jax.jit(_run_step, donate_argnames="cache")
-_observe_step_keeping = jax.jit(_run_step)  # a derivative needs the cache again
+_observe_step = Compiled(_run_step, donates="cache")
+_observe_step_keeping = Compiled(_run_step)  # a derivative needs the cache again
 
 
 def _readers_of(model: Grok, taps: Mapping[str, Tap], num_rows: int) -> dict[str, Reader]:

@@ -137,6 +137,14 @@ def test_loading_is_measured_from_the_disk_and_from_the_page_cache() -> None:
 
 
 @pytest.mark.thorough
+def test_a_pass_over_weights_that_stream_is_measured() -> None:
+    options = ["--layers", "3", "--rows", "1", "--tokens", "8", "--mesh", "1,2"]
+    record = json.loads(run("stream.py", *options)[-1])
+    assert set(record) == documented_keys("stream.py") | ENVIRONMENT
+    assert record["pass_seconds"] > 0
+
+
+@pytest.mark.thorough
 def test_guesses_are_measured_on_text_that_repeats_and_on_text_that_does_not() -> None:
     options = ["--layers", "1", "--slots", "2", "--prompt", "32", "--new", "32", "--guesses", "3", "--repeats", "1"]
     record = json.loads(run("guessing.py", *options)[-1])

@@ -241,3 +241,17 @@ def test_the_real_model_in_little_time_and_memory() -> None:
     assert used.ru_maxrss < 4 * 2**20
     assert record["fits"]
     assert record["mesh"] == [1, 16]
+
+
+def test_a_pass_over_weights_that_stream_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--stream", "--config", "tiny", "--target", "h100:1", "--tokens", "8", "--disk-gbs", "2"]
+    assert main([*command, "--device-memory", "1GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "layers from the disk" in said
+    assert "unknown: give --host-gbs" in said
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["num_tokens"] == 8
+    assert record["on_devices"] == GrokConfig.tiny().num_layers
+    assert main(["plan", "--stream", "--disk-gbs", "0"]) == 2
+    assert "disk_bandwidth=0.0 must be above 0" in capsys.readouterr().err

@@ -1,0 +1,240 @@
+"""Models larger than the memory: their layers stay in the checkpoint's files and are read in each pass."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from grokjax.checkpoint.assembly import Builder
+from grokjax.checkpoint.in_place import Allocate, allocate_again
+from grokjax.checkpoint.layouts import open_checkpoint
+from grokjax.checkpoint.likeness import check_same_weights
+from grokjax.checkpoint.loading import HOST_BYTES
+from grokjax.checkpoint.mapping import map_sources
+from grokjax.checkpoint.progress import Progress, Report, Tally
+from grokjax.checkpoint.stacks import Stack, bytes_of_stacks, stacks_of
+from grokjax.checkpoint.stored import Array, Checkpoint, CheckpointError, TensorSpec, aligned_empty
+from grokjax.config import GrokConfig
+from grokjax.context import own_context
+from grokjax.memory import check_fits
+from grokjax.model import (
+    Grok,
+    StreamedLayers,
+    abstract_model,
+    check_dtype,
+    layers_that_stay,
+    state_with_values,
+    with_quantized_table,
+    with_values,
+)
+from grokjax.quantization import Weight
+from grokjax.request import check_integer
+from grokjax.sharding import Partitioner, ShardingRules
+
+
+@own_context()
+def stream(
+    path: str | Path | Checkpoint,
+    config: GrokConfig | None = None,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    quantized_table: bool = False,
+    rules: ShardingRules | None = None,
+    layers: Sequence[int] | None = None,
+    rename: Sequence[tuple[str, str]] = (),
+    device_bytes: int | None = None,
+    host_bytes: int = 0,
+    progress: Report | None = None,
+    allow_oom: bool = False,
+) -> Grok:
+    """A model of a checkpoint of any layout, larger than the memory: its layers are read in each pass, and let go.
+
+    While a layer computes, the next one is read and sent to the devices, so that no more than two of them are there
+    beside those that stay. The model goes to `forward`, `score`, `prefill`, `decode`, `generate`, `observe`, an
+    `Engine` or a `TextGenerator`, and gives what a loaded one does; see docs/small_machines.md. Each call of them, or
+    each token of a generation, is a pass through all layers: many rows cost little more than one. A pass that fails
+    loses its cache, if it has one, and nothing else.
+
+    Args:
+      path: as for `load`. Weights stay as they are in the checkpoint: int8 ones have their scales.
+      config: as for `load`.
+      mesh: as for `load`.
+      dtype: as for `load`.
+      quantized_table: as for `load`.
+      rules: as for `load`.
+      layers: as for `load`.
+      rename: as for `load`.
+      device_bytes: what the weights may take on each device; as many of the first layers stay there as fit beside two
+        that come and go. By default none stays.
+      host_bytes: what further layers may take in the host's memory, in which they then stay. Where the devices are
+        CPUs, that is the same memory.
+      progress: called after each layer that is read, those that stay now, and the others in each pass, which it is told
+        of when it begins, too; without it the logger is told now and then.
+      allow_oom: try it even where the devices have too little memory left.
+
+    Raises:
+      CheckpointError: As for `load`. In the course of a pass: a file cannot be read, or is no longer the one that was
+        opened.
+      ValueError: As for `load`, or `device_bytes` is too little.
+    """
+    check_dtype(dtype)
+    checkpoint = open_checkpoint(path, config) if isinstance(path, str | Path) else path
+    config, sources = map_sources(checkpoint, config, layers, rename, ())
+    partitioner = Partitioner.create(config, mesh, rules)
+    check_same_weights(checkpoint, together=partitioner.mesh.is_multi_process)
+    abstract = abstract_model(config, partitioner, dtype=dtype, quantized=False)
+    stacks = stacks_of(abstract, sources, quantized=True)
+    outside = [stack for stack in stacks if not stack.is_layered]
+    by_layer = [[stack.of_layer(number) for stack in stacks if stack.is_layered] for number in range(config.num_layers)]
+    of_outside, of_layer = (bytes_of_stacks(some, checkpoint.tensors, partitioner) for some in (outside, by_layer[0]))
+    num_on_device, at_once = layers_that_stay(config.num_layers, of_outside, of_layer, device_bytes)
+    fit = check_integer("host_bytes", host_bytes, 0) // _stored_bytes(by_layer[0], checkpoint)
+    num_on_host = min(config.num_layers - num_on_device, fit)
+    if not allow_oom:
+        if partitioner.platform == "cpu":  # whose memory is the host's
+            at_once = min(config.num_layers, at_once + num_on_host)
+        remedy = "give less device_bytes and host_bytes"
+        check_fits("the model", of_outside + at_once * of_layer, partitioner.mesh, remedy=remedy)
+    one_layer = abstract_model(config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False).layers
+    files = LayerFiles(Builder(checkpoint, partitioner, HOST_BYTES), nnx.split(one_layer)[1], by_layer, progress)
+    values = files.keep(outside, num_on_device=num_on_device, num_on_host=num_on_host)
+    abstract.layers = StreamedLayers(one_layer, config.num_layers, files)
+    model = with_values(abstract, values)
+    return with_quantized_table(model) if quantized_table else model
+
+
+class LayerFiles:
+    """The layers of a checkpoint, as a model takes them in each pass: the first ones stay in memory.
+
+    Args:
+      builder: reads the parts of the checkpoint.
+      empty: the state of one layer, of shapes.
+      stacks: what each layer is made of.
+      report: whom to tell how far reading has come; None for the logger.
+    """
+
+    def __init__(self, builder: Builder, empty: nnx.State, stacks: Sequence[Sequence[Stack]], report: Report | None):
+        self._builder, self._empty, self._stacks, self._report = builder, empty, stacks, report
+        self._on_device: list[nnx.State] = []
+        self._on_host: list[nnx.State] = []
+
+    def keep(self, outside: Sequence[Stack], *, num_on_device: int, num_on_host: int) -> dict[str, Weight]:
+        """Reads what stays: the values of `outside`, which it gives back, and the first layers.
+
+        Args:
+          outside: what is no layer.
+          num_on_device: how many layers stay on the devices.
+          num_on_host: how many of the next ones stay in the host's memory.
+        """
+        num_kept, of_layer = num_on_device + num_on_host, self._stored_bytes(self._stacks[0])
+        total_bytes = sum(map(self._stored_bytes, (outside, *self._stacks[:num_kept])))
+        tally, never = Tally("loaded", total_bytes, self._report), threading.Event()
+        values = self._read(outside, never)
+        tally.add(self._stored_bytes(outside), "embedding", "embedding")
+        for number in range(num_kept):
+            layer = self._read_layer(number, never)
+            if number < num_on_device:
+                self._on_device.append(layer)
+            else:
+                self._on_host.append(_moved(layer, _on_host))
+            tally.add(of_layer, f"layers.{number}", f"layers.{number}")
+        return values
+
+    @contextlib.contextmanager
+    def open_pass(self) -> Iterator[Callable[[int], nnx.State]]:
+        """See `LayerSource`; a thread reads ahead until the pass ends, be it by an error.
+
+        Raises:
+          CheckpointError: A file cannot be read, or is no longer the one that was opened.
+        """
+        num_kept = len(self._on_device) + len(self._on_host)
+        total_bytes = sum(map(self._stored_bytes, self._stacks[num_kept:]))
+        tally, stop = Tally("streamed", total_bytes, self._report), threading.Event()
+        held: tuple[list[Array], list[Array]] = [], []  # memory of layers with even and with odd numbers
+        with ThreadPoolExecutor(1) as reader:
+            coming: dict[int, Future[nnx.State]] = {}
+
+            def fetch(number: int) -> None:
+                if len(self._on_device) <= number < len(self._stacks):
+                    coming[number] = reader.submit(self._fetch, number, stop, held[number % 2])
+
+            def take(number: int) -> nnx.State:
+                if number < len(self._on_device):
+                    return self._on_device[number]
+                layer = coming.pop(number).result()
+                if number >= num_kept:
+                    tally.add(self._stored_bytes(self._stacks[number]), f"layers.{number}", f"layers.{number}")
+                fetch(number + 1)
+                return layer
+
+            fetch(len(self._on_device))
+            if total_bytes:
+                tally.add(0, f"layers.{num_kept}", f"layers.{num_kept}")  # rates count from here
+            try:
+                yield take
+            finally:
+                stop.set()
+
+    @own_context()
+    def _fetch(self, number: int, stop: threading.Event, held: list[Array]) -> nnx.State:
+        """A layer that does not stay on the devices, there; `held` is memory of one that was there before."""
+        at = number - len(self._on_device)
+        if at < len(self._on_host):
+            return jax.block_until_ready(_moved(self._on_host[at], _on_device))
+        return self._read_layer(number, stop, allocate_again(held))
+
+    def _read_layer(self, number: int, stop: threading.Event, allocate: Allocate = aligned_empty) -> nnx.State:
+        path = self._builder.checkpoint.path
+        try:
+            values = self._read(self._stacks[number], stop, allocate)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: layer {number} cannot be read ({error.strerror or error}). Look after the disk; the model "
+                "stays as it is, and its next pass reads all layers again."
+            ) from error
+        return state_with_values(self._empty, {name.removeprefix("layers."): value for name, value in values.items()})
+
+    def _read(
+        self, stacks: Sequence[Stack], stop: threading.Event, allocate: Allocate = aligned_empty
+    ) -> dict[str, Weight]:
+        """The values of some stacks; ends early, without them, when told to stop."""
+
+        def check(_: Progress) -> None:
+            if stop.is_set():
+                raise CancelledError
+
+        return jax.block_until_ready(self._builder.build_in_place(stacks, Tally("read", 0, check), allocate))
+
+    def _stored_bytes(self, stacks: Sequence[Stack]) -> int:
+        return _stored_bytes(stacks, self._builder.checkpoint)
+
+
+def _stored_bytes(stacks: Sequence[Stack], checkpoint: Checkpoint) -> int:
+    """Bytes of some stacks in the checkpoint."""
+    names = [name for stack in stacks for name in stack.sources if name is not None]
+    return sum(TensorSpec.of(checkpoint.tensors[name]).num_bytes for name in names)
+
+
+def _moved(layer: nnx.State, place: Callable[[jax.Array], jax.sharding.Sharding]) -> nnx.State:
+    """A layer whose arrays lie elsewhere."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), layer)
+
+
+def _on_host(leaf: jax.Array) -> jax.sharding.Sharding:
+    """The host's memory from which devices read fastest; that of CPUs is their own."""
+    is_cpu = next(iter(leaf.devices())).platform == "cpu"
+    return leaf.sharding if is_cpu else leaf.sharding.with_memory_kind("pinned_host")
+
+
+def _on_device(leaf: jax.Array) -> jax.sharding.Sharding:
+    """The memory of the devices of an array that lies on their host."""
+    is_cpu = next(iter(leaf.devices())).platform == "cpu"
+    return leaf.sharding if is_cpu else leaf.sharding.with_memory_kind("device")

@@ -1,0 +1,132 @@
+"""Scores texts many at a time, for a model whose layers stream: each batch is one pass through them."""
+
+import dataclasses
+import operator
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from grokjax import Grok, Scores, score
+from grokjax.cli.prompts import Prompt
+from grokjax.cli.results import Results
+from grokjax.engine import Intake
+from grokjax.request import Completion, FinishReason, Timings, TokenScore
+
+_LEAST_LENGTH = 16
+
+
+def score_batches(
+    model: Grok,
+    intake: Intake,
+    prompts: Sequence[Prompt],
+    results: Results,
+    progress: Callable[[int, int], None],
+    is_interrupted: Callable[[], bool] = lambda: False,
+    *,
+    rows: int,
+) -> None:
+    """Scores the texts that have no result yet, those of like lengths together, and writes each batch as it is done.
+
+    Args:
+      model: the model.
+      intake: makes tokens of texts.
+      prompts: all of them.
+      results: of an earlier run, and the place for the others.
+      progress: told after each batch the number of results and of tokens.
+      is_interrupted: asked before each batch.
+      rows: texts of a batch.
+
+    Raises:
+      ValueError: A result cannot be written.
+      KeyboardInterrupt: It is interrupted.
+    """
+    done_tokens = 0
+    progress(len(results.failed), done_tokens)
+    texts: list[tuple[Prompt, np.ndarray]] = []
+    for prompt in [prompt for prompt in prompts if prompt.id not in results.failed]:
+        try:
+            texts.append((prompt, _encode(prompt, intake)))
+        except Exception as error:  # whatever a tokenizer raises is the result of this text, and of no other
+            results.write(prompt, [_completion(prompt, (), "error", 0.0, error=error)])
+    texts.sort(key=lambda text: len(text[1]))
+    for start in range(0, len(texts), rows):
+        if is_interrupted():
+            raise KeyboardInterrupt
+        batch = texts[start : start + rows]
+        began = time.monotonic()
+        num_top = max(prompt.request.logprobs or 0 for prompt, _ in batch)
+        found = _score(model, [tokens for _, tokens in batch], min(rows, len(texts)), num_top)
+        seconds = time.monotonic() - began
+        for row, (prompt, tokens) in enumerate(batch):
+            ids = tuple(tokens.tolist())
+            own = jax.tree.map(operator.itemgetter(row), found)
+            scores = _token_scores(ids, own, prompt.request.logprobs or 0)
+            results.write(prompt, [_completion(prompt, ids, "length", seconds, scores=(None, *scores[1:]))])
+            done_tokens += len(ids)
+        progress(len(results.failed), done_tokens)
+
+
+def _encode(prompt: Prompt, intake: Intake) -> np.ndarray:
+    """The tokens of a text, int32 [n].
+
+    Raises:
+      ValueError: They are none, too many or no tokens, the text is to be continued, or it asks for too many of the most
+        probable tokens.
+      Exception: Whatever the tokenizer raises.
+    """
+    if prompt.request.max_new_tokens:
+        raise ValueError(
+            f"max_new_tokens={prompt.request.max_new_tokens}: with --stream texts are scored and not continued; leave "
+            "it away, or give the file to grokjax generate."
+        )
+    intake.check_logprobs(prompt.request)
+    return intake.encode(prompt.request.prompt, is_continued=False)
+
+
+def _score(model: Grok, texts: Sequence[np.ndarray], rows: int, num_top: int) -> Scores[np.ndarray]:
+    """The scores of some texts, each field [rows, T], T a power of two: few shapes, for few compilations."""
+    longest = max(map(len, texts))
+    padded = max(_LEAST_LENGTH, 1 << (longest - 1).bit_length())
+    tokens = np.full((rows, min(padded, model.config.max_seq_len)), model.config.pad_id, np.int32)
+    for row, text in zip(tokens, texts, strict=False):
+        row[: len(text)] = text
+    lengths = np.array([*map(len, texts), *(1,) * (rows - len(texts))], np.int32)
+    found: Scores[np.ndarray] = jax.device_get(score(model, tokens, lengths, num_top=num_top))
+    return found
+
+
+def _token_scores(ids: tuple[int, ...], scores: Scores[np.ndarray], num_top: int) -> list[TokenScore]:
+    """What is said of each token of a text, with so many of the most probable ones in its place."""
+    fields = scores.logprob, scores.rank, scores.entropy, scores.top_id
+    found = [TokenScore(*values) for values in zip(ids, *(field.tolist() for field in fields), strict=False)]
+    if scores.top_ids is None or scores.top_logprobs is None or not num_top:
+        return found
+    best = zip(scores.top_ids[:, :num_top].tolist(), scores.top_logprobs[:, :num_top].tolist(), strict=True)
+    return [
+        dataclasses.replace(score, top=tuple(zip(*both, strict=True))) for score, both in zip(found, best, strict=False)
+    ]
+
+
+def _completion(
+    prompt: Prompt,
+    ids: tuple[int, ...],
+    finish_reason: FinishReason,
+    seconds: float,
+    *,
+    scores: tuple[TokenScore | None, ...] | None = None,
+    error: Exception | None = None,
+) -> Completion:
+    """What an engine would say of a text of which nothing is drawn."""
+    return Completion(
+        text="",
+        token_ids=(),
+        prompt_ids=ids,
+        finish_reason=finish_reason,
+        logprobs=None if prompt.request.logprobs is None else (),
+        prompt_logprobs=scores,
+        timings=Timings(queue=None, prefill=None, first_token=None, decode=None, total=seconds),
+        sample=0,
+        error=error,
+    )
