@@ -156,7 +156,7 @@ def _run_stream(arguments: argparse.Namespace) -> None:
         disk_bandwidth=arguments.disk_gbs * 1e9,
         host_bandwidth=arguments.host_gbs and arguments.host_gbs * 1e9,
         dtype=arguments.dtype,
-        device_bytes_given=read_bytes("--device-memory", arguments.device_memory),
+        device_bytes=read_bytes("--device-memory", arguments.device_memory),
         host_bytes=read_bytes("--host-memory", arguments.host_memory) or 0,
     )
     write(f"{json.dumps(_stream_record(made)) if arguments.json else table_text(_stream_table(made))}\n")

@@ -13,7 +13,8 @@ from grokjax.model import abstract_model, layers_that_stay
 from grokjax.planning.costs import step_cost
 from grokjax.planning.targets import Target
 from grokjax.request import check_integer
-from grokjax.sharding import Partitioner, device_bytes
+from grokjax.sharding import Partitioner
+from grokjax.sharding import device_bytes as bytes_on_each_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def plan_stream(
     disk_bandwidth: float,
     host_bandwidth: float | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-    device_bytes_given: int | None = None,
+    device_bytes: int | None = None,
     host_bytes: int = 0,
 ) -> StreamPlan:
     """What `stream` would need and take on a machine, all of whose devices share the weights. Nothing is compiled.
@@ -91,11 +92,11 @@ def plan_stream(
       host_bandwidth: bytes a second from the host's memory to all devices together, such as 5e10 for a GPU on 16 lanes
         of PCIe 5; None where devices are CPUs, or where it is unknown.
       dtype: compute dtype; weights are int8.
-      device_bytes_given: `device_bytes` of `stream`.
+      device_bytes: as for `stream`.
       host_bytes: as for `stream`.
 
     Raises:
-      ValueError: A figure is not above 0, or `device_bytes_given` is too little.
+      ValueError: A figure is not above 0, or `device_bytes` is too little.
     """
     target = Target.parse(target) if isinstance(target, str) else target
     for name, figure in (("disk_bandwidth", disk_bandwidth), ("host_bandwidth", host_bandwidth)):
@@ -106,11 +107,11 @@ def plan_stream(
     partitioner = Partitioner.create(config, mesh, None)
     one_layer = config.replace(num_layers=1)
     model = abstract_model(one_layer, partitioner, dtype=dtype, quantized=True)
-    of_layer = device_bytes(jax.tree.leaves(model.layers))
-    of_outside = device_bytes(jax.tree.leaves((model.embedding, model.final_norm)))
+    of_layer = bytes_on_each_device(jax.tree.leaves(model.layers))
+    of_outside = bytes_on_each_device(jax.tree.leaves((model.embedding, model.final_norm)))
     layer_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.layers))
     num_layers = config.num_layers
-    on_devices, at_once = layers_that_stay(num_layers, of_outside, of_layer, device_bytes_given)
+    on_devices, at_once = layers_that_stay(num_layers, of_outside, of_layer, device_bytes)
     on_host = min(num_layers - on_devices, host_bytes // layer_bytes)
     cost = step_cost(model, batch_size=1, num_new=num_tokens, filled=num_tokens, cache_dtype=jnp.bfloat16)
     # The logits are of no layer.

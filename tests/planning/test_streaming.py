@@ -25,7 +25,7 @@ def test_a_pass_is_bound_by_the_disk_until_it_is_bound_by_computing() -> None:
 
 
 def test_layers_that_stay_are_read_from_where_they_are() -> None:
-    budgets = {"device_bytes_given": 70 * GIB, "host_bytes": 64 * GIB}
+    budgets = {"device_bytes": 70 * GIB, "host_bytes": 64 * GIB}
     made = plan_stream(GROK, "h100:1", num_tokens=1, disk_bandwidth=1e9, host_bandwidth=50e9, **budgets)
     assert made.fits
     assert made.weights_bytes <= 70 * GIB < made.weights_bytes + made.layer_bytes
@@ -35,11 +35,11 @@ def test_layers_that_stay_are_read_from_where_they_are() -> None:
         + made.on_host * made.layer_bytes / 50e9
         + made.on_devices * made.compute_seconds
     )
-    assert plan_stream(GROK, "h100:8", num_tokens=1, disk_bandwidth=1e9, device_bytes_given=60 * GIB).on_disk == 0
+    assert plan_stream(GROK, "h100:8", num_tokens=1, disk_bandwidth=1e9, device_bytes=60 * GIB).on_disk == 0
 
 
 def test_figures_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match=r"disk_bandwidth=0 must be above 0, and finite: give bytes a second\."):
         plan_stream(GROK, "h100:1", num_tokens=1, disk_bandwidth=0)
     with pytest.raises(ValueError, match=r"device_bytes=1 \(1 Byte\) is too little"):
-        plan_stream(GROK, "h100:1", num_tokens=1, disk_bandwidth=1e9, device_bytes_given=1)
+        plan_stream(GROK, "h100:1", num_tokens=1, disk_bandwidth=1e9, device_bytes=1)
