@@ -46,7 +46,7 @@ def test_every_site_is_the_reference_s(mesh: tuple[int, int], rules: ShardingRul
 
 @pytest.mark.parametrize(
     ("mesh", "rules"),
-    or_thorough([((1, 1), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT)], [((2, 4), TENSOR)]),
+    or_thorough([((1, 1), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT)], [((1, 1), TENSOR)]),
     ids=label,
 )
 def test_every_site_is_the_reference_s_by_pieces_and_in_decode_steps(
