@@ -1,6 +1,5 @@
 """Scores texts many at a time, for a model whose layers stream: each batch is one pass through them."""
 
-import dataclasses
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 from grokjax import Grok, Scores, score
 from grokjax.cli.prompts import Prompt
 from grokjax.cli.results import Results
-from grokjax.engine import Intake
+from grokjax.engine import Intake, token_scores
 from grokjax.request import Completion, FinishReason, Timings, TokenScore
 
 _LEAST_LENGTH = 16
@@ -61,9 +60,13 @@ def score_batches(
         seconds = time.monotonic() - began
         for row, (prompt, tokens) in enumerate(batch):
             ids = tuple(tokens.tolist())
-            own = jax.tree.map(operator.itemgetter(row), found)
-            scores = _token_scores(ids, own, prompt.request.logprobs or 0)
-            results.write(prompt, [_completion(prompt, ids, "length", seconds, scores=(None, *scores[1:]))])
+            own = jax.tree.map(operator.itemgetter((row, slice(1, None))), found)  # nothing is said of the first token
+            try:
+                scores = None, *token_scores(ids[1:], own, prompt.request.logprobs or 0)
+                done = _completion(prompt, ids, "length", seconds, scores=scores)
+            except ValueError as error:
+                done = _completion(prompt, ids, "error", seconds, error=error)
+            results.write(prompt, [done])
             done_tokens += len(ids)
         progress(len(results.failed), done_tokens)
 
@@ -95,18 +98,6 @@ def _score(model: Grok, texts: Sequence[np.ndarray], rows: int, num_top: int) ->
     lengths = np.array([*map(len, texts), *(1,) * (rows - len(texts))], np.int32)
     found: Scores[np.ndarray] = jax.device_get(score(model, tokens, lengths, num_top=num_top))
     return found
-
-
-def _token_scores(ids: tuple[int, ...], scores: Scores[np.ndarray], num_top: int) -> list[TokenScore]:
-    """What is said of each token of a text, with so many of the most probable ones in its place."""
-    fields = scores.logprob, scores.rank, scores.entropy, scores.top_id
-    found = [TokenScore(*values) for values in zip(ids, *(field.tolist() for field in fields), strict=False)]
-    if scores.top_ids is None or scores.top_logprobs is None or not num_top:
-        return found
-    best = zip(scores.top_ids[:, :num_top].tolist(), scores.top_logprobs[:, :num_top].tolist(), strict=True)
-    return [
-        dataclasses.replace(score, top=tuple(zip(*both, strict=True))) for score, both in zip(found, best, strict=False)
-    ]
 
 
 def _completion(

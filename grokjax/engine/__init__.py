@@ -15,7 +15,7 @@ from grokjax.engine.intake import Intake
 from grokjax.engine.metrics import Histogram, Metrics
 from grokjax.engine.protocol import Steps
 from grokjax.engine.queue import QueueFullError
-from grokjax.engine.sample import Handle
+from grokjax.engine.sample import Handle, token_scores
 from grokjax.engine.shared_steps import SharedSteps, follow
 from grokjax.engine.text import GeneratedText, TextGenerator
 from grokjax.engine.warm_up import WarmedStep, persistent_cache
@@ -35,4 +35,5 @@ __all__ = [
     "WarmedStep",
     "follow",
     "persistent_cache",
+    "token_scores",
 ]

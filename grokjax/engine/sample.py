@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -186,13 +186,7 @@ class LiveSample(Job):
         """
         known = len(self.prompt_logprobs)
         tokens = self.prompt[known : known + count].tolist()
-        fields = scores.logprob, scores.rank, scores.entropy, scores.top_id
-        own = [TokenScore(*values) for values in zip(tokens, *(field.tolist() for field in fields), strict=False)]
-        if scores.top_ids is not None and scores.top_logprobs is not None:
-            top = map(self._most_probable, scores.top_ids, scores.top_logprobs)
-            own = [dataclasses.replace(score, top=found) for score, found in zip(own, top, strict=False)]
-        _check_finite(logprob for score in own for logprob in (score.logprob, *dict(score.top).values()))
-        self.prompt_logprobs.extend(own)
+        self.prompt_logprobs.extend(token_scores(tokens, scores, self.handle.request.logprobs or 0))
 
     def finish(self, reason: FinishReason, now: float, error: Exception | None = None) -> Completion:
         """Ends the sample: its last piece and its completion go to the handle."""
@@ -216,13 +210,8 @@ class LiveSample(Job):
 
     def _note_logprob(self, drawn: Drawn) -> None:
         if self.handle.request.logprobs is not None:
-            top = self._most_probable(drawn.top_ids, drawn.top_logprobs)
+            top = _most_probable(drawn.top_ids, drawn.top_logprobs, self.handle.request.logprobs)
             self._logprobs.append(TokenLogprob(drawn.token_id, drawn.logprob, top))
-
-    def _most_probable(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[tuple[int, float], ...]:
-        """As many of the most probable tokens [K] as the request asks for, with their log-probabilities."""
-        count = self.handle.request.logprobs
-        return tuple(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))
 
     def _emit(self, text: str, token: int | None, reason: FinishReason | None = None) -> None:
         self._text.append(text)
@@ -238,6 +227,31 @@ class LiveSample(Job):
         if checked.stopped:
             return checked.text, "stop" if reason == "length" else reason
         return checked.text + self._stop.flush(), reason
+
+
+def token_scores(tokens: Sequence[int], scores: Scores[np.ndarray], num_top: int) -> list[TokenScore]:
+    """What a model says of some tokens.
+
+    Args:
+      tokens: n of them.
+      scores: of these, each field [n, ...]; what comes after them is passed over.
+      num_top: how many of the most probable tokens are told, where there are some.
+
+    Raises:
+      ValueError: A log-probability is not finite.
+    """
+    fields = scores.logprob, scores.rank, scores.entropy, scores.top_id
+    found = [TokenScore(*values) for values in zip(tokens, *(field.tolist() for field in fields), strict=False)]
+    if scores.top_ids is not None and scores.top_logprobs is not None:
+        best = (_most_probable(*both, num_top) for both in zip(scores.top_ids, scores.top_logprobs, strict=True))
+        found = [dataclasses.replace(score, top=top) for score, top in zip(found, best, strict=False)]
+    _check_finite(logprob for score in found for logprob in (score.logprob, *dict(score.top).values()))
+    return found
+
+
+def _most_probable(ids: np.ndarray, logprobs: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The first of the most probable tokens [K], with their log-probabilities."""
+    return tuple(zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True))
 
 
 def _check_finite(logprobs: Iterable[float]) -> None:

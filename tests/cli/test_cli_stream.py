@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import SMALL, write_checkpoint
 
@@ -58,6 +59,17 @@ def test_scores_are_those_of_a_loaded_model(
             ]
             assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-4)
         assert found[name] == expected[name]
+
+
+def test_scores_that_are_no_numbers_are_the_error_of_their_text(tmp_path: Path) -> None:
+    weights = {"final_norm.scale": np.full(CONFIG.model_dim, np.nan, "f4")}
+    write_checkpoint(tmp_path, CONFIG, weights=weights)
+    (tmp_path / "config.json").write_text(CONFIG.to_json())
+    (tmp_path / "texts.txt").write_text("once\n")
+    command = ["score", str(tmp_path / "texts.txt"), "--checkpoint", str(tmp_path), "--tokenizer", "bytes", "--stream"]
+    assert main([*command, "--mesh", "1,1", "--output", str(tmp_path / "scores.jsonl"), "--no-compilation-cache"]) == 1
+    record = json.loads((tmp_path / "scores.jsonl").read_text(), parse_constant=pytest.fail)
+    assert "the model's logits are not finite" in record["error"]
 
 
 def test_a_prompt_is_continued_as_by_a_loaded_model(
