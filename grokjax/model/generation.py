@@ -87,18 +87,10 @@ def generate(
     cache_dtype = None if cache_dtype is None else check_cache_dtype(cache_dtype)
     if not allow_oom:
         model.abstract_cache(batch, longest + max_new_tokens, dtype=cache_dtype).check_fits()
+    most_new = int(max_new_tokens)
+    task = _Task(lengths, settings, keys, most_new, eos_id, min(guesses, most_new - 1))
     run = _generate_step_by_step if is_streamed(model) else _generate
-    return run(
-        model,
-        tokens,
-        lengths,
-        settings,
-        keys,
-        max_new_tokens=int(max_new_tokens),
-        eos_id=eos_id,
-        guesses=min(guesses, int(max_new_tokens) - 1),
-        cache_dtype=cache_dtype,
-    )
+    return run(model, tokens, task, cache_dtype=cache_dtype)
 
 
 def _check_end(config: GrokConfig, longest: int, max_new_tokens: int, eos_id: int | None) -> None:
@@ -176,46 +168,23 @@ class _Task:
 _State: TypeAlias = tuple[Any, ...]
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos_id", "guesses", "cache_dtype"))
-def _generate(
-    model: Grok,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    settings: SampleSettings,
-    keys: jax.Array,
-    *,
-    max_new_tokens: int,
-    eos_id: int | None,
-    guesses: int,
-    cache_dtype: jnp.dtype | None,
-) -> Generated:
+@functools.partial(jax.jit, static_argnames="cache_dtype")
+def _generate(model: Grok, tokens: jax.Array, task: _Task, *, cache_dtype: jnp.dtype | None) -> Generated:
     """The whole loop as one program."""
-    task = _Task(lengths, settings, keys, max_new_tokens, eos_id, guesses)
-    cache = model.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype)
+    cache = model.new_cache(len(tokens), tokens.shape[1] + task.max_new_tokens, dtype=cache_dtype)
     state = _begin(model, tokens, cache, task)
-    go_on = _go_on_guessing if guesses else _go_on_decoding
+    go_on = _go_on_guessing if task.guesses else _go_on_decoding
     return go_on(model, state, task)
 
 
-def _generate_step_by_step(
-    model: Grok,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    settings: SampleSettings,
-    keys: jax.Array,
-    *,
-    max_new_tokens: int,
-    eos_id: int | None,
-    guesses: int,
-    cache_dtype: jnp.dtype | None,
-) -> Generated:
+def _generate_step_by_step(model: Grok, tokens: jax.Array, task: _Task, *, cache_dtype: jnp.dtype | None) -> Generated:
     """The loop for a model whose layers come one after the other: each step is a pass through them."""
-    task = _Task(lengths, settings, keys, max_new_tokens, eos_id, guesses)
-    cache = model.new_cache(len(tokens), tokens.shape[1] + max_new_tokens, dtype=cache_dtype, allow_oom=True)
+    cache = model.new_cache(len(tokens), tokens.shape[1] + task.max_new_tokens, dtype=cache_dtype, allow_oom=True)
     state = _begin_alone(model, tokens, cache, task)
-    is_running = _has_rows if guesses else _has_room
+    is_running = _has_rows if task.guesses else _has_room
     while is_running(state):
-        state = _advance_alone(model, state, task, num_guesses=guesses if guesses and _has_guesses(state) else 0)
+        num_guesses = task.guesses if task.guesses and _has_guesses(state) else 0
+        state = _advance_alone(model, state, task, num_guesses=num_guesses)
     generated: Generated = state[-1]
     return generated
 
