@@ -86,7 +86,7 @@ def stream(
       ValueError: As for `load`, or `device_bytes` is too little.
     """
     check_dtype(dtype)
-    checkpoint = open_checkpoint(path, config) if isinstance(path, str | Path) else path
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, config)
     config, sources = map_sources(checkpoint, config, layers, rename, ())
     partitioner = Partitioner.create(config, mesh, rules)
     check_same_weights(checkpoint, together=partitioner.mesh.is_multi_process)
@@ -144,7 +144,7 @@ class LayerFiles:
             if number < num_on_device:
                 self._on_device.append(layer)
             else:
-                self._on_host.append(_moved(layer, _on_host))
+                self._on_host.append(_moved(layer, "pinned_host"))
             tally.add(of_layer, f"layers.{number}", f"layers.{number}")
         return values
 
@@ -188,7 +188,7 @@ class LayerFiles:
         """A layer that does not stay on the devices, there; `held` is memory of one that was there before."""
         at = number - len(self._on_device)
         if at < len(self._on_host):
-            return jax.block_until_ready(_moved(self._on_host[at], _on_device))
+            return jax.block_until_ready(_moved(self._on_host[at], "device"))
         return self._read_layer(number, stop, allocate_again(held))
 
     def _read_layer(self, number: int, stop: threading.Event, allocate: Allocate = aligned_empty) -> nnx.State:
@@ -223,18 +223,11 @@ def _stored_bytes(stacks: Sequence[Stack], checkpoint: Checkpoint) -> int:
     return sum(TensorSpec.of(checkpoint.tensors[name]).num_bytes for name in names)
 
 
-def _moved(layer: nnx.State, place: Callable[[jax.Array], jax.sharding.Sharding]) -> nnx.State:
-    """A layer whose arrays lie elsewhere."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), layer)
+def _moved(layer: nnx.State, kind: str) -> nnx.State:
+    """A layer in that memory of its devices, or of their host; CPUs have but one."""
 
+    def move(leaf: jax.Array) -> jax.Array:
+        is_cpu = next(iter(leaf.devices())).platform == "cpu"
+        return leaf if is_cpu else jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
 
-def _on_host(leaf: jax.Array) -> jax.sharding.Sharding:
-    """The host's memory from which devices read fastest; that of CPUs is their own."""
-    is_cpu = next(iter(leaf.devices())).platform == "cpu"
-    return leaf.sharding if is_cpu else leaf.sharding.with_memory_kind("pinned_host")
-
-
-def _on_device(leaf: jax.Array) -> jax.sharding.Sharding:
-    """The memory of the devices of an array that lies on their host."""
-    is_cpu = next(iter(leaf.devices())).platform == "cpu"
-    return leaf.sharding if is_cpu else leaf.sharding.with_memory_kind("device")
+    return jax.tree.map(move, layer)
