@@ -23,7 +23,7 @@ from grokjax.request import Request
 # Seconds between two calls of a job's `progress`: what it shows takes longer to gather than a step may wait.
 _PROGRESS_PERIOD = 0.1
 
-# Prompts that are prefilled together, and most probable tokens that may be asked for, as an engine has them.
+# Prompts that are prefilled together, and most probable tokens that may be asked for.
 _PREFILL_ROWS, _MAX_LOGPROBS = 4, 8
 
 
@@ -79,8 +79,13 @@ def _run_prompts(
     if earlier < len(prompts) or jax.process_count() > 1:
         model, slots = source.make(), arguments.slots or SLOTS
         if arguments.stream and is_scored:
-            limits = {"max_len": arguments.max_len or source.config.max_seq_len, "max_logprobs": _MAX_LOGPROBS}
-            intake = Intake(source.tokenizer, config=source.config, add_bos=arguments.add_bos, **limits)
+            intake = Intake(
+                source.tokenizer,
+                config=source.config,
+                max_len=arguments.max_len or source.config.max_seq_len,
+                max_logprobs=_MAX_LOGPROBS,
+                add_bos=arguments.add_bos,
+            )
             with BatchProgress(len(prompts), doing) as progress:
                 score_batches(model, intake, prompts, results, progress, is_interrupted, rows=slots)
             return _say_complete(prompts, results, arguments)
@@ -90,6 +95,7 @@ def _run_prompts(
             slots=slots,
             max_len=arguments.max_len,
             prefill_rows=slots if arguments.stream else _PREFILL_ROWS,
+            max_logprobs=_MAX_LOGPROBS,
             max_guesses=arguments.guesses,
             cache_dtype=arguments.cache_dtype,
             allow_oom=arguments.allow_oom,

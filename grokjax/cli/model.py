@@ -17,7 +17,15 @@ from grokjax.checkpoint import Checkpoint, CheckpointInfo, find_tokenizer, open_
 from grokjax.cli.console import byte_progress, say
 from grokjax.cli.cores import use_every_core
 from grokjax.cli.machine import say_machine
-from grokjax.cli.options import add_dtype, checkpoint_config, choose_mesh, named_config, read_bytes, read_extents
+from grokjax.cli.options import (
+    add_budgets,
+    add_dtype,
+    checkpoint_config,
+    choose_mesh,
+    named_config,
+    read_bytes,
+    read_extents,
+)
 from grokjax.errors import first_line
 from grokjax.memory import check_fits
 from grokjax.model import SlotState, abstract_model
@@ -90,12 +98,7 @@ def _add_streaming(generate: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the layers in the files of --checkpoint, and read them each time",
     )
-    streaming.add_argument(
-        "--device-memory",
-        metavar="SIZE",
-        help="for weights on each device, such as 20GiB (default: the least)",
-    )
-    streaming.add_argument("--host-memory", metavar="SIZE", help="for further layers on the host (default: none)")
+    add_budgets(streaming)
 
 
 def add_slots(command: argparse.ArgumentParser) -> None:

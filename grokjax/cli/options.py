@@ -163,6 +163,14 @@ def choose_mesh(text: str | None, config: GrokConfig) -> Mesh:
     return default_mesh(config) if text is None else spread_over_hosts(*read_extents(text))
 
 
+def add_budgets(command: Any) -> None:
+    """Adds the options that say what weights that stream may take, which `read_bytes` reads, to a command or group."""
+    command.add_argument(
+        "--device-memory", metavar="SIZE", help="for weights on each device, such as 20GiB (default: the least)"
+    )
+    command.add_argument("--host-memory", metavar="SIZE", help="for further layers on the host (default: none)")
+
+
 _UNITS = {"": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 _UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from grokjax.checkpoint import check_no_link
 from grokjax.cli.console import say, table_text
-from grokjax.cli.options import add_dtype, named_config, read_bytes, read_extents
+from grokjax.cli.options import add_budgets, add_dtype, named_config, read_bytes, read_extents
 from grokjax.cli.streams import write
 from grokjax.planning import (
     ACCELERATORS,
@@ -97,8 +97,7 @@ def _add_streaming(command: argparse.ArgumentParser) -> None:
     streaming.add_argument("--tokens", type=int, default=1, help="of a pass (default: 1, a token of one text)")
     streaming.add_argument("--disk-gbs", type=float, default=1.0, help="GB/s from the disk (default: %(default)s)")
     streaming.add_argument("--host-gbs", type=float, help="GB/s from the host to all devices (default: unknown)")
-    streaming.add_argument("--device-memory", metavar="SIZE", help="for weights on each device (default: the least)")
-    streaming.add_argument("--host-memory", metavar="SIZE", help="for further layers on the host (default: none)")
+    add_budgets(streaming)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -11,9 +11,8 @@ from grokjax import Grok, Scores, score
 from grokjax.cli.prompts import Prompt
 from grokjax.cli.results import Results
 from grokjax.engine import Intake, token_scores
+from grokjax.model import pad_texts
 from grokjax.request import Completion, FinishReason, Timings, TokenScore
-
-_LEAST_LENGTH = 16
 
 
 def score_batches(
@@ -56,7 +55,8 @@ def score_batches(
         batch = texts[start : start + rows]
         began = time.monotonic()
         num_top = max(prompt.request.logprobs or 0 for prompt, _ in batch)
-        found = _score(model, [tokens for _, tokens in batch], min(rows, len(texts)), num_top)
+        padded = pad_texts(model.config, [tokens for _, tokens in batch], min(rows, len(texts)))
+        found: Scores[np.ndarray] = jax.device_get(score(model, *padded, num_top=num_top))
         seconds = time.monotonic() - began
         for row, (prompt, tokens) in enumerate(batch):
             ids = tuple(tokens.tolist())
@@ -86,18 +86,6 @@ def _encode(prompt: Prompt, intake: Intake) -> np.ndarray:
         )
     intake.check_logprobs(prompt.request)
     return intake.encode(prompt.request.prompt, is_continued=False)
-
-
-def _score(model: Grok, texts: Sequence[np.ndarray], rows: int, num_top: int) -> Scores[np.ndarray]:
-    """The scores of some texts, each field [rows, T], T a power of two: few shapes, for few compilations."""
-    longest = max(map(len, texts))
-    padded = max(_LEAST_LENGTH, 1 << (longest - 1).bit_length())
-    tokens = np.full((rows, min(padded, model.config.max_seq_len)), model.config.pad_id, np.int32)
-    for row, text in zip(tokens, texts, strict=False):
-        row[: len(text)] = text
-    lengths = np.array([*map(len, texts), *(1,) * (rows - len(texts))], np.int32)
-    found: Scores[np.ndarray] = jax.device_get(score(model, tokens, lengths, num_top=num_top))
-    return found
 
 
 def _completion(

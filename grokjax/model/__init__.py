@@ -24,7 +24,7 @@ from grokjax.model.contexts import in_any_context
 from grokjax.model.generation import Generated, generate
 from grokjax.model.grok import Grok, check_dtype
 from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
-from grokjax.model.scores import Scores, score
+from grokjax.model.scores import Scores, pad_texts, score
 from grokjax.model.slot_state import SlotState
 from grokjax.model.slot_steps import DeviceResult, ModelSteps, lower_decode, lower_prefill
 from grokjax.model.slots import Drawn, DrawnRun, DrawnRuns, DrawnTokens, RowSettings, SlotOptions, SlotSettings
@@ -81,6 +81,7 @@ __all__ = [
     "lower_decode",
     "lower_prefill",
     "named_parameters",
+    "pad_texts",
     "prefill",
     "score",
     "state_with_values",

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from grokjax.config import GrokConfig
 from grokjax.kernels import in_place, unembed
 from grokjax.model.contexts import in_any_context
 from grokjax.model.grok import Grok
@@ -30,6 +31,8 @@ from grokjax.request import check_integer
 
 # Positions, and tokens of the vocabulary, whose logits are there at once: 1 MiB of them.
 _BLOCK = 512
+# No row of `pad_texts` is shorter.
+_SHORTEST = 16
 # Below every logit, and finite: what is multiplied by 0 must stay a number.
 _LEAST = float(np.finfo(np.float32).min)
 
@@ -100,6 +103,30 @@ def score(model: Grok, tokens: ArrayLike, lengths: ArrayLike, *, num_top: int = 
     """
     num_top = check_integer("num_top", num_top, 0, model.config.vocab_size)
     return _score(model, *check_texts(model, tokens, lengths), num_top=num_top)
+
+
+def pad_texts(
+    config: GrokConfig, texts: Sequence[Sequence[int] | np.ndarray], num_rows: int, max_len: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as rows of one length, a power of two if there is room: few shapes, so that few programs are compiled.
+
+    Args:
+      config: the sizes.
+      texts: the tokens of each, at least one text and one token.
+      num_rows: B, as many rows as there are texts, or more: the others are texts of one token.
+      max_len: length of the longest text that there may be; by default the model's longest sequence.
+
+    Returns:
+      Tokens, int32 [B, T], and lengths, int32 [B], as `score` takes them.
+    """
+    rows = [np.asarray(text, np.int32) for text in texts]
+    width = max(_SHORTEST, 1 << (max(map(len, rows)) - 1).bit_length())
+    tokens = np.full((num_rows, min(width, max_len or config.max_seq_len)), config.pad_id, np.int32)
+    lengths = np.ones(num_rows, np.int32)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+        lengths[number] = len(row)
+    return tokens, lengths
 
 
 @functools.partial(Compiled, static=("num_top",))

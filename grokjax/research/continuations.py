@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from grokjax.model import Grok, score
+from grokjax.model import Grok, pad_texts, score
 from grokjax.request import check_integer
-
-# Padded lengths are powers of two from this one on, so that few programs are compiled.
-_SHORTEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ def score_continuations(
     found: dict[int, ContinuationScore] = {}
     for start in range(0, len(texts), batch_size):
         batch = order[start : start + batch_size]
-        tokens, lengths = _padded([texts[number] for number in batch], num_rows, max_len)
+        tokens, lengths = pad_texts(model.config, [texts[number] for number in batch], num_rows, max_len)
         scores = jax.device_get(score(model, tokens, lengths))
         for row, number in enumerate(batch):
             end = len(texts[number])
@@ -89,15 +86,3 @@ def _check_pair(number: int, context: int, continuation: int, max_len: int) -> N
             f"the continuation of pair {number} has {continuation} tokens, and with max_len={max_len} at most "
             f"{max_len - 1} are scored behind a context: shorten it, or score it in parts."
         )
-
-
-def _padded(texts: Sequence[Sequence[int]], num_rows: int, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Texts, the longest first, as rows of one length, with rows of one token for those that are lacking."""
-    width = _SHORTEST
-    while width < len(texts[0]):
-        width *= 2
-    tokens, lengths = np.zeros((num_rows, min(width, max_len)), np.int32), np.ones(num_rows, np.int32)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = text
-        lengths[row] = len(text)
-    return tokens, lengths
