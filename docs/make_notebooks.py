@@ -1,10 +1,11 @@
 """Makes notebooks of the pages for research, run, in build/notebooks: `python docs/make_notebooks.py`.
 
 It needs the extra `notebooks`. A page's Python blocks become cells, which share their names as they do in the tests of
-the documents, and its prose stays prose. An error in a cell ends the command.
+the documents, and its prose stays prose. As in the tests, a CPU is 8 devices. An error in a cell ends the command.
 """
 
 import importlib.util
+import os
 import re
 import sys
 import tempfile
@@ -21,11 +22,17 @@ def with_links_from(folder: str, text: str) -> str:
     return re.sub(r"\]\((?![^)]*://|#)([^)]+)\)", rf"]({folder}/\1)", text)
 
 
+def with_prose_kept(text: str) -> str:
+    """Markdown whose blocks marked `no-run` are prose to jupytext, which would make cells of them."""
+    block = re.compile(r"^```\w+ no-run$.*?^```$", re.MULTILINE | re.DOTALL)
+    return block.sub(r"<!-- #region -->\n\g<0>\n<!-- #endregion -->", text)
+
+
 def make_notebook(page: str) -> Any:
     """The notebook of a page of this folder, not yet run."""
     import jupytext
 
-    notebook = jupytext.reads((ROOT / "docs" / page).read_text(), fmt="md")
+    notebook = jupytext.reads(with_prose_kept((ROOT / "docs" / page).read_text()), fmt="md")
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_links_from("../../docs", cell.source)
@@ -44,6 +51,7 @@ def main() -> None:
     import nbclient
     import nbformat
 
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     BUILD.mkdir(parents=True, exist_ok=True)
     for page in PAGES:
         notebook = make_notebook(page)
