@@ -1,14 +1,15 @@
-"""Speed and memory of loading a checkpoint onto the devices, against plainly reading the same files.
+"""Speed and memory of loading a checkpoint onto the devices, against plainly reading the same files, and of saving it.
 
 `python benchmarks/load.py` writes a checkpoint in the release's format with matrices of the released model's sizes
 (5.2 GB with one layer and an eighth of the vocabulary) and converts it to ours. Then, in turns, it reads all files of
 one and loads it, first from the disk and then from the page cache. The page cache is emptied of these files by
-`posix_fadvise(POSIX_FADV_DONTNEED)`, which needs no rights but that they have been written back. It needs twice the
-checkpoint's bytes on the disk.
+`posix_fadvise(POSIX_FADV_DONTNEED)`, which needs no rights but that they have been written back. Last it copies ours
+with `cp` and saves the loaded model, in turns; both leave the writing back to the kernel, and begin when the disk has
+caught up. It needs three times the checkpoint's bytes on the disk.
 
 The last line is JSON with the keys `config`, `layers`, `mesh`, `checkpoint_bytes`, `peak_memory_bytes` (of the process,
 the model in it), `release` and `ours` (of each layout the medians of the seconds that reading and loading took, cold
-and warm) and the environment.
+and warm), `writing` (medians of the seconds that copying and saving took) and the environment.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import os
 import shutil
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ import card
 import jax
 from convert import CONFIGS, write_checkpoint
 
-from grokjax import GrokConfig, convert, load, make_mesh
+from grokjax import GrokConfig, convert, load, make_mesh, save
 from grokjax.cli import read_extents, use_every_core
 
 _BUFFER_BYTES = 1 << 20
@@ -77,6 +79,25 @@ def measure(folder: Path, config: GrokConfig, mesh: tuple[int, int], repeats: in
     return {name: round(statistics.median(found), 3) for name, found in seconds.items()}
 
 
+def measure_saving(folder: Path, config: GrokConfig, mesh: tuple[int, int], repeats: int) -> dict[str, float]:
+    """Seconds of copying a checkpoint and of saving its model."""
+    model, target = load(folder, config, make_mesh(mesh)), folder.with_name("written")
+    ways = {
+        "copy": lambda: subprocess.run(["cp", "-r", folder, target], check=True),
+        "save": lambda: save(model, target),
+    }
+    ways["save"]()  # what is compiled and imported is not measured
+    shutil.rmtree(target)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, write in ways.items():
+            read(folder)  # what is copied is in the page cache, as what is saved is in memory
+            os.sync()
+            seconds[name].append(card.seconds(write))
+            shutil.rmtree(target)
+    return {name: round(statistics.median(found), 3) for name, found in seconds.items()}
+
+
 def main() -> None:
     arguments = parse_arguments()
     config = CONFIGS[arguments.config]
@@ -92,6 +113,7 @@ def main() -> None:
         convert(release, ours, config)
         num_bytes = sum(path.stat().st_size for path in files_of(release))
         found = {path.name: measure(path, config, extents, arguments.repeats) for path in (release, ours)}
+        found["writing"] = measure_saving(ours, config, extents, arguments.repeats)
     finally:
         shutil.rmtree(folder)
     record = {
