@@ -225,11 +225,16 @@ def test_an_option_that_is_wrong_on_one_process_ends_all(
 
 
 @pytest.mark.thorough
-def test_texts_are_scored_over_two_processes_as_over_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model", [["--random", "tiny"], ["--checkpoint", "release", "--tokenizer", "bytes", "--stream"]]
+)
+def test_texts_are_scored_over_two_processes_as_over_one(tmp_path: Path, model: list[str]) -> None:
     """With the most probable tokens for one of them; interrupted, the same command goes on."""
     texts = [{"prompt": "The answer is", "logprobs": 3}, {"prompt": "Once upon a time"}, {"prompt": ""}]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    score = ["score", "texts.jsonl", "--random", "tiny", "--dtype", "float32", "--max-len", "32"]
+    with contextlib.chdir(tmp_path):
+        assert cli.main(["make-release-fixture", "release", "--layers", "3"]) == 0
+    score = ["score", "texts.jsonl", *model, "--dtype", "float32", "--max-len", "32"]
 
     def run(output: str) -> dict[int, dict[str, Any]]:
         command = [*score, "--output", output, "--html", "page.html"]

@@ -15,7 +15,7 @@ from grokjax.cli.console import BatchProgress, say
 from grokjax.cli.model import SLOTS, SMALLER_BATCH, Source, model_failures
 from grokjax.cli.prompts import Prompt, read_prompts
 from grokjax.cli.results import Results, open_results
-from grokjax.cli.score_batches import score_batches
+from grokjax.cli.score_batches import follow_batches, score_batches
 from grokjax.distributed import on_first
 from grokjax.engine import Engine, Handle, Intake, Metrics, follow
 from grokjax.request import Request
@@ -48,10 +48,12 @@ def run_file(source: Source, arguments: argparse.Namespace, request: Request) ->
         contextlib.ExitStack() as until_done,
     ):
         batch = on_first("the reading of the prompts", lambda: _open_batch(arguments, request, until_done))
+        is_scored = not request.max_new_tokens
         if batch is None:
-            follow(source.make())
+            take_part = follow_batches if arguments.stream and is_scored else follow
+            take_part(source.make())
             return 0
-        return _run_prompts(*batch, source, arguments, came.is_set, is_scored=not request.max_new_tokens)
+        return _run_prompts(*batch, source, arguments, came.is_set, is_scored=is_scored)
 
 
 def _open_batch(

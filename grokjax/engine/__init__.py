@@ -16,7 +16,7 @@ from grokjax.engine.metrics import Histogram, Metrics
 from grokjax.engine.protocol import Steps
 from grokjax.engine.queue import QueueFullError
 from grokjax.engine.sample import Handle, token_scores
-from grokjax.engine.shared_steps import SharedSteps, follow
+from grokjax.engine.shared_steps import SharedSteps, check_same_model, follow
 from grokjax.engine.text import GeneratedText, TextGenerator
 from grokjax.engine.warm_up import WarmedStep, persistent_cache
 
@@ -33,6 +33,7 @@ __all__ = [
     "Steps",
     "TextGenerator",
     "WarmedStep",
+    "check_same_model",
     "follow",
     "persistent_cache",
     "token_scores",

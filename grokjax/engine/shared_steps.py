@@ -13,6 +13,8 @@ from grokjax.engine.protocol import Steps
 from grokjax.errors import first_line
 from grokjax.model import DeviceResult, DrawnRuns, DrawnTokens, Grok, ModelSteps, Scores, SlotOptions, SlotSettings
 
+_BEGINNING = "the beginning of an engine"
+
 
 def make_steps(model: Grok, options: SlotOptions) -> Steps:
     """The steps of a model: `SharedSteps` where its mesh spans processes, else `ModelSteps`.
@@ -40,7 +42,7 @@ class SharedSteps:
         self.slots, self.vocab_size, self.num_top = options.slots, model.config.vocab_size, options.num_top
         # Made first: where they are refused for want of memory, the others have been told nothing yet.
         self._steps = ModelSteps(model, options)
-        _check_same(model)
+        check_same_model(_BEGINNING, model)
         self._channel = Channel.open()
         dtype = "" if options.cache_dtype is None else jnp.dtype(options.cache_dtype).name
         self._channel.send("start", dtype, options.slots, options.max_len, options.num_top, options.max_guesses)
@@ -110,7 +112,7 @@ def follow(model: Grok) -> None:
             f"follow is for the processes after the first, whose model lies on a mesh over all of them; this is "
             f"process {jax.process_index()} with a mesh of {model.partitioner.mesh.size} devices: make an engine."
         )
-    _check_same(model)
+    check_same_model(_BEGINNING, model)
     channel = Channel.open()
     name, (dtype, *sizes) = channel.receive()
     slots, max_len, num_top, max_guesses = (size.item() for size in sizes)
@@ -159,13 +161,18 @@ def _take_step(steps: ModelSteps, name: str, values: list[np.ndarray]) -> Device
     return None
 
 
-def _check_same(model: Grok) -> None:
+def check_same_model(what: str, model: Grok) -> None:
     """Compares what all processes know of their models; they wait for each other.
 
+    Args:
+      what: as for `exchange`.
+      model: this process's part.
+
     Raises:
+      DistributedError: Another process has gone, or has come to something else.
       ValueError: One has another model than process 0; all of them say so.
     """
-    first, *others = exchange("the beginning of an engine", _fingerprint(model))
+    first, *others = exchange(what, _fingerprint(model))
     for number, other in enumerate(others, start=1):
         if other != first:
             raise ValueError(

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
-from grokjax.model import Grok, pad_texts, score
+from grokjax.model import Grok, Scores, pad_texts, score
 from grokjax.request import check_integer
+from grokjax.sharding import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def score_continuations(
     for start in range(0, len(texts), batch_size):
         batch = order[start : start + batch_size]
         tokens, lengths = pad_texts(model.config, [texts[number] for number in batch], num_rows, max_len)
-        scores = jax.device_get(score(model, tokens, lengths))
+        scores: Scores[np.ndarray] = to_host(score(model, tokens, lengths))
         for row, number in enumerate(batch):
             end = len(texts[number])
             own = row, slice(end - len(pairs[number][1]), end)

@@ -1,12 +1,12 @@
-"""Arrays with shardings: made as zeros, described without numbers, counted in bytes."""
+"""Arrays with shardings: made as zeros, described without numbers, counted in bytes, brought to the host."""
 
 import math
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from grokjax.context import is_traced, own_context
 
@@ -48,6 +48,18 @@ def zeros(shapes: T) -> T:
 
     made: T = jax.tree.map(make, shapes)
     return made
+
+
+@own_context()
+def to_host(values: Any) -> Any:
+    """A tree of arrays as NumPy arrays: whole, also where a mesh spans processes, all of which call this."""
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(cast(NamedSharding, leaf.sharding).mesh, PartitionSpec()))
+
+    return jax.device_get(jax.tree.map(whole, values))
 
 
 def device_bytes(leaves: Iterable[jax.Array | jax.ShapeDtypeStruct]) -> int:
