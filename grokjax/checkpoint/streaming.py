@@ -60,8 +60,9 @@ def stream(
     While a layer computes, the next one is read and sent to the devices, so that no more than two of them are there
     beside those that stay. The model goes to `forward`, `score`, `prefill`, `decode`, `generate`, `observe`, an
     `Engine` or a `TextGenerator`, and gives what a loaded one does; see docs/small_machines.md. Each call of them, or
-    each token of a generation, is a pass through all layers: many rows cost little more than one. A pass that fails
-    loses its cache, if it has one, and nothing else.
+    each token of a generation, is a pass through all layers: many rows cost little more than one. Of few tokens a pass
+    reads only the experts that they choose, once a layer has chosen; then nothing else is done meanwhile. A pass that
+    fails loses its cache, if it has one, and nothing else.
 
     Args:
       path: as for `load`. Weights stay as they are in the checkpoint: int8 ones have their scales.
@@ -77,7 +78,8 @@ def stream(
       host_bytes: what further layers may take in the host's memory, in which they then stay. Where the devices are
         CPUs, that is the same memory.
       progress: called after each layer that is read, those that stay now, and the others in each pass, which it is told
-        of when it begins, too; without it the logger is told now and then.
+        of when it begins, too; of few tokens also after the experts of a layer, and of as many bytes in all as are
+        expected. Without it the logger is told now and then.
       allow_oom: try it even where the devices have too little memory left.
 
     Raises:
