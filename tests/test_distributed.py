@@ -259,6 +259,25 @@ def test_texts_are_scored_over_two_processes_as_over_one(tmp_path: Path) -> None
 
 
 @pytest.mark.thorough
+def test_a_text_goes_on_with_layers_that_stream_to_two_processes(tmp_path: Path) -> None:
+    """Which must ask for the same experts; each reads what its own devices hold of them."""
+    config = GrokConfig.tiny()
+    write_checkpoint(tmp_path / "model", config)
+    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "texts.txt").write_text("The answer is\n")
+    source = ["--checkpoint", "model", "--config", "config.json", "--tokenizer", "bytes", "--dtype", "float32"]
+    generate = ["generate", *source, "--prompts", "texts.txt", "--slots", "1", "--max-new-tokens", "5", "--ignore-eos"]
+    with commands(tmp_path, [], [], started=by_hand, what=[*generate, "--stream", "--output", "together"]) as processes:
+        told = [process.communicate(timeout=300)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], told
+    with contextlib.chdir(tmp_path):
+        assert cli.main([*generate, "--output", "alone", "--mesh", "1,1"]) == 0
+    together, alone = (json.loads((tmp_path / output).read_text()) for output in ("together", "alone"))
+    assert together["token_ids"] == alone["token_ids"]
+    assert len(alone["token_ids"]) == 5
+
+
+@pytest.mark.thorough
 def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     """Two processes on one machine, as docs/distributed.md shows them."""
     text = (ROOT / "docs" / "distributed.md").read_text()
