@@ -6,7 +6,8 @@ which one a folder has, `beside` what lies beside the files, and `sizes` whether
 Grok-1's.
 `loading` has `load`: `mapping` says which parameter comes from where, `likeness` whether all processes load the same
 weights, `stacks` where each part has its place, and `assembly` puts it there, on CPUs by `in_place`. `streaming` has
-`stream`, which leaves the layers in the files. `saving` goes the other way, and `info` tells what a checkpoint holds.
+`stream`, which leaves the layers in the files, of which `layer_reader` reads what `passes` has need of, pass by pass.
+`saving` goes the other way, and `info` tells what a checkpoint holds.
 `conversion` goes from checkpoint to checkpoint: `recipe` is what it does with a matrix, `target` the folder that it
 writes; `verification` reads both again, and `exporting` writes for other programs. `disk` and `progress` serve all of
 them.

@@ -1,7 +1,7 @@
 """Builds the model's stacked, sharded parameters from the parts of a checkpoint, and takes them apart again."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -83,14 +83,27 @@ class Builder:
         return self.build_in_place(in_place, tally) | self._build_from_parts(others, fresh, tally)
 
     def build_in_place(
-        self, stacks: Sequence[Stack], tally: Tally, allocate: Allocate = aligned_empty
+        self,
+        stacks: Sequence[Stack],
+        tally: Tally,
+        allocate: Allocate = aligned_empty,
+        *,
+        experts: Collection[int] | None = None,
     ) -> dict[str, Weight]:
         """The values of some stacks, all of the checkpoint and int8 where it is, each read into host memory as a whole.
 
         It runs no program, so any thread may call it. On CPUs that memory is the devices'; others are sent copies.
+
+        Args:
+          stacks: of which parameters.
+          tally: told of each part.
+          allocate: gives the host memory.
+          experts: of stacks of experts, the only ones to read; memory of the others stays as it is given. None for all.
         """
         values = {stack.name: InPlace(stack, self.checkpoint, self.partitioner, allocate) for stack in stacks}
         placements = [placement for stack in stacks for placement in self._placements(stack)]
+        if experts is not None:
+            placements = [placement for placement in placements if placement.part.expert in experts]
         with ThreadPoolExecutor(_READERS) as readers:
             reads = [readers.submit(values[placement.stack.name].read, placement) for placement in placements]
             try:

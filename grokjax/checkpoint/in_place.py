@@ -21,20 +21,21 @@ _CAST_BYTES = 16 << 20
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 
 
-def allocate_again(held: list[Array]) -> Allocate:
+def allocate_again(held: list[Array], allocate_new: Allocate = aligned_empty) -> Allocate:
     """What gives the memory that is held, array by array, to what has no use any more for what it took before.
 
     Pages that a process has not used yet must first be cleared, which takes the system as long as reading into them.
 
     Args:
       held: what was given before, in this order; what is new is added.
+      allocate_new: gives what is new.
     """
     numbers = itertools.count()
 
     def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         number = next(numbers)
         if number == len(held) or (held[number].shape, held[number].dtype) != (shape, dtype):
-            held[number:] = [aligned_empty(shape, dtype)]
+            held[number:] = [allocate_new(shape, dtype)]
         return held[number]
 
     return allocate

@@ -6,7 +6,7 @@ Its arrays are then read in parts: a parameter of the model or of one layer, or 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -180,8 +180,17 @@ def region_shape(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Memory for an array that begins where XLA's CPU devices want theirs to: such an array they use without a copy."""
+    return _aligned(np.empty, shape, dtype)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The same with zeros, of which large ones take no memory until they are used."""
+    return _aligned(np.zeros, shape, dtype)
+
+
+def _aligned(make: Callable[[int, type[np.uint8]], Array], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    memory = make(num_bytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 

@@ -2,35 +2,35 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from grokjax.checkpoint.assembly import Builder
-from grokjax.checkpoint.in_place import Allocate, allocate_again
+from grokjax.checkpoint.layer_reader import LayerReader
 from grokjax.checkpoint.layouts import open_checkpoint
 from grokjax.checkpoint.likeness import check_same_weights
 from grokjax.checkpoint.loading import HOST_BYTES
 from grokjax.checkpoint.mapping import map_sources
-from grokjax.checkpoint.progress import Progress, Report, Tally
+from grokjax.checkpoint.passes import LayerPass, moved
+from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stacks import Stack, bytes_of_stacks, stacks_of
-from grokjax.checkpoint.stored import Array, Checkpoint, CheckpointError, TensorSpec, aligned_empty
+from grokjax.checkpoint.stored import Checkpoint
 from grokjax.config import GrokConfig
 from grokjax.context import own_context
 from grokjax.memory import check_fits
 from grokjax.model import (
     Grok,
     StreamedLayers,
+    TakeLayer,
     abstract_model,
     check_dtype,
     layers_that_stay,
-    state_with_values,
     with_quantized_table,
     with_values,
 )
@@ -60,8 +60,9 @@ def stream(
     While a layer computes, the next one is read and sent to the devices, so that no more than two of them are there
     beside those that stay. The model goes to `forward`, `score`, `prefill`, `decode`, `generate`, `observe`, an
     `Engine` or a `TextGenerator`, and gives what a loaded one does; see docs/small_machines.md. Each call of them, or
-    each token of a generation, is a pass through all layers: many rows cost little more than one. A pass that fails
-    loses its cache, if it has one, and nothing else.
+    each token of a generation, is a pass through all layers: many rows cost little more than one. Of few tokens a pass
+    reads only the experts that they choose, once a layer has chosen; then nothing else is done meanwhile. A pass that
+    fails loses its cache, if it has one, and nothing else.
 
     Args:
       path: as for `load`. Weights stay as they are in the checkpoint: int8 ones have their scales.
@@ -77,7 +78,8 @@ def stream(
       host_bytes: what further layers may take in the host's memory, in which they then stay. Where the devices are
         CPUs, that is the same memory.
       progress: called after each layer that is read, those that stay now, and the others in each pass, which it is told
-        of when it begins, too; without it the logger is told now and then.
+        of when it begins, too; of few tokens also after the experts of a layer, and of as many bytes in all as are
+        expected. Without it the logger is told now and then.
       allow_oom: try it even where the devices have too little memory left.
 
     Raises:
@@ -96,15 +98,16 @@ def stream(
     by_layer = [[stack.of_layer(number) for stack in stacks if stack.is_layered] for number in range(config.num_layers)]
     of_outside, of_layer = (bytes_of_stacks(some, checkpoint.tensors, partitioner) for some in (outside, by_layer[0]))
     num_on_device, at_once = layers_that_stay(config.num_layers, of_outside, of_layer, device_bytes)
-    fit = check_integer("host_bytes", host_bytes, 0) // _stored_bytes(by_layer[0], checkpoint)
+    one_layer = abstract_model(config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False).layers
+    reader = LayerReader(Builder(checkpoint, partitioner, HOST_BYTES), nnx.split(one_layer)[1], by_layer)
+    fit = check_integer("host_bytes", host_bytes, 0) // reader.layer_bytes(0)
     num_on_host = min(config.num_layers - num_on_device, fit)
     if not allow_oom:
         if partitioner.platform == "cpu":  # whose memory is the host's
             at_once = min(config.num_layers, at_once + num_on_host)
         remedy = "give less device_bytes and host_bytes"
         check_fits("the model", of_outside + at_once * of_layer, partitioner.mesh, remedy=remedy)
-    one_layer = abstract_model(config.replace(num_layers=1), partitioner, dtype=dtype, quantized=False).layers
-    files = LayerFiles(Builder(checkpoint, partitioner, HOST_BYTES), nnx.split(one_layer)[1], by_layer, progress)
+    files = LayerFiles(reader, progress)
     values = files.keep(outside, num_on_device=num_on_device, num_on_host=num_on_host)
     abstract.layers = StreamedLayers(one_layer, config.num_layers, files)
     model = with_values(abstract, values)
@@ -115,14 +118,12 @@ class LayerFiles:
     """The layers of a checkpoint, as a model takes them in each pass: the first ones stay in memory.
 
     Args:
-      builder: reads the parts of the checkpoint.
-      empty: the state of one layer, of shapes.
-      stacks: what each layer is made of.
+      reader: reads them.
       report: whom to tell how far reading has come; None for the logger.
     """
 
-    def __init__(self, builder: Builder, empty: nnx.State, stacks: Sequence[Sequence[Stack]], report: Report | None):
-        self._builder, self._empty, self._stacks, self._report = builder, empty, stacks, report
+    def __init__(self, reader: LayerReader, report: Report | None):
+        self._reader, self._report = reader, report
         self._on_device: list[nnx.State] = []
         self._on_host: list[nnx.State] = []
 
@@ -134,100 +135,32 @@ class LayerFiles:
           num_on_device: how many layers stay on the devices.
           num_on_host: how many of the next ones stay in the host's memory.
         """
-        num_kept, of_layer = num_on_device + num_on_host, self._stored_bytes(self._stacks[0])
-        total_bytes = sum(map(self._stored_bytes, (outside, *self._stacks[:num_kept])))
+        num_kept, of_outside = num_on_device + num_on_host, self._reader.bytes_of(outside)
+        total_bytes = of_outside + sum(map(self._reader.layer_bytes, range(num_kept)))
         tally, never = Tally("loaded", total_bytes, self._report), threading.Event()
-        values = self._read(outside, never)
-        tally.add(self._stored_bytes(outside), "embedding", "embedding")
+        values = self._reader.read_stacks(outside, never)
+        tally.add(of_outside, "embedding", "embedding")
         for number in range(num_kept):
-            layer = self._read_layer(number, never)
+            layer = self._reader.read(number, never)
             if number < num_on_device:
                 self._on_device.append(layer)
             else:
-                self._on_host.append(_moved(layer, "pinned_host"))
-            tally.add(of_layer, f"layers.{number}", f"layers.{number}")
+                self._on_host.append(moved(layer, "pinned_host"))
+            tally.add(self._reader.layer_bytes(number), f"layers.{number}", f"layers.{number}")
         return values
 
     @contextlib.contextmanager
-    def open_pass(self) -> Iterator[Callable[[int], nnx.State]]:
+    def open_pass(self, share: float) -> Iterator[TakeLayer]:
         """See `LayerSource`; a thread reads ahead until the pass ends, be it by an error.
 
         Raises:
           CheckpointError: A file cannot be read, or is no longer the one that was opened.
         """
-        num_kept = len(self._on_device) + len(self._on_host)
-        total_bytes = sum(map(self._stored_bytes, self._stacks[num_kept:]))
-        tally, stop = Tally("streamed", total_bytes, self._report), threading.Event()
-        held: tuple[list[Array], list[Array]] = [], []  # memory of layers with even and with odd numbers
-        with ThreadPoolExecutor(1) as reader:
-            coming: dict[int, Future[nnx.State]] = {}
-
-            def fetch(number: int) -> None:
-                if len(self._on_device) <= number < len(self._stacks):
-                    coming[number] = reader.submit(self._fetch, number, stop, held[number % 2])
-
-            def take(number: int) -> nnx.State:
-                if number < len(self._on_device):
-                    return self._on_device[number]
-                layer = coming.pop(number).result()
-                if number >= num_kept:
-                    tally.add(self._stored_bytes(self._stacks[number]), f"layers.{number}", f"layers.{number}")
-                fetch(number + 1)
-                return layer
-
-            fetch(len(self._on_device))
-            if total_bytes:
-                tally.add(0, f"layers.{num_kept}", f"layers.{num_kept}")  # rates count from here
+        with ThreadPoolExecutor(1) as thread:
+            begun = LayerPass(
+                self._reader, self._on_device, self._on_host, share=share, report=self._report, thread=thread
+            )
             try:
-                yield take
+                yield begun.take
             finally:
-                stop.set()
-
-    @own_context()
-    def _fetch(self, number: int, stop: threading.Event, held: list[Array]) -> nnx.State:
-        """A layer that does not stay on the devices, there; `held` is memory of one that was there before."""
-        at = number - len(self._on_device)
-        if at < len(self._on_host):
-            return jax.block_until_ready(_moved(self._on_host[at], "device"))
-        return self._read_layer(number, stop, allocate_again(held))
-
-    def _read_layer(self, number: int, stop: threading.Event, allocate: Allocate = aligned_empty) -> nnx.State:
-        path = self._builder.checkpoint.path
-        try:
-            values = self._read(self._stacks[number], stop, allocate)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: layer {number} cannot be read ({error.strerror or error}). Look after the disk; the model "
-                "stays as it is, and its next pass reads all layers again."
-            ) from error
-        return state_with_values(self._empty, {name.removeprefix("layers."): value for name, value in values.items()})
-
-    def _read(
-        self, stacks: Sequence[Stack], stop: threading.Event, allocate: Allocate = aligned_empty
-    ) -> dict[str, Weight]:
-        """The values of some stacks; ends early, without them, when told to stop."""
-
-        def check(_: Progress) -> None:
-            if stop.is_set():
-                raise CancelledError
-
-        return jax.block_until_ready(self._builder.build_in_place(stacks, Tally("read", 0, check), allocate))
-
-    def _stored_bytes(self, stacks: Sequence[Stack]) -> int:
-        return _stored_bytes(stacks, self._builder.checkpoint)
-
-
-def _stored_bytes(stacks: Sequence[Stack], checkpoint: Checkpoint) -> int:
-    """Bytes of some stacks in the checkpoint."""
-    names = [name for stack in stacks for name in stack.sources if name is not None]
-    return sum(TensorSpec.of(checkpoint.tensors[name]).num_bytes for name in names)
-
-
-def _moved(layer: nnx.State, kind: str) -> nnx.State:
-    """A layer in that memory of its devices, or of their host; CPUs have but one."""
-
-    def move(leaf: jax.Array) -> jax.Array:
-        is_cpu = next(iter(leaf.devices())).platform == "cpu"
-        return leaf if is_cpu else jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
-
-    return jax.tree.map(move, layer)
+                begun.stop()

@@ -174,6 +174,7 @@ def _stream_table(made: StreamPlan) -> Table:
     table.add_row("layers that stay there", str(made.on_devices))
     table.add_row("layers on the host", str(made.on_host), _memory(made.on_host * made.layer_bytes))
     table.add_row("layers from the disk", str(made.on_disk), _memory(made.on_disk * made.layer_bytes))
+    table.add_row("  experts that are read", f"{made.share:.0%}")
     table.add_row("a layer: from the disk", "", _milliseconds(made.disk_seconds))
     table.add_row("  from the host", "", _milliseconds(made.host_seconds) or "unknown: give --host-gbs")
     table.add_row("  computes", "", _milliseconds(made.compute_seconds) or "unknown: give --tflops and --bandwidth-gbs")

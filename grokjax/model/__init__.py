@@ -37,7 +37,16 @@ from grokjax.model.steps import (
     last_logits,
     prefill,
 )
-from grokjax.model.streamed import Compiled, LayerSource, StreamedLayers, is_streamed, layers_that_stay
+from grokjax.model.streamed import (
+    Compiled,
+    LayerAtHand,
+    LayerSource,
+    StreamedLayers,
+    TakeLayer,
+    is_streamed,
+    layers_that_stay,
+    share_of_experts,
+)
 
 __all__ = [
     "OUTSIDE_LAYERS",
@@ -53,6 +62,7 @@ __all__ = [
     "Edits",
     "Generated",
     "Grok",
+    "LayerAtHand",
     "LayerSource",
     "ModelSteps",
     "Probe",
@@ -63,6 +73,7 @@ __all__ = [
     "SlotSettings",
     "SlotState",
     "StreamedLayers",
+    "TakeLayer",
     "abstract_model",
     "check_chunks",
     "check_dtype",
@@ -84,6 +95,7 @@ __all__ = [
     "pad_texts",
     "prefill",
     "score",
+    "share_of_experts",
     "state_with_values",
     "with_quantized_table",
     "with_values",

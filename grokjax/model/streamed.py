@@ -4,12 +4,16 @@ A step sends its tokens through the layers once. With all layers at hand it is o
 program ends where the layers begin, a last one begins where they end, and between them ONE program runs each layer as
 it comes. The outer two are traced from the whole step, in which something stands for the layers; what a part does not
 need, the compiler leaves out.
+
+Few tokens choose few experts, and the others are left unread. Which ones a layer chooses, its program itself says: it
+runs while none of them is read, and again with those that were chosen. What it has made of the first run's experts is
+let go; keys, values and the choice do not depend on them.
 """
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -20,10 +24,11 @@ from flax import nnx
 from humanize import naturalsize
 
 from grokjax.cache import CACHE_AXES, Entries, KVCache
+from grokjax.config import GrokConfig
 from grokjax.kernels import CachePlace
 from grokjax.model.building import with_values
 from grokjax.model.grok import DecoderLayers, Grok
-from grokjax.model.probes import UNPROBED, Probe
+from grokjax.model.probes import UNPROBED, At, Probe, Reader
 from grokjax.model.stack import Carry
 from grokjax.request import check_integer
 from grokjax.sharding import Partitioner, zeros
@@ -33,15 +38,39 @@ R = TypeVar("R")
 Seen = Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerAtHand:
+    """A layer on the devices.
+
+    Attributes:
+      state: of a `DecoderLayers` of one layer. Not the module: that takes part in cycles of references, and a layer's
+        memory would wait for Python to collect them.
+      experts: the numbers of those that are there; in place of the others stand any numbers.
+    """
+
+    state: nnx.State
+    experts: Collection[int]
+
+
+class TakeLayer(Protocol):
+    """Waits for a layer of a pass."""
+
+    def __call__(self, number: int, experts: Collection[int] = ()) -> LayerAtHand:
+        """Gives a layer, each in turn from 0 on, or the last one again, with these experts and maybe others.
+
+        The next layer is fetched meanwhile. Whoever takes one has finished with what was taken before, and holds it no
+        more.
+        """
+
+
 class LayerSource(Protocol):
     """Where layers come from."""
 
-    def open_pass(self) -> AbstractContextManager[Callable[[int], nnx.State]]:
-        """Begins a pass: gives what takes the number of a layer, each in turn from 0 on, and waits for it.
+    def open_pass(self, share: float) -> AbstractContextManager[TakeLayer]:
+        """Begins a pass.
 
-        It is the state of a `DecoderLayers` of one layer. Not the module: that takes part in cycles of references, and
-        a layer's memory would wait for Python to collect them. The next layer is fetched meanwhile. Whoever takes it
-        has finished with the one before, and holds it no more.
+        Args:
+          share: of the experts, which is expected to be asked for; at 1 all of them come with their layer.
         """
 
 
@@ -56,6 +85,7 @@ class StreamedLayers(DecoderLayers):
 
     def __init__(self, one_layer: DecoderLayers, num_layers: int, source: LayerSource):
         self.num_layers, self.partitioner, self.source = num_layers, one_layer.partitioner, source
+        self.config = one_layer.feed_forward.config
         self.graphdef, _ = nnx.split(one_layer)
 
     def run(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
@@ -83,23 +113,49 @@ class StreamedLayers(DecoderLayers):
           Output of the last layer, keys and values; and what was seen.
         """
         seen: Seen | None = None
-        with self.source.open_pass() as take:
+        num_rows, num_new, _ = carry[0].shape
+        share = share_of_experts(self.config, num_rows * num_new)
+        run = self._run_next if share == 1 else self._run_chosen
+        with self.source.open_pass(share) as take:
             for number in range(self.num_layers):
-                carry, seen = self._run_next(take(number), number, carry, seen, call)
+                carry, seen = run(take, number, carry, seen, call)
         assert seen is not None
         return carry, seen
 
     def _run_next(
-        self, layer: nnx.State, number: int, carry: Carry, seen: Seen | None, call: "Call"
+        self, take: TakeLayer, number: int, carry: Carry, seen: Seen | None, call: "Call"
     ) -> tuple[Carry, Seen]:
         """Runs one layer, and waits for it: its memory is free then. DONATES what the one before has left."""
+        layer = take(number).state
         if seen is None:
-            seen = {} if call.probe is None else self._nothing_seen(layer, carry, call)
+            seen = self._nothing_seen(layer, carry, call)
         where = np.asarray(number, np.int32)
         return jax.block_until_ready(_run_layer(layer, where, carry, seen, call, graphdef=self.graphdef))
 
+    def _run_chosen(
+        self, take: TakeLayer, number: int, carry: Carry, seen: Seen | None, call: "Call"
+    ) -> tuple[Carry, Seen]:
+        """Runs one layer until all experts were there that it has chosen: twice, if the devices are sure of theirs."""
+        x, *entries = carry
+        taken = take(number)
+        if seen is None:
+            seen = self._nothing_seen(taken.state, carry, call)
+        while True:
+            (output, *entries), found, is_chosen = jax.block_until_ready(
+                _run_and_choose(
+                    taken.state, np.asarray(number, np.int32), x, tuple(entries), seen, call, graphdef=self.graphdef
+                )
+            )
+            chosen = np.flatnonzero(np.asarray(is_chosen)).tolist()
+            if set(chosen) <= set(taken.experts):
+                return (output, *entries), found
+            del taken, output, found
+            taken = take(number, chosen)
+
     def _nothing_seen(self, layer: nnx.State, carry: Carry, call: "Call") -> Seen:
         """Zeros for what the probe is to see in the layers, before the first; on every device whole."""
+        if call.probe is None:
+            return {}
         run = functools.partial(_run, graphdef=self.graphdef)
         _, found = jax.eval_shape(run, layer, np.zeros((), np.int32), carry, {}, call)
         shapes = jax.eval_shape(Probe(*call.probe).empty, found)
@@ -116,6 +172,24 @@ _NO_PROGRAM = (
 def is_streamed(model: Grok) -> bool:
     """Whether the layers of a model come one after the other."""
     return isinstance(model.layers, StreamedLayers)
+
+
+# Where few tokens are expected to choose more of the experts than this, what is left unread saves less than it costs
+# that experts are read while nothing computes.
+_MOST_CHOSEN = 0.75
+
+
+def share_of_experts(config: GrokConfig, num_tokens: int) -> float:
+    """The share of a layer's experts that a pass of streamed layers reads: that which few tokens choose, else 1.
+
+    It is an expectation, as if each token chose by itself and each expert were as likely as any other.
+
+    Args:
+      config: the sizes.
+      num_tokens: of the pass, rows times tokens of each, padding included.
+    """
+    chosen = 1 - (1 - config.experts_per_token / config.num_experts) ** num_tokens
+    return chosen if chosen <= _MOST_CHOSEN else 1.0
 
 
 # Layers that are there for a while: one that computes, and the next one, which is read.
@@ -283,6 +357,34 @@ def _run(
 
 
 _run_layer = jax.jit(_run, donate_argnames=("carry", "seen"), static_argnames="graphdef")
+# The name of what reads the choice among those of a probe's readers.
+_CHOICE = "experts that a token chose"
+
+
+@functools.partial(jax.jit, donate_argnames="entries", static_argnames="graphdef")
+def _run_and_choose(
+    layer: nnx.State,
+    number: jax.Array,
+    x: jax.Array,
+    entries: tuple[Entries, Entries],
+    seen: Seen,
+    call: Call,
+    *,
+    graphdef: Any,
+) -> tuple[Carry, Seen, jax.Array]:
+    """One layer, and which experts a real token chose, bool [E]. DONATES `entries` alone: it may have to run again."""
+    readers, edits, at = call.probe or ({}, (), At.of(call.place, x.shape[1]))
+    layers: DecoderLayers = nnx.merge(graphdef, layer)
+    num_experts, partitioner = layers.feed_forward.config.num_experts, layers.partitioner
+
+    def find_chosen(experts: jax.Array, at: At) -> jax.Array:
+        numbers = jnp.where(at.valid[..., None] & (experts >= 0), experts, num_experts)
+        return jnp.zeros(num_experts, bool).at[numbers].set(True, mode="drop")
+
+    reader = Reader(site="router.experts", layers=None, positions=None, is_last=False, via=find_chosen, fold=None)
+    call = dataclasses.replace(call, probe=({**readers, _CHOICE: reader}, edits, at))
+    carry, found = _run(layer, number, (x, *entries), seen, call, graphdef=graphdef)
+    return carry, {name: found[name] for name in seen}, partitioner.constrain(found[_CHOICE], (None,))
 
 
 def _placed(carry: Carry, partitioner: Partitioner) -> Carry:

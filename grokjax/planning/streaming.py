@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.model import abstract_model, layers_that_stay
+from grokjax.model import abstract_model, layers_that_stay, share_of_experts
 from grokjax.planning.costs import step_cost
 from grokjax.planning.targets import Target
 from grokjax.request import check_integer
@@ -19,7 +20,7 @@ from grokjax.sharding import device_bytes as bytes_on_each_device
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """A pass through all layers, each of which computes while the next one comes.
+    """A pass through all layers, each of which computes while the next one comes, or as few tokens choose its experts.
 
     Attributes:
       target: the machine.
@@ -29,7 +30,8 @@ class StreamPlan:
       on_host: how many of the others stay in the host's memory.
       on_disk: how many are read in each pass.
       layer_bytes: of one layer, on all devices together.
-      disk_seconds: to read one layer.
+      share: of a layer's experts, which is read from the disk: 1, or what few tokens are expected to choose.
+      disk_seconds: to read one layer, with that share of its experts.
       host_seconds: to send one layer from the host's memory to the devices; None where that is unknown.
       compute_seconds: of one layer: the longer of reading its weights from the devices' memory and its operations; None
         where one is unknown.
@@ -44,6 +46,7 @@ class StreamPlan:
     on_host: int
     on_disk: int
     layer_bytes: int
+    share: float
     disk_seconds: float
     host_seconds: float | None
     compute_seconds: float | None
@@ -57,10 +60,14 @@ class StreamPlan:
 
     @property
     def seconds(self) -> float:
-        """Of a pass, at best: each layer takes what takes longest of it; what is unknown counts for nothing."""
+        """Of a pass, at best: each layer takes what takes longest of it; what is unknown counts for nothing.
+
+        Where experts are chosen before they are read, one thing comes after the other, and the layer computes twice.
+        """
         computing, sending = self.compute_seconds or 0.0, self.host_seconds or 0.0
+        all_at_once, in_turn = max(self.disk_seconds, sending, computing), self.disk_seconds + sending + 2 * computing
         return (
-            self.on_disk * max(self.disk_seconds, sending, computing)
+            self.on_disk * (all_at_once if self.share == 1 else in_turn)
             + self.on_host * max(sending, computing)
             + self.on_devices * computing
         )
@@ -109,14 +116,16 @@ def plan_stream(
     model = abstract_model(one_layer, partitioner, dtype=dtype, quantized=True)
     of_layer = bytes_on_each_device(jax.tree.leaves(model.layers))
     of_outside = bytes_on_each_device(jax.tree.leaves((model.embedding, model.final_norm)))
-    layer_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.layers))
+    layer_bytes = _bytes_of(model.layers)
     num_layers = config.num_layers
     on_devices, at_once = layers_that_stay(num_layers, of_outside, of_layer, device_bytes)
     on_host = min(num_layers - on_devices, host_bytes // layer_bytes)
     cost = step_cost(model, batch_size=1, num_new=num_tokens, filled=num_tokens, cache_dtype=jnp.bfloat16)
     # The logits are of no layer.
     operations = cost.operations - 2 * config.model_dim * config.vocab_size / partitioner.shards("vocab")
-    disk_seconds, flops = layer_bytes / disk_bandwidth, target.accelerator.flops
+    share, feed_forward = share_of_experts(config, num_tokens), model.layers.feed_forward
+    unread = (1 - share) * _bytes_of((feed_forward.gate, feed_forward.up, feed_forward.down))
+    whole_seconds, flops = layer_bytes / disk_bandwidth, target.accelerator.flops
     return StreamPlan(
         target=target,
         num_tokens=num_tokens,
@@ -125,11 +134,17 @@ def plan_stream(
         on_host=on_host,
         on_disk=num_layers - on_devices - on_host,
         layer_bytes=layer_bytes,
-        disk_seconds=disk_seconds,
+        share=share,
+        disk_seconds=(layer_bytes - unread) / disk_bandwidth,
         host_seconds=host_bandwidth and layer_bytes / host_bandwidth,
         compute_seconds=_compute_seconds(operations, cost.attention + cost.experts, target),
-        bound_from=None if flops is None else math.ceil(disk_seconds * flops * num_tokens / operations),
+        bound_from=None if flops is None else math.ceil(whole_seconds * flops * num_tokens / operations),
     )
+
+
+def _bytes_of(tree: Any) -> int:
+    """Bytes of arrays, wherever they lie."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _compute_seconds(operations: float, num_bytes: float, target: Target) -> float | None:
