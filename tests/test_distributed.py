@@ -264,26 +264,22 @@ def test_texts_are_scored_over_two_processes_as_over_one(tmp_path: Path, model: 
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("what", ["score", "generate"])
-def test_layers_stream_to_two_processes(tmp_path: Path, what: str) -> None:
+def test_a_text_goes_on_with_layers_that_stream_to_two_processes(tmp_path: Path) -> None:
     """Which must ask for the same experts; each reads what its own devices hold of them."""
     config = GrokConfig.tiny()
     write_checkpoint(tmp_path / "model", config)
     (tmp_path / "config.json").write_text(config.to_json())
     (tmp_path / "texts.txt").write_text("The answer is\n")
     source = ["--checkpoint", "model", "--config", "config.json", "--tokenizer", "bytes", "--dtype", "float32"]
-    asked = {"score": ["texts.txt"], "generate": ["--prompts", "texts.txt", "--max-new-tokens", "5"]}
-    command = [what, *asked[what], *source, "--slots", "1", "--max-len", "32"]
-    with commands(tmp_path, [], [], started=by_hand, what=[*command, "--stream", "--output", "together"]) as processes:
-        told = [process.communicate(timeout=100)[1] for process in processes]
+    generate = ["generate", *source, "--prompts", "texts.txt", "--slots", "1", "--max-new-tokens", "5", "--ignore-eos"]
+    with commands(tmp_path, [], [], started=by_hand, what=[*generate, "--stream", "--output", "together"]) as processes:
+        told = [process.communicate(timeout=300)[1] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], told
     with contextlib.chdir(tmp_path):
-        assert cli.main([*command, "--output", "alone", "--mesh", "1,1"]) == 0
+        assert cli.main([*generate, "--output", "alone", "--mesh", "1,1"]) == 0
     together, alone = (json.loads((tmp_path / output).read_text()) for output in ("together", "alone"))
     assert together["token_ids"] == alone["token_ids"]
-    if what == "score":
-        found, expected = ([one["logprob"] for one in made["prompt_logprobs"][1:]] for made in (together, alone))
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert len(alone["token_ids"]) == 5
 
 
 @pytest.mark.thorough

@@ -80,7 +80,7 @@ def _run_prompts(
     # Other processes wait for an engine, be there anything to do or not.
     if earlier < len(prompts) or jax.process_count() > 1:
         model, slots = source.make(), arguments.slots or SLOTS
-        if arguments.stream and is_scored and jax.process_count() == 1:  # others would follow an engine alone
+        if arguments.stream and is_scored:
             intake = Intake(
                 source.tokenizer,
                 config=source.config,
