@@ -6,8 +6,9 @@ a batch of random tokens, once to compile and once more, and reads all files, bo
 emptied as `load.py` does. Last, it times a model of one of the layers, in memory.
 
 The last line is JSON with the keys `config`, `layers`, `mesh`, `rows`, `tokens` (of each row), `checkpoint_bytes`,
-`read_seconds`, `pass_seconds`, `ratio` (rate of the pass over that of reading), `compute_seconds` (of as many
-models of one layer in memory), `peak_memory_bytes` (of the process, up to the end of the pass) and the environment.
+`read_seconds`, `pass_seconds`, `ratio` (rate of the pass over that of reading; far above 1 where few tokens leave
+experts unread), `compute_seconds` (of as many models of one layer in memory), `peak_memory_bytes` (of the process, up
+to the end of the pass) and the environment.
 """
 
 import argparse

@@ -17,6 +17,7 @@ EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 # Who imports an inner module of a department from outside, and why: they replace something where it is looked up, or
 # count its calls, and serve tests of several departments.
 INSIDE = {
+    "tests/cli/test_cli_kept_pass.py": {"checkpoint.layer_reader"},  # counts layers read; a disk fails at one
     "tests/fuzz_release.py": {"checkpoint.formats.release"},  # its tests replace the reader by mistaken ones
     "tests/member.py": {"checkpoint.formats.release", "cli.batch"},  # counts bytes read; dies at a certain call
     "tests/test_distributed_alone.py": {"cli.options"},  # replaces what the processes call as they join and step

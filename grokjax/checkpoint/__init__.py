@@ -22,6 +22,7 @@ from grokjax.checkpoint.formats.safetensors import SafetensorsCheckpoint
 from grokjax.checkpoint.formats.safetensors_names import SchemeName, read_config
 from grokjax.checkpoint.info import CheckpointInfo, describe
 from grokjax.checkpoint.layouts import open_checkpoint
+from grokjax.checkpoint.likeness import fingerprint
 from grokjax.checkpoint.loading import load, load_parameters
 from grokjax.checkpoint.parameters import find_parameter, parameter_shapes, parts_of
 from grokjax.checkpoint.progress import EARLIER, Progress
@@ -48,6 +49,7 @@ __all__ = [
     "find_config",
     "find_parameter",
     "find_tokenizer",
+    "fingerprint",
     "keep_checksums",
     "load",
     "load_parameters",

@@ -19,7 +19,7 @@ def check_same_weights(checkpoint: Checkpoint, *, together: bool) -> None:
     """
     if not together:
         return
-    first, *others = exchange("the loading of a checkpoint", f"{checkpoint.layout} {_fingerprint(checkpoint):08x}")
+    first, *others = exchange("the loading of a checkpoint", fingerprint(checkpoint))
     differing = [str(number) for number, other in enumerate(others, start=1) if other != first]
     if differing:
         raise CheckpointError(
@@ -28,10 +28,10 @@ def check_same_weights(checkpoint: Checkpoint, *, together: bool) -> None:
         )
 
 
-def _fingerprint(checkpoint: Checkpoint) -> int:
-    """CRC-32 of samples of all arrays."""
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells a checkpoint from others: its layout, and the CRC-32 of samples of all arrays."""
     crc = 0
     for parameter in sorted(checkpoint.tensors):
         for part in parts_of(parameter, checkpoint.config):
             crc = zlib.crc32(checkpoint.sample(part), crc)
-    return crc
+    return f"{checkpoint.layout} {crc:08x}"

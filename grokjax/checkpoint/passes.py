@@ -23,6 +23,7 @@ class LayerPass:
       reader: of the layers.
       on_device: the first layers, on the devices.
       on_host: the next ones, in the host's memory.
+      first: the number of the first layer that will be asked for.
       share: of the experts that is expected to be asked for. At 1 a layer is read whole, while the one before computes.
         Below, all of it but its experts is, and these are read when they are asked for.
       report: whom to tell how far reading has come; None for the logger.
@@ -35,12 +36,14 @@ class LayerPass:
         on_device: Sequence[nnx.State],
         on_host: Sequence[nnx.State],
         *,
+        first: int,
         share: float,
         report: Report | None,
         thread: ThreadPoolExecutor,
     ):
         self._reader, self._on_device, self._on_host, self._share = reader, on_device, on_host, share
         self._num_kept, self._thread, self._stop = len(on_device) + len(on_host), thread, threading.Event()
+        read = range(max(first, self._num_kept), reader.num_layers)
         self._coming: dict[int, Future[nnx.State]] = {}
         self._ahead: tuple[list[Array], list[Array]] = [], []  # memory of layers with even and with odd numbers
         # Of the layer that computes, which experts have been read; the memory and the arrays of all of them.
@@ -49,11 +52,11 @@ class LayerPass:
         self._held: list[Array] = []
         self._shapes: list[jax.ShapeDtypeStruct] = []
         self._experts: dict[str, Weight] = {}
-        self._expected = [self._expected_bytes(number) for number in range(reader.num_layers)]
+        self._expected = [self._expected_bytes(number) if number in read else 0 for number in range(reader.num_layers)]
         self._tally = Tally("streamed", sum(self._expected), report)
-        self._fetch(len(on_device))
-        if self._num_kept < reader.num_layers:
-            self._count(self._num_kept, 0, left=self._expected[self._num_kept])  # rates count from here
+        self._fetch(max(first, len(on_device)))
+        if read:
+            self._count(read[0], 0, left=self._expected[read[0]])  # rates count from here
 
     def take(self, number: int, experts: Collection[int] = ()) -> LayerAtHand:
         """Gives a layer as `TakeLayer` says.
@@ -119,8 +122,6 @@ class LayerPass:
 
     def _expected_bytes(self, number: int) -> int:
         """Bytes of a layer that are expected to be read."""
-        if number < self._num_kept:
-            return 0
         whole, ahead = self._reader.layer_bytes(number), self._bytes_ahead(number)
         return ahead + int(self._share * (whole - ahead))
 

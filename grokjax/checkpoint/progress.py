@@ -22,7 +22,7 @@ class Progress:
       parameter: the path that was just finished, an expert's number behind it.
       source: the checkpoint's path that it was read from; None where it keeps its fresh value.
       done_bytes: so far, of the checkpoint's bytes.
-      total_bytes: in all.
+      total_bytes: in all; of a pass that reads experts as they are chosen, as many as are expected.
     """
 
     parameter: str

@@ -150,7 +150,7 @@ class LayerFiles:
         return values
 
     @contextlib.contextmanager
-    def open_pass(self, share: float) -> Iterator[TakeLayer]:
+    def open_pass(self, first: int, share: float) -> Iterator[TakeLayer]:
         """See `LayerSource`; a thread reads ahead until the pass ends, be it by an error.
 
         Raises:
@@ -158,7 +158,13 @@ class LayerFiles:
         """
         with ThreadPoolExecutor(1) as thread:
             begun = LayerPass(
-                self._reader, self._on_device, self._on_host, share=share, report=self._report, thread=thread
+                self._reader,
+                self._on_device,
+                self._on_host,
+                first=first,
+                share=share,
+                report=self._report,
+                thread=thread,
             )
             try:
                 yield begun.take

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
+from grokjax import Grok, __version__
+from grokjax.checkpoint import fingerprint
 from grokjax.cli.console import BatchProgress, say
+from grokjax.cli.kept_pass import KeptPass
 from grokjax.cli.model import SLOTS, SMALLER_BATCH, Source, model_failures
 from grokjax.cli.prompts import Prompt, read_prompts
 from grokjax.cli.results import Results, open_results
@@ -88,8 +91,9 @@ def _run_prompts(
                 max_logprobs=_MAX_LOGPROBS,
                 add_bos=arguments.add_bos,
             )
+            kept = _kept_pass(model, source, arguments) if arguments.keep_pass else None
             with BatchProgress(len(prompts), doing) as progress:
-                score_batches(model, intake, prompts, results, progress, is_interrupted, rows=slots)
+                score_batches(model, intake, prompts, results, progress, is_interrupted, rows=slots, kept=kept)
             return _say_complete(prompts, results, arguments)
         engine = Engine(
             model,
@@ -107,6 +111,14 @@ def _run_prompts(
             num_tokens = operator.attrgetter(counted)
             run_batch(engine, prompts, results, progress, is_interrupted, num_tokens=num_tokens)
     return _say_complete(prompts, results, arguments)
+
+
+def _kept_pass(model: Grok, source: Source, arguments: argparse.Namespace) -> KeptPass:
+    """Where the passes of a job are kept, told from those of other weights and of other ways to compute."""
+    assert source.checkpoint is not None
+    table = "int8" if arguments.quantized_table else "plain"
+    weights = fingerprint(source.checkpoint), source.config.to_json(), table
+    return KeptPass.beside(arguments.output, *weights, model.dtype.name, dict(model.mesh.shape), __version__)
 
 
 def _say_complete(prompts: tuple[Prompt, ...], results: Results, arguments: argparse.Namespace) -> int:

@@ -41,11 +41,15 @@ SMALLER_BATCH = f"fewer --slots or {SMALLER_ROW}"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model that is not yet in memory: what is checked before, and how it is made."""
+    """A model that is not yet in memory: what is checked before, and how it is made.
+
+    `checkpoint` is what it is loaded from, None for random weights.
+    """
 
     config: GrokConfig
     tokenizer: Tokenizer
     make: Callable[[], Grok]
+    checkpoint: Checkpoint | None = None
 
 
 def add_model(generate: argparse.ArgumentParser) -> None:
@@ -181,7 +185,7 @@ def _random_source(arguments: argparse.Namespace) -> Source:
 def _checkpoint_source(arguments: argparse.Namespace) -> Source:
     checkpoint = open_checkpoint(arguments.checkpoint, checkpoint_config(arguments.config, arguments.checkpoint))
     tokenizer = _tokenizer(checkpoint.config, arguments.tokenizer or _tokenizer_beside(arguments.checkpoint))
-    return Source(checkpoint.config, tokenizer, functools.partial(_load_model, checkpoint, arguments))
+    return Source(checkpoint.config, tokenizer, functools.partial(_load_model, checkpoint, arguments), checkpoint)
 
 
 def _random_config(arguments: argparse.Namespace) -> GrokConfig:

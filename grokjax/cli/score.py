@@ -13,7 +13,7 @@ import numpy as np
 from grokjax import Tokenizer
 from grokjax.cli.batch import run_file
 from grokjax.cli.console import say
-from grokjax.cli.model import add_model, add_slots, open_source
+from grokjax.cli.model import Source, add_model, add_slots, open_source
 from grokjax.cli.options import add_processes, join_processes
 from grokjax.cli.programs import kept_programs
 from grokjax.distributed import is_first, on_first
@@ -53,13 +53,18 @@ def add_command(commands: Any) -> None:
     add_model(score)
     score.add_argument("--max-len", type=int, help="tokens of a text (default: the model's longest sequence)")
     score.add_argument("--add-bos", action="store_true", help="begin with the beginning-of-sequence token")
+    score.add_argument(
+        "--keep-pass",
+        action="store_true",
+        help="with --stream, keep in OUTPUT.pass what the last finished layer gave, for a command that goes on there",
+    )
     add_processes(score)
     score.set_defaults(run=run, guesses=0)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns 1 if a text ended with an error, else 0."""
-    source = join_processes(arguments, lambda: open_source(arguments))
+    source = join_processes(arguments, lambda: _open_source(arguments))
     on_first("the look for --html", lambda: _check_page(arguments))
     with kept_programs(is_wanted=not arguments.no_compilation_cache):
         status = run_file(source, arguments, Request([], max_new_tokens=0, prompt_logprobs=True))
@@ -70,6 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.html.write_text("".join(_page(records, source.tokenizer)), encoding="utf-8")
             say(f"{arguments.html} shows them")
     return status
+
+
+def _open_source(arguments: argparse.Namespace) -> Source:
+    if arguments.keep_pass and not arguments.stream:
+        raise ValueError("--keep-pass goes with --stream: without it there are no passes that take long.")
+    if arguments.keep_pass and (arguments.distributed or arguments.coordinator is not None):
+        raise ValueError("--keep-pass is for one process: leave it away where several work together.")
+    return open_source(arguments)
 
 
 def _check_page(arguments: argparse.Namespace) -> None:

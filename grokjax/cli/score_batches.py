@@ -5,16 +5,18 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import jax
 import numpy as np
 
 from grokjax import Grok, Scores, score
+from grokjax.cli.kept_pass import KeptPass
 from grokjax.cli.prompts import Prompt
 from grokjax.cli.results import Results
 from grokjax.distributed import Channel
 from grokjax.engine import Intake, check_same_model, token_scores
-from grokjax.model import pad_texts
+from grokjax.model import StreamedLayers, pad_texts
 from grokjax.request import Completion, FinishReason, Timings, TokenScore
 from grokjax.sharding import to_host
 
@@ -28,6 +30,7 @@ def score_batches(
     is_interrupted: Callable[[], bool] = lambda: False,
     *,
     rows: int,
+    kept: KeptPass | None = None,
 ) -> None:
     """Scores the texts that have no result yet, those of like lengths together, and writes each batch as it is done.
 
@@ -39,9 +42,10 @@ def score_batches(
       progress: told after each batch the number of results and of tokens.
       is_interrupted: asked before each batch.
       rows: texts of a batch.
+      kept: where a pass is kept, and goes on; None for nowhere.
 
     Raises:
-      ValueError: A result cannot be written.
+      ValueError: A result cannot be written, or what is kept.
       KeyboardInterrupt: It is interrupted.
     """
     done_tokens = 0
@@ -61,11 +65,15 @@ def score_batches(
             began = time.monotonic()
             num_top = max(prompt.request.logprobs or 0 for prompt, _ in batch)
             padded = pad_texts(model.config, [tokens for _, tokens in batch], min(rows, len(texts)))
-            found = score_batch(*padded, num_top)
+            layers = cast(StreamedLayers, model.layers)
+            with contextlib.nullcontext() if kept is None else layers.kept_by(kept.of(*padded)):
+                found = score_batch(*padded, num_top)
             seconds = time.monotonic() - began
             for row, (prompt, tokens) in enumerate(batch):
                 results.write(prompt, [_scored(prompt, tokens, found, row, seconds)])
                 done_tokens += len(tokens)
+            if kept is not None:
+                kept.drop()
             progress(len(results.failed), done_tokens)
 
 

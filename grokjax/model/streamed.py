@@ -10,10 +10,11 @@ runs while none of them is read, and again with those that were chosen. What it 
 let go; keys, values and the choice do not depend on them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -56,7 +57,7 @@ class TakeLayer(Protocol):
     """Waits for a layer of a pass."""
 
     def __call__(self, number: int, experts: Collection[int] = ()) -> LayerAtHand:
-        """Gives a layer, each in turn from 0 on, or the last one again, with these experts and maybe others.
+        """Gives a layer, each in turn from the first on, or the last one again, with these experts and maybe others.
 
         The next layer is fetched meanwhile. Whoever takes one has finished with what was taken before, and holds it no
         more.
@@ -66,12 +67,23 @@ class TakeLayer(Protocol):
 class LayerSource(Protocol):
     """Where layers come from."""
 
-    def open_pass(self, share: float) -> AbstractContextManager[TakeLayer]:
+    def open_pass(self, first: int, share: float) -> AbstractContextManager[TakeLayer]:
         """Begins a pass.
 
         Args:
+          first: the number of its first layer.
           share: of the experts, which is expected to be asked for; at 1 all of them come with their layer.
         """
+
+
+class PassKeeper(Protocol):
+    """Keeps how far passes have come."""
+
+    def begin(self, x: jax.Array) -> tuple[int, jax.Array]:
+        """Gives how many layers were finished before, and the input [B, T, D] of the next: x, if none was."""
+
+    def keep(self, num_layers: int, x: jax.Array) -> None:
+        """Keeps that so many layers are finished, and what the last of them gave, [B, T, D]."""
 
 
 class StreamedLayers(DecoderLayers):
@@ -86,6 +98,7 @@ class StreamedLayers(DecoderLayers):
     def __init__(self, one_layer: DecoderLayers, num_layers: int, source: LayerSource):
         self.num_layers, self.partitioner, self.source = num_layers, one_layer.partitioner, source
         self.config = one_layer.feed_forward.config
+        self.keeper: PassKeeper | None = None
         self.graphdef, _ = nnx.split(one_layer)
 
     def run(self, carry: Carry, place: CachePlace, *, keeps: bool, probe: Probe) -> Carry:
@@ -112,15 +125,31 @@ class StreamedLayers(DecoderLayers):
         Returns:
           Output of the last layer, keys and values; and what was seen.
         """
-        seen: Seen | None = None
-        num_rows, num_new, _ = carry[0].shape
-        share = share_of_experts(self.config, num_rows * num_new)
+        seen: Seen | None = {} if call.probe is None else None
+        first, (x, keys, values) = 0, carry
+        if self.keeper is not None:
+            assert call.probe is None, "what was seen is not kept"
+            assert not call.keeps, "a cache is not kept"
+            first, x = self.keeper.begin(x)
+            carry = x, keys, values
+        share = share_of_experts(self.config, x.shape[0] * x.shape[1])
         run = self._run_next if share == 1 else self._run_chosen
-        with self.source.open_pass(share) as take:
-            for number in range(self.num_layers):
+        with self.source.open_pass(first, share) as take:
+            for number in range(first, self.num_layers):
                 carry, seen = run(take, number, carry, seen, call)
+                if self.keeper is not None:
+                    self.keeper.keep(number + 1, carry[0])
         assert seen is not None
         return carry, seen
+
+    @contextlib.contextmanager
+    def kept_by(self, keeper: PassKeeper) -> Iterator[None]:
+        """Meanwhile, a pass goes on where the keeper says, and tells it of each layer; it has no cache and no probe."""
+        self.keeper = keeper
+        try:
+            yield
+        finally:
+            self.keeper = None
 
     def _run_next(
         self, take: TakeLayer, number: int, carry: Carry, seen: Seen | None, call: "Call"
@@ -154,8 +183,6 @@ class StreamedLayers(DecoderLayers):
 
     def _nothing_seen(self, layer: nnx.State, carry: Carry, call: "Call") -> Seen:
         """Zeros for what the probe is to see in the layers, before the first; on every device whole."""
-        if call.probe is None:
-            return {}
         run = functools.partial(_run, graphdef=self.graphdef)
         _, found = jax.eval_shape(run, layer, np.zeros((), np.int32), carry, {}, call)
         shapes = jax.eval_shape(Probe(*call.probe).empty, found)
