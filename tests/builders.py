@@ -32,6 +32,8 @@ SMALL = GrokConfig.tiny().replace(
     model_dim=32, num_heads=8, num_kv_heads=4, head_dim=8, ffn_dim=48, vocab_size=64, max_seq_len=32, num_layers=1
 )
 DENSE = SMALL.replace(num_experts=1, experts_per_token=1)
+# For tests in which experts show nothing: they are most of what is traced and compiled.
+TINY_DENSE = GrokConfig.tiny().replace(num_layers=1, num_experts=1, experts_per_token=1)
 
 TENSOR, EXPERT, FULLY = (RULES[name] for name in ("tensor", "expert", "fsdp"))
 

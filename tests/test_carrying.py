@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE
 from jax import export
 
 from grokjax import (
@@ -41,7 +42,8 @@ from grokjax.quantization import quantize
 from grokjax.request import Completion
 from grokjax.sharding import Partitioner
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+CONFIG = TINY_DENSE.replace(max_seq_len=32)
+EXPERTS = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
 TOKENS = jnp.asarray([[5, 6, 7, 8]])
 KINDS: dict[str, dict[str, Any]] = {
     "int8": {},
@@ -218,7 +220,7 @@ def exported_step(model: Grok, cache: KVCache, **options: Any) -> export.Exporte
 
 @pytest.mark.parametrize("extents", [(1, 1), pytest.param((1, 8), marks=pytest.mark.thorough)])
 def test_exported_steps_are_read_back_and_compute_the_same(extents: tuple[int, int]) -> None:
-    model = init(CONFIG, mesh=make_mesh(extents))
+    model = init(EXPERTS, mesh=make_mesh(extents))
     leaves, tree = jax.tree.flatten(model)
     whole = jax.jit(lambda leaves, tokens: forward(tree.unflatten(leaves), tokens))
     exported = export.export(whole, platforms=PLATFORMS, disabled_checks=[LAYOUT])(leaves, TOKENS)
@@ -237,7 +239,7 @@ def test_exported_steps_are_read_back_and_compute_the_same(extents: tuple[int, i
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_the_form_of_a_device_is_exported_for_it(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not without the check that is documented: JAX guarantees nothing for a custom call that fixes a layout."""
-    model = init(CONFIG)
+    model = init(EXPERTS)
     cache = filled_cache(model, dtype="bfloat16")
     monkeypatch.setattr(Partitioner, "platform", platform)
     exported = exported_step(model, cache, platforms=[platform], disabled_checks=[LAYOUT])
