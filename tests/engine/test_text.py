@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE
 from goldens import load_e2e
 
-from grokjax import ByteTokenizer, GrokConfig, TextGenerator, generate, init, load, load_tokenizer, make_mesh
+from grokjax import ByteTokenizer, TextGenerator, generate, init, load, load_tokenizer, make_mesh
 from grokjax.model import ModelSteps
 from grokjax.sampling import SampleSettings
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=64)
+CONFIG = TINY_DENSE.replace(max_seq_len=64)
 
 
 @pytest.fixture(scope="module")

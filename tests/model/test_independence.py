@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,7 +123,7 @@ def test_rows_that_the_data_axis_does_not_divide_give_the_same() -> None:
 
 def test_blocks_of_attention_join_exactly() -> None:
     """Texts longer than a block of queries and of keys, in a cache that the block does not divide."""
-    config = CONFIG.replace(num_layers=1, max_seq_len=700)
+    config = TINY_DENSE.replace(max_seq_len=700)
     long_model = init(config, dtype=jnp.float32)
     text = np.random.default_rng(1).integers(3, config.vocab_size, (1, 600))
     expected = np.asarray(forward(long_model, text))[0]
