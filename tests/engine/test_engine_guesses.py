@@ -6,10 +6,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import TINY_DENSE
+from builders import TINY_DENSE, random_model
 from fake_steps import prompt_logprobs
 
-from grokjax import ByteTokenizer, GrokConfig, init, make_mesh
+from grokjax import ByteTokenizer, GrokConfig, make_mesh
 from grokjax.engine import Engine, Handle
 from grokjax.request import Request
 
@@ -23,7 +23,7 @@ def engine(config: GrokConfig, mesh: tuple[int, int], cache_dtype: str | None, m
 
     Their clock says that all steps take the same time, so that they guess whatever this machine says to it.
     """
-    model = init(config, dtype=jnp.float32, mesh=make_mesh(mesh))
+    model = random_model(config, dtype=jnp.float32, mesh=make_mesh(mesh))
     sizes = {"slots": 4, "prefill_buckets": (8,), "prefill_rows": 1, "max_logprobs": 2}
     options = {**sizes, "cache_dtype": cache_dtype, "max_guesses": max_guesses}
     return Engine(model, ByteTokenizer(config.vocab_size), clock=functools.partial(next, itertools.count()), **options)

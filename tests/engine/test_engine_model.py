@@ -293,7 +293,7 @@ from grokjax.engine import Engine
 misses = []
 jax.monitoring.register_event_listener(lambda name, **_: misses.append(name == "/jax/compilation_cache/cache_misses"))
 config = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32, num_experts=1, experts_per_token=1)
-engine = Engine(init(config, dtype=jnp.float32), slots=2, prefill_buckets=(4,))
+engine = Engine(init(config, dtype=jnp.float32), slots=2, prefill_buckets=(4,), prefill_rows=1)
 before, misses[:] = jax.config.jax_compilation_cache_dir, []
 steps = engine.warm_up(sys.argv[1], prompt_len=3)
 assert jax.config.jax_compilation_cache_dir == before

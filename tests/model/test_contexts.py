@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import or_thorough
+from builders import or_thorough, random_model
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -64,13 +64,13 @@ MESHES = {
 
 @functools.cache
 def model():
-    return init(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+    return random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
 
 
 @functools.cache
 def dense():
-    """What programs hold that are made of the steps shows nothing of experts."""
-    return init(DENSE, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+    """A model without experts, for what is made of the steps, which show them."""
+    return random_model(DENSE, dtype=jnp.float32, mesh=make_mesh((2, 4)))
 
 
 def on_host(tree: Any) -> Any:
@@ -199,6 +199,12 @@ def _loop(model: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     return logits, chosen
 
 
+@functools.cache
+def transformed(name: str) -> Any:
+    """What comes of it where no mesh is set."""
+    return TRANSFORMED[name](TOKENS)
+
+
 OF_THE_DEVICES = ("its own", "its own, Explicit", "of other axes, Explicit")
 
 
@@ -207,7 +213,7 @@ OF_THE_DEVICES = ("its own", "its own, Explicit", "of other axes, Explicit")
     or_thorough(list(itertools.product(TRANSFORMED, OF_THE_DEVICES)), [("jit", "of other axes, Explicit")]),
 )
 def test_transformations_do_the_same_under_any_mesh_of_the_devices(name: str, context: str) -> None:
-    expected = TRANSFORMED[name](TOKENS)
+    expected = transformed(name)
     with jax.set_mesh(MESHES[context]()):
         assert_same(TRANSFORMED[name](jnp.asarray(TOKENS)), expected)
 
@@ -235,7 +241,7 @@ def test_tokens_are_drawn_from_logits_that_lie_on_explicit_axes() -> None:
 
 
 def test_weights_are_changed_under_the_model_s_own_mesh() -> None:
-    changed = init(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+    changed = random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
     with jax.set_mesh(MESHES["its own, Explicit"]()):
         with jax.set_mesh(changed.mesh):
             changed.layers.feed_forward.router[0] = 0.0
@@ -244,7 +250,7 @@ def test_weights_are_changed_under_the_model_s_own_mesh() -> None:
 
 @pytest.mark.thorough
 def test_an_optimizer_trains_a_model_on_explicit_axes_under_its_own_mesh() -> None:
-    trained = init(CONFIG, dtype=jnp.float32, quantized=False, mesh=MESHES["its own, Explicit"]())
+    trained = random_model(CONFIG, dtype=jnp.float32, quantized=False, mesh=MESHES["its own, Explicit"]())
 
     @nnx.jit
     def train(model: Grok, optimizer: nnx.Optimizer[Grok]) -> jax.Array:
@@ -290,7 +296,7 @@ def test_a_cache_that_lies_elsewhere_is_refused() -> None:
 def replicated():
     """A model on a mesh with an axis that it does not use."""
     mesh = jax.make_mesh((2, 2, 2), ("replica", *AXES))
-    return init(CONFIG, dtype=jnp.float32, mesh=mesh), Mesh(mesh.devices, mesh.axis_names)
+    return random_model(CONFIG, dtype=jnp.float32, mesh=mesh), Mesh(mesh.devices, mesh.axis_names)
 
 
 def test_a_model_runs_inside_a_shard_map_over_an_axis_that_it_does_not_use() -> None:
