@@ -18,11 +18,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from grokjax import reference
+from grokjax import Grok, QuantizedArray, ShardingRules, reference
 from grokjax.checkpoint import parameter_names, parameter_shapes
 from grokjax.config import GrokConfig
-from grokjax.sharding import RULES
+from grokjax.model import abstract_model, named_parameters, with_quantized_table, with_values
+from grokjax.sharding import RULES, Partitioner
 from grokjax.testing import WrittenTensor, tensor_pickle, write_release_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +35,8 @@ SMALL = GrokConfig.tiny().replace(
     model_dim=32, num_heads=8, num_kv_heads=4, head_dim=8, ffn_dim=48, vocab_size=64, max_seq_len=32, num_layers=1
 )
 DENSE = SMALL.replace(num_experts=1, experts_per_token=1)
+# For tests in which experts show nothing: they are most of what is traced and compiled.
+TINY_DENSE = GrokConfig.tiny().replace(num_layers=1, num_experts=1, experts_per_token=1)
 
 TENSOR, EXPERT, FULLY = (RULES[name] for name in ("tensor", "expert", "fsdp"))
 
@@ -87,6 +92,39 @@ def or_thorough(cases: Sequence[tuple[Any, ...]], chosen: Collection[tuple[Any, 
 def write_checkpoint(path: Path, config: GrokConfig = SMALL, **options) -> WrittenCheckpoint:
     """Writes `path/ckpt-0`; the options are those of `write_release_checkpoint`."""
     return WrittenCheckpoint(path, config, write_release_checkpoint(path / "ckpt-0", config, **options))
+
+
+def random_model(
+    config: GrokConfig,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    dtype: DTypeLike = ml_dtypes.bfloat16,
+    quantized: bool = True,
+    quantized_table: bool = False,
+) -> Grok:
+    """A model as `init` makes one, with weights that NumPy draws: nothing is compiled for it."""
+    partitioner, random = Partitioner.create(config, mesh, rules), np.random.default_rng(seed)
+    abstract = abstract_model(config, partitioner, dtype=dtype, quantized=quantized)
+
+    def draw(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if name.endswith("norm.scale"):
+            drawn = np.ones(leaf.shape)
+        elif leaf.dtype == np.int8:
+            drawn = random.integers(-127, 128, leaf.shape)
+        elif isinstance(parameters[name].get_value(), QuantizedArray):  # the scales
+            drawn = np.full(leaf.shape, parameters[name].get_value().shape[-2] ** -0.5 / 73)
+        else:
+            drawn = random.standard_normal(leaf.shape) * leaf.shape[-1 if name == "embedding.table" else -2] ** -0.5
+        return jax.device_put(drawn.astype(leaf.dtype), leaf.sharding)
+
+    parameters = named_parameters(abstract)
+    model = with_values(
+        abstract,
+        {name: jax.tree.map(functools.partial(draw, name), param.get_value()) for name, param in parameters.items()},
+    )
+    return with_quantized_table(model) if quantized_table else model
 
 
 def write_full_release(folder: Path) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE, random_model
 from jax import export
 
 from grokjax import (
@@ -29,7 +30,6 @@ from grokjax import (
     ShardingRules,
     decode,
     forward,
-    init,
     load,
     make_mesh,
     plan,
@@ -41,7 +41,8 @@ from grokjax.quantization import quantize
 from grokjax.request import Completion
 from grokjax.sharding import Partitioner
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+CONFIG = TINY_DENSE.replace(max_seq_len=32)
+EXPERTS = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
 TOKENS = jnp.asarray([[5, 6, 7, 8]])
 KINDS: dict[str, dict[str, Any]] = {
     "int8": {},
@@ -72,7 +73,7 @@ def filled_cache(model: Grok, **options: Any) -> KVCache:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_computes_the_same_after_it(kind: str, way: str) -> None:
-    model = init(CONFIG, **KINDS[kind])
+    model = random_model(CONFIG, **KINDS[kind])
     carried = WAYS[way](model)
     assert carried.config == CONFIG
     assert_same(carried, model)
@@ -82,7 +83,7 @@ def test_a_model_computes_the_same_after_it(kind: str, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_decoding_goes_on_from_a_cache(dtype: str, way: str) -> None:
-    model = init(CONFIG)
+    model = random_model(CONFIG)
     cache = filled_cache(model, dtype=dtype)
     carried = WAYS[way](cache)
     assert_same(carried, cache)
@@ -111,7 +112,7 @@ def test_a_value_is_the_same_after_it(name: str, way: str) -> None:
 def completed() -> Completion:
     """One with all that it may tell."""
     request = Request("hi", max_new_tokens=2, logprobs=2, prompt_logprobs=True, ignore_eos=True)
-    with Engine(init(CONFIG), ByteTokenizer(512), slots=1, max_len=16) as engine:
+    with Engine(random_model(CONFIG), ByteTokenizer(512), slots=1, max_len=16) as engine:
         handle = engine.submit(request)
         engine.run()
     return handle.samples[0]
@@ -125,7 +126,7 @@ def test_a_completion_is_the_same_after_it(way: str) -> None:
 
 def test_an_unpickled_model_is_a_model_like_any_other(tmp_path: Path) -> None:
     """It is saved, and runs in an engine."""
-    model = init(CONFIG)
+    model = random_model(CONFIG)
     carried = pickle.loads(pickle.dumps(model))
     save(carried, tmp_path / "saved")
     assert_same(forward(load(tmp_path / "saved"), TOKENS), forward(model, TOKENS))
@@ -139,7 +140,7 @@ def test_an_unpickled_model_is_a_model_like_any_other(tmp_path: Path) -> None:
 
 def test_a_model_that_is_unpickled_is_on_the_default_device() -> None:
     device = jax.devices()[3]
-    data = pickle.dumps(init(CONFIG))
+    data = pickle.dumps(random_model(CONFIG))
     with jax.default_device(device):
         carried = pickle.loads(data)
         logits = forward(carried, TOKENS)
@@ -148,7 +149,7 @@ def test_a_model_that_is_unpickled_is_on_the_default_device() -> None:
 
 
 def test_a_copy_of_a_model_on_several_devices_stays_there() -> None:
-    model = init(CONFIG, mesh=make_mesh((2, 4)))
+    model = random_model(CONFIG, mesh=make_mesh((2, 4)))
     copied = copy.deepcopy(model)
     assert copied.partitioner is model.partitioner
     assert [leaf.sharding for leaf in jax.tree.leaves(copied)] == [leaf.sharding for leaf in jax.tree.leaves(model)]
@@ -158,7 +159,7 @@ def test_a_copy_of_a_model_on_several_devices_stays_there() -> None:
 @pytest.mark.parametrize("dump", [pickle.dumps, cloudpickle.dumps])
 def test_a_model_on_several_devices_is_saved_instead(dump: Callable[[Any], bytes]) -> None:
     with pytest.raises(ValueError, match=r"a model on 8 devices is not pickled: write it with grokjax\.save, and load"):
-        dump(init(CONFIG, mesh=make_mesh((2, 4))))
+        dump(random_model(CONFIG, mesh=make_mesh((2, 4))))
 
 
 @functools.cache
@@ -189,7 +190,7 @@ pickle.dump((forward(model, tokens), decode(model, [9], cache), figures, problem
 
 def test_another_process_gets_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of one device, where a plan for eight still has its figures, and says what it needs to compile more."""
-    model, plan = init(CONFIG), planned()
+    model, plan = random_model(CONFIG), planned()
     cache = filled_cache(model)
     monkeypatch.setenv("XLA_FLAGS", re.sub(r"(device_count)=8", r"\1=1", os.environ["XLA_FLAGS"]))
     data = pickle.dumps((model, cache, TOKENS, plan))
@@ -218,7 +219,7 @@ def exported_step(model: Grok, cache: KVCache, **options: Any) -> export.Exporte
 
 @pytest.mark.parametrize("extents", [(1, 1), pytest.param((1, 8), marks=pytest.mark.thorough)])
 def test_exported_steps_are_read_back_and_compute_the_same(extents: tuple[int, int]) -> None:
-    model = init(CONFIG, mesh=make_mesh(extents))
+    model = random_model(EXPERTS, mesh=make_mesh(extents))
     leaves, tree = jax.tree.flatten(model)
     whole = jax.jit(lambda leaves, tokens: forward(tree.unflatten(leaves), tokens))
     exported = export.export(whole, platforms=PLATFORMS, disabled_checks=[LAYOUT])(leaves, TOKENS)
@@ -237,7 +238,7 @@ def test_exported_steps_are_read_back_and_compute_the_same(extents: tuple[int, i
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_the_form_of_a_device_is_exported_for_it(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not without the check that is documented: JAX guarantees nothing for a custom call that fixes a layout."""
-    model = init(CONFIG)
+    model = random_model(EXPERTS)
     cache = filled_cache(model, dtype="bfloat16")
     monkeypatch.setattr(Partitioner, "platform", platform)
     exported = exported_step(model, cache, platforms=[platform], disabled_checks=[LAYOUT])

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import psutil
 import pytest
+from builders import TINY_DENSE, random_model
 
-from grokjax import Engine, Grok, GrokConfig, KVCache, TextGenerator, generate, init, load, make_mesh, save
+from grokjax import Engine, Grok, KVCache, TextGenerator, generate, init, load, make_mesh, save
 from grokjax.memory import bytes_left, check_fits, host_bytes_left
 from grokjax.tokenizer import ByteTokenizer
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1)
+CONFIG = TINY_DENSE
 MIB = 1 << 20
 
 
@@ -89,7 +90,7 @@ def has_left(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture(scope="module")
 def model() -> Grok:
-    return init(CONFIG, dtype=jnp.float32)
+    return random_model(CONFIG, dtype=jnp.float32)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -11,17 +10,18 @@ from pathlib import Path
 
 import jax
 import pytest
+from builders import TINY_DENSE
 from fake_steps import FakeModel, FakeSteps
 from goldens import GOLDEN_DIR, load_e2e
 
-from grokjax import Grok, GrokConfig, __version__, load_tokenizer
+from grokjax import Grok, __version__, load_tokenizer
 from grokjax.cli import main
 from grokjax.engine import Engine
 from grokjax.quantization import QuantizedTable
 from grokjax.testing import write_release_checkpoint
 
 E2E = GOLDEN_DIR / "e2e"
-SMALL = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+SMALL = TINY_DENSE.replace(max_seq_len=32)
 LONG = 400 * "9"
 INTEGERS = ("--seed", "--top-k", "--max-len", "--guesses")
 
@@ -341,6 +341,7 @@ def test_a_mistyped_word_is_told_what_it_is_close_to(
     assert said == ([] if meant is None else [f"grokjax: error: {meant}"])
 
 
+@pytest.mark.thorough
 def test_a_reader_may_leave(small_config: Path) -> None:
     """`grokjax ... | head -c 1` ends quietly."""
     command = f"{sys.executable} -m grokjax generate --random {small_config} --max-new-tokens 20 hello | head -c 1"
@@ -349,12 +350,19 @@ def test_a_reader_may_leave(small_config: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_terminal_may_lack_the_characters(small_config: Path) -> None:
-    command = [sys.executable, "-m", "grokjax", "generate", "--random", str(small_config), "--max-new-tokens", "20"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*command, "hello"], capture_output=True, env=environment, check=True)
-    assert b"20 tokens" in done.stderr
-    assert done.stdout.isascii()
+def test_a_terminal_may_lack_the_characters(
+    small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "--random", str(small_config), "--mesh", "1,1", "--max-new-tokens", "20", "--ignore-eos"]
+    assert main([*command, "hello"]) == 0
+    whole = capsys.readouterr()
+    assert "20 tokens" in whole.err
+    assert not whole.out.isascii()
+    with (tmp_path / "out.txt").open("w", encoding="ascii") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert main([*command, "hello"]) == 0
+    assert "20 tokens" in capsys.readouterr().err
+    assert len((tmp_path / "out.txt").read_text(encoding="ascii")) == len(whole.out)
 
 
 @pytest.mark.parametrize("is_batch", [False, True])

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import pytest
+from builders import TINY_DENSE
 from fake_steps import FakeModel, FakeSteps, continuation
 from rich.console import Console
 
@@ -95,7 +96,7 @@ class TestProgress:
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     """Six prompts, without a place for their results."""
-    (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=32).to_json())
+    (tmp_path / "config.json").write_text(TINY_DENSE.replace(max_seq_len=32).to_json())
     (tmp_path / "prompts.txt").write_text("\n".join("abcdef"))
     command = ["generate", "--random", str(tmp_path / "config.json"), "--slots", "2", "--max-new-tokens", "6"]
     command += ["--ignore-eos", "--mesh", "1,1", "--dtype", "float32"]

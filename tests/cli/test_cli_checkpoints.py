@@ -184,31 +184,22 @@ def test_weights_that_are_not_finite_are_found_and_say_so(
     assert main(["verify", "--finite", str(download)]) == 0
     assert "every value is finite" in capsys.readouterr().err
     config = GrokConfig.from_json((download / "config.json").read_text())
-    for number, value in enumerate((np.nan, np.inf)):
-        broken = tmp_path / str(number)
+    for value in (np.inf, np.nan):
+        broken = tmp_path / str(value)
         write_release_checkpoint(broken, config, weights={"final_norm.scale": np.full(config.model_dim, value, "f4")})
         shutil.copy(download / "config.json", broken)
         assert main(["verify", "--finite", str(broken)]) == 2
         assert "final_norm.scale/weight: 64 of 64 values" in capsys.readouterr().err
-        command = [
-            "generate",
-            "--checkpoint",
-            str(broken),
-            "--tokenizer",
-            "bytes",
-            "--mesh",
-            "1,1",
-            "--max-new-tokens=4",
-        ]
-        assert main([*command, "hello"]) == 2
-        said = capsys.readouterr()
-        assert "grokjax: error: the model's logits are not finite" in said.err
-        assert said.out.strip() == ""
-        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "hello", "prompt_logprobs": True}))
-        output = tmp_path / f"{number}.jsonl"
-        assert main([*command, "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(output)]) == 1
-        record = json.loads(output.read_text(), parse_constant=pytest.fail)
-        assert "the model's logits are not finite" in record["error"]
+    command = ["generate", "--checkpoint", str(broken), "--tokenizer", "bytes", "--mesh", "1,1", "--max-new-tokens=4"]
+    assert main([*command, "hello"]) == 2
+    said = capsys.readouterr()
+    assert "grokjax: error: the model's logits are not finite" in said.err
+    assert said.out.strip() == ""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "hello", "prompt_logprobs": True}))
+    output = tmp_path / "results.jsonl"
+    assert main([*command, "--prompts", str(tmp_path / "prompts.jsonl"), "--output", str(output)]) == 1
+    record = json.loads(output.read_text(), parse_constant=pytest.fail)
+    assert "the model's logits are not finite" in record["error"]
 
 
 def test_every_layout_generates_the_same_text(

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import TINY_DENSE
 
-from grokjax import GrokConfig
 from grokjax.cli import main
 
 QUESTIONS = [{"question": "one", "answer": " two"}, {"question": "a longer one", "answer": " three"}]
@@ -25,7 +25,7 @@ TASK = {
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command for a task of two questions."""
-    (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=64).to_json())
+    (tmp_path / "config.json").write_text(TINY_DENSE.replace(max_seq_len=64).to_json())
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     data = {"dataset_kwargs": {"data_files": str(tmp_path / "questions.jsonl")}}
     (tmp_path / "repeat.yaml").write_text(json.dumps(TASK | data))

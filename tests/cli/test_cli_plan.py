@@ -19,7 +19,7 @@ from grokjax.cli import main, plan
 from grokjax.config import GrokConfig
 from grokjax.planning import GradientPlan, Plan, Suggestion, suggest
 
-SMALL = ["--config", "tiny", "--max-len", "32", "--prompt", "8"]
+SMALL = ["--config", "tiny", "--max-len", "32", "--prompt", "8", "--prefill-rows", "1"]
 DEFAULT = inspect.signature(suggest).parameters["batch_size"].default
 OF_A_PLAN, REST = (ROOT / "docs" / "hardware.md").read_text().split("\n## As JSON\n")[1].split("\nWith `--suggest`")
 OF_A_SUGGESTION, OF_A_GRADIENT = REST.partition("`--plot")[0], REST.partition("With `--gradient`")[2]

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+from builders import TINY_DENSE
 from fake_steps import FakeModel, FakeSteps
 
-from grokjax import ByteTokenizer, GrokConfig
+from grokjax import ByteTokenizer
 from grokjax.cli import main
 from grokjax.engine import Engine
 
@@ -31,7 +32,7 @@ def fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     """The command for a file of texts, the third of which is empty."""
-    (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=64).to_json())
+    (tmp_path / "config.json").write_text(TINY_DENSE.replace(max_seq_len=64).to_json())
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, TEXTS)))
     command = ["score", str(tmp_path / "texts.jsonl"), "--random", str(tmp_path / "config.json"), "--mesh", "1,1"]
     return [*command, "--output", str(tmp_path / "scores.jsonl")]

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from builders import TINY_DENSE
 from jax.experimental.compilation_cache import compilation_cache
 
-from grokjax import GrokConfig
 from grokjax.cli import main
 from grokjax.cli.programs import kept_programs, programs_folder
 
@@ -80,7 +80,7 @@ def test_a_second_command_compiles_nothing(
     caches: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = caches / "config.json"
-    config.write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=32).to_json())
+    config.write_text(TINY_DENSE.replace(max_seq_len=32).to_json())
     command = ["generate", "--random", str(config), "--mesh", "1,1", "--max-new-tokens", "2", "hello"]
     outputs, events = [], []
     for _ in range(2):

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
-from builders import or_thorough
+from builders import TINY_DENSE, or_thorough
 
-from grokjax import GrokConfig
 from grokjax.cli import main
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+CONFIG = TINY_DENSE.replace(max_seq_len=32)
 GENERATE = ["generate", "--random", "config.json", "--mesh", "1,1", "--max-new-tokens", "2", "--ignore-eos"]
 PLAN = ["plan", "--config", "config.json", "--target", "cpu:1", "--max-len", "32", "--prompt", "8"]
 SOURCE = ["download", "--config", "download/config.json"]

@@ -6,9 +6,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE, random_model
 from fake_steps import prompt_logprobs
 
-from grokjax import ByteTokenizer, GrokConfig, init, make_mesh
+from grokjax import ByteTokenizer, GrokConfig, make_mesh
 from grokjax.engine import Engine, Handle
 from grokjax.request import Request
 
@@ -17,15 +18,15 @@ NEW = 40
 
 
 @functools.cache
-def engine(mesh: tuple[int, int], cache_dtype: str | None, max_guesses: int) -> Engine:
+def engine(config: GrokConfig, mesh: tuple[int, int], cache_dtype: str | None, max_guesses: int) -> Engine:
     """Engines that are compiled once, in which earlier requests leave what they held.
 
     Their clock says that all steps take the same time, so that they guess whatever this machine says to it.
     """
-    model = init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
+    model = random_model(config, dtype=jnp.float32, mesh=make_mesh(mesh))
     sizes = {"slots": 4, "prefill_buckets": (8,), "prefill_rows": 1, "max_logprobs": 2}
     options = {**sizes, "cache_dtype": cache_dtype, "max_guesses": max_guesses}
-    return Engine(model, ByteTokenizer(CONFIG.vocab_size), clock=functools.partial(next, itertools.count()), **options)
+    return Engine(model, ByteTokenizer(config.vocab_size), clock=functools.partial(next, itertools.count()), **options)
 
 
 def one_request(random: np.random.Generator) -> Request:
@@ -68,10 +69,12 @@ def serve(engine: Engine, seed: int, count: int) -> tuple[list[Handle], set[int]
     return handles, cancelled
 
 
-def check(mesh: tuple[int, int], cache_dtype: str | None, max_guesses: int, *, seed: int, count: int) -> None:
+def check(
+    config: GrokConfig, mesh: tuple[int, int], cache_dtype: str | None, max_guesses: int, *, seed: int, count: int
+) -> None:
     """Serves the same requests with and without guesses, and compares what came of them."""
-    plain, cancelled = serve(engine((1, 1), cache_dtype, 0), seed, count)
-    guessing = engine(mesh, cache_dtype, max_guesses)
+    plain, cancelled = serve(engine(config, (1, 1), cache_dtype, 0), seed, count)
+    guessing = engine(config, mesh, cache_dtype, max_guesses)
     accepted = guessing.metrics().accepted_tokens
     guessed, _ = serve(guessing, seed, count)
     assert guessing.metrics().accepted_tokens > accepted + 2 * count
@@ -96,7 +99,7 @@ def check(mesh: tuple[int, int], cache_dtype: str | None, max_guesses: int, *, s
 
 
 def test_guesses_change_nothing_of_any_request() -> None:
-    check((1, 1), "int8", 3, seed=0, count=40)
+    check(TINY_DENSE.replace(max_seq_len=96), (1, 1), "int8", 3, seed=0, count=40)
 
 
 @pytest.mark.thorough
@@ -105,4 +108,4 @@ def test_guesses_change_nothing_of_any_request() -> None:
 )
 def test_guesses_change_nothing_of_2_000_requests(mesh: tuple[int, int], cache_dtype: str | None, count: int) -> None:
     for seed in range(1, 1 + count, 500):
-        check(mesh, cache_dtype, 7, seed=seed, count=min(count, 500))
+        check(CONFIG, mesh, cache_dtype, 7, seed=seed, count=min(count, 500))

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import or_thorough
+from builders import TINY_DENSE, or_thorough, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokjax import ByteTokenizer, GrokConfig, SampleSettings, TextGenerator, forward, generate, init, make_mesh
+from grokjax import ByteTokenizer, SampleSettings, TextGenerator, forward, generate, make_mesh
 from grokjax.engine import Engine, Handle
 from grokjax.request import Request
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
+CONFIG = TINY_DENSE.replace(max_seq_len=48)
 LONGEST, NEW = 30, 6
 COMPILED: list[str] = []
 
@@ -33,12 +33,12 @@ jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 @functools.cache
 def model(mesh: tuple[int, int] = (1, 1)):
-    return init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
+    return random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
 
 
 def new_engine(mesh: tuple[int, int] = (1, 1), **options) -> Engine:
     """Engines of the same sizes, so that they are compiled once."""
-    sizes = {"slots": 4, "prefill_buckets": (4, 8), "prefill_rows": 2, "max_logprobs": 3}
+    sizes = {"slots": 4, "prefill_buckets": (8,), "prefill_rows": 2, "max_logprobs": 3}
     return Engine(model(mesh), **{**sizes, **options})
 
 
@@ -129,7 +129,7 @@ def test_samples_share_a_prefill_and_draw_each_for_itself() -> None:
 
 def test_bfloat16_gives_the_same_from_the_same_programs() -> None:
     """With one row a prefill and no reuse, every request goes through the same programs in any company."""
-    half = init(CONFIG, dtype=jnp.bfloat16)
+    half = random_model(CONFIG, dtype=jnp.bfloat16)
     options = {"slots": 3, "prefill_buckets": (8,), "prefill_rows": 1, "reuse_prefixes": False}
     what = [(0, 20, 1, 0.8), (1, 9, 2, 0.8), (3, 3, 3, 0.8), (2, 30, 4, 0.8), (5, 8, 5, 0.0)]
     together = Engine(half, **options)
@@ -292,8 +292,8 @@ from grokjax import GrokConfig, init
 from grokjax.engine import Engine
 misses = []
 jax.monitoring.register_event_listener(lambda name, **_: misses.append(name == "/jax/compilation_cache/cache_misses"))
-model = init(GrokConfig.tiny().replace(num_layers=1, max_seq_len=32), dtype=jnp.float32)
-engine = Engine(model, slots=2, prefill_buckets=(4,))
+config = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32, num_experts=1, experts_per_token=1)
+engine = Engine(init(config, dtype=jnp.float32), slots=2, prefill_buckets=(4,), prefill_rows=1)
 before, misses[:] = jax.config.jax_compilation_cache_dir, []
 steps = engine.warm_up(sys.argv[1], prompt_len=3)
 assert jax.config.jax_compilation_cache_dir == before

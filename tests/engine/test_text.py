@@ -4,18 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE, random_model
 from goldens import load_e2e
 
-from grokjax import ByteTokenizer, GrokConfig, TextGenerator, generate, init, load, load_tokenizer, make_mesh
+from grokjax import ByteTokenizer, TextGenerator, generate, load, load_tokenizer, make_mesh
 from grokjax.model import ModelSteps
 from grokjax.sampling import SampleSettings
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=64)
+CONFIG = TINY_DENSE.replace(max_seq_len=64)
 
 
 @pytest.fixture(scope="module")
 def generator() -> TextGenerator:
-    return TextGenerator(init(CONFIG, dtype=jnp.float32), ByteTokenizer(CONFIG.vocab_size))
+    return TextGenerator(random_model(CONFIG, dtype=jnp.float32), ByteTokenizer(CONFIG.vocab_size))
 
 
 @pytest.mark.release_tokenizer
@@ -148,7 +149,7 @@ def test_a_step_is_under_way_while_a_piece_is_shown(generator: TextGenerator, mo
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
-    model = init(CONFIG, dtype=jnp.float32)
+    model = random_model(CONFIG, dtype=jnp.float32)
     model.final_norm.scale.set_value(model.final_norm.scale.get_value() * np.nan)
     broken = TextGenerator(model, ByteTokenizer(CONFIG.vocab_size))
     message = "the model's logits are not finite: look for NaN or infinite weights with grokjax verify --finite"

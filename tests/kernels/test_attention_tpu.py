@@ -24,7 +24,7 @@ run = functools.partial(attention_tpu.attend, multiplier=MULTIPLIER, softcap=SOF
             for sizes in ((128, 1024), (200, 1280), (300, 2048), (600, 1536))
             for is_quantized in (False, True)
         ],
-        [(128, 1024, False), (200, 1280, True), (300, 2048, False), (600, 1536, True)],
+        [(200, 1280, True), (300, 2048, False)],
     ),
 )
 def test_kernel_gives_the_definition(num_new: int, max_len: int, is_quantized: bool) -> None:

@@ -40,8 +40,8 @@ def test_logits_are_the_reference_s(tmp_path: Path, config: GrokConfig, options:
     [
         pytest.param((1, 8), None, 4, id="a block on two devices"),
         pytest.param((1, 8), None, 8, id="a block on each device"),
-        pytest.param((2, 4), EXPERT, 8, id="expert parallel"),
-        pytest.param((2, 4), FULLY, 4, id="fully sharded"),
+        pytest.param((2, 4), EXPERT, 8, id="expert parallel", marks=pytest.mark.thorough),
+        pytest.param((2, 4), FULLY, 4, id="fully sharded", marks=pytest.mark.thorough),
     ],
 )
 def test_logits_are_the_reference_s_under_other_rules(

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import treescope
-from builders import SMALL
+from builders import SMALL, random_model
 from flax import nnx
 
-from grokjax import Grok, forward, init, make_mesh
+from grokjax import Grok, forward, make_mesh
 from grokjax.model import abstract_model, named_parameters, with_quantized_table
 from grokjax.sharding import Partitioner
 
@@ -23,7 +23,7 @@ CONFIG = SMALL.replace(num_layers=2)
 @functools.cache
 def model() -> Grok:
     """Of int8 weights, on 8 devices; tests change copies of it."""
-    return init(CONFIG, mesh=make_mesh((2, 4)))
+    return random_model(CONFIG, mesh=make_mesh((2, 4)))
 
 
 def test_a_model_prints_each_parameter_once() -> None:
@@ -128,7 +128,7 @@ def test_a_view_of_a_layer_refuses_every_write_and_says_where_to_write(write) ->
 @pytest.mark.parametrize("transform", [jax.jit, nnx.jit, nnx.remat])
 def test_a_view_can_be_read_under_transformations(transform) -> None:
     x = jnp.ones((1, 2, 32))
-    layer = init(CONFIG, dtype=jnp.float32).layers[1]
+    layer = random_model(CONFIG, dtype=jnp.float32).layers[1]
     expected = layer.feed_forward.router_logits(x, layer=jnp.int32(0))
     logits = transform(lambda layer, x: layer.feed_forward.router_logits(x, layer=jnp.int32(0)))(layer, x)
     np.testing.assert_allclose(logits, expected, rtol=1e-5)
@@ -142,7 +142,7 @@ def test_what_is_no_layer_s_number_is_refused(index) -> None:
 
 @pytest.mark.parametrize("copied", [nnx.clone, copy.deepcopy, with_quantized_table])
 def test_a_change_of_a_copy_changes_no_other_model(copied) -> None:
-    original = init(CONFIG)
+    original = random_model(CONFIG)
     other = copied(original)
     for param in named_parameters(other).values():
         param.set_value(jax.tree.map(jnp.zeros_like, param.get_value()))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from builders import or_thorough
+from builders import or_thorough, random_model
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,6 +47,7 @@ from grokjax.model import with_values
 from grokjax.sampling import log_probs_of, min_p_filter, top_k_filter, top_p_filter
 
 CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
+DENSE = CONFIG.replace(num_experts=1, experts_per_token=1)
 TOKENS = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
 LENGTHS = np.array([6, 4], np.int32)
 AXES = ("data", "model")
@@ -62,7 +64,13 @@ MESHES = {
 
 @functools.cache
 def model():
-    return init(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+    return random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+
+
+@functools.cache
+def dense():
+    """A model without experts, for what is made of the steps, which show them."""
+    return random_model(DENSE, dtype=jnp.float32, mesh=make_mesh((2, 4)))
 
 
 def on_host(tree: Any) -> Any:
@@ -76,19 +84,22 @@ def assert_same(tree: Any, expected: Any) -> None:
 def run_steps() -> Any:
     logits, cache = prefill(model(), TOKENS, jnp.asarray(LENGTHS), model().new_cache(2, 16))
     row = KVCache.create(CONFIG, 1, 8, mesh=make_mesh((2, 4)))
-    alone, row = prefill(model(), TOKENS[:1], LENGTHS[:1], row)
     cache = cache.insert(row, jnp.int32(1)).reset(0)
-    after, cache = decode(model(), jnp.array([1, 2]), cache, active=jnp.array([True, True]))
+    after, cache = decode(model(), np.array([1, 2]), cache, active=np.array([True, True]))
     settings = SampleSettings.create(2, temperature=1.0)
     keys = jax.random.split(jax.random.key(1), 2)
     drawn, cache = decode_and_sample(model(), jnp.array([1, 2], jnp.int32), cache, settings, keys)
-    return logits, alone, after, drawn, cache
+    return logits, after, drawn, cache
 
 
 def run_parts() -> Any:
-    embedded, parts = model().embedding.embed(TOKENS), model().layers.feed_forward
-    mixed = parts(embedded, np.ones((2, 6), bool), layer=jnp.int32(0))
-    return embedded, mixed, parts.route(embedded, layer=jnp.int32(0)), model().embedding.unembed(mixed)
+    embedded, route = model().embedding.embed(TOKENS), model().layers.feed_forward.route
+    return embedded, route(embedded, layer=jnp.int32(0)), model().embedding.unembed(embedded)
+
+
+def run_experts() -> Any:
+    embedded = np.random.default_rng(0).normal(size=(2, 6, 64)).astype(np.float32)
+    return model().layers.feed_forward(jnp.asarray(embedded), np.ones((2, 6), bool), layer=jnp.int32(0))
 
 
 def run_sampling(logits: jax.Array) -> Any:
@@ -100,25 +111,25 @@ def run_sampling(logits: jax.Array) -> Any:
 
 
 def run_engine() -> Any:
-    with Engine(model(), slots=2, max_len=32) as engine:
+    with Engine(dense(), slots=2, max_len=32) as engine:
         return [done.token_ids for done in engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=4, temperature=1.0)]
 
 
 def run_text_generator() -> Any:
-    texts = TextGenerator(model(), ByteTokenizer(CONFIG.vocab_size), max_len=32)
+    texts = TextGenerator(dense(), ByteTokenizer(CONFIG.vocab_size), max_len=32)
     return texts.generate("ab", max_new_tokens=4, temperature=1.0).token_ids
 
 
 def run_async_engine() -> Any:
     async def serve() -> Any:
-        async with AsyncEngine(Engine(model(), slots=2, max_len=32)) as engine:
+        async with AsyncEngine(Engine(dense(), slots=2, max_len=32)) as engine:
             return await engine.complete(Request([1, 2, 3], max_new_tokens=4, temperature=1.0))
 
     return [done.token_ids for done in asyncio.run(serve())]
 
 
 def save_and_load(folder: Path) -> Any:
-    save(model(), folder)
+    save(dense(), folder)
     norm = load_parameters(folder, [r"final_norm\.scale"], mesh=make_mesh((2, 4)))
     return forward(load(folder, mesh=make_mesh((2, 4)), dtype=jnp.float32), TOKENS), norm
 
@@ -129,15 +140,16 @@ EAGER: dict[str, Callable[[Path], Any]] = {
     "forward": lambda _: forward(model=model(), tokens=jnp.asarray(TOKENS)),
     "methods": lambda _: model().logits(model().hidden_states(TOKENS)),
     "parts": lambda _: run_parts(),
+    "experts": lambda _: run_experts(),
     "a layer": lambda _: model().layers[0].pre_attention_norm.scale.get_value(),
-    "generate": lambda _: generate(model(), TOKENS, LENGTHS, max_new_tokens=3),
+    "generate": lambda _: generate(dense(), TOKENS, LENGTHS, max_new_tokens=3),
     "steps": lambda _: run_steps(),
     "engine": lambda _: run_engine(),
     "text generator": lambda _: run_text_generator(),
     "asynchronous engine": lambda _: run_async_engine(),
     "save and load": save_and_load,
     "sampling": lambda _: run_sampling(jnp.asarray(np.random.default_rng(0).normal(size=(2, 64)), jnp.float32)),
-    "plan": lambda _: plan(CONFIG, target="cpu:2", max_len=32, prompt_len=8).temporary_bytes,
+    "plan": lambda _: plan(DENSE, target="cpu:2", max_len=32, prompt_len=8).temporary_bytes,
 }
 
 
@@ -145,9 +157,10 @@ EAGER: dict[str, Callable[[Path], Any]] = {
 FEW = ("its own, Explicit", "of another shape", "of two devices")
 
 
-# Each function under one of these, which take turns, or under all meshes. Two are made of others' programs.
+# Each function under one of these, which take turns, or under all meshes. Two are made of others' programs, and the
+# experts, which are no step here, of 100 small ones.
 IN_TURN = [(name, (FEW[number % len(FEW)],)) for number, name in enumerate(EAGER)]
-EVERYBODY_S = [case for case in IN_TURN if case[0] not in ("methods", "text generator")]
+EVERYBODY_S = [case for case in IN_TURN if case[0] not in ("methods", "text generator", "experts")]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +186,8 @@ TRANSFORMED: dict[str, Callable[[Any], Any]] = {
 
 
 @jax.jit
-def _loop(model: Any, tokens: jax.Array) -> jax.Array:
+def _loop(model: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The last logits [B, V] and the tokens [3, B] of three greedy steps."""
     logits, cache = prefill(model, tokens, jnp.asarray(LENGTHS), model.new_cache(2, 16))
 
     def advance(carry: Any, _: None) -> tuple[Any, jax.Array]:
@@ -181,15 +195,27 @@ def _loop(model: Any, tokens: jax.Array) -> jax.Array:
         chosen = jnp.argmax(logits, axis=-1)
         return decode(model, chosen, cache), chosen
 
-    return jax.lax.scan(advance, (logits, cache), None, length=3)[1]
+    (logits, _), chosen = jax.lax.scan(advance, (logits, cache), None, length=3)
+    return logits, chosen
 
 
-@pytest.mark.parametrize("name", or_thorough([(name,) for name in TRANSFORMED], [("jit",)]))
-def test_transformations_do_the_same_under_any_mesh_of_the_devices(name: str) -> None:
-    expected = TRANSFORMED[name](TOKENS)
-    for context in ("its own", "its own, Explicit", "of other axes, Explicit"):
-        with jax.set_mesh(MESHES[context]()):
-            assert_same(TRANSFORMED[name](jnp.asarray(TOKENS)), expected)
+@functools.cache
+def transformed(name: str) -> Any:
+    """What comes of it where no mesh is set."""
+    return TRANSFORMED[name](TOKENS)
+
+
+OF_THE_DEVICES = ("its own", "its own, Explicit", "of other axes, Explicit")
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    or_thorough(list(itertools.product(TRANSFORMED, OF_THE_DEVICES)), [("jit", "of other axes, Explicit")]),
+)
+def test_transformations_do_the_same_under_any_mesh_of_the_devices(name: str, context: str) -> None:
+    expected = transformed(name)
+    with jax.set_mesh(MESHES[context]()):
+        assert_same(TRANSFORMED[name](jnp.asarray(TOKENS)), expected)
 
 
 def test_shapes_are_told_in_any_context() -> None:
@@ -215,7 +241,7 @@ def test_tokens_are_drawn_from_logits_that_lie_on_explicit_axes() -> None:
 
 
 def test_weights_are_changed_under_the_model_s_own_mesh() -> None:
-    changed = init(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
+    changed = random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh((2, 4)))
     with jax.set_mesh(MESHES["its own, Explicit"]()):
         with jax.set_mesh(changed.mesh):
             changed.layers.feed_forward.router[0] = 0.0
@@ -224,7 +250,7 @@ def test_weights_are_changed_under_the_model_s_own_mesh() -> None:
 
 @pytest.mark.thorough
 def test_an_optimizer_trains_a_model_on_explicit_axes_under_its_own_mesh() -> None:
-    trained = init(CONFIG, dtype=jnp.float32, quantized=False, mesh=MESHES["its own, Explicit"]())
+    trained = random_model(CONFIG, dtype=jnp.float32, quantized=False, mesh=MESHES["its own, Explicit"]())
 
     @nnx.jit
     def train(model: Grok, optimizer: nnx.Optimizer[Grok]) -> jax.Array:
@@ -270,22 +296,18 @@ def test_a_cache_that_lies_elsewhere_is_refused() -> None:
 def replicated():
     """A model on a mesh with an axis that it does not use."""
     mesh = jax.make_mesh((2, 2, 2), ("replica", *AXES))
-    return init(CONFIG, dtype=jnp.float32, mesh=mesh), Mesh(mesh.devices, mesh.axis_names)
+    return random_model(CONFIG, dtype=jnp.float32, mesh=mesh), Mesh(mesh.devices, mesh.axis_names)
 
 
 def test_a_model_runs_inside_a_shard_map_over_an_axis_that_it_does_not_use() -> None:
     four = np.concatenate([TOKENS, TOKENS + 7])
     made, mesh = replicated()
 
-    def continued(made: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return forward(made, tokens), _loop(made, tokens)
-
     out_specs = P("replica"), P(None, "replica")
-    run = jax.shard_map(continued, mesh=mesh, in_specs=(P(), P("replica")), out_specs=out_specs, axis_names={"replica"})
+    run = jax.shard_map(_loop, mesh=mesh, in_specs=(P(), P("replica")), out_specs=out_specs, axis_names={"replica"})
     logits, tokens = jax.jit(run)(made, four)
     for half in (slice(0, 2), slice(2, 4)):
-        assert_same(logits[half], forward(made, four[half]))
-        assert_same(tokens[:, half], _loop(made, four[half]))
+        assert_same((logits[half], tokens[:, half]), _loop(made, four[half]))
 
 
 def test_a_derivative_inside_a_shard_map_is_summed_over_the_axis_that_the_model_does_not_use() -> None:

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import FULLY, TENSOR
+from builders import FULLY, TENSOR, TINY_DENSE, random_model
 from goldens import load_case
 
-from grokjax import GrokConfig, init, load, make_mesh, save
+from grokjax import load, make_mesh, save
 from grokjax.model import forward
 from grokjax.quantization import QuantizedTable
 from grokjax.sharding import ShardingRules
@@ -16,10 +16,10 @@ from grokjax.sharding import ShardingRules
 @pytest.mark.parametrize("rules", [pytest.param(TENSOR, marks=pytest.mark.thorough), FULLY], ids=["tp", "fsdp"])
 def test_a_quantised_table_gives_its_logits_on_a_mesh(rules: ShardingRules) -> None:
     """The same tokens and logits as with the table that the int8 one stands for."""
-    config = GrokConfig.tiny()
+    config = TINY_DENSE
     place = {"mesh": make_mesh((2, 4)), "rules": rules}
-    plain = init(config, dtype=jnp.float32, **place)
-    model = init(config, dtype=jnp.float32, quantized_table=True, **place)
+    plain = random_model(config, dtype=jnp.float32, **place)
+    model = random_model(config, dtype=jnp.float32, quantized_table=True, **place)
     table = model.embedding.table.get_value()
     assert isinstance(table, QuantizedTable)
     assert len(table.weight.sharding.device_set) == 8
@@ -40,7 +40,7 @@ def test_error_of_a_quantised_table_is_as_documented() -> None:
 
 
 def test_tokens_are_lists_of_integers_too() -> None:
-    model = init(GrokConfig.tiny().replace(num_layers=1), mesh=make_mesh((1, 1)))
+    model = random_model(TINY_DENSE, mesh=make_mesh((1, 1)))
     np.testing.assert_array_equal(model.hidden_states([[1, 2, 3]]), model.hidden_states(jnp.array([[1, 2, 3]])))
     for tokens, message in (
         ([1, 2, 3], r"tokens must have shape \[batch, length\]; these have shape \(3,\)"),
@@ -53,4 +53,4 @@ def test_tokens_are_lists_of_integers_too() -> None:
 
 def test_saving_a_quantised_table_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="the embedding table is int8, and checkpoints hold it plain: save the model"):
-        save(init(GrokConfig.tiny(), quantized_table=True), tmp_path / "model")
+        save(random_model(TINY_DENSE, quantized_table=True), tmp_path / "model")

@@ -6,22 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import or_thorough
+from builders import TINY_DENSE, or_thorough, random_model
 from fake_steps import looked_up
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grokjax import GrokConfig, KVCache, SampleSettings, generate, init, make_mesh, prefill
+from grokjax import KVCache, SampleSettings, generate, make_mesh, prefill
 from grokjax.model import Generated
 from grokjax.model.guesses import Checked, check_guesses, look_up
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=64)
+CONFIG = TINY_DENSE.replace(max_seq_len=64)
 NEW, GUESSES, LONGEST = 24, 5, 16
 
 
 @functools.cache
 def model(mesh: tuple[int, int] = (1, 1)):
-    return init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
+    return random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
 
 
 @functools.cache

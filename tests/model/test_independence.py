@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokjax import GrokConfig, KVCache, SampleSettings, decode, forward, generate, init, make_mesh, prefill
+from grokjax import GrokConfig, KVCache, SampleSettings, decode, forward, generate, make_mesh, prefill
 
 CONFIG = GrokConfig.tiny().replace(num_layers=2, max_seq_len=32)
 ROWS, CHUNK, LONGEST = 4, 6, 18
@@ -18,7 +19,7 @@ MESHES = [pytest.param((1, 1), marks=pytest.mark.thorough), (2, 4)]
 
 @functools.cache
 def model(mesh: tuple[int, int]):
-    return init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
+    return random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
 
 
 @functools.cache
@@ -122,8 +123,8 @@ def test_rows_that_the_data_axis_does_not_divide_give_the_same() -> None:
 
 def test_blocks_of_attention_join_exactly() -> None:
     """Texts longer than a block of queries and of keys, in a cache that the block does not divide."""
-    config = CONFIG.replace(num_layers=1, max_seq_len=700)
-    long_model = init(config, dtype=jnp.float32)
+    config = TINY_DENSE.replace(max_seq_len=700)
+    long_model = random_model(config, dtype=jnp.float32)
     text = np.random.default_rng(1).integers(3, config.vocab_size, (1, 600))
     expected = np.asarray(forward(long_model, text))[0]
     cache = KVCache.create(config, 1, 611)

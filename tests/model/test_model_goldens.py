@@ -31,15 +31,16 @@ EVERY_PLACE = [
     ("tiny-moe-s8", (2, 4), FULLY),
     ("tiny-dense-2x4", (2, 4), FULLY),
 ]
-# Every case, every mesh and every set of rules at least once.
-PLACES = or_thorough(
+# Every case, every mesh and every set of rules in one of the two at least once.
+WHOLE = or_thorough(
+    EVERY_PLACE, [("tiny-moe", (1, 1), TENSOR), ("tiny-mesh-1x4", (1, 8), TENSOR), ("tiny-moe-s8", (8, 1), TENSOR)]
+)
+DECODED = or_thorough(
     EVERY_PLACE,
     [
         ("tiny-moe", (1, 1), TENSOR),
-        ("tiny-mesh-1x4", (1, 8), TENSOR),
         ("tiny-moe-s8", (1, 8), EXPERT),
         ("tiny-moe-s8", (2, 4), TENSOR),
-        ("tiny-moe-s8", (8, 1), TENSOR),
         ("tiny-dense-2x4", (2, 4), FULLY),
     ],
 )
@@ -51,12 +52,13 @@ def load_model(case: str, mesh: tuple[int, int], rules: ShardingRules, dtype: st
     return load(golden.checkpoint, golden.config, make_mesh(mesh), jnp.dtype(dtype), rules=rules)
 
 
-@pytest.mark.parametrize(("case", "mesh", "rules"), PLACES, ids=label)
 class TestFloat32:
+    @pytest.mark.parametrize(("case", "mesh", "rules"), WHOLE, ids=label)
     def test_forward_gives_the_logits(self, case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:
         golden = load_case(case)
         check_logits(golden, np.asarray(forward(load_model(case, mesh, rules), golden.tokens)))
 
+    @pytest.mark.parametrize(("case", "mesh", "rules"), DECODED, ids=label)
     def test_decoding_a_batch_gives_the_tokens_the_logits_and_the_cache(
         self, case: str, mesh: tuple[int, int], rules: ShardingRules
     ) -> None:
@@ -64,15 +66,13 @@ class TestFloat32:
         check_generation(golden, load_model(case, mesh, rules), rows=range(len(golden.lengths)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "mesh", "rules"),
-    or_thorough(
-        [
-            *(("tiny-moe-s8", mesh, TENSOR) for mesh in ((1, 1), (1, 8), (2, 4), (8, 1))),
-            *(("tiny-dense-2x4", mesh, TENSOR) for mesh in ((1, 1), (2, 4))),
-        ],
-        [("tiny-moe-s8", (1, 1), TENSOR)],
-    ),
+    [
+        *(("tiny-moe-s8", mesh, TENSOR) for mesh in ((1, 1), (1, 8), (2, 4), (8, 1))),
+        *(("tiny-dense-2x4", mesh, TENSOR) for mesh in ((1, 1), (2, 4))),
+    ],
     ids=label,
 )
 def test_decoding_rows_alone_gives_the_same(case: str, mesh: tuple[int, int], rules: ShardingRules) -> None:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, label, or_thorough
+from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, label, or_thorough, random_model
 from flax import nnx
 from reference_backward import backward
 
-from grokjax import Grok, GrokConfig, ShardingRules, decode, forward, init, make_mesh, prefill, reference
+from grokjax import Grok, GrokConfig, ShardingRules, decode, forward, make_mesh, prefill, reference
 from grokjax.model import named_parameters, with_values
 from grokjax.quantization import QuantizedArray, QuantizedTable, dequantize, partition_specs, quantize
 
@@ -48,7 +48,7 @@ def make(
     if has_ties:  # of two experts, in every layer and for every token
         for i in range(config.num_layers):
             weights[f"layers.{i}.feed_forward.router"][:, 3] = weights[f"layers.{i}.feed_forward.router"][:, 5]
-    empty = init(config, mesh=make_mesh(mesh), rules=rules, dtype=jnp.float32, quantized=num_blocks is not None)
+    empty = random_model(config, mesh=make_mesh(mesh), rules=rules, dtype=jnp.float32, quantized=num_blocks is not None)
     model = written(weights, empty, num_blocks=num_blocks)
     for name, param in named_parameters(model).items():
         value = param.get_value()

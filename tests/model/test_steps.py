@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE, random_model
 
 from grokjax import (
-    GrokConfig,
     KVCache,
     SampleSettings,
     decode,
     decode_and_sample,
     forward,
     generate,
-    init,
     make_mesh,
     prefill,
 )
@@ -24,14 +23,14 @@ from grokjax.model import Grok, abstract_model
 from grokjax.sampling import row_keys, sample_token
 from grokjax.sharding import Partitioner
 
-CONFIG = GrokConfig.tiny().replace(num_layers=1, max_seq_len=32)
+CONFIG = TINY_DENSE.replace(max_seq_len=32)
 TOKENS = np.random.default_rng(0).integers(3, 500, (3, 8))
 LENGTHS = np.array([8, 5, 1])
 
 
 @functools.cache
 def model():
-    return init(CONFIG, dtype=jnp.float32)
+    return random_model(CONFIG, dtype=jnp.float32)
 
 
 NEW = 6  # tokens that `generate` makes: one number, so that it compiles once
@@ -289,7 +288,7 @@ def test_prefill_leaves_rows_of_nothing_as_they_are() -> None:
 @pytest.mark.parametrize(("mesh", "cache_dtype"), [((1, 1), "int8"), ((2, 4), "float32")], ids=str)
 def test_prefill_into_some_rows_leaves_the_others(mesh: tuple[int, int], cache_dtype: str) -> None:
     """In two chunks, wherever the rows lie; what the others hold stays."""
-    grok = init(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
+    grok = random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
     small, cache = (grok.new_cache(batch_size, 16, dtype=cache_dtype) for batch_size in (2, 8))
     cache = dataclasses.replace(cache, lengths=cache.lengths.at[5].set(7))
     before = jax.device_get(cache)

@@ -31,9 +31,10 @@ def golden_requests() -> list[dict]:
 
 
 @pytest.mark.release_tokenizer
+@pytest.mark.thorough
 def test_one_by_one_the_texts_are_the_release_s(release_tokenizer_path: Path) -> None:
     runner = InferenceRunner(
-        pad_sizes=(8, 16),
+        pad_sizes=(16,),
         runner=ModelRunner(model=golden_model(), bs_per_device=0.25, checkpoint_path=str(GOLDEN_DIR / "e2e")),
         name="local",
         load="",
@@ -112,7 +113,7 @@ def main():
         ),
     )
     inference_runner = InferenceRunner(
-        pad_sizes=(8, 16),
+        pad_sizes=(16,),
         runner=ModelRunner(
             model=grok_1_model,
             bs_per_device=0.25,
@@ -138,7 +139,7 @@ if __name__ == "__main__":
 
 @pytest.mark.release_tokenizer
 def test_run_py_needs_other_imports_only(release_tokenizer_path: Path, tmp_path: Path) -> None:
-    """The release's script in a process of its own, with the golden model's numbers and the first test's programs."""
+    """The release's script in a process of its own, with the golden model's numbers."""
     (tmp_path / "checkpoints").symlink_to(GOLDEN_DIR / "e2e")
     (tmp_path / "tokenizer.model").symlink_to(release_tokenizer_path)
     (tmp_path / "run.py").write_text(RUN_PY)

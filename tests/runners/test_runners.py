@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE
 from flax import nnx
 from goldens import ATOL_LOGITS
 from jax.sharding import PartitionSpec
 
-from grokjax import CheckpointError, Grok, GrokConfig, init, make_mesh, prefill
+from grokjax import CheckpointError, Grok, init, make_mesh, prefill
 from grokjax.runners import (
     InferenceRunner,
     LanguageModelConfig,
@@ -25,7 +26,7 @@ from grokjax.runners import (
 )
 from grokjax.testing import write_release_checkpoint
 
-SMALL = GrokConfig.tiny().replace(num_layers=1, max_seq_len=48)
+SMALL = TINY_DENSE.replace(max_seq_len=48)
 
 
 def small_model() -> LanguageModelConfig:

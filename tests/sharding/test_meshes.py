@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import TINY_DENSE
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from grokjax.cache import KVCache
@@ -16,7 +17,7 @@ from grokjax.model import forward, init, prefill
 from grokjax.sharding import ShardingRules, default_extents, default_mesh, make_mesh, spread_over_hosts
 
 TINY = GrokConfig.tiny()
-SMALL = TINY.replace(num_layers=1)
+SMALL = TINY_DENSE
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4), (8, 1), (1, 2)])
@@ -128,11 +129,20 @@ def test_shapes_need_no_devices() -> None:
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda mesh: init(SMALL, mesh=mesh), "which has no devices: give a Mesh of devices, such as make_mesh makes"),
+        (
+            lambda mesh: init(SMALL, mesh=mesh),
+            "which has no devices: give a Mesh of devices, such as make_mesh makes",
+        ),
         (lambda mesh: KVCache.create(TINY, 2, 8, mesh=mesh, dtype=jnp.float32), "which has no devices: give a Mesh"),
         (lambda mesh: KVCache.abstract(TINY, 2, 8, mesh=mesh), "does not say for which devices.*name that dtype"),
-        (lambda _: init(SMALL, mesh=(2, 4)), r"mesh=\(2, 4\) is a tuple and must be a jax.sharding.Mesh: make one"),
-        (lambda _: init(SMALL, mesh=jax.make_mesh((8,), ("x",))), r"has \('x',\): name one of these in the rule, or"),
+        (
+            lambda _: init(SMALL, mesh=(2, 4)),
+            r"mesh=\(2, 4\) is a tuple and must be a jax.sharding.Mesh: make one",
+        ),
+        (
+            lambda _: init(SMALL, mesh=jax.make_mesh((8,), ("x",))),
+            r"has \('x',\): name one of these in the rule, or",
+        ),
     ],
 )
 def test_meshes_that_cannot_be_are_refused(ask: Callable[[AbstractMesh], Any], message: str) -> None:
