@@ -70,10 +70,10 @@ def measure(folder: Path, config: GrokConfig, arguments: argparse.Namespace) -> 
         "rows": arguments.rows,
         "tokens": arguments.tokens,
         "checkpoint_bytes": sum(path.stat().st_size for path in files_of(folder)),
-        "read_seconds": round(read_seconds, 2),
-        "pass_seconds": round(pass_seconds, 2),
+        "read_seconds": round(read_seconds, 4),
+        "pass_seconds": round(pass_seconds, 4),
         "ratio": round(read_seconds / pass_seconds, 3),
-        "compute_seconds": round(config.num_layers * computing, 2),
+        "compute_seconds": round(config.num_layers * computing, 4),
         "peak_memory_bytes": peak,
     }
 
