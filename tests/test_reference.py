@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference_backward
 from builders import DENSE as SMALL_DENSE
-from builders import SMALL
+from builders import SMALL, random_model
 from goldens import MODEL_CASES, load_case
 
 import grokjax
@@ -219,7 +219,7 @@ def test_the_backward_pass_is_the_slope_of_the_forward_pass(config: GrokConfig) 
 def test_a_model_s_weights_unpacked_give_its_logits(config: GrokConfig, options: dict[str, Any]) -> None:
     if "mesh" in options:
         options = {**options, "mesh": grokjax.make_mesh(options["mesh"])}
-    model = grokjax.init(config, dtype=np.float32, **options)
+    model = random_model(config, dtype=np.float32, **options)
     tokens = np.arange(3, 9)
     weights = unpack_weights(model)
     assert {name: value.shape for name, value in weights.items()} == {
@@ -230,7 +230,7 @@ def test_a_model_s_weights_unpacked_give_its_logits(config: GrokConfig, options:
 
 
 def test_scale_blocks_are_unpacked_each_to_its_rows() -> None:
-    model = grokjax.init(SMALL, dtype=np.float32)
+    model = random_model(SMALL, dtype=np.float32)
     output = model.layers.attention.output
     plain = np.random.default_rng(0).standard_normal(output.get_value().shape).astype(np.float32)
     output.set_value(grokjax.quantize(plain, num_blocks=4))

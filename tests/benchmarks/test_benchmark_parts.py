@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import ROOT
+from builders import ROOT, random_model
 
-from grokjax import GrokConfig, forward, init
+from grokjax import GrokConfig, forward
 from grokjax.quantization import dequantize
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -31,7 +31,7 @@ class Fake:
 
 
 def test_the_peer_gets_every_weight_transposed_and_padded() -> None:
-    model = init(CONFIG)
+    model = random_model(CONFIG)
     found = dict(peer.tensors(model))
     assert found["token_embd.weight"].shape == (512, 64)
     assert found["blk.0.ffn_gate_exps.weight"].shape == (8, 160, 64)
@@ -47,19 +47,21 @@ def test_the_peer_gets_every_weight_transposed_and_padded() -> None:
 
 
 def test_an_int8_table_is_given_to_the_peer() -> None:
-    plain, quantized = (dict(peer.tensors(init(CONFIG, quantized_table=q)))["token_embd.weight"] for q in (False, True))
+    plain, quantized = (
+        dict(peer.tensors(random_model(CONFIG, quantized_table=q)))["token_embd.weight"] for q in (False, True)
+    )
     largest = np.abs(plain).max(axis=1, keepdims=True)
     assert (np.abs(plain - quantized) <= 0.51 * largest / 127).all()
 
 
 @pytest.mark.parametrize(("factor", "difference"), [(1.0, 0.0), (1.1, 0.1)])
 def test_a_peer_that_computes_the_same_is_accepted(factor: float, difference: float) -> None:
-    model = init(CONFIG, dtype=jnp.float32)
+    model = random_model(CONFIG, dtype=jnp.float32)
     assert peer.difference(model, Fake(model, factor)) == pytest.approx(difference, abs=1e-6)
 
 
 def test_a_peer_that_computes_something_else_is_refused() -> None:
-    model = init(CONFIG, dtype=jnp.float32)
+    model = random_model(CONFIG, dtype=jnp.float32)
     with pytest.raises(SystemExit, match=r"logits differ by 0\.300 of their size, more than 0\.2: it does not compute"):
         peer.difference(model, Fake(model, 1.3))
 
@@ -67,14 +69,14 @@ def test_a_peer_that_computes_something_else_is_refused() -> None:
 def test_a_peer_that_is_not_installed_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(SystemExit, match=r"needs a package that is not installed \(gguf\): pip install '\.\[peer-"):
-        peer.LlamaCpp(init(CONFIG), rows=1, max_len=32)
+        peer.LlamaCpp(random_model(CONFIG), rows=1, max_len=32)
 
 
 def test_a_model_that_the_peer_cannot_run_is_refused(monkeypatch) -> None:
     for name in ("gguf", "llama_cpp"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     with pytest.raises(SystemExit, match=r"8 x 16 is not 64\. Choose another --config, such as bench_1b\."):
-        peer.LlamaCpp(init(GrokConfig.tiny()), rows=1, max_len=32)
+        peer.LlamaCpp(random_model(GrokConfig.tiny()), rows=1, max_len=32)
 
 
 @pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)

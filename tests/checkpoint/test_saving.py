@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, label, or_thorough, write_checkpoint
+from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, label, or_thorough, random_model, write_checkpoint
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
@@ -25,7 +25,6 @@ from grokjax import (
     ShardingRules,
     dequantize,
     describe,
-    init,
     load,
     load_parameters,
     make_mesh,
@@ -60,7 +59,7 @@ def assert_same_model(found: Grok, expected: Grok) -> None:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["int8", "bfloat16"])
 def model(request: pytest.FixtureRequest) -> Grok:
-    return init(CONFIG, mesh=make_mesh((1, 4)), rules=TENSOR, quantized=request.param)
+    return random_model(CONFIG, mesh=make_mesh((1, 4)), rules=TENSOR, quantized=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_restored_onto_every_mesh(saved: Path, model: Grok, mesh: tuple[int, int
     restored = load(saved, mesh=make_mesh(mesh), rules=rules)
     assert_same_model(restored, model)
     expected = nnx.split(
-        init(CONFIG, mesh=make_mesh(mesh), rules=rules, quantized=isinstance(query(model), QuantizedArray))
+        random_model(CONFIG, mesh=make_mesh(mesh), rules=rules, quantized=isinstance(query(model), QuantizedArray))
     )
     for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(expected[1]), strict=True):
         if ours.shape == theirs.shape:  # scale blocks aside
@@ -111,13 +110,13 @@ def query(model: Grok) -> jax.Array | QuantizedArray:
 
 @pytest.mark.parametrize(("mesh", "rules"), WRITTEN, ids=label)
 def test_written_from_every_mesh(tmp_path: Path, mesh: tuple[int, int], rules: ShardingRules) -> None:
-    model = init(CONFIG, mesh=make_mesh(mesh), rules=rules)
+    model = random_model(CONFIG, mesh=make_mesh(mesh), rules=rules)
     save(model, tmp_path / "model")
     assert_same_model(load(tmp_path / "model"), model)
 
 
 def test_dense_models_come_back(tmp_path: Path) -> None:
-    model = init(DENSE, quantized=False, dtype=jnp.float32)
+    model = random_model(DENSE, quantized=False, dtype=jnp.float32)
     save(model, tmp_path / "model")
     assert_same_model(load(tmp_path / "model", dtype=jnp.float32), model)
 
@@ -215,7 +214,7 @@ class TestWhatDoesNotComeBack:
 
 class TestPartialLoads:
     def test_some_layers_are_a_model_of_their_own(self, tmp_path: Path) -> None:
-        model = init(CONFIG.replace(num_layers=3))
+        model = random_model(CONFIG.replace(num_layers=3))
         save(model, tmp_path / "model")
         part = load(tmp_path / "model", layers=[2, 0])
         assert part.config.num_layers == 2
@@ -366,7 +365,7 @@ class TestDamage:
         assert "layers.1.attention.query: the checkpoint has no layers.1.attention.query" in str(caught.value)
 
     def test_layers_left_over_are_refused(self, tmp_path: Path) -> None:
-        save(init(CONFIG.replace(num_layers=2)), tmp_path / "model")
+        save(random_model(CONFIG.replace(num_layers=2)), tmp_path / "model")
         with pytest.raises(CheckpointError, match=r"layers.1.attention.query: not used by the model"):
             load(tmp_path / "model", CONFIG)
 

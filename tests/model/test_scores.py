@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import EXPERT, FULLY, SMALL, TENSOR, label, or_thorough
+from builders import EXPERT, FULLY, SMALL, TENSOR, label, or_thorough, random_model
 
-from grokjax import Grok, GrokConfig, KVCache, Scores, ShardingRules, forward, init, make_mesh, prefill, score
+from grokjax import Grok, GrokConfig, KVCache, Scores, ShardingRules, forward, make_mesh, prefill, score
 from grokjax.model import abstract_model, with_values
 from grokjax.planning import read_program
 from grokjax.sharding import Partitioner
@@ -22,7 +22,7 @@ TOKENS = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (2, 32))
 @functools.cache
 def make(mesh: tuple[int, int] = (1, 1), rules: ShardingRules = TENSOR, *, quantized_table: bool = False) -> Grok:
     """A float32 model in whose table the tokens of `EQUAL` have one row, and whose logits differ more."""
-    model = init(
+    model = random_model(
         CONFIG, mesh=make_mesh(mesh), rules=rules, dtype=jnp.float32, quantized=False, quantized_table=quantized_table
     )
     if quantized_table:

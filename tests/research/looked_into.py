@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from builders import DENSE, TENSOR, TWO_LAYERS
+from builders import DENSE, TENSOR, TWO_LAYERS, random_model
 
-from grokjax import Grok, ShardingRules, init, make_mesh, reference
+from grokjax import Grok, ShardingRules, make_mesh, reference
 from grokjax.model import named_parameters, with_values
 
 CONFIG = TWO_LAYERS.replace(vocab_size=264)  # as many as a tokenizer of bytes needs, in eight parts
@@ -28,7 +28,7 @@ jax.monitoring.register_event_duration_secs_listener(note_compilation)
 @functools.cache
 def make(mesh: tuple[int, int] = (1, 1), rules: ShardingRules = TENSOR, *, quantized: bool = False) -> Grok:
     """A float32 model in which every norm has factors of its own, and layers matter more than the embedding."""
-    model = init(CONFIG, mesh=make_mesh(mesh), rules=rules, dtype=jnp.float32, quantized=quantized)
+    model = random_model(CONFIG, mesh=make_mesh(mesh), rules=rules, dtype=jnp.float32, quantized=quantized)
     random = np.random.default_rng(1)
     scales = {
         name: jax.device_put(random.uniform(1, 3, param.shape).astype(np.float32), param.get_value().sharding)
@@ -41,7 +41,7 @@ def make(mesh: tuple[int, int] = (1, 1), rules: ShardingRules = TENSOR, *, quant
 @functools.cache
 def dense() -> Grok:
     """A model of one layer without a router."""
-    return init(DENSE.replace(vocab_size=CONFIG.vocab_size), dtype=jnp.float32, quantized=False)
+    return random_model(DENSE.replace(vocab_size=CONFIG.vocab_size), dtype=jnp.float32, quantized=False)
 
 
 @functools.cache

@@ -147,7 +147,7 @@ def test_edits_of_the_router_act_before_experts_are_chosen() -> None:
 
 
 def test_edits_act_in_the_order_in_which_they_were_given() -> None:
-    model, mid = make(), {"x": Tap("stream.mid", layers=[0])}
+    model, mid = dense(), {"x": Tap("stream.mid", layers=[0])}
     zero, add = replace("stream.mid", [0], 0), steer(VECTOR, [0], site="stream.mid")
     once = edit(edit(model, zero), add)
     for edited in (once, edit(model, zero, add)):

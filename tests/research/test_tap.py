@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import EXPERT, FULLY, ROOT, TENSOR, label, or_thorough
+from builders import EXPERT, FULLY, ROOT, TENSOR, label, or_thorough, random_model
 from looked_into import COMPILED, CONFIG, LENGTHS, TOKENS, dense, expected, make, real
 
-from grokjax import KVCache, ShardingRules, forward, init, make_mesh, prefill
+from grokjax import KVCache, ShardingRules, forward, make_mesh, prefill
 from grokjax.model import abstract_model
 from grokjax.planning import read_program
 from grokjax.research import SITES, At, Tap, observe, observe_step
@@ -108,7 +108,7 @@ def test_other_layers_and_positions_compile_nothing() -> None:
 
 
 def test_what_is_seen_stays_in_its_shards() -> None:
-    _, seen = observe(make((2, 4), quantized=True), TOKENS, LENGTHS, EVERY)
+    _, seen = observe(make((2, 4), EXPERT, quantized=True), TOKENS, LENGTHS, EVERY)
     assert seen["attention.heads"].sharding.shard_shape(seen["attention.heads"].shape) == (2, 1, 9, 2, 8)
     assert seen["stream.out"].sharding.shard_shape(seen["stream.out"].shape) == (2, 1, 9, 32)
 
@@ -142,7 +142,7 @@ def least(x: jax.Array, at: At) -> jax.Array:
 
 
 def test_a_tap_changes_no_bit_of_the_logits() -> None:
-    model = init(CONFIG, mesh=make_mesh((1, 1)))  # bfloat16 and int8, as Grok-1 is run
+    model = random_model(CONFIG, mesh=make_mesh((1, 1)))  # bfloat16 and int8, as Grok-1 is run
     plain, _ = observe(model, TOKENS, LENGTHS, {})
     tapped, _ = observe(model, TOKENS, LENGTHS, {site: EVERY[site] for site in ("stream.mid", "router.experts")})
     assert plain.tobytes() == tapped.tobytes()
