@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from builders import TINY_DENSE
 from goldens import load_case
 from jax.experimental import multihost_utils
 
@@ -24,14 +25,14 @@ from grokjax import cli, distributed
 from grokjax.checkpoint import CheckpointError, convert, describe, load, save
 from grokjax.checkpoint.formats import release
 from grokjax.cli import batch
-from grokjax.config import GrokConfig
 from grokjax.engine import Engine, follow
 from grokjax.model import Grok, ModelSteps, forward
 from grokjax.request import Request
 from grokjax.sharding import ShardingRules, make_mesh
 
 CASE = "tiny-moe-s8"
-TINY = GrokConfig.tiny().replace(num_layers=1, max_seq_len=16)
+TINY = TINY_DENSE.replace(max_seq_len=16)
+FOUR_EXPERTS = TINY.replace(num_experts=4, experts_per_token=2, max_seq_len=64)
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
 ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,), "prefill_rows": 1}
 GENERATE = ["generate", "--dtype", "float32", "--ignore-eos", "--random"]
@@ -72,12 +73,13 @@ def work_together(folder: Path) -> dict[str, Any]:
         model = load(golden.checkpoint, golden.config, make_mesh(*MESHES["1x8"]), np.float32)
     found["loaded_bytes"] = sum(sizes)
     keep_logits(model, folder / f"1x8-{jax.process_index()}.npy")
-    model = load(
-        golden.checkpoint, golden.config, make_mesh(*MESHES["2x4"]), np.float32, rules=ShardingRules.expert_parallel()
+    spread: dict[str, Any] = {"mesh": make_mesh(*MESHES["2x4"]), "rules": ShardingRules.expert_parallel()}
+    keep_logits(
+        load(golden.checkpoint, golden.config, dtype=np.float32, **spread), folder / f"2x4-{jax.process_index()}.npy"
     )
-    keep_logits(model, folder / f"2x4-{jax.process_index()}.npy")
-    convert(golden.checkpoint, folder / "converted", golden.config)
+    convert(folder / "experts", folder / "converted", FOUR_EXPERTS)
     found["converted"] = describe(folder / "converted").num_bytes
+    model = load(folder / "experts", FOUR_EXPERTS, dtype=np.float32, **spread)
     save(model, folder / "saved")
     try:
         save(model, folder / "saved")
@@ -91,7 +93,7 @@ def work_together(folder: Path) -> dict[str, Any]:
         distributed.on_first(f"the end of /{jax.process_index()}", lambda: None)
     except distributed.DistributedError as error:
         found["elsewhere"] = str(error)
-    found["answers"] = lead_or_follow(load(folder / "alone", mesh=make_mesh(*MESHES["2x4"]), dtype=np.float32))
+    found["answers"] = lead_or_follow(load(folder / "saved", mesh=make_mesh(*MESHES["2x4"]), dtype=np.float32))
     found["shown"] = show([*GENERATE, str(folder / "config.json"), *PROMPT, "--mesh", "1,8"])
     return found
 

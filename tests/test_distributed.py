@@ -19,11 +19,10 @@ import pytest
 from builders import ROOT, or_thorough, write_checkpoint
 from flax import nnx
 from goldens import check_logits, load_case
-from member import CASE, ENGINE, GENERATE, MESHES, PROMPT, TINY, answer, show
+from member import CASE, ENGINE, FOUR_EXPERTS, GENERATE, MESHES, PROMPT, TINY, answer, show
 
 from grokjax import cli
-from grokjax.checkpoint import describe, load, save, verify
-from grokjax.config import GrokConfig
+from grokjax.checkpoint import describe, load, verify
 from grokjax.engine import Engine
 from grokjax.sharding import make_mesh
 
@@ -55,10 +54,10 @@ def two_processes(job: str, folder: Path) -> Iterator[list[subprocess.Popen[byte
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have done their work, and one has saved what they loaded."""
     folder = tmp_path_factory.mktemp("together")
-    save(golden_model(), folder / "alone")
     (folder / "config.json").write_text(TINY.to_json())
     for number in range(2):
         write_checkpoint(folder / f"seed-{number}", TINY, seed=number)
+    write_checkpoint(folder / "experts", FOUR_EXPERTS)
     with two_processes("work", folder) as processes:
         for number, process in enumerate(processes):
             assert process.wait(600) == 0, (folder / f"work-{number}.log").read_text()
@@ -68,11 +67,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"work-{number}.json").read_text()) for number in range(2)]
-
-
-def golden_model(extents: tuple[int, int] = (1, 8)) -> Any:
-    golden = load_case(CASE)
-    return load(golden.checkpoint, golden.config, make_mesh(extents), np.float32)
 
 
 def assert_same_parameters(left: Any, right: Any) -> None:
@@ -96,13 +90,14 @@ def test_each_process_reads_its_own_part(found: list[dict[str, Any]]) -> None:
 
 
 def test_what_two_processes_convert_is_complete(folder: Path, found: list[dict[str, Any]]) -> None:
-    golden = load_case(CASE)
-    verify(folder / "converted", golden.checkpoint, golden.config)
+    verify(folder / "converted", folder / "experts", FOUR_EXPERTS)
     assert [result["converted"] for result in found] == [describe(folder / "converted").num_bytes] * 2
 
 
 def test_what_two_save_one_restores(folder: Path) -> None:
-    assert_same_parameters(load(folder / "saved", mesh=make_mesh((4, 2)), dtype=np.float32), golden_model((4, 2)))
+    mesh = make_mesh((4, 2))
+    written = load(folder / "experts", FOUR_EXPERTS, mesh, np.float32)
+    assert_same_parameters(load(folder / "saved", mesh=mesh, dtype=np.float32), written)
 
 
 def test_what_the_first_refuses_all_refuse(found: list[dict[str, Any]]) -> None:
@@ -123,8 +118,8 @@ def test_processes_that_come_to_different_things_say_so(found: list[dict[str, An
     assert [result["elsewhere"] for result in found] == [message] * 2
 
 
-def test_an_engine_over_two_processes_answers_as_one(found: list[dict[str, Any]]) -> None:
-    expected = answer(Engine(golden_model(), **ENGINE))
+def test_an_engine_over_two_processes_answers_as_one(folder: Path, found: list[dict[str, Any]]) -> None:
+    expected = answer(Engine(load(folder / "experts", FOUR_EXPERTS, make_mesh((1, 1)), np.float32), **ENGINE))
     assert found[1]["answers"] is None
     for ours, theirs in zip(found[0]["answers"], expected, strict=True):
         assert ours["ids"] == theirs["ids"]
@@ -157,7 +152,7 @@ TOLD = {
 
 @pytest.mark.parametrize(("job", "mortal"), or_thorough(list(TOLD), [("prompt", 1)]))
 def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
-    (tmp_path / "config.json").write_text(GrokConfig.tiny().replace(num_layers=1, max_seq_len=128).to_json())
+    (tmp_path / "config.json").write_text(TINY.replace(max_seq_len=128).to_json())
     (tmp_path / "prompts.txt").write_text("abc\ndef\n")
     with two_processes(f"{job}-{mortal}", tmp_path) as processes:
         assert processes[mortal].wait(300) == -signal.SIGKILL
