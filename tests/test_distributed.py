@@ -23,6 +23,7 @@ from member import CASE, ENGINE, FOUR_EXPERTS, GENERATE, MESHES, PROMPT, TINY, a
 
 from grokjax import cli
 from grokjax.checkpoint import describe, load, verify
+from grokjax.config import GrokConfig
 from grokjax.engine import Engine
 from grokjax.sharding import make_mesh
 

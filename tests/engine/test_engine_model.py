@@ -14,11 +14,13 @@ from builders import TINY_DENSE, or_thorough, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grokjax import ByteTokenizer, SampleSettings, TextGenerator, forward, generate, make_mesh
+from grokjax import ByteTokenizer, GrokConfig, SampleSettings, TextGenerator, forward, generate, make_mesh
 from grokjax.engine import Engine, Handle
 from grokjax.request import Request
 
 CONFIG = TINY_DENSE.replace(max_seq_len=48)
+# For the tests of company: experts are where the tokens of rows meet.
+EXPERTS = CONFIG.replace(num_experts=4, experts_per_token=2)
 LONGEST, NEW = 30, 6
 COMPILED: list[str] = []
 
@@ -32,20 +34,20 @@ jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 @functools.cache
-def model(mesh: tuple[int, int] = (1, 1)):
-    return random_model(CONFIG, dtype=jnp.float32, mesh=make_mesh(mesh))
+def model(mesh: tuple[int, int] = (1, 1), config: GrokConfig = CONFIG):
+    return random_model(config, dtype=jnp.float32, mesh=make_mesh(mesh))
 
 
-def new_engine(mesh: tuple[int, int] = (1, 1), **options) -> Engine:
+def new_engine(mesh: tuple[int, int] = (1, 1), config: GrokConfig = CONFIG, **options) -> Engine:
     """Engines of the same sizes, so that they are compiled once."""
     sizes = {"slots": 4, "prefill_buckets": (8,), "prefill_rows": 2, "max_logprobs": 3}
-    return Engine(model(mesh), **{**sizes, **options})
+    return Engine(model(mesh, config), **{**sizes, **options})
 
 
 @functools.cache
-def engine(mesh: tuple[int, int] = (1, 1)) -> Engine:
+def engine(mesh: tuple[int, int] = (1, 1), config: GrokConfig = CONFIG) -> Engine:
     """One engine for most tests of a mesh: what earlier requests left in it must not matter either."""
-    return new_engine(mesh)
+    return new_engine(mesh, config)
 
 
 @functools.cache
@@ -57,10 +59,10 @@ def texts() -> np.ndarray:
 
 
 @functools.cache
-def alone(text: int, length: int, seed: int, temperature: float) -> list[int]:
+def alone(text: int, length: int, seed: int, temperature: float, config: GrokConfig = CONFIG) -> list[int]:
     """The tokens that `generate` gives for one prompt, [NEW]."""
     drawn = generate(
-        model(),
+        model(config=config),
         np.pad(texts()[text, :length], (0, LONGEST - length))[None],
         np.array([length]),
         max_new_tokens=NEW,
@@ -88,19 +90,19 @@ def submit(engine: Engine, what: tuple[int, int, int, float], count: int) -> Han
 @settings(max_examples=12)
 @given(requests=st.lists(one_request(), min_size=1, max_size=7))
 def test_any_company_gives_each_request_its_own_tokens(mesh: tuple[int, int], requests: list) -> None:
-    handles = []
+    busy, handles = engine(mesh, EXPERTS), []
     for what, count, before, cancelled_after in requests:
         for _ in range(before):
-            engine(mesh).step()
-        handles.append(submit(engine(mesh), what, count))
+            busy.step()
+        handles.append(submit(busy, what, count))
         if cancelled_after:
             for _ in range(cancelled_after):
-                engine(mesh).step()
-            engine(mesh).cancel(handles[-1])
-    engine(mesh).run()
+                busy.step()
+            busy.cancel(handles[-1])
+    busy.run()
     for (what, count, _, _), handle in zip(requests, handles, strict=True):
         done = handle.completion
-        expected = alone(*what)[: len(done.token_ids) if done.finish_reason == "cancelled" else count]
+        expected = alone(*what, EXPERTS)[: len(done.token_ids) if done.finish_reason == "cancelled" else count]
         assert list(done.token_ids) == expected
 
 
