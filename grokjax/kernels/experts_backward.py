@@ -1,8 +1,8 @@
 """The experts backwards: the same sorted blocks of tokens, from the cotangents of the results to those of the operands.
 
-What the two first products gave is saved, float numbers [M * X, F], so that no product is computed again. The rows are
-gone through first, then the weights, expert by expert and part by part: each part is summed over its expert's blocks
-where it is in a cache, and written once.
+What the two first products gave is saved, float32 [M * X, F], so that no product is computed again here. The rows are
+gone through first, then the weights, expert by expert and part by part: a part is summed over its expert's blocks, and
+written once.
 """
 
 import functools
@@ -22,7 +22,7 @@ from grokjax.quantization import Weight
 # Bytes of a weight's cotangent that are summed at once, in float32: on CPUs they should stay in the caches.
 _PART_BYTES = {"cpu": 1 << 24, "gpu": 1 << 25, "tpu": 1 << 25}
 
-# What the products with gate and up gave, sorted by expert: each [M * X + block, F] in the compute dtype.
+# What the products with gate and up gave, sorted by expert: each float32 [M * X + block, F].
 Saved = tuple[jax.Array, jax.Array]
 
 
@@ -44,11 +44,11 @@ def evaluate_saving(
         multiply = functools.partial(matmuls, at=(layer, expert), platform=platform)
         inputs, factors = multiply(x[rows], (gate, up))
         out = multiply(activate(inputs, factors).astype(x.dtype), (down,))[0]
-        return out, inputs.astype(x.dtype), factors.astype(x.dtype)
+        return out, inputs, factors
 
-    num_rows, hidden = experts.size + sizes[-1], gate.shape[-1]
-    shapes = ((x.shape[1], jnp.float32), (hidden, x.dtype), (hidden, x.dtype))
-    empty = tuple(jnp.zeros((num_rows, size), dtype) for size, dtype in shapes)
+    # In float32: jax 0.10 converts all of what a loop writes bfloat16 numbers into, at every turn.
+    num_rows, widths = experts.size + sizes[-1], (x.shape[1], gate.shape[-1], up.shape[-1])
+    empty = tuple(jnp.zeros((num_rows, width), jnp.float32) for width in widths)
     out, inputs, factors = run_blocks(pairs, sizes, evaluate, empty)
     return mix(out, probabilities, pairs), (inputs, factors)
 
@@ -77,7 +77,7 @@ def pull_in_blocks(
 
     def evaluate(rows: jax.Array, expert: jax.Array, first: jax.Array, left: jax.Array) -> tuple[jax.Array, ...]:
         size = len(rows)
-        inputs, factors = (lax.dynamic_slice_in_dim(part, first, size).astype(jnp.float32) for part in saved)
+        inputs, factors = (lax.dynamic_slice_in_dim(part, first, size) for part in saved)
         share = jnp.where(jnp.arange(size, dtype=jnp.int32) < left, lax.dynamic_slice_in_dim(shares, first, size), 0)[
             :, None
         ]
@@ -92,7 +92,7 @@ def pull_in_blocks(
     of_x, of_inputs, of_factors = (jnp.zeros((num_rows, width), jnp.float32) for width in widths)
     empty = of_x, jnp.zeros(num_rows, jnp.float32), of_inputs, of_factors
     of_x, of_shares, of_inputs, of_factors = run_blocks(pairs, sizes, evaluate, empty)
-    activated = activate(*(part.astype(jnp.float32) for part in saved)).astype(x.dtype)
+    activated = activate(*saved).astype(x.dtype)
     products = (
         (x[pairs.tokens], of_inputs),
         (x[pairs.tokens], of_factors),
