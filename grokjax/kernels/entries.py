@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from grokjax.cache import CACHE_AXES, Entries, QuantizedEntries
+from grokjax.kernels.slices import row_major
 from grokjax.sharding import Partitioner
 
 
@@ -83,7 +83,7 @@ def read(
       The entries [P, K, size, H] in `dtype`, and their scales, float32 [P, K, size], or None for factors of 1.
     """
     zero, rows = jnp.zeros((), jnp.int32), place.rows
-    stack = jax.tree.map(_row_major, stack)
+    stack = jax.tree.map(row_major, stack)
 
     def take_rows(stack: jax.Array, first: jax.Array, num_rows: int) -> jax.Array:
         index = (place.layer, first, zero, begin) + (zero,) * (stack.ndim - 4)
@@ -200,11 +200,7 @@ def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Arra
         fresh = (number >= 0) & (number < place.count[i])
         moved = jnp.roll(lax.dynamic_index_in_dim(new, i, keepdims=False), shift, axis=1)
         window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])
-        return _row_major(lax.dynamic_update_slice(_row_major(stack), window[None, None], index))
+        # In the layout that the stack has outside of loops: XLA:TPU would copy all of it into another one.
+        return row_major(lax.dynamic_update_slice(row_major(stack), window[None, None], index))
 
     return lax.fori_loop(0, num_rows, write_row, stack)
-
-
-def _row_major(stack: jax.Array) -> jax.Array:
-    """The stack in the layout that it has outside of loops: XLA:TPU would copy all of it into another one."""
-    return with_layout_constraint(stack, Layout(major_to_minor=tuple(range(stack.ndim))))

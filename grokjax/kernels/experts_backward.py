@@ -1,6 +1,8 @@
 """The experts backwards: the same sorted blocks of tokens, from the cotangents of the results to those of the operands.
 
-What the two first products gave is saved, float numbers [M * X, F]; all else is computed again.
+What the two first products gave is saved, float32 [M * X, F], so that no product is computed again here. The rows are
+gone through first, then the weights, expert by expert and part by part: a part is summed over its expert's blocks, and
+written once.
 """
 
 import functools
@@ -11,11 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from grokjax.kernels.cotangents import floats, of_floats, operand_cotangent, weight_cotangent
-from grokjax.kernels.experts_blocks import mix, run_blocks, sort_pairs
+from grokjax.kernels.cpu_features import product_dtype
+from grokjax.kernels.experts_blocks import SortedPairs, mix, run_blocks, sort_pairs, sum_blocks
 from grokjax.kernels.gated_unit import GatedWeights, activate
 from grokjax.kernels.products import matmuls
+from grokjax.quantization import Weight
 
-# What the products with gate and up gave, sorted by expert: each [M * X + block, F] in the compute dtype.
+# Bytes of a weight's cotangent that are summed at once, in float32: on CPUs they should stay in the caches.
+_PART_BYTES = {"cpu": 1 << 24, "gpu": 1 << 25, "tpu": 1 << 25}
+
+# What the products with gate and up gave, sorted by expert: each float32 [M * X + block, F].
 Saved = tuple[jax.Array, jax.Array]
 
 
@@ -33,16 +40,16 @@ def evaluate_saving(
     gate, up, down = weights
     pairs = sort_pairs(experts, gate.shape[1], sizes[-1])
 
-    def evaluate(rows: jax.Array, expert: jax.Array, *_: jax.Array) -> tuple[Any, tuple[()]]:
+    def evaluate(rows: jax.Array, expert: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
         multiply = functools.partial(matmuls, at=(layer, expert), platform=platform)
         inputs, factors = multiply(x[rows], (gate, up))
         out = multiply(activate(inputs, factors).astype(x.dtype), (down,))[0]
-        return (out, inputs.astype(x.dtype), factors.astype(x.dtype)), ()
+        return out, inputs, factors
 
-    num_rows, hidden = experts.size + sizes[-1], gate.shape[-1]
-    shapes = ((x.shape[1], jnp.float32), (hidden, x.dtype), (hidden, x.dtype))
-    empty = tuple(jnp.zeros((num_rows, size), dtype) for size, dtype in shapes)
-    (out, inputs, factors), _ = run_blocks(pairs, sizes, evaluate, empty)
+    # In float32: jax 0.10 converts all of what a loop writes bfloat16 numbers into, at every turn.
+    num_rows, widths = experts.size + sizes[-1], (x.shape[1], gate.shape[-1], up.shape[-1])
+    empty = tuple(jnp.zeros((num_rows, width), jnp.float32) for width in widths)
+    out, inputs, factors = run_blocks(pairs, sizes, evaluate, empty)
     return mix(out, probabilities, pairs), (inputs, factors)
 
 
@@ -68,29 +75,79 @@ def pull_in_blocks(
     num_rows = experts.size + sizes[-1]
     shares = jnp.zeros(num_rows, jnp.float32).at[pairs.places.reshape(-1)].set(probabilities.reshape(-1))
 
-    def evaluate(rows: jax.Array, expert: jax.Array, first: jax.Array, left: jax.Array) -> tuple[Any, Any]:
-        at, size = (layer, expert), len(rows)
-        inputs, factors = (lax.dynamic_slice_in_dim(part, first, size).astype(jnp.float32) for part in saved)
+    def evaluate(rows: jax.Array, expert: jax.Array, first: jax.Array, left: jax.Array) -> tuple[jax.Array, ...]:
+        size = len(rows)
+        inputs, factors = (lax.dynamic_slice_in_dim(part, first, size) for part in saved)
         share = jnp.where(jnp.arange(size, dtype=jnp.int32) < left, lax.dynamic_slice_in_dim(shares, first, size), 0)[
             :, None
         ]
-        back = functools.partial(operand_cotangent, at=at, dtype=x.dtype, platform=platform)
+        back = functools.partial(operand_cotangent, at=(layer, expert), dtype=x.dtype, platform=platform)
         activated, pull = jax.vjp(activate, inputs, factors)
         unweighted = back(out[rows], weights[2])
         of_inputs, of_factors = pull(unweighted * share)
         of_x = back(of_inputs, weights[0]) + back(of_factors, weights[1])
-        products = ((x[rows], of_inputs), (x[rows], of_factors), (activated.astype(x.dtype), out[rows] * share))
-        of_weights = [
-            weight_cotangent(*product, w, at, platform=platform) for product, w in zip(products, weights, strict=True)
-        ]
-        return (of_x, (unweighted * activated).sum(axis=1)), of_weights
+        return of_x, (unweighted * activated).sum(axis=1), of_inputs, of_factors
 
-    def add(sums: list[jax.Array], parts: list[jax.Array], expert: jax.Array) -> list[jax.Array]:
-        return [total.at[layer, expert].add(part) for total, part in zip(sums, parts, strict=True)]
-
-    empty = jnp.zeros((num_rows, x.shape[1]), jnp.float32), jnp.zeros(num_rows, jnp.float32)
-    sums = [jnp.zeros(floats(w).shape, jnp.float32) for w in weights]
-    (of_x, of_shares), sums = run_blocks(pairs, sizes, evaluate, empty, sums, add)
-    of_weights = tuple(of_floats(total.astype(floats(w).dtype), w) for total, w in zip(sums, weights, strict=True))
+    widths = (x.shape[1], *(part.shape[1] for part in saved))
+    of_x, of_inputs, of_factors = (jnp.zeros((num_rows, width), jnp.float32) for width in widths)
+    empty = of_x, jnp.zeros(num_rows, jnp.float32), of_inputs, of_factors
+    of_x, of_shares, of_inputs, of_factors = run_blocks(pairs, sizes, evaluate, empty)
+    activated = activate(*saved).astype(x.dtype)
+    products = (
+        (x[pairs.tokens], of_inputs),
+        (x[pairs.tokens], of_factors),
+        (activated, out[pairs.tokens] * shares[:, None]),
+    )
+    of_weight = functools.partial(_weight_cotangent, pairs=pairs, sizes=sizes, layer=layer, platform=platform)
+    of_weights = tuple(of_weight(*product, w) for product, w in zip(products, weights, strict=True))
     of_probabilities = jnp.where(pairs.is_ours, of_shares[pairs.places.reshape(-1)], 0).reshape(experts.shape)
     return mix(of_x, jnp.ones_like(probabilities), pairs).astype(x.dtype), of_probabilities, None, of_weights, None
+
+
+def _weight_cotangent(
+    x: jax.Array,
+    out: jax.Array,
+    w: Weight,
+    *,
+    pairs: SortedPairs,
+    sizes: tuple[int, ...],
+    layer: jax.Array,
+    platform: str,
+) -> Any:
+    """The cotangent of a stack of weights, of which one layer multiplied the sorted pairs.
+
+    Args:
+      x: [M * X + block, C], what was multiplied.
+      out: float32 [M * X + block, O], the cotangent of the products.
+      w: plain or quantised [L, E, C, O].
+      pairs: how they are sorted.
+      sizes: numbers of rows to compute a block with.
+      layer: int32 [].
+      platform: "cpu", "gpu" or "tpu", where it will run.
+
+    Returns:
+      A tree like the weight in the dtype of its floats, None for the integers.
+    """
+    (contracting, outputs), leaf = w.shape[-2:], floats(w)
+    if leaf is w:
+        out = out.astype(product_dtype(x.dtype) if platform == "cpu" else x.dtype)  # once, not for every part
+    # A plain weight's rows are those of its cotangent; the scales of a quantised one need all of them.
+    num_parts = -(-contracting * outputs * 4 // _PART_BYTES[platform]) if leaf is w else 1
+    size = -(-contracting // num_parts)
+    part_shape = (size if leaf is w else leaf.shape[-2], outputs)
+
+    def add_part(i: jax.Array, found: jax.Array) -> jax.Array:
+        expert, part = jnp.divmod(jnp.asarray(i, jnp.int32), num_parts)
+        begin = jnp.minimum(part * size, contracting - size)  # the last part slides back and repeats what was done
+
+        def evaluate(first: jax.Array, left: jax.Array, num_rows: int) -> jax.Array:
+            is_real = jnp.arange(num_rows, dtype=jnp.int32) < left
+            factor = jnp.where(is_real[:, None], lax.dynamic_slice(x, (first, begin), (num_rows, size)), 0)
+            own = lax.dynamic_slice_in_dim(out, first, num_rows)
+            return weight_cotangent(factor, own, w, (layer, expert), platform=platform)
+
+        total = sum_blocks(pairs, sizes, expert, evaluate, part_shape)
+        return lax.dynamic_update_slice(found, total[None, None], (layer, expert, begin, jnp.zeros_like(begin)))
+
+    whole = lax.fori_loop(0, leaf.shape[1] * num_parts, add_part, jnp.zeros(leaf.shape, jnp.float32))
+    return of_floats(whole.astype(leaf.dtype), w)

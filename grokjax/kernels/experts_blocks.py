@@ -68,62 +68,87 @@ def evaluate_in_blocks(
     (num_tokens, per_token), block = experts.shape, sizes[-1]
     pairs = sort_pairs(experts, weights[0].shape[1], block)
 
-    def evaluate(rows: jax.Array, expert: jax.Array, *_: jax.Array) -> tuple[jax.Array, tuple[()]]:
+    def evaluate(rows: jax.Array, expert: jax.Array, *_: jax.Array) -> jax.Array:
         multiply = functools.partial(matmuls, at=(layer, expert), platform=platform)
-        return gated_unit(x[rows], weights, multiply), ()
+        return gated_unit(x[rows], weights, multiply)
 
-    out, _ = run_blocks(pairs, sizes, evaluate, jnp.zeros((num_tokens * per_token + block, x.shape[1]), jnp.float32))
+    out = run_blocks(pairs, sizes, evaluate, jnp.zeros((num_tokens * per_token + block, x.shape[1]), jnp.float32))
     return mix(out, probabilities, pairs)
 
 
 def run_blocks(
     pairs: SortedPairs,
     sizes: tuple[int, ...],
-    evaluate: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[Any, Any]],
+    evaluate: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Any],
     out: Any,
-    sums: Any = (),
-    add: Callable[[Any, Any, jax.Array], Any] = lambda sums, parts, expert: sums,
-) -> tuple[Any, Any]:
+) -> Any:
     """Runs one block after the other, each with the smallest of `sizes` that holds the tokens that its expert has left.
 
     Args:
       pairs: sorted for blocks of `sizes[-1]` rows.
       sizes: ascending.
       evaluate: (tokens of the block's rows, int32 [size]; their expert, int32 []; the number of the first pair; how
-        many of the rows are real, which may be more than there are) -> a tree of [size, ...], and what the block adds.
+        many of the rows are real, which may be more than there are) -> a tree of [size, ...].
       out: a tree of [M * X + sizes[-1], ...], into which the rows are written where their pairs stand.
-      sums: what blocks add to.
-      add: (sums, what a block adds, its expert) -> sums.
 
     Returns:
-      `out` and `sums`.
+      `out`.
     """
     block = sizes[-1]
 
-    def run_block(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        out, sums = carry
+    def run_block(i: jax.Array, out: Any) -> Any:
         expert = jnp.searchsorted(pairs.block_ends, i, side="right").astype(jnp.int32)
         done = (i - jnp.where(expert > 0, pairs.block_ends[expert - 1], 0)) * block
         first = pairs.starts[expert] + done
         rows = lax.dynamic_slice_in_dim(pairs.tokens, first, block)
         left = pairs.counts[expert] - done
 
-        def run(size: int) -> Callable[[], tuple[Any, Any]]:
-            def branch() -> tuple[Any, Any]:
-                found, parts = evaluate(rows[:size], expert, first, left)
-                missing = block - size
-                return jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), found), parts
+        def evaluate_padded(size: int) -> Any:
+            found = evaluate(rows[:size], expert, first, left)
+            missing = block - size
+            return jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), found)
 
-            return branch
-
-        # The smallest size that holds the expert's tokens; rows behind them are overwritten by the blocks that follow.
-        choice = (left > jnp.array(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
-        found, parts = lax.switch(choice, [run(size) for size in sizes])
+        found = _in_smallest(sizes, left, evaluate_padded)  # rows behind are overwritten by the blocks that follow
         write = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
-        return jax.tree.map(write, out, found), add(sums, parts, expert)
+        return jax.tree.map(write, out, found)
 
-    finished: tuple[Any, Any] = lax.fori_loop(0, pairs.block_ends[-1], run_block, (out, sums))
-    return finished
+    return lax.fori_loop(0, pairs.block_ends[-1], run_block, out)
+
+
+def sum_blocks(
+    pairs: SortedPairs,
+    sizes: tuple[int, ...],
+    expert: jax.Array,
+    evaluate: Callable[[jax.Array, jax.Array, int], jax.Array],
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Sums what is found for the blocks of one expert.
+
+    Args:
+      pairs: sorted for blocks of `sizes[-1]` rows.
+      sizes: ascending.
+      expert: int32 [].
+      evaluate: (the number of the block's first pair; how many of its rows are real, which may be more than there are;
+        how many there are) -> float32 of the shape.
+      shape: of the sum.
+
+    Returns:
+      float32 of the shape, zeros for an expert that nobody chose.
+    """
+    start, count = pairs.starts[expert], pairs.counts[expert]
+
+    def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
+        done = jnp.asarray(i, jnp.int32) * sizes[-1]  # a loop's index is of 64 bits under x64
+        left = count - done
+        return total + _in_smallest(sizes, left, lambda size: evaluate(start + done, left, size))
+
+    return lax.fori_loop(0, -(-count // sizes[-1]), add_block, jnp.zeros(shape, jnp.float32))
+
+
+def _in_smallest(sizes: tuple[int, ...], left: jax.Array, evaluate: Callable[[int], Any]) -> Any:
+    """`evaluate(size)` with the smallest of the sizes that holds so many tokens, or the last."""
+    choice = (left > jnp.array(sizes[:-1], jnp.int32)).sum(dtype=jnp.int32)
+    return lax.switch(choice, [functools.partial(evaluate, size) for size in sizes])
 
 
 def mix(out: jax.Array, probabilities: jax.Array, pairs: SortedPairs) -> jax.Array:

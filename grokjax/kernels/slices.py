@@ -1,8 +1,9 @@
-"""What the forms of a product share: slices of a stack of weights, the precision, and rows enough."""
+"""What the forms of a product share: slices of a stack of weights, the precision, rows enough, and the layout."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from grokjax.quantization import QuantizedArray, Weight
@@ -77,3 +78,8 @@ def in_place(stack: jax.Array, index: jax.Array, *, platform: str) -> tuple[jax.
         return stack, index
     held: tuple[jax.Array, jax.Array] = lax.optimization_barrier((stack, index))
     return held
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """The same numbers, laid out in memory with the last axis together, whatever XLA would choose."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))

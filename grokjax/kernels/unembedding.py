@@ -11,7 +11,7 @@ from jax import lax
 from grokjax.kernels.cpu_features import product_dtype, takes_planes
 from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.planes import multiply_in_parts, to_planes
-from grokjax.kernels.slices import float_precision, pad_rows
+from grokjax.kernels.slices import float_precision, pad_rows, row_major
 from grokjax.quantization import QuantizedTable, Table
 
 
@@ -31,7 +31,7 @@ def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
     int8, smooth = (integer_unembed, blocked_unembed) if is_cpu else (direct_unembed, direct_unembed)
     run = with_rule(
         functools.partial(_unembed, int8=int8, plain=plain),
-        _pull,
+        functools.partial(_pull, platform=platform),
         smooth=functools.partial(_unembed, int8=smooth, plain=plain),
     )
     out: jax.Array = run(x.reshape(-1, x.shape[-1]), table)
@@ -48,7 +48,7 @@ def _unembed(x: jax.Array, table: Table, *, int8: Form, plain: Form) -> jax.Arra
     return plain(x, table)
 
 
-def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array) -> tuple[jax.Array, Any]:
+def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array, *, platform: str) -> tuple[jax.Array, Any]:
     """The cotangents of rows [M, D] and of the floats of the table from that of `_unembed`'s result, block by block."""
     x, table = operands
     weight, scales = (table.weight, table.scales) if isinstance(table, QuantizedTable) else (table, None)
@@ -64,7 +64,8 @@ def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array) -> tuple[ja
 
     of_x = lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
     if scales is None:
-        return of_x, product("mv,md->vd", scaled, x).astype(weight.dtype)
+        by_row = row_major(scaled.T) if platform == "cpu" else scaled.T  # as in `cotangents.weight_cotangent`
+        return of_x, product("vm,md->vd", by_row, x).astype(weight.dtype)
     quantized: Any = QuantizedTable
     return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0).astype(scales.dtype))
 

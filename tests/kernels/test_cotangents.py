@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grokjax.kernels import matmul
+from grokjax.kernels import evaluate_experts, matmul, unembed
 from grokjax.quantization import QuantizedArray, quantize
 
 
@@ -33,3 +33,32 @@ def test_the_last_block_counts_no_row_twice(num_blocks: int) -> None:
     wanted = of_matrix if numbers is None else (of_matrix.reshape(numbers.shape) * numbers).sum(axis=1)
     for found, expected in ((of_x, np.asarray(out, np.float64) @ matrix.T), (of_floats[0], wanted)):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def cotangent_of_a_product(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.grad(lambda w: matmul(x, w, at=(jnp.int32(0),), platform="cpu").sum())(w[None])
+
+
+def cotangent_of_a_table(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.grad(lambda w: unembed(x, w, platform="cpu").sum())(w.T)
+
+
+def cotangent_of_experts(w: jax.Array, x: jax.Array) -> jax.Array:
+    layer, routes = jnp.int32(0), jnp.zeros((len(x), 1), jnp.int32)
+
+    def total(w: jax.Array) -> jax.Array:
+        weights = w[None, None], w[None, None], w.T[None, None]
+        return evaluate_experts(
+            x, jnp.ones(routes.shape), routes, weights, layer=layer, num_experts=1, platform="cpu"
+        ).sum()
+
+    return jax.grad(total)(w)
+
+
+@pytest.mark.parametrize("cotangent", [cotangent_of_a_product, cotangent_of_a_table, cotangent_of_experts])
+def test_no_product_on_a_cpu_has_a_transposed_factor(cotangent: Any) -> None:
+    """XLA's CPU backend takes twice the time for one of bfloat16 numbers, as the cotangent of a weight would have."""
+    shapes = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16), jax.ShapeDtypeStruct((16, 128), jnp.bfloat16)
+    program = jax.jit(cotangent).lower(*shapes).compile().as_text()
+    assert "lhs_contracting_dims={1}" in program
+    assert "lhs_contracting_dims={0}" not in program

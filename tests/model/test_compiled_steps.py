@@ -106,6 +106,30 @@ def test_a_gradient_with_plain_weights_holds_one_layer_beside_them() -> None:
     assert read_program(lowered.compile()).temporary_bytes < 4 * experts_of_a_layer  # 16 layers in bfloat16 are 8
 
 
+def test_a_backward_pass_costs_at_most_three_forward_passes() -> None:
+    """Each product is computed once more, and has two cotangents; the experts do not compute theirs a third time.
+
+    Of loops the compiler counts one turn. So there is one layer, one expert, and one block of everything.
+    """
+    config = GrokConfig.tiny().replace(
+        num_layers=1, num_experts=1, experts_per_token=1, model_dim=128, ffn_dim=1024, max_seq_len=64
+    )
+    model = abstract_model(config, Partitioner.create(config, make_mesh((1, 1))), dtype=jnp.bfloat16, quantized=False)
+
+    def loss(parameters: dict[str, jax.Array], model: Grok, tokens: jax.Array) -> jax.Array:
+        return forward(with_values(model, parameters), tokens).sum()
+
+    given = (
+        {name: param.get_value() for name, param in named_parameters(model).items()},
+        model,
+        jax.ShapeDtypeStruct((1, 64), jnp.int32),
+    )
+    forwards, both = (jax.jit(f).lower(*given).cost_analysis()["flops"] for f in (loss, jax.value_and_grad(loss)))
+    products = 2 * 64 * (3 * 128 * 1024 + 128 * config.vocab_size)
+    assert products < forwards < 1.5 * products
+    assert 2.5 < both / forwards - 1 <= 3
+
+
 def test_more_devices_than_kv_heads_gather_only_the_new_keys_and_values() -> None:
     config = REAL.replace(num_layers=4, num_kv_heads=4)
     program = compile_step((1, 8), ShardingRules(), config=config)
