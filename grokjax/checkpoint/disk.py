@@ -6,6 +6,7 @@ Nothing is written or removed through a link. Of what is read, only the files of
 import contextlib
 import errno
 import importlib
+import io
 import json
 import os
 import re
@@ -139,6 +140,17 @@ def read_json(path: Path, advice: str) -> Any:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}): {advice}.") from error
+
+
+def read_bytes(stream: io.RawIOBase, start: int, into: memoryview) -> bool:
+    """Reads a part of a file into memory, without a copy on the way; returns whether all of it was there."""
+    stream.seek(start)
+    while into:
+        count = stream.readinto(into)
+        if not count:
+            return False
+        into = into[count:]
+    return True
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import tensorstore
 from builders import DENSE, WrittenCheckpoint, write_checkpoint
 
 from grokjax import CheckpointError, convert, describe, load, load_parameters, make_mesh, verify
 from grokjax.checkpoint import open_checkpoint
 from grokjax.checkpoint.formats import orbax_headers
+from grokjax.checkpoint.stored import ArraySpec
 
 LEFT_BEHIND = (".DS_Store", "._layers.0", ".nfs00000001", ".snapshot/layers.0", "@eaDir/thumbnail")
 TABLE = Path("weights/embedding.table/state/embedding.table.weight")
@@ -65,6 +68,41 @@ def test_what_systems_leave_is_passed_over(copied: Path, source: WrittenCheckpoi
     leave_behind(tmp_path / "new")
     convert(copied, tmp_path / "new")
     verify(tmp_path / "new", copied)
+
+
+def test_a_model_is_read_past_the_storage_library(
+    converted: Path, source: WrittenCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which reads whole chunks, and copies what is wanted of them."""
+    one_device = make_mesh((1, 1))
+    expected = load(source.path, source.config, one_device)
+    monkeypatch.setattr(tensorstore, "open", None)
+    found = load(converted, mesh=one_device)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float32])
+def test_rows_of_many_chunks_are_read_as_they_were_written(tmp_path: Path, dtype: type) -> None:
+    values = np.arange(1, 81).reshape(10, 8).astype(dtype)
+    spec = ArraySpec(values.shape, values.dtype)
+    metadata = orbax_headers.expected_header(spec, [4, 8])
+    place = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path)}}
+    tensorstore.open(place | {"metadata": metadata}, create=True).result().write(values).result()
+    for index in [(), (slice(0, 10),), (slice(3, 9), slice(0, 8)), (slice(4, 8),), (9,), (slice(5, 5),)]:
+        out = np.zeros_like(values[index])
+        assert orbax_headers.read_rows(tmp_path, spec, index, out)
+        np.testing.assert_array_equal(out, values[index])
+    out = np.zeros((10, 4), dtype)
+    assert not orbax_headers.read_rows(tmp_path, spec, (slice(0, 10), slice(2, 6)), out)
+    # What is not as we write it is the library's: a chunk that has become longer, shorter, or is not there.
+    chunk = tmp_path / "c" / "1" / "0"
+    whole = chunk.read_bytes()
+    for changed in (whole + b"x", whole[:-1], whole[1:], b""):
+        chunk.write_bytes(changed)
+        assert not orbax_headers.read_rows(tmp_path, spec, (slice(3, 5),), np.zeros((2, 8), dtype))
+    chunk.unlink()
+    assert not orbax_headers.read_rows(tmp_path, spec, (slice(3, 5),), np.zeros((2, 8), dtype))
 
 
 HUGE = 1 << 40

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import MULTIPLIER, ROWS, SOFTCAP, AttentionCase
-from builders import program_for, random_model
+from builders import program_for
 
-from grokjax import GrokConfig, decode, prefill
+from grokjax import GrokConfig, decode, init, prefill
 from grokjax.cache import Entries, QuantizedEntries
 from grokjax.kernels import attend, attention_gpu, matmul_gpu
 from grokjax.sharding import Partitioner
@@ -105,7 +105,7 @@ def test_a_model_with_all_kernels_gives_the_same_logits(monkeypatch: pytest.Monk
     """What a program for GPUs computes is what one for CPUs does: prefill and two steps."""
     sizes = {"model_dim": 128, "ffn_dim": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "num_layers": 2}
     config = GrokConfig.tiny().replace(**sizes)
-    model = random_model(config, dtype=jnp.bfloat16)
+    model = init(config, dtype=jnp.bfloat16)
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, (2, 40))
 
     def logits() -> np.ndarray:

@@ -1,19 +1,22 @@
 """What lies in the units of our own checkpoints, looked at without the storage library.
 
 What the files say of themselves is compared with the manifest, and their sizes are counted, before that library sees
-them: a header that asks for more memory than there is would end the process.
+them: a header that asks for more memory than there is would end the process. Whole rows are also read without it.
 """
 
 import json
 import math
+import struct
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grokjax.checkpoint.disk import entries, files_below, is_regular, read_json
+import numpy as np
+
+from grokjax.checkpoint.disk import entries, files_below, is_regular, read_bytes, read_json
 from grokjax.checkpoint.formats.manifest import Manifest
-from grokjax.checkpoint.stored import ArraySpec, CheckpointError
+from grokjax.checkpoint.stored import Array, ArraySpec, CheckpointError, Index
 
 WEIGHTS = "weights"
 _METADATA, _HEADER = "_METADATA", "zarr.json"
@@ -95,6 +98,50 @@ def unit_fault(folder: Path, manifest: Manifest, name: str) -> str | None:
     return f"{missing} bytes of its arrays are missing" if missing else None
 
 
+def read_rows(array: Path, spec: ArraySpec, index: Index, out: Array) -> bool:
+    """Reads whole rows of an array straight into `out`; the storage library reads whole chunks, and copies them.
+
+    Args:
+      array: its folder, in a unit that was looked at.
+      spec: what the manifest says of it.
+      index: of the rows.
+      out: of their shape, in C order.
+
+    Returns:
+      Whether it was so: not where parts of rows are asked for, or the files are otherwise than we write them. Then the
+      storage library reads them, or says what is wrong.
+    """
+    chunk = _chunk_shape(array / _HEADER, spec)
+    places: list[int | slice] = [*index, *[slice(None)] * (len(spec.shape) - len(index))]
+    first, *others = places
+    rows = range(spec.shape[0])[first if isinstance(first, slice) else slice(first, first + 1)]
+    has_whole_rows = all(
+        isinstance(entry, slice) and range(size)[entry] == range(size) == range(step)
+        for entry, size, step in zip(others, spec.shape[1:], chunk[1:], strict=True)
+    )
+    if not (has_whole_rows and rows.step == 1 and out.flags.c_contiguous):
+        return False
+    into, row_bytes = out.reshape(-1).view(np.uint8).data, _num_bytes(spec.shape[1:], spec)
+    for number in range(rows.start // chunk[0], -(-rows.stop // chunk[0])):
+        begin, end = (min(max(row, rows.start), rows.stop) for row in (number * chunk[0], (number + 1) * chunk[0]))
+        target = into[(begin - rows.start) * row_bytes : (end - rows.start) * row_bytes]
+        file = (array / "c").joinpath(str(number), *["0"] * len(others))
+        if not _read_chunk(file, chunk[0] * row_bytes, (begin - number * chunk[0]) * row_bytes, target):
+            return False
+    return True
+
+
+def _read_chunk(file: Path, num_bytes: int, start: int, into: memoryview) -> bool:
+    """Reads some of a chunk, if its values are the beginning of the file, as the index behind them says."""
+    try:
+        with file.open("rb", buffering=0) as stream:
+            index = bytearray(_CHUNK_INDEX_BYTES)
+            has_index = read_bytes(stream, num_bytes, memoryview(index)) and not stream.read(1)
+            return has_index and struct.unpack_from("<QQ", index) == (0, num_bytes) and read_bytes(stream, start, into)
+    except OSError:
+        return False
+
+
 def _missing_bytes(state: Path, specs: Mapping[str, ArraySpec]) -> int:
     """The bytes that a unit's arrays lack; where a file that describes them is empty, those of all of them.
 
@@ -130,9 +177,10 @@ def _chunk_shape(path: Path, spec: ArraySpec) -> Sequence[int]:
     header = read_json(path, _ADVICE)
     try:
         chunk = header["chunk_grid"]["configuration"]["chunk_shape"]
+        expected = expected_header(spec, chunk)
         is_ours = all(
             type(step) is int and 0 < step <= size for step, size in zip(chunk, spec.shape, strict=True)
-        ) and _as_text({name: header[name] for name in _expected(spec, chunk)}) == _as_text(_expected(spec, chunk))
+        ) and _as_text({name: header[name] for name in expected}) == _as_text(expected)
     except (KeyError, TypeError, ValueError):
         is_ours = False
     if not is_ours:
@@ -141,7 +189,7 @@ def _chunk_shape(path: Path, spec: ArraySpec) -> Sequence[int]:
     return found
 
 
-def _expected(spec: ArraySpec, chunk: Sequence[int]) -> dict[str, Any]:
+def expected_header(spec: ArraySpec, chunk: Sequence[int]) -> dict[str, Any]:
     """What a header says of an array in such chunks, apart from what a reader need not know."""
     values = {"name": "bytes"} | ({} if spec.dtype.itemsize == 1 else {"configuration": _LITTLE_ENDIAN})
     index = [{"name": "bytes", "configuration": _LITTLE_ENDIAN}, {"name": "crc32c"}]

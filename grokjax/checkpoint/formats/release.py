@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grokjax.checkpoint.disk import Stamp, stamp_of, unchanged
+from grokjax.checkpoint.disk import Stamp, read_bytes, stamp_of, unchanged
 from grokjax.checkpoint.formats.release_pickle import ArrayHeader, PickleFormatError, parse_tensor
 from grokjax.checkpoint.parameters import Part, find_parameter, parameter_shapes
 from grokjax.checkpoint.sizes import check_count, recognise
@@ -98,14 +98,8 @@ class Payload:
     def _read_bytes(self, out: Array, start: int) -> None:
         into = out.reshape(-1).view(np.uint8).data
         with self.path.open("rb", buffering=0) as stream:
-            stream.seek(self.offset + start * self.dtype.itemsize)
-            while into:
-                count = stream.readinto(into)
-                if not count:
-                    raise CheckpointError(
-                        f"{self.path}: the file has become shorter while it was read: download it again."
-                    )
-                into = into[count:]
+            if not read_bytes(stream, self.offset + start * self.dtype.itemsize, into):
+                raise CheckpointError(f"{self.path}: the file has become shorter while it was read: download it again.")
 
 
 @dataclasses.dataclass(frozen=True)
