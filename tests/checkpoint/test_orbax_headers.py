@@ -83,26 +83,28 @@ def test_a_model_is_read_past_the_storage_library(
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.float32])
-def test_rows_of_many_chunks_are_read_as_they_were_written(tmp_path: Path, dtype: type) -> None:
+@pytest.mark.parametrize("chunk", [[4, 8], [4, 3]])
+def test_many_chunks_are_read_as_they_were_written(tmp_path: Path, dtype: type, chunk: list[int]) -> None:
     values = np.arange(1, 81).reshape(10, 8).astype(dtype)
     spec = ArraySpec(values.shape, values.dtype)
-    metadata = orbax_headers.expected_header(spec, [4, 8])
+    metadata = orbax_headers.expected_header(spec, chunk)
     place = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path)}}
     tensorstore.open(place | {"metadata": metadata}, create=True).result().write(values).result()
-    for index in [(), (slice(0, 10),), (slice(3, 9), slice(0, 8)), (slice(4, 8),), (9,), (slice(5, 5),)]:
+    rows = [(), (slice(0, 10),), (slice(3, 9), slice(0, 8)), (slice(4, 8),), (9,), (slice(5, 5),)]
+    for index in [*rows, (slice(0, 10), slice(2, 7)), (slice(5, 7), slice(3, 6)), (7, slice(1, 4)), (3, 5)]:
         out = np.zeros_like(values[index])
-        assert orbax_headers.read_rows(tmp_path, spec, index, out)
+        assert orbax_headers.read_chunks(tmp_path, spec, index, out)
         np.testing.assert_array_equal(out, values[index])
-    out = np.zeros((10, 4), dtype)
-    assert not orbax_headers.read_rows(tmp_path, spec, (slice(0, 10), slice(2, 6)), out)
     # What is not as we write it is the library's: a chunk that has become longer, shorter, or is not there.
-    chunk = tmp_path / "c" / "1" / "0"
-    whole = chunk.read_bytes()
+    file = tmp_path / "c" / "1" / "0"
+    whole = file.read_bytes()
     for changed in (whole + b"x", whole[:-1], whole[1:], b""):
-        chunk.write_bytes(changed)
-        assert not orbax_headers.read_rows(tmp_path, spec, (slice(3, 5),), np.zeros((2, 8), dtype))
-    chunk.unlink()
-    assert not orbax_headers.read_rows(tmp_path, spec, (slice(3, 5),), np.zeros((2, 8), dtype))
+        file.write_bytes(changed)
+        assert not orbax_headers.read_chunks(tmp_path, spec, (slice(3, 5),), np.zeros((2, 8), dtype))
+    file.unlink()
+    assert not orbax_headers.read_chunks(tmp_path, spec, (slice(3, 5),), np.zeros((2, 8), dtype))
+    strided = np.zeros((2, 16), dtype)[:, ::2]
+    assert not orbax_headers.read_chunks(tmp_path, spec, (slice(0, 2),), strided)
 
 
 HUGE = 1 << 40

@@ -15,7 +15,7 @@ import numpy as np
 
 from grokjax.checkpoint.disk import check_name
 from grokjax.checkpoint.formats.manifest import MANIFEST, UNFINISHED, Manifest, read_manifest
-from grokjax.checkpoint.formats.orbax_headers import WEIGHTS, Units, read_rows, unit_fault, unit_names, unit_path
+from grokjax.checkpoint.formats.orbax_headers import WEIGHTS, Units, read_chunks, unit_fault, unit_names, unit_path
 from grokjax.checkpoint.formats.orbax_units import how_to_go_on, read_unit, reason
 from grokjax.checkpoint.parameters import Part, parameter_shapes, parts_of
 from grokjax.checkpoint.sizes import check_count
@@ -80,10 +80,10 @@ class OrbaxArray:
                 self._read_part(part, target, index[1:])
 
     def _read_part(self, part: Part, out: Array, index: Index) -> None:
-        """Reads a region of a part; what is not made of whole rows by Orbax's own storage library."""
+        """Reads a region of a part; by Orbax's own storage library what is not stored as we store it."""
         array = self.units.path(part.unit) / "state" / f"{part.name}.{self.leaf}"
         spec = self.units.manifest.specs[self.parameter].part(part).leaves()[self.leaf]
-        if not read_rows(array, spec, index, out):
+        if not read_chunks(array, spec, index, out):
             self._read_by_library(array, out, index)
 
     def _read_by_library(self, array: Path, out: Array, index: Index) -> None:

@@ -1,9 +1,10 @@
 """What lies in the units of our own checkpoints, looked at without the storage library.
 
 What the files say of themselves is compared with the manifest, and their sizes are counted, before that library sees
-them: a header that asks for more memory than there is would end the process. Whole rows are also read without it.
+them: a header that asks for more memory than there is would end the process. Values are also read without it.
 """
 
+import itertools
 import json
 import math
 import struct
@@ -98,48 +99,62 @@ def unit_fault(folder: Path, manifest: Manifest, name: str) -> str | None:
     return f"{missing} bytes of its arrays are missing" if missing else None
 
 
-def read_rows(array: Path, spec: ArraySpec, index: Index, out: Array) -> bool:
-    """Reads whole rows of an array straight into `out`; the storage library reads whole chunks, and copies them.
+def read_chunks(array: Path, spec: ArraySpec, index: Index, out: Array) -> bool:
+    """Reads a region of an array into `out`; the storage library would take new memory for every chunk.
 
     Args:
       array: its folder, in a unit that was looked at.
       spec: what the manifest says of it.
-      index: of the rows.
-      out: of their shape, in C order.
+      index: of the region.
+      out: of its shape, in C order.
 
     Returns:
-      Whether it was so: not where parts of rows are asked for, or the files are otherwise than we write them. Then the
-      storage library reads them, or says what is wrong.
+      Whether it was so; not where the files are otherwise than we write them. Then the storage library reads them, or
+      says what is wrong.
     """
     chunk = _chunk_shape(array / _HEADER, spec)
-    places: list[int | slice] = [*index, *[slice(None)] * (len(spec.shape) - len(index))]
-    first, *others = places
-    rows = range(spec.shape[0])[first if isinstance(first, slice) else slice(first, first + 1)]
-    has_whole_rows = all(
-        isinstance(entry, slice) and range(size)[entry] == range(size) == range(step)
-        for entry, size, step in zip(others, spec.shape[1:], chunk[1:], strict=True)
-    )
-    if not (has_whole_rows and rows.step == 1 and out.flags.c_contiguous):
+    whole = (*index, *[slice(None)] * (len(spec.shape) - len(index)))
+    ranges = [
+        range(size)[entry if isinstance(entry, slice) else slice(entry, entry + 1)]
+        for entry, size in zip(whole, spec.shape, strict=True)
+    ]
+    if not out.flags.c_contiguous or any(taken.step != 1 for taken in ranges):
         return False
-    into, row_bytes = out.reshape(-1).view(np.uint8).data, _num_bytes(spec.shape[1:], spec)
-    for number in range(rows.start // chunk[0], -(-rows.stop // chunk[0])):
-        begin, end = (min(max(row, rows.start), rows.stop) for row in (number * chunk[0], (number + 1) * chunk[0]))
-        target = into[(begin - rows.start) * row_bytes : (end - rows.start) * row_bytes]
-        file = (array / "c").joinpath(str(number), *["0"] * len(others))
-        if not _read_chunk(file, chunk[0] * row_bytes, (begin - number * chunk[0]) * row_bytes, target):
+    region, scratch = out.reshape([len(taken) for taken in ranges]), np.empty(chunk, out.dtype)
+    numbers = [range(taken.start // step, -(-taken.stop // step)) for taken, step in zip(ranges, chunk, strict=True)]
+    for place in itertools.product(*numbers):
+        target, within = [], []  # the region's part in this chunk: where it is wanted, and where it is stored
+        for number, step, taken in zip(place, chunk, ranges, strict=True):
+            start, stop = max(taken.start, number * step), min(taken.stop, (number + 1) * step)
+            target.append(slice(start - taken.start, stop - taken.start))
+            within.append(slice(start - number * step, stop - number * step))
+        if not _read_chunk(array.joinpath("c", *map(str, place)), region[tuple(target)], within, scratch):
             return False
     return True
 
 
-def _read_chunk(file: Path, num_bytes: int, start: int, into: memoryview) -> bool:
-    """Reads some of a chunk, if its values are the beginning of the file, as the index behind them says."""
+def _read_chunk(file: Path, out: Array, within: Sequence[slice], scratch: Array) -> bool:
+    """Reads a region of a chunk, if its values are the beginning of the file, as the index behind them says.
+
+    Whole rows are read to where they stay, parts of them by way of `scratch`, which has the chunk's shape.
+    """
+    rows = scratch[within[0]]
+    is_direct = out.shape == rows.shape and out.flags.c_contiguous
+    start = within[0].start * (scratch.nbytes // len(scratch))
     try:
         with file.open("rb", buffering=0) as stream:
             index = bytearray(_CHUNK_INDEX_BYTES)
-            has_index = read_bytes(stream, num_bytes, memoryview(index)) and not stream.read(1)
-            return has_index and struct.unpack_from("<QQ", index) == (0, num_bytes) and read_bytes(stream, start, into)
+            if not read_bytes(stream, scratch.nbytes, memoryview(index)) or stream.read(1):
+                return False
+            if struct.unpack_from("<QQ", index) != (0, scratch.nbytes):
+                return False
+            if not read_bytes(stream, start, (out if is_direct else rows).reshape(-1).view(np.uint8).data):
+                return False
     except OSError:
         return False
+    if not is_direct:
+        out[...] = rows[(slice(None), *within[1:])]
+    return True
 
 
 def _missing_bytes(state: Path, specs: Mapping[str, ArraySpec]) -> int:
