@@ -138,17 +138,16 @@ def _read_chunk(file: Path, out: Array, within: Sequence[slice], scratch: Array)
 
     Whole rows are read to where they stay, parts of them by way of `scratch`, which has the chunk's shape.
     """
-    rows = scratch[within[0]]
+    rows, index = scratch[within[0]], bytearray(_CHUNK_INDEX_BYTES)
     is_direct = out.shape == rows.shape and out.flags.c_contiguous
-    start = within[0].start * (scratch.nbytes // len(scratch))
+    into = (out if is_direct else rows).reshape(-1).view(np.uint8).data
     try:
         with file.open("rb", buffering=0) as stream:
-            index = bytearray(_CHUNK_INDEX_BYTES)
-            if not read_bytes(stream, scratch.nbytes, memoryview(index)) or stream.read(1):
-                return False
-            if struct.unpack_from("<QQ", index) != (0, scratch.nbytes):
-                return False
-            if not read_bytes(stream, start, (out if is_direct else rows).reshape(-1).view(np.uint8).data):
+            # First what lies first: the system reads ahead.
+            has_all = read_bytes(stream, within[0].start * (scratch.nbytes // len(scratch)), into) and read_bytes(
+                stream, scratch.nbytes, memoryview(index)
+            )
+            if not has_all or stream.read(1) or struct.unpack_from("<QQ", index) != (0, scratch.nbytes):
                 return False
     except OSError:
         return False
