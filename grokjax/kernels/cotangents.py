@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from grokjax.kernels.cpu_features import product_dtype
-from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, row_major, select, weight_and_scales
+from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, select, transposed, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
 
 # Bytes of a weight that are cast at once: on CPUs they should stay in a core's cache, elsewhere each step has a price.
@@ -63,8 +63,7 @@ def weight_cotangent(x: jax.Array, out: jax.Array, w: Weight, at: tuple[jax.Arra
     dtype = product_dtype(x.dtype) if platform == "cpu" else x.dtype
     x = x.astype(dtype)
     if scales is None:
-        # XLA's CPU backend multiplies a transposed bfloat16 factor at half the speed: it is laid out in rows first.
-        return _product("cm,mo->co", row_major(x.T) if platform == "cpu" else x.T, out.astype(dtype))
+        return _product("cm,mo->co", transposed(x, platform=platform), out.astype(dtype))
     blocks = _Blocks.of(w, platform)
 
     def add_block(i: jax.Array, cotangent: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 from grokjax.kernels.cpu_features import product_dtype, takes_planes
 from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.planes import multiply_in_parts, to_planes
-from grokjax.kernels.slices import float_precision, pad_rows, row_major
+from grokjax.kernels.slices import float_precision, pad_rows, transposed
 from grokjax.quantization import QuantizedTable, Table
 
 
@@ -64,8 +64,7 @@ def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array, *, platform
 
     of_x = lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
     if scales is None:
-        by_row = row_major(scaled.T) if platform == "cpu" else scaled.T  # as in `cotangents.weight_cotangent`
-        return of_x, product("vm,md->vd", by_row, x).astype(weight.dtype)
+        return of_x, product("vm,md->vd", transposed(scaled, platform=platform), x).astype(weight.dtype)
     quantized: Any = QuantizedTable
     return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0).astype(scales.dtype))
 
