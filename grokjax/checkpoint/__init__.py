@@ -15,7 +15,7 @@ them.
 
 from grokjax.checkpoint.beside import find_config, find_tokenizer, tokenizer_places
 from grokjax.checkpoint.conversion import ConversionPlan, convert, plan_conversion
-from grokjax.checkpoint.disk import check_no_link, lock_file, open_itself
+from grokjax.checkpoint.disk import check_no_link, lock_file, open_itself, written_whole
 from grokjax.checkpoint.exporting import export
 from grokjax.checkpoint.formats.release import open_release, parameter_names
 from grokjax.checkpoint.formats.safetensors import SafetensorsCheckpoint
@@ -67,4 +67,5 @@ __all__ = [
     "tokenizer_places",
     "verify",
     "verify_finite",
+    "written_whole",
 ]

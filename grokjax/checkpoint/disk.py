@@ -220,24 +220,29 @@ def open_to_write(path: Path) -> IO[str]:
     return open(path, "w", encoding="utf-8", opener=open_itself)
 
 
-def write_json(path: Path, document: object) -> None:
-    """Writes a file so that it is there whole or not at all; what was there before stays until then.
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that is there whole after the block, or not at all; what was there before stays until then.
 
     Raises:
       CheckpointError: A link has the name that the file has until it is whole.
       OSError: The disk is full, or the folder cannot be written; what was written is removed.
     """
     partial = path.with_name(path.name + PARTIAL)
-    stream = open_to_write(partial)
-    try:
-        with stream:
-            stream.write(json.dumps(document, indent=2) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+    with contextlib.ExitStack() as on_failure:
+        with open(partial, "wb", opener=open_itself) as stream:
+            on_failure.callback(partial.unlink, missing_ok=True)
+            yield stream
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        on_failure.pop_all()
+
+
+def write_json(path: Path, document: object) -> None:
+    """Writes a file by `written_whole`, which is on the disk before it has its name."""
+    with written_whole(path) as stream:
+        stream.write(f"{json.dumps(document, indent=2)}\n".encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def lock_file(file: IO[Any], path: Path) -> None:

@@ -1,6 +1,5 @@
 """How far a pass through layers that stream has come, in a file beside the results: interrupted, it goes on there."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grokjax.checkpoint import open_itself
+from grokjax.checkpoint import written_whole
 from grokjax.cli.console import say
 
 # How every such file begins: what else has the name is not ours to overwrite.
@@ -44,7 +43,7 @@ class KeptPass:
         """
         path = output.with_name(f"{output.name}.pass")
         kept = cls(path, _digest(repr((jax.__version__, jax.default_backend(), *what)).encode()))
-        if path.exists() and kept._read()[: len(_START)] != _START:
+        if path.exists() and kept._read(len(_START)) != _START:
             raise ValueError(f"{path} has the name of what --keep-pass keeps, and is none: move it away.")
         return kept
 
@@ -78,14 +77,12 @@ class KeptPass:
         Raises:
           ValueError: It cannot be written.
         """
-        data, partial = np.asarray(x).tobytes(), self.path.with_name(f"{self.path.name}.part")
+        data = np.asarray(x).tobytes()
         try:
-            with open(partial, "wb", opener=open_itself) as file:
-                file.write(json.dumps(self._head(num_layers, data)).encode() + b"\n" + data)
-            partial.replace(self.path)
+            with written_whole(self.path) as file:
+                file.write(json.dumps(self._head(num_layers, data)).encode() + b"\n")
+                file.write(data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             raise ValueError(
                 f"{self.path} cannot be written: {error.strerror}. The results so far are kept, and the same command "
                 "goes on after them: make room, or leave --keep-pass away."
@@ -99,9 +96,11 @@ class KeptPass:
         crc32 = zlib.crc32(data, num_layers)
         return {"grokjax pass": f"{self.model} {self.batch}", "layers": num_layers, "crc32": crc32}
 
-    def _read(self) -> bytes:
+    def _read(self, num_bytes: int = -1) -> bytes:
+        """So many bytes of the file, from its beginning; all by default."""
         try:
-            return self.path.read_bytes()
+            with self.path.open("rb") as file:
+                return file.read(num_bytes)
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read: {error.strerror}. Move it away.") from error
 

@@ -20,6 +20,8 @@ from grokjax.model import StreamedLayers, pad_texts
 from grokjax.request import Completion, FinishReason, Timings, TokenScore
 from grokjax.sharding import to_host
 
+_SCORING = "the scoring of texts"
+
 
 def score_batches(
     model: Grok,
@@ -94,9 +96,6 @@ def follow_batches(model: Grok) -> None:
         tokens, lengths, num_top = values
         _score(model, tokens, lengths, num_top.item())
         name, values = channel.receive()
-
-
-_SCORING = "the scoring of texts"
 
 
 @contextlib.contextmanager
