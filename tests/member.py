@@ -30,9 +30,10 @@ from grokjax.model import Grok, ModelSteps, forward
 from grokjax.request import Request
 from grokjax.sharding import ShardingRules, make_mesh
 
-CASE = "tiny-moe-s8"
-TINY = TINY_DENSE.replace(max_seq_len=16)
-FOUR_EXPERTS = TINY.replace(num_experts=4, experts_per_token=2, max_seq_len=64)
+# The golden model of each mesh.
+CASES = {"1x8": "tiny-dense-2x4", "2x4": "tiny-moe-s8"}
+TINY = TINY_DENSE.replace(max_seq_len=64)
+FOUR_EXPERTS = TINY.replace(num_experts=4, experts_per_token=2)
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
 ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,), "prefill_rows": 1}
 GENERATE = ["generate", "--dtype", "float32", "--ignore-eos", "--random"]
@@ -67,16 +68,13 @@ def answer(engine: Engine) -> list[dict[str, Any]]:
 
 def work_together(folder: Path) -> dict[str, Any]:
     """Everything that works over processes, once; what came of it."""
-    golden = load_case(CASE)
+    spread: dict[str, Any] = {"mesh": make_mesh(*MESHES["2x4"]), "rules": ShardingRules.expert_parallel()}
     found: dict[str, Any] = {"devices": jax.device_count()}
     with counted_bytes() as sizes:
-        model = load(golden.checkpoint, golden.config, make_mesh(*MESHES["1x8"]), np.float32)
+        model = load_golden("1x8", mesh=make_mesh(*MESHES["1x8"]))
     found["loaded_bytes"] = sum(sizes)
-    keep_logits(model, folder / f"1x8-{jax.process_index()}.npy")
-    spread: dict[str, Any] = {"mesh": make_mesh(*MESHES["2x4"]), "rules": ShardingRules.expert_parallel()}
-    keep_logits(
-        load(golden.checkpoint, golden.config, dtype=np.float32, **spread), folder / f"2x4-{jax.process_index()}.npy"
-    )
+    keep_logits(model, "1x8", folder)
+    keep_logits(load_golden("2x4", **spread), "2x4", folder)
     convert(folder / "experts", folder / "converted", FOUR_EXPERTS)
     found["converted"] = describe(folder / "converted").num_bytes
     model = load(folder / "experts", FOUR_EXPERTS, dtype=np.float32, **spread)
@@ -93,7 +91,7 @@ def work_together(folder: Path) -> dict[str, Any]:
         distributed.on_first(f"the end of /{jax.process_index()}", lambda: None)
     except distributed.DistributedError as error:
         found["elsewhere"] = str(error)
-    found["answers"] = lead_or_follow(load(folder / "saved", mesh=make_mesh(*MESHES["2x4"]), dtype=np.float32))
+    found["answers"] = lead_or_follow(load(folder / "seed-0", TINY, make_mesh(*MESHES["2x4"]), np.float32))
     found["shown"] = show([*GENERATE, str(folder / "config.json"), *PROMPT, "--mesh", "1,8"])
     return found
 
@@ -106,8 +104,14 @@ def show(command: list[str]) -> str:
     return shown.getvalue()
 
 
-def keep_logits(model: Grok, path: Path) -> None:
-    np.save(path, multihost_utils.process_allgather(forward(model, load_case(CASE).tokens), tiled=True))
+def load_golden(name: str, **place: Any) -> Grok:
+    golden = load_case(CASES[name])
+    return load(golden.checkpoint, golden.config, dtype=np.float32, **place)
+
+
+def keep_logits(model: Grok, name: str, folder: Path) -> None:
+    logits = forward(model, load_case(CASES[name]).tokens)
+    np.save(folder / f"{name}-{jax.process_index()}.npy", multihost_utils.process_allgather(logits, tiled=True))
 
 
 def lead_or_follow(model: Grok) -> list[dict[str, Any]] | None:
@@ -173,9 +177,7 @@ def main() -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     jax.config.update("jax_default_device", None)  # a command without --mesh takes the devices of both processes
-    distributed.initialize(
-        f"localhost:{port}", 2, process_id, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=60
-    )
+    distributed.initialize(f"localhost:{port}", 2, process_id, heartbeat_timeout_seconds=6, shutdown_timeout_seconds=60)
     result = JOBS[job](folder)
     (folder / f"{job}-{process_id}.json").write_text(json.dumps(result))
 

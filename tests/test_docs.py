@@ -81,8 +81,8 @@ def compile_block(block: Block, document: Path) -> types.CodeType:
 # pyproject.toml says.
 WITH_PYTHON = [document for document in DOCUMENTS if any(block.runs for block in python_blocks(document))]
 WITH_COMMANDS = [document for document in DOCUMENTS if read_commands(document.read_text())]
-# It looks into one model in every way, which takes as long as all others: the tests of research show each way too.
-LONGEST = ROOT / "docs" / "experiments.md"
+# Those that are run as notebooks too, and take as long as all others.
+AS_NOTEBOOKS = [ROOT / "docs" / f"{page}.md" for page in ("walkthrough", "research", "experiments")]
 
 
 def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
@@ -92,7 +92,7 @@ def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    or_thorough([(page,) for page in WITH_PYTHON], [(page,) for page in WITH_PYTHON if page != LONGEST]),
+    or_thorough([(page,) for page in WITH_PYTHON], [(page,) for page in WITH_PYTHON if page not in AS_NOTEBOOKS]),
     ids=name,
 )
 def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

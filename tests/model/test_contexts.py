@@ -82,13 +82,13 @@ def assert_same(tree: Any, expected: Any) -> None:
 
 
 def run_steps() -> Any:
-    logits, cache = prefill(model(), TOKENS, jnp.asarray(LENGTHS), model().new_cache(2, 16))
-    row = KVCache.create(CONFIG, 1, 8, mesh=make_mesh((2, 4)))
+    logits, cache = prefill(dense(), TOKENS, jnp.asarray(LENGTHS), dense().new_cache(2, 16))
+    row = KVCache.create(DENSE, 1, 8, mesh=make_mesh((2, 4)))
     cache = cache.insert(row, jnp.int32(1)).reset(0)
-    after, cache = decode(model(), np.array([1, 2]), cache, active=np.array([True, True]))
+    after, cache = decode(dense(), np.array([1, 2]), cache, active=np.array([True, True]))
     settings = SampleSettings.create(2, temperature=1.0)
     keys = jax.random.split(jax.random.key(1), 2)
-    drawn, cache = decode_and_sample(model(), jnp.array([1, 2], jnp.int32), cache, settings, keys)
+    drawn, cache = decode_and_sample(dense(), jnp.array([1, 2], jnp.int32), cache, settings, keys)
     return logits, after, drawn, cache
 
 
@@ -165,7 +165,7 @@ EVERYBODY_S = [case for case in IN_TURN if case[0] not in ("methods", "text gene
 
 @pytest.mark.parametrize(
     ("name", "contexts"),
-    or_thorough(IN_TURN + [(name, tuple(MESHES)) for name in EAGER], EVERYBODY_S),
+    or_thorough(EVERYBODY_S + [(name, tuple(MESHES)) for name in EAGER], EVERYBODY_S),
     ids=lambda value: value if isinstance(value, str) else "all" if len(value) > 1 else value[0],
 )
 def test_every_function_does_the_same_under_any_mesh(name: str, contexts: Sequence[str], tmp_path: Path) -> None:

@@ -121,7 +121,6 @@ def check(found: Mapping[str, jax.Array], wanted: Mapping[str, np.ndarray], mode
 CASES = [
     (TWO, (1, 1), TENSOR, None),
     (TWO, (2, 4), TENSOR, 4),
-    (TWO, (1, 1), TENSOR, 4),
     (TWO_DENSE, (1, 1), TENSOR, None),
     (TWO, (1, 8), EXPERT, None),
     (TWO, (2, 4), FULLY, None),
@@ -137,12 +136,9 @@ def test_every_float_has_the_reference_s_derivative(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("config", "mesh", "rules", "num_blocks"), CASES[:2], ids=label)
-def test_steps_have_the_derivative_of_the_whole(
-    config: GrokConfig, mesh: tuple[int, int], rules: ShardingRules, num_blocks: int | None
-) -> None:
-    model, weights = make(config, mesh, rules, num_blocks)
-    check(jax.jit(jax.grad(loss_by_steps))(floats_of(model), model), expected(weights, config, last=3), model)
+def test_steps_have_the_derivative_of_the_whole() -> None:
+    model, weights = make(TWO, (2, 4), TENSOR, 4)
+    check(jax.jit(jax.grad(loss_by_steps))(floats_of(model), model), expected(weights, TWO, last=3), model)
 
 
 @pytest.mark.thorough

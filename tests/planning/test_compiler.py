@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import or_thorough
+from builders import or_thorough, random_model
 from flax import nnx
 from jax.stages import Compiled, Lowered
 from planned import MIB, REAL, TINY, made_up_step, real_plan
@@ -57,7 +57,7 @@ class TestMemory:
         made = plan(config, target="cpu:8", mesh=mesh, rules=RULES[rules], batch_size=8, prompt_len=16)
         devices = make_mesh(mesh)
         before = {id(array) for array in jax.live_arrays()}
-        model = init(config, mesh=devices, rules=RULES[rules])
+        model = random_model(config, mesh=devices, rules=RULES[rules])
         steps = ModelSteps(model, SlotOptions(slots=8, max_len=64, num_top=8))
         tokens, numbers = np.zeros((4, 16), np.int32), np.arange(4, dtype=np.int32)
         steps.prefill(tokens, numbers + 1, 0 * numbers, numbers)

@@ -1,7 +1,6 @@
 """What taps read is what the float64 reference has, on every mesh, in every kind of call."""
 
 import functools
-import itertools
 import re
 from typing import Any
 
@@ -20,9 +19,14 @@ from grokjax.sharding import Partitioner
 
 EVERY = {site: Tap(site) for site in SITES}
 CASES = [
-    (mesh, rules, quantized)
-    for mesh, rules in (((1, 1), TENSOR), *itertools.product(((1, 8), (2, 4)), (TENSOR, EXPERT, FULLY)))
-    for quantized in (False, True)
+    ((1, 1), TENSOR, False),
+    ((1, 1), TENSOR, True),
+    ((1, 8), TENSOR, True),
+    ((1, 8), EXPERT, False),
+    ((1, 8), FULLY, True),
+    ((2, 4), TENSOR, False),
+    ((2, 4), EXPERT, True),
+    ((2, 4), FULLY, False),
 ]
 CHOSEN = [((1, 1), TENSOR, False), ((2, 4), EXPERT, True)]
 
