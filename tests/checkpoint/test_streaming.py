@@ -40,7 +40,7 @@ FOUR_LAYERS = SMALL.replace(num_layers=4)
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 LENGTHS = np.array([12, 7], np.int32)
 PLACES = or_thorough(
-    [((1, 1), TENSOR), ((2, 4), TENSOR), ((1, 8), TENSOR), ((2, 4), EXPERT), ((2, 4), FULLY)],
+    [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), EXPERT), ((2, 4), FULLY)],
     [((1, 1), TENSOR)],
 )
 
@@ -151,10 +151,9 @@ def test_generation_gives_the_tokens_of_decoding(streamed: Grok, loaded: Grok) -
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("guesses", [0, 3])
-def test_generation_gives_what_that_of_a_loaded_model_gives(streamed: Grok, loaded: Grok, guesses: int) -> None:
+def test_generation_gives_what_that_of_a_loaded_model_gives(streamed: Grok, loaded: Grok) -> None:
     found, expected = (
-        generate(model, TOKENS, LENGTHS, max_new_tokens=5, eos_id=25, guesses=guesses) for model in (streamed, loaded)
+        generate(model, TOKENS, LENGTHS, max_new_tokens=5, eos_id=25, guesses=3) for model in (streamed, loaded)
     )
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     assert_same(found, expected)

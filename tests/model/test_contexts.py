@@ -155,18 +155,18 @@ EAGER: dict[str, Callable[[Path], Any]] = {
 
 # One with which each thing differs: the kind of its axes, its shape, its devices.
 FEW = ("its own, Explicit", "of another shape", "of two devices")
-
-
-# Each function under one of these, which take turns, or under all meshes. Two are made of others' programs, and the
-# experts, which are no step here, of 100 small ones.
+# Each function under one of these, which take turns, and under the others; three that show each step under all meshes.
 IN_TURN = [(name, (FEW[number % len(FEW)],)) for number, name in enumerate(EAGER)]
+OTHERS = [(name, tuple(mesh for mesh in FEW if mesh not in turn)) for name, turn in IN_TURN]
+ALL = [(name, tuple(MESHES)) for name in ("forward", "steps", "engine")]
+# Two are made of others' programs, and the experts, which are no step here, of 100 small ones.
 EVERYBODY_S = [case for case in IN_TURN if case[0] not in ("methods", "text generator", "experts")]
 
 
 @pytest.mark.parametrize(
     ("name", "contexts"),
-    or_thorough(EVERYBODY_S + [(name, tuple(MESHES)) for name in EAGER], EVERYBODY_S),
-    ids=lambda value: value if isinstance(value, str) else "all" if len(value) > 1 else value[0],
+    or_thorough(IN_TURN + [case for case in OTHERS if case[0] not in dict(ALL)] + ALL, EVERYBODY_S),
+    ids=lambda value: value if isinstance(value, str) else value[0] if len(value) == 1 else f"{len(value)} meshes",
 )
 def test_every_function_does_the_same_under_any_mesh(name: str, contexts: Sequence[str], tmp_path: Path) -> None:
     expected = EAGER[name](tmp_path / "none")
