@@ -190,7 +190,7 @@ def test_flax_takes_the_derivatives_of_plain_parameters() -> None:
 
 def test_rows_that_are_left_out_have_no_derivative() -> None:
     """Of a cache of three rows two are filled, one by one token, and one of them decodes; each step by itself."""
-    model, weights = make(SMALL, (1, 1), TENSOR, None)
+    model, weights = make(DENSE, (1, 1), TENSOR, None)
     x = model.embedding.table[...]
 
     def by_steps(table: jax.Array) -> jax.Array:
@@ -202,13 +202,13 @@ def test_rows_that_are_left_out_have_no_derivative() -> None:
     wanted = np.zeros(x.shape)
     rows = (TOKENS[0, :4], {2: COTANGENTS[0, 0], 3: COTANGENTS[0, 1]}), (TOKENS[1, :1], {0: COTANGENTS[1, 0]})
     for tokens, places in rows:
-        cotangents = np.stack([places.get(i, np.zeros(SMALL.vocab_size)) for i in range(len(tokens))])
-        wanted += backward(weights, SMALL, tokens, cotangents)[0]["embedding.table"]
+        cotangents = np.stack([places.get(i, np.zeros(DENSE.vocab_size)) for i in range(len(tokens))])
+        wanted += backward(weights, DENSE, tokens, cotangents)[0]["embedding.table"]
     np.testing.assert_allclose(jax.grad(by_steps)(x), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
 def test_a_derivative_through_an_int8_cache_is_refused() -> None:
-    model, _ = make(SMALL, (1, 1), TENSOR, 1)
+    model, _ = make(DENSE, (1, 1), TENSOR, 1)
 
     def of_scale(scale: jax.Array) -> jax.Array:
         moved = with_values(model, {"layers.pre_attention_norm.scale": scale})

@@ -9,7 +9,7 @@ import sys
 import textwrap
 
 import pytest
-from builders import or_thorough
+from builders import TINY_DENSE, or_thorough
 from planned import MIB, TINY, made_up_step, real_plan
 
 from grokjax.planning import GIB, Target, compiler, plan
@@ -75,7 +75,7 @@ class TestRoofline:
         assert made.prefill.transfer_seconds == pytest.approx(seconds)
 
     def test_an_axis_of_one_device_moves_nothing(self) -> None:
-        made = plan(TINY, target="h100:1", max_len=32, prompt_len=8, collective_latency=1.0)
+        made = plan(TINY_DENSE, target="h100:1", max_len=32, prompt_len=8, collective_latency=1.0)
         assert made.decode.transfer_seconds == made.prefill.transfer_seconds == 0
         assert made.decode.traffic == ()
 
