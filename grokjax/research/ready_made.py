@@ -154,8 +154,8 @@ def _check_shapes(
         raise ValueError(f"{new.shape} are no values of {positions.shape[1]} positions{of_heads}: give [{wanted}].")
     if is_whole and new.shape[1] < x.shape[1]:
         raise ValueError(
-            f"its values are of {new.shape[1]} positions, and this call has {x.shape[1]} tokens: name the positions, "
-            "as in patch(..., positions=[5])."
+            f"its values are of {new.shape[1]} positions, and this call has {x.shape[1]} tokens, padding among them: "
+            "name the positions, as in patch(..., positions=[5])."
         )
     given = {"values": new, "positions": positions} | ({} if heads is None else {"heads": heads})
     if not {len(part) for part in given.values()} <= {1, len(x)}:
