@@ -23,7 +23,7 @@ from grokjax.model.building import (
 from grokjax.model.contexts import in_any_context
 from grokjax.model.generation import Generated, generate
 from grokjax.model.grok import Grok, check_dtype
-from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader
+from grokjax.model.probes import OUTSIDE_LAYERS, SITES, At, Edit, Edits, Probe, Reader, axes_of
 from grokjax.model.scores import Scores, pad_texts, score
 from grokjax.model.slot_state import SlotState
 from grokjax.model.slot_steps import DeviceResult, ModelSteps, lower_decode, lower_prefill
@@ -75,6 +75,7 @@ __all__ = [
     "StreamedLayers",
     "TakeLayer",
     "abstract_model",
+    "axes_of",
     "check_chunks",
     "check_dtype",
     "check_texts",

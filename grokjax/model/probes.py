@@ -35,6 +35,19 @@ SITES: Mapping[str, str] = {
 OUTSIDE_LAYERS = frozenset({"embedding", "final"})
 
 
+def axes_of(site: str) -> str:
+    """The axes of a site, such as "PTD".
+
+    Raises:
+      ValueError: There is no such site.
+    """
+    if not isinstance(site, str) or site not in SITES:
+        raise ValueError(
+            f"{site!r} is no site: name one of {', '.join(SITES)}. Layers are named apart, as in layers=[3]."
+        )
+    return SITES[site]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class At:
@@ -82,6 +95,9 @@ class Edit:
     value: Any = None
     by_layer: bool = dataclasses.field(default=False, metadata={"static": True})
     check: Callable[..., str | None] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        axes_of(self.site)
 
     def __repr__(self) -> str:
         is_known = self.layers is not None and not isinstance(self.layers, jax.core.Tracer)

@@ -1,4 +1,4 @@
-"""Ready-made edits: steering, patching, ablating directions, heads and experts, each a change at one site."""
+"""Ready-made edits: steering, patching, ablating directions and heads, each a change at one site."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from grokjax.config import GrokConfig
-from grokjax.model import SITES, At, Edit
-from grokjax.research.tap import problem_of_positions
+from grokjax.model import SITES, At, Edit, axes_of
+from grokjax.research.tap import problem_of_positions, shape_of
 
 
 def steer(
@@ -31,76 +31,206 @@ def steer(
       start: the first position of each text to which it is added, from 0 to less than `max_seq_len`.
       site: where.
     """
+    check_numbers("vector", vector, "an array [D], or [n, D] for n layers")
     vector = jnp.asarray(vector, jnp.float32) * jnp.asarray(scale, jnp.float32)
-    return _ready(_steer, site, layers, _num_features(site), check=_check_start, vector=vector, start=start)
+    return make_edit(_steer, site, layers, _num_features(site), check=CheckPlaces(site), vector=vector, start=start)
 
 
 def _steer(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
     return _where(at.positions >= value["start"], x + _aligned(value["vector"], x), x)
 
 
-def _check_start(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
-    return problem_of_positions(value["start"], config)
-
-
-def replace(site: str, layers: Iterable[int] | None, value: ArrayLike) -> Edit:
+def replace(
+    site: str,
+    layers: Iterable[int] | None,
+    value: ArrayLike,
+    *,
+    start: ArrayLike = 0,
+    heads: ArrayLike | None = None,
+) -> Edit:
     """Puts the same value, such as 0 or a mean, in the place of every token's.
 
     Args:
       site: where.
       layers: None for all of them, or for a site outside of them.
-      value: a number, or an array of the site's axes after [P, T], such as [D], or one for each layer, [n, D].
+      value: a number, or an array of the site's axes after [P, T], such as [D], or one for each layer, [n, D]. Of named
+        heads, [m, H] or [n, m, H].
+      start: the first position of each text at which it is put, from 0 to less than `max_seq_len`.
+      heads: integers [m], the heads whose values these are, of a site that has heads; the others stay as they are.
+
+    Raises:
+      ValueError: There is no such site, it has no heads to name, or the value is no array.
     """
+    check_numbers("value", value, "a number or an array")
     value = value if isinstance(value, jax.Array) else np.asarray(value)
-    wide = value if value.ndim else np.full((1,) * _num_features(site), value)
-    return _ready(_replace, site, layers, _num_features(site), value=wide)
+    rank = _num_features(site)
+    wide = value if value.ndim else np.full((1,) * rank, value)
+    named = {} if heads is None else {"heads": _heads(site, heads)}
+    return make_edit(_replace, site, layers, rank, check=CheckPlaces(site), value=wide, start=start, **named)
 
 
 def _replace(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
-    del at
-    return jnp.broadcast_to(_aligned(value["value"], x), x.shape)
+    new, is_late = _aligned(value["value"], x).astype(x.dtype), at.positions >= value["start"]
+    if "heads" not in value:
+        return _where(is_late, jnp.broadcast_to(new, x.shape), x)
+    heads, (*_, size) = value["heads"], x.shape
+    if len(heads) > 1 or new.shape[2:] not in ((1, size), (1, 1), (heads.shape[1], size)):
+        raise ValueError(
+            f"its value has the shape {new.shape[2:]}, and the heads {heads.shape}: name m heads, [m], and give a "
+            f"number, [{size}] or [m, {size}]."
+        )
+    wide = jnp.broadcast_to(new, (1, 1, heads.shape[1], size))
+    new, is_head = _spread(wide, heads, _numbers(x.shape[2]), axis=2)
+    return jnp.where(is_late[:, :, None, None] & is_head[:, None, :, None], new, x)
 
 
-def patch(site: str, layers: Iterable[int] | None, value: ArrayLike, positions: ArrayLike | None = None) -> Edit:
+def patch(
+    site: str,
+    layers: Iterable[int] | None,
+    value: ArrayLike,
+    positions: ArrayLike | None = None,
+    *,
+    heads: ArrayLike | None = None,
+) -> Edit:
     """Puts values of another run, such as `observe` gives, in the place of those at some positions.
 
     Args:
       site: where.
       layers: None for all of them, or for a site outside of them.
-      value: [P, k, ...] as the site has it, P rows or one for all; or that for each layer, [n, P, k, ...].
-      positions: integers [k] in the texts, or [P, k], from 0 to less than `max_seq_len`; by default the first k. One
-        beyond a text changes nothing.
+      value: [P, k, ...] as the site has it, P rows or one for all; or that for each layer, [n, P, k, ...]. Of named
+        heads, [P, k, m, H] or [n, P, k, m, H].
+      positions: integers [k] in the texts, or [P, k], from 0 to less than `max_seq_len`. One beyond a text changes
+        nothing. By default the value is of whole texts, and no call may have more tokens than it.
+      heads: integers [m], or [P, m], the heads whose values these are, of a site that has heads; the others stay as
+        they are.
+
+    Raises:
+      ValueError: There is no such site, it has no heads to name, or the value or the positions have another form.
     """
+    axes = axes_of(site)
+    check_numbers("value", value, "an array, as observe gives it")
     value = value if isinstance(value, jax.Array) else np.asarray(value)
-    rank = len(SITES.get(site, ""))
-    if positions is None:
-        positions = np.arange(value.shape[value.ndim - rank + 1] if value.ndim >= rank else 0)
-    positions = positions if isinstance(positions, jax.Array) else np.asarray(positions)
-    positions = positions.reshape(-1, positions.shape[-1]) if positions.ndim else positions.reshape(1, 1)
-    if value.ndim >= rank > 0 and value.shape[-rank] == 1 < len(positions):
-        value = jnp.repeat(value, len(positions), axis=-rank)
-    return _ready(_patch, site, layers, rank, check=_check_positions, value=value, positions=positions)
+    if value.ndim not in (len(axes), len(axes) + 1):
+        wanted = ", ".join(("P", "k", *axes[2:]))
+        one_head = f" Of some heads, give [P, k, m, {axes[3]}] and name the m heads." if "H" in axes else ""
+        raise ValueError(
+            f"a value of shape {value.shape} is none of {site!r}: give [{wanted}] of k positions, or [n, {wanted}] of "
+            f'n layers. A tap at="last" leaves the axis of positions away: read at=[5], one position.{one_head}'
+        )
+    places = {} if positions is None else {"positions": _positions(positions)}
+    if heads is not None:
+        places["heads"] = _heads(site, heads)
+    rows = max(map(len, places.values()), default=1)
+    if value.shape[-len(axes)] == 1 < rows:
+        value = jnp.repeat(value, rows, axis=-len(axes))
+    return make_edit(_patch, site, layers, len(axes), check=CheckPlaces(site), value=value, **places)
 
 
 def _patch(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
-    new, positions = value["value"], value["positions"]
-    if new.ndim != x.ndim or new.shape[2:] != x.shape[2:] or new.shape[1] != positions.shape[1]:
-        raise ValueError(
-            f"{new.shape} are no values of {positions.shape[1]} positions: give as many, and the last axes of x."
-        )
-    if not {len(new), len(positions)} <= {1, len(x)}:
-        raise ValueError(
-            f"its values have {len(new)} rows, its positions {len(positions)}, and this call has {len(x)}: give as "
-            "many as the call has, or one row for all, as an engine needs, whose calls have other rows than yours."
-        )
-    rows = jnp.broadcast_to(new, (len(x), *new.shape[1:]))
-    is_it = at.positions[:, :, None] == positions[:, None]  # [P, T, k]
-    index = jnp.argmax(is_it, axis=-1)[(...,) + (None,) * (x.ndim - 2)]
-    return _where(is_it.any(axis=-1), jnp.take_along_axis(rows, index, axis=1).astype(x.dtype), x)
+    new, heads = value["value"], value.get("heads")
+    is_whole = "positions" not in value
+    positions = _numbers(new.shape[1]) if is_whole else value["positions"]
+    _check_shapes(x, new, positions, heads, is_whole=is_whole)
+    rows = jnp.broadcast_to(new, (len(x), *new.shape[1:])).astype(x.dtype)
+    rows, is_it = _spread(rows, positions, at.positions, axis=1)
+    if heads is None:
+        return _where(is_it, rows, x)
+    rows, is_head = _spread(rows, heads, _numbers(x.shape[2]), axis=2)
+    return jnp.where(is_it[:, :, None, None] & is_head[:, None, :, None], rows, x)
 
 
-def _check_positions(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
-    return problem_of_positions(value["positions"], config)
+def _check_shapes(
+    x: jax.Array, new: jax.Array, positions: jax.Array, heads: jax.Array | None, *, is_whole: bool
+) -> None:
+    """Checks that a patch fits what it is put into.
+
+    Raises:
+      ValueError: It does not.
+    """
+    features = x.shape[2:] if heads is None else (heads.shape[1], *x.shape[3:])
+    if new.shape[1:] != (positions.shape[1], *features):
+        of_heads = "" if heads is None else f" and {heads.shape[1]} heads"
+        wanted = ", ".join(map(str, ("P", positions.shape[1], *features)))
+        raise ValueError(f"{new.shape} are no values of {positions.shape[1]} positions{of_heads}: give [{wanted}].")
+    if is_whole and new.shape[1] < x.shape[1]:
+        raise ValueError(
+            f"its values are of {new.shape[1]} positions, and this call has {x.shape[1]} tokens, padding among them: "
+            "name the positions, as in patch(..., positions=[5])."
+        )
+    given = {"values": new, "positions": positions} | ({} if heads is None else {"heads": heads})
+    if not {len(part) for part in given.values()} <= {1, len(x)}:
+        counts = ", ".join(f"{len(part)} of {name}" for name, part in given.items())
+        raise ValueError(
+            f"it has rows: {counts}; and this call has {len(x)}: give as many as the call has, or one row for all, as "
+            "an engine needs, whose calls have other rows than yours."
+        )
+
+
+def _spread(new: jax.Array, places: jax.Array, present: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Values of some numbered places along an axis, at all places that there are; and which of these were named.
+
+    Args:
+      new: values with k places along the axis.
+      places: integers [P, k], their numbers.
+      present: integers [P, T], the numbers of all places.
+      axis: which.
+    """
+    is_it = present[:, :, None] == places[:, None]  # [P, T, k]
+    shape = [1] * new.ndim
+    index = jnp.argmax(is_it, axis=-1)
+    shape[0], shape[axis] = index.shape
+    return jnp.take_along_axis(new, index.reshape(shape), axis=axis), is_it.any(axis=-1)
+
+
+def _numbers(count: int) -> jax.Array:
+    """From 0 on, one row for all, int32 [1, count]."""
+    return jnp.arange(count, dtype=jnp.int32)[None]
+
+
+def _positions(given: Any) -> Any:
+    """Positions as rows [P, k], or one row for all."""
+    if isinstance(given, str):
+        raise ValueError(
+            f"positions={given!r}: give their numbers, [k] or [P, k]. The last tokens of whole texts are at "
+            "np.array(lengths)[:, None] - 1, for the tap, too, that reads the value."
+        )
+    return _as_rows("positions", given)
+
+
+def _heads(site: str, given: Any) -> Any:
+    """Numbers of heads as rows [P, m], or one row for all; checks that the site has heads."""
+    if "H" not in axes_of(site):
+        with_heads = ", ".join(name for name, axes in SITES.items() if "H" in axes)
+        raise ValueError(f"heads={given!r} are named at {site!r}, which has none: name them at {with_heads}.")
+    return _as_rows("heads", given)
+
+
+def _as_rows(name: str, given: Any) -> Any:
+    """Numbers as rows [P, k], or one row for all; NumPy's stay known under jit."""
+    numbers = given if isinstance(given, jax.Array) else np.asarray(given)
+    if numbers.ndim > 2:
+        raise ValueError(f"{name} have the shape {numbers.shape}: give one row for all, [k], or [P, k].")
+    return numbers[(None,) * (2 - numbers.ndim)]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckPlaces:
+    """Checks the positions and heads of an edit at a site; equal for equal sites, so that nothing is compiled anew."""
+
+    site: str
+
+    def __call__(self, layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
+        """What is wrong with them, in a sentence, or None."""
+        for name in ("start", "positions"):
+            if name in value and (problem := problem_of_positions(value[name], config.max_seq_len)):
+                return problem
+        if "heads" not in value:
+            return None
+        known, (num_heads,) = np.asarray(value["heads"]), shape_of(axes_of(self.site)[2], config, 1, 1)
+        is_known = known.dtype.kind in "iu" and known.size and known.min() >= 0 and known.max() < num_heads
+        if is_known and (np.diff(np.sort(known, axis=-1), axis=-1) > 0).all():
+            return None
+        return f"it names the heads {known}: name at least one, from 0 to {num_heads - 1}, and each once."
 
 
 def project_out(direction: ArrayLike, layers: Iterable[int] | None = None, *, site: str = "stream.out") -> Edit:
@@ -111,9 +241,10 @@ def project_out(direction: ArrayLike, layers: Iterable[int] | None = None, *, si
       layers: all by default.
       site: where; one whose values are vectors.
     """
+    check_numbers("direction", direction, "an array [D], or [n, D] for n layers")
     direction = jnp.asarray(direction, jnp.float32)
     unit = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
-    return _ready(_project_out, site, layers, 1, check=_check_finite, direction=unit)
+    return make_edit(_project_out, site, layers, 1, check=_check_finite, direction=unit)
 
 
 def _project_out(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
@@ -136,8 +267,9 @@ def scale_heads(scales: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
       scales: [N], or for each layer, [n, N].
       layers: all by default.
     """
+    check_numbers("scales", scales, "an array [N], or [n, N] for n layers")
     scales = jnp.asarray(scales, jnp.float32)
-    return _ready(_scale_heads, "attention.heads", layers, 1, check=_check_heads, scales=scales)
+    return make_edit(_scale_heads, "attention.heads", layers, 1, check=_check_heads, scales=scales)
 
 
 def _scale_heads(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
@@ -152,8 +284,9 @@ def mask_heads(mask: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
       mask: bool [N], or for each layer, [n, N]: True for the heads that stay.
       layers: all by default.
     """
+    check_numbers("mask", mask, "an array [N], or [n, N] for n layers")
     mask = jnp.asarray(mask, bool)
-    return _ready(_mask_heads, "attention.heads", layers, 1, check=_check_heads, mask=mask)
+    return make_edit(_mask_heads, "attention.heads", layers, 1, check=_check_heads, mask=mask)
 
 
 def _mask_heads(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
@@ -171,91 +304,7 @@ def _check_heads(layers: jax.Array, value: Mapping[str, jax.Array], config: Grok
     )
 
 
-def drop_experts(experts: Mapping[int, Iterable[int]]) -> Edit:
-    """Hides experts from the router: tokens choose among the others, whose shares sum to 1.
-
-    Args:
-      experts: layer -> the experts that it loses.
-    """
-    lost = {layer: dict.fromkeys(own, 0.0) for layer, own in experts.items()}
-    return dataclasses.replace(_of_experts(_drop_experts, "router.logits", lost), check=_check_dropped)
-
-
-def _drop_experts(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
-    del at
-    is_it = value["experts"][:, None] == jnp.arange(x.shape[-1], dtype=jnp.int32)[None]
-    return jnp.where(is_it.any(axis=0)[None, None], -jnp.inf, x)
-
-
-def scale_experts(factors: Mapping[int, Mapping[int, float]]) -> Edit:
-    """Multiplies the outputs of experts for the tokens that choose them; 0 silences, and nobody takes their place.
-
-    Args:
-      factors: layer -> expert -> factor.
-    """
-    return _of_experts(_scale_experts, "router.probabilities", factors)
-
-
-def _scale_experts(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
-    assert at.experts is not None
-    is_it = at.experts[..., None] == value["experts"][None, None, None]  # [P, T, X, m]
-    return x * jnp.where(is_it, value["factors"][None, None, None], 1.0).prod(axis=-1)
-
-
-def force_experts(experts: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
-    """Chooses the experts in the router's place; their shares are those that the router gives them.
-
-    Args:
-      experts: integers [X], the same for all tokens; or [P, T, X], those of the first T tokens of each row, or of one
-        row for all. Or either for each layer, [n, X] or [n, P, T, X]. No expert twice for a token.
-      layers: all by default.
-    """
-    experts = experts if isinstance(experts, jax.Array) else np.asarray(experts)
-    make = replace if experts.ndim < 3 else patch
-    return dataclasses.replace(make("router.experts", layers, experts), check=_check_forced)
-
-
-def _check_forced(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
-    experts = np.sort(np.asarray(value["value"]), axis=-1)
-    if experts.dtype.kind not in "iu" or experts.shape[-1] != config.experts_per_token:
-        return f"give the numbers of {config.experts_per_token} experts for a token."
-    if experts.min() < 0 or experts.max() >= config.num_experts or (experts[..., 1:] == experts[..., :-1]).any():
-        return f"its experts must be from 0 to {config.num_experts - 1}, and none twice for a token."
-    return _check_positions(layers, value, config) if "positions" in value else None
-
-
-def bias_router(bias: ArrayLike, layers: Iterable[int] | None = None) -> Edit:
-    """Adds to the router's logits, before experts are chosen.
-
-    Args:
-      bias: [E], or for each layer, [n, E].
-      layers: all by default.
-    """
-    return steer(bias, layers, site="router.logits")
-
-
-def limit_experts(most: int, layers: Iterable[int] | None = None) -> Edit:
-    """Leaves each token its best `most` experts of those that it chose; the shares stay as they are.
-
-    Args:
-      most: 0 to X.
-      layers: all by default.
-    """
-    return _ready(_limit_experts, "router.probabilities", layers, 0, check=_check_most, most=np.int32(most))
-
-
-def _limit_experts(x: jax.Array, value: Mapping[str, jax.Array], at: At) -> jax.Array:
-    del at
-    return jnp.where((jnp.arange(x.shape[-1], dtype=jnp.int32) < value["most"])[None, None], x, 0)
-
-
-def _check_most(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
-    most, chosen = np.asarray(value["most"]), config.experts_per_token
-    is_fitting = 0 <= most <= chosen
-    return None if is_fitting else f"it leaves {most} experts: leave 0 to {chosen}, as many as a token chooses."
-
-
-def _ready(fn: Any, site: str, layers: Iterable[int] | None, rank: int, check: Any = None, **value: Any) -> Edit:
+def make_edit(fn: Any, site: str, layers: Iterable[int] | None, rank: int, check: Any = None, **value: Any) -> Edit:
     """An edit whose first value has `rank` axes, or one more in front for layers; the others are for all layers."""
     first = next(iter(value))
     by_layer = np.ndim(value[first]) > rank
@@ -267,36 +316,19 @@ def _ready(fn: Any, site: str, layers: Iterable[int] | None, rank: int, check: A
     return Edit(site, fn, layers, value, by_layer=by_layer, check=check)
 
 
-def _of_experts(fn: Any, site: str, numbers: Mapping[int, Mapping[int, float]]) -> Edit:
-    """An edit with a number for some experts of some layers; -1 stands where a layer names fewer of them."""
-    most = max((len(own) for own in numbers.values()), default=0)
-    if not all(expert >= 0 for own in numbers.values() for expert in own):
-        raise ValueError(
-            f"experts are numbered from 0, and these were named: {[list(own) for own in numbers.values()]}."
-        )
-    experts, factors = np.full((len(numbers), most), -1, np.int32), np.ones((len(numbers), most), np.float32)
-    for i, own in enumerate(numbers.values()):
-        experts[i, : len(own)], factors[i, : len(own)] = list(own), list(own.values())
-    value = {"experts": experts, "factors": factors}
-    return Edit(site, fn, list(numbers), value, by_layer=True, check=_check_experts)
-
-
-def _check_experts(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
-    experts, num_experts = np.asarray(value["experts"]), config.num_experts
-    if (experts < 0).all(axis=1).any() or experts.max() >= num_experts:
-        return f"name at least one expert in each layer, from 0 to {num_experts - 1}."
-    return None
-
-
-def _check_dropped(layers: jax.Array, value: Mapping[str, jax.Array], config: GrokConfig) -> str | None:
-    if (np.asarray(value["experts"]) >= 0).sum(axis=1).max() >= config.num_experts:
-        return f"a layer loses all its {config.num_experts} experts: leave it one."
-    return _check_experts(layers, value, config)
-
-
 def _num_features(site: str) -> int:
     """How many axes a site has after [P, T]."""
-    return len(SITES.get(site, "PT")) - 2
+    return len(axes_of(site)) - 2
+
+
+def check_numbers(what: str, given: Any, wanted: str) -> None:
+    """Checks that an array was given, and not a dict, as the edits of experts take.
+
+    Raises:
+      ValueError: It was not.
+    """
+    if given is None or isinstance(given, Mapping | str):
+        raise ValueError(f"{what} is {given!r}: give {wanted}, and name layers apart, as in layers=[3].")
 
 
 def _aligned(value: jax.Array, x: jax.Array) -> jax.Array:

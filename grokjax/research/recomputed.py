@@ -14,6 +14,8 @@ from grokjax.config import GrokConfig
 from grokjax.model import Grok, in_any_context
 from grokjax.printing import describe_fields
 
+_REMEDY = 'A tap at="last" leaves the axis of tokens away: read at=[5], one position.'
+
 
 @in_any_context
 def attention_pattern(model: Grok, query: ArrayLike, key: ArrayLike, positions: ArrayLike | None = None) -> jax.Array:
@@ -21,12 +23,12 @@ def attention_pattern(model: Grok, query: ArrayLike, key: ArrayLike, positions: 
 
     Args:
       model: whose cap and multiplier are used.
-      query: [..., Q, N, H] of Q tokens, as a tap of `attention.query` has read them.
+      query: [..., k, N, H] of k tokens, as a tap of `attention.query` has read them.
       key: [..., T, K, H] of all tokens, as a tap of `attention.key` has read them, with the same axes in front.
-      positions: integers [Q], or [..., Q], where the Q tokens stand; by default they are the first Q.
+      positions: integers [k], or [..., k], where the k tokens stand; by default they are the first k.
 
     Returns:
-      float32 [..., N, Q, T]; each row sums to 1, and those of padding mean nothing.
+      float32 [..., N, k, T]; each row sums to 1, and those of padding mean nothing.
 
     Raises:
       ValueError: The shapes do not fit each other, or the model.
@@ -42,8 +44,8 @@ def attention_pattern(model: Grok, query: ArrayLike, key: ArrayLike, positions: 
     if not is_fitting or key.shape[:-3] != (*lead,) or positions.shape[-1:] != (num_queries,):
         raise ValueError(
             f"queries of shape {query.shape}, keys of shape {key.shape} and positions of shape {positions.shape} do "
-            f"not fit: give [..., Q, {config.num_heads}, {config.head_dim}], [..., T, {config.num_kv_heads}, "
-            f"{config.head_dim}] and [Q] or [..., Q]."
+            f"not fit: give [..., k, {config.num_heads}, {config.head_dim}], [..., T, {config.num_kv_heads}, "
+            f"{config.head_dim}] and [k] or [..., k]. {_REMEDY}"
         )
     return _pattern(query, key, jnp.broadcast_to(positions, (*lead, num_queries)), config=config)
 
@@ -55,7 +57,7 @@ def _pattern(query: jax.Array, key: jax.Array, positions: jax.Array, *, config: 
     scores = product(grouped, key.astype(jnp.float32)) * config.attention_multiplier
     capped = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
     numbers = jnp.arange(key.shape[-3], dtype=jnp.int32).reshape((1,) * positions.ndim + (-1,))
-    is_seen = numbers <= positions[..., None]  # [..., Q, T]
+    is_seen = numbers <= positions[..., None]  # [..., k, T]
     pattern = jax.nn.softmax(jnp.where(is_seen[..., None, None, :, :], capped, -jnp.inf), axis=-1)
     return pattern.reshape(*query.shape[:-3], config.num_heads, *is_seen.shape[-2:])
 
@@ -97,7 +99,7 @@ def expert_outputs(model: Grok, stream: ArrayLike, experts: ArrayLike, layer: in
     if numbers.ndim != 3 or numbers.dtype.kind not in "iu" or stream.shape != (*numbers.shape[:2], config.model_dim):
         raise ValueError(
             f"a stream of shape {stream.shape} and experts {numbers.dtype} {numbers.shape} do not fit: give "
-            f"[P, T, {config.model_dim}], and integers [P, T, X] for the same tokens."
+            f"[P, T, {config.model_dim}], and integers [P, T, X] for the same tokens. {_REMEDY}"
         )
     if not 0 <= operator.index(layer) < config.num_layers:
         raise ValueError(f"layer={layer}: the model has layers 0 to {config.num_layers - 1}.")

@@ -14,12 +14,12 @@ from grokjax.cache import KVCache
 from grokjax.config import GrokConfig
 from grokjax.model import (
     OUTSIDE_LAYERS,
-    SITES,
     At,
     Compiled,
     Grok,
     Probe,
     Reader,
+    axes_of,
     check_chunks,
     check_texts,
     in_any_context,
@@ -34,8 +34,9 @@ class Tap:
     Attributes:
       site: where, one of `SITES`; docs/research.md has a table.
       layers: their numbers, each once, in the order in which they are to stand; all of them by default.
-      at: "last", for the last real token of each row, or positions in the texts, [k] or [P, k], from 0 to less than
-        `max_seq_len`; all by default. What a call does not reach of the positions is 0.
+      at: "last", for the last real token of each row, of which what is read has no axis for positions; or positions in
+        the texts, [k] or [P, k], from 0 to less than `max_seq_len`; all by default. What a call does not reach of the
+        positions is 0.
       via: (value [P, T, ...] or less of it, where it stands, an `At`) -> the tree of arrays that is kept instead, as
         `top_tokens` makes. It runs in the layer, so that the value itself takes no memory. A function of a module
         compiles once; a lambda made anew, anew.
@@ -48,6 +49,9 @@ class Tap:
     at: Any = None
     via: Callable[[jax.Array, At], Any] | None = None
     fold: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+    def __post_init__(self) -> None:
+        axes_of(self.site)
 
 
 @in_any_context
@@ -70,11 +74,11 @@ def observe(
       where layers are folded, and [n, B, ...] or [n, B, k, ...] of some positions.
 
     Raises:
-      ValueError: A tap names no site, no layer of the model or no position, or names a layer twice; or the texts are
+      ValueError: A tap names no layer of the model, or one twice, or a position that no text here has; or the texts are
         none, see `check_texts`.
     """
     tokens, lengths = check_texts(model, tokens, lengths)
-    return _observe(model, tokens, lengths, _readers_of(model, taps, len(tokens)))
+    return _observe(model, tokens, lengths, _readers_of(model, taps, len(tokens), tokens.shape[1]))
 
 
 @in_any_context
@@ -103,10 +107,11 @@ def observe_step(
       Logits, float32 [P, V], at each row's last real token; what was read, as `observe` gives it; and the cache.
 
     Raises:
-      ValueError: As in `observe` and `prefill`.
+      ValueError: As in `observe` and `prefill`; but a tap may name positions that this call does not reach.
     """
     tokens, lengths, rows = check_chunks(model, tokens, lengths, cache, rows)
-    given = (model, tokens, lengths, cache, rows, _readers_of(model, taps, len(tokens)))
+    readers = _readers_of(model, taps, len(tokens), model.config.max_seq_len)
+    given = (model, tokens, lengths, cache, rows, readers)
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given))
     return (_observe_step_keeping if is_traced else _observe_step)(*given)
 
@@ -137,13 +142,14 @@ _observe_step = Compiled(_run_step, donates="cache")
 _observe_step_keeping = Compiled(_run_step)  # a derivative needs the cache again
 
 
-def _readers_of(model: Grok, taps: Mapping[str, Tap], num_rows: int) -> dict[str, Reader]:
+def _readers_of(model: Grok, taps: Mapping[str, Tap], num_rows: int, end: int) -> dict[str, Reader]:
+    """What the taps read of so many rows, whose texts have less than `end` positions."""
     if not isinstance(taps, Mapping) or not all(isinstance(tap, Tap) for tap in taps.values()):
         raise ValueError('taps must be a dict of Taps by names of your choice, such as {"x": Tap("stream.out")}.')
-    return {name: _reader_of(f"the tap {name!r}", tap, model.config, num_rows) for name, tap in taps.items()}
+    return {name: _reader_of(f"the tap {name!r}", tap, model.config, num_rows, end) for name, tap in taps.items()}
 
 
-def _reader_of(named: str, tap: Tap, config: GrokConfig, num_rows: int) -> Reader:
+def _reader_of(named: str, tap: Tap, config: GrokConfig, num_rows: int, end: int) -> Reader:
     check_site(named, tap.site, config)
     layers = layers_of(named, tap.site, tap.layers, config)
     if tap.fold is not None and layers is None:
@@ -153,7 +159,7 @@ def _reader_of(named: str, tap: Tap, config: GrokConfig, num_rows: int) -> Reade
     return Reader(
         site=tap.site,
         layers=layers,
-        positions=None if is_last or tap.at is None else _positions_of(named, tap.at, num_rows, config),
+        positions=None if is_last or tap.at is None else _positions_of(named, tap.at, num_rows, end),
         is_last=is_last,
         via=as_pytree(via),
         fold=tap.fold,
@@ -170,14 +176,14 @@ def _whole(x: jax.Array, at: At) -> jax.Array:
     return x
 
 
-def _positions_of(named: str, at: Any, num_rows: int, config: GrokConfig) -> jax.Array:
+def _positions_of(named: str, at: Any, num_rows: int, end: int) -> jax.Array:
     positions: Any = at if isinstance(at, jax.Array) else np.asarray(at)
     is_fitting = positions.ndim == 1 or (positions.ndim == 2 and len(positions) == num_rows)
     if positions.dtype.kind not in "iu" or not is_fitting or not positions.size:
         raise ValueError(
             f'{named} is at {at!r}: give "last", or positions as integers [k], or [{num_rows}, k] for {num_rows} rows.'
         )
-    problem = None if isinstance(positions, jax.core.Tracer) else problem_of_positions(positions, config)
+    problem = None if isinstance(positions, jax.core.Tracer) else problem_of_positions(positions, end)
     if problem is not None:
         raise ValueError(f'{named}: {problem} Or give "last".')
     return jnp.broadcast_to(
@@ -185,9 +191,9 @@ def _positions_of(named: str, at: Any, num_rows: int, config: GrokConfig) -> jax
     )
 
 
-def problem_of_positions(positions: ArrayLike, config: GrokConfig) -> str | None:
-    """What is wrong with positions that are known, in a sentence; None if texts of the model may have them all."""
-    known, end = np.asarray(positions), config.max_seq_len
+def problem_of_positions(positions: ArrayLike, end: int) -> str | None:
+    """What is wrong with positions that are known, in a sentence; None if texts of `end` tokens have them all."""
+    known = np.asarray(positions)
     if known.dtype.kind in "iu" and known.size and known.min() >= 0 and known.max() < end:
         return None
     return f"positions count from 0 at the beginning of a text, up to {end - 1}, and these were given: {known}."
@@ -199,8 +205,7 @@ def check_site(named: str, site: str, config: GrokConfig) -> None:
     Raises:
       ValueError: It has not.
     """
-    if site not in SITES:
-        raise ValueError(f"{named} is at {site!r}, which is no site; those are {', '.join(SITES)}.")
+    axes_of(site)
     if site.startswith("router.") and config.num_experts == 1:
         raise ValueError(f"{named} is at {site!r}, and this model is dense: it has no router.")
 

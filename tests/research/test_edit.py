@@ -1,6 +1,7 @@
 """An edited model computes what its edits say, wherever it goes; and an edit that changes nothing changes no bit."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,47 @@ def test_patches_of_each_layer_compile_once() -> None:
     assert is_clean[0].tolist() == [i in (2, 4) for i in range(9)]
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((2, 4), marks=pytest.mark.thorough)], ids=label)
+def test_patches_of_each_head_compile_once_and_leave_the_other_heads(mesh: tuple[int, int]) -> None:
+    """Whatever these have become by an edit that acts before, such as one that halves them all."""
+    model, site = make(mesh), "attention.heads"
+    _, seen = observe(model, TOKENS, LENGTHS, {"x": Tap(site)})
+    clean, halved = np.asarray(seen["x"]), edit(model, scale_heads(np.full(CONFIG.num_heads, 0.5)))
+    for i, (layer, head) in enumerate([(1, 5), (0, 2), (1, 0)]):
+        before, taps = len(COMPILED), {"x": Tap(site, layers=[layer])}
+        one = patch(site, [layer], clean[layer][:, [2, 4]][:, :, [head]], [2, 4], heads=[head])
+        _, after = observe(edit(halved, one), OTHERS, LENGTHS, taps)
+        assert i == 0 or len(COMPILED) == before
+        _, wanted = observe(halved, OTHERS, LENGTHS, taps)
+        wanted = np.array(wanted["x"][0])
+        wanted[:, [2, 4], head] = clean[layer][:, [2, 4], head]
+        np.testing.assert_allclose(after["x"][0], wanted, rtol=0, atol=1e-5)
+
+
+def test_each_row_has_a_head_of_its_own_patched() -> None:
+    """At a site of kv heads, of which the second text gets two in another order; one value is for both rows."""
+    site, value = "attention.value", np.random.default_rng(4).standard_normal((1, 9, 2, 8)).astype(np.float32)
+    one = patch(site, [1], value, heads=[[0, 1], [3, 2]])
+    _, before = observe(make(), TOKENS, LENGTHS, {"x": Tap(site, [1])})
+    _, after = observe(edit(make(), one), TOKENS, LENGTHS, {"x": Tap(site, [1])})
+    wanted = np.array(before["x"][0])
+    wanted[0, :, [0, 1]], wanted[1, :, [3, 2]] = value[0].swapaxes(0, 1), value[0].swapaxes(0, 1)
+    np.testing.assert_allclose(after["x"][0], wanted, rtol=0, atol=1e-5)
+
+
+def test_a_patch_without_positions_is_of_whole_texts() -> None:
+    """A value of fewer tokens than the call has is refused where it is used; in steps that follow it does nothing."""
+    value = np.tile(VECTOR, (1, 9, 1))
+    whole, named = (edit(make(), patch("stream.out", [0], value, *positions)) for positions in ((), (np.arange(9),)))
+    made = [np.asarray(generate(one, TOKENS, LENGTHS, max_new_tokens=3).tokens).tolist() for one in (whole, named)]
+    assert made[0] == made[1]
+    message = (
+        r"values are of 1 positions, and this call has 9 tokens, .* name the positions, as in patch\(\.\.\., positions"
+    )
+    with pytest.raises(ValueError, match=message):
+        observe(edit(make(), patch("stream.out", [0], value[:, :1])), TOKENS, LENGTHS, {})
+
+
 def test_forcing_the_experts_that_were_chosen_changes_no_bit() -> None:
     model = make()
     plain, seen = observe(model, TOKENS, LENGTHS, {"chosen": Tap("router.experts")})
@@ -118,6 +160,11 @@ def test_ready_made_edits_do_what_they_say() -> None:
     check(steer(VECTOR, [1], scale=2, start=3), stream + late * 2 * VECTOR)
     check(replace("stream.mid", [1], 0), np.zeros(CONFIG.model_dim))
     check(replace("stream.mid", [1], VECTOR), VECTOR)
+    check(replace("stream.mid", [1], VECTOR, start=3), np.where(late, VECTOR, before["stream.mid"]))
+    some = heads.copy()
+    some[:, 3:, [6, 1]] = VECTOR[:16].reshape(2, 8)
+    check(replace("attention.heads", [1], VECTOR[:16].reshape(2, 8), start=3, heads=[6, 1]), some)
+    check(replace("attention.heads", [1], 0, heads=2), heads * (np.arange(CONFIG.num_heads) != 2)[:, None])
     unit = VECTOR / np.linalg.norm(VECTOR)
     check(project_out(3 * VECTOR, [1]), stream - (stream @ unit)[..., None] * unit)
     scales = np.linspace(0, 1, CONFIG.num_heads)
@@ -216,7 +263,6 @@ def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
             r"the edit steer at stream\.out in layers 5 has layers=\[5\]: name at least one, from 0 to 1",
         ),
         (steer(VECTOR, []), "at least one"),
-        (steer(VECTOR, site="stream"), "'stream', which is no site"),
         (steer(VECTOR[:5]), r"steer at stream\.out in layers 0 to 1 does not fit x of shape \(1, 1, 32\) \(P, T, D\)"),
         (
             steer(np.stack([VECTOR] * 3)),
@@ -228,6 +274,24 @@ def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
         (patch("stream.out", [0], VECTOR[None, None], [-1]), r"positions count from 0 .* up to 31, .* \[\[-1\]\]"),
         (patch("stream.out", [0], VECTOR[None, None], [32]), r"up to 31, and these were given: \[\[32\]\]"),
         (patch("stream.out", [0], VECTOR[None, None], [0.5]), r"were given: \[\[0\.5\]\]"),
+        (patch("stream.out", [0], VECTOR[None, None], []), r"were given: \[\]"),
+        (
+            patch("attention.heads", [0], np.zeros((1, 2, 8, 8)), heads=[5]),
+            r"\(1, 2, 8, 8\) are no values of 2 positions and 1 heads: give \[P, 2, 1, 8\]",
+        ),
+        (
+            patch("attention.heads", [0], np.zeros((1, 2, 1, 8)), heads=[8]),
+            r"names the heads \[\[8\]\]: name at least one, from 0 to 7, and each once",
+        ),
+        (patch("attention.key", [0], np.zeros((1, 2, 1, 8)), heads=4), "from 0 to 3"),
+        (patch("attention.heads", [0], np.zeros((1, 2, 2, 8)), heads=[3, 3]), "each once"),
+        (patch("attention.heads", [0], np.zeros((1, 2, 0, 8)), heads=[]), "name at least one"),
+        (
+            replace("attention.heads", [0], np.zeros((2, 8)), heads=[3]),
+            r"value has the shape \(2, 8\), and the heads \(1, 1\): .* a number, \[8\] or \[m, 8\]",
+        ),
+        (replace("attention.heads", [0], 0, heads=[[3], [4]]), r"the heads \(2, 1\): name m heads, \[m\]"),
+        (replace("stream.out", [0], 0, start=32), "positions count from 0"),
         (steer(VECTOR, start=-1), r"edit steer at stream\.out: positions count from 0 .* were given: -1"),
         (steer(np.stack([VECTOR] * 2), start=2**32), "positions count from 0"),
         (force_experts(np.tile([0, 1], (1, 33, 1))), "up to 31"),
@@ -239,7 +303,7 @@ def narrower(x: jax.Array, value: None, at: At) -> jax.Array:
         (scale_heads(np.ones((2, 5))), r"edit scale_heads at .* shape \(2, 5\), .* or \[n, 8\] for n layers"),
         (
             patch("stream.out", [0], np.zeros((3, 1, 32)), [[1], [2]]),
-            "values have 3 rows, its positions 2, and this call has 3",
+            "it has rows: 3 of values, 2 of positions; and this call has 3",
         ),
         (project_out(np.zeros(32)), "direction has the length 0"),
         (project_out(np.ones(5)), "the direction has 5 numbers"),
@@ -301,11 +365,54 @@ def test_what_is_no_edit_is_refused() -> None:
         edit(dense(), bias_router(np.zeros(8)))
 
 
+@pytest.mark.parametrize(
+    ("make_one", "message"),
+    [
+        (
+            lambda: steer(VECTOR, site="hook_resid_post"),
+            "'hook_resid_post' is no site: name one of embedding, stream.in",
+        ),
+        (lambda: Edit(["stream.in"], same), r"\['stream\.in'\] is no site"),
+        (lambda: patch("stream", None, 0), "'stream' is no site"),
+        (
+            lambda: patch("attention.heads", [1], np.zeros((1, 9, 8))),
+            r"shape \(1, 9, 8\) is none of 'attention\.heads': give \[P, k, N, H\] of k positions, or "
+            r"\[n, P, k, N, H\] of n layers\. A tap at=\"last\" .* at=\[5\], .* Of some heads, give \[P, k, m, H\]",
+        ),
+        (lambda: patch("stream.out", [1], VECTOR), r"shape \(32,\) is none of 'stream\.out': give \[P, k, D\]"),
+        (
+            lambda: patch("stream.out", [1], VECTOR[None, None], "last"),
+            r"positions='last': give their numbers, \[k\] or \[P, k\]\. .* np\.array\(lengths\)\[:, None\] - 1",
+        ),
+        (lambda: patch("stream.out", [1], VECTOR[None, None], [[[1]]]), r"positions have the shape \(1, 1, 1\): give"),
+        (
+            lambda: patch("stream.out", [1], VECTOR[None, None], heads=[1]),
+            r"heads=\[1\] are named at 'stream\.out', which has none: name them at attention\.query, attention\.key",
+        ),
+        (
+            lambda: scale_heads({1: {5: 2.0}}),
+            r"scales is {1: {5: 2\.0}}: give an array \[N\], or .* as in layers=\[3\]",
+        ),
+        (lambda: mask_heads({1: [5]}), r"mask is {1: \[5\]}: give an array \[N\]"),
+        (lambda: bias_router({1: {5: 2.0}}), r"bias is .*: give an array \[E\]"),
+        (lambda: force_experts({1: [5]}), r"experts is .*: give an array \[X\] or \[P, T, X\]"),
+        (lambda: drop_experts({1: 5}), r"{1: 5} was given: give layer -> the experts that it loses, as in {12: \[3\]}"),
+        (
+            lambda: scale_experts({1: 0.5}),
+            r"{1: 0\.5} was given: give layer -> expert -> factor, as in {12: {3: 0\.5}}",
+        ),
+    ],
+)
+def test_an_edit_of_no_form_is_refused_where_it_is_made(make_one: Callable[[], Edit], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_one()
+
+
 def test_values_of_other_rows_are_refused_where_they_are_used() -> None:
-    edited = edit(make(), patch("stream.out", [0], np.zeros((3, 2, 32))))
+    edited = edit(make(), patch("stream.out", [0], np.zeros((3, 2, 32)), [0, 1]))
     message = (
-        r"patch at stream\.out does not fit x of shape \(2, 9, 32\) .* values have 3 rows, "
-        "its positions 1, and this call has 2: .* or one row for all, as an engine needs"
+        r"patch at stream\.out does not fit x of shape \(2, 9, 32\) .* it has rows: 3 of values, "
+        "1 of positions; and this call has 2: .* or one row for all, as an engine needs"
     )
     with pytest.raises(ValueError, match=message):
         forward(edited, TOKENS)

@@ -22,8 +22,10 @@ def test_an_attention_pattern_mixes_the_values_as_the_heads_do() -> None:
     some = seen["attention.query"][:, :, [4, 8]]
     found = attention_pattern(make(), some, seen["attention.key"], positions=[4, 8])
     np.testing.assert_allclose(found, pattern[..., [4, 8], :], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"keys of shape \(1, 9, 4, 8\) .* do not fit: give \[\.\.\., Q, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"keys of shape \(1, 9, 4, 8\) .* do not fit: give \[\.\.\., k, 8, 8\]"):
         attention_pattern(make(), some, seen["attention.key"][0], positions=[4, 8])
+    with pytest.raises(ValueError, match=r"queries of shape \(2, 1, 8, 8\), .*\"last\" leaves .* away: read at=\[5\]"):
+        attention_pattern(make(), seen["attention.query"][:, :, -1], seen["attention.key"])
     with pytest.raises(ValueError, match=r"positions of shape \(1,\) do not fit"):
         attention_pattern(make(), some, seen["attention.key"], positions=[4])
 

@@ -161,7 +161,6 @@ def test_a_stream_is_the_sum_of_what_was_added_to_it() -> None:
 @pytest.mark.parametrize(
     ("tap", "message"),
     [
-        (Tap("stream"), r"tap 'x' is at 'stream', which is no site; those are embedding, stream\.in"),
         (Tap("stream.in", layers=[2]), r"layers=\[2\]: name at least one, from 0 to 1, and each once"),
         (Tap("stream.in", layers=[0, 0]), "each once"),
         (Tap("stream.in", layers=[]), "at least one"),
@@ -171,12 +170,19 @@ def test_a_stream_is_the_sum_of_what_was_added_to_it() -> None:
         (Tap("stream.in", at="first"), r"is at 'first': give \"last\", or positions as integers \[k\], or \[2, k\]"),
         (Tap("stream.in", at=[[1], [2], [3]]), r"or \[2, k\] for 2 rows"),
         (Tap("stream.in", at=[-1]), "tap 'x': positions count from 0"),
-        (Tap("stream.in", at=[32]), r"up to 31, and these were given: \[32\]\. Or give \"last\""),
+        (Tap("stream.in", at=[4, 9]), r"up to 8, and these were given: \[4 9\]\. Or give \"last\""),
     ],
 )
 def test_a_tap_that_reads_nothing_is_refused(tap: Tap, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         observe(make(), TOKENS, LENGTHS, {"x": tap})
+
+
+def test_a_site_that_no_model_has_is_refused_where_it_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"'blocks\.3\.hook_resid_post' is no site: name one of embedding, .* layers=\[3\]"
+    ):
+        Tap("blocks.3.hook_resid_post")
 
 
 def test_a_dense_model_has_no_router_to_read() -> None:
