@@ -49,8 +49,8 @@ from grokjax.config import GrokConfig
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Read at once into the result: little memory.
 BLOCK_BYTES = 1 << 20
-# Rows and columns that are read at once to be transposed. They stay in the processor's cache, and no power of two lies
-# between two rows: the numbers of a column would have one place there, and displace each other.
+# Rows and columns that are read at once to be transposed. They stay in the processor's cache, where the numbers of a
+# column would displace each other if a row were a multiple of 4 KiB long, as whole rows often are.
 TRANSPOSED_BLOCK = (512, 352)
 
 
