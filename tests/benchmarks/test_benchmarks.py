@@ -131,9 +131,16 @@ def test_scores_taps_and_statistics_are_measured_beside_a_prefill() -> None:
 
 @pytest.mark.thorough
 def test_loading_is_measured_from_the_disk_and_from_the_page_cache() -> None:
-    record = json.loads(run("load.py", "--config", "tiny", "--repeats", "1")[-1])
+    layouts = ("release", "ours", "safetensors")
+    options = ["--config", "tiny", "--experts", "4", "--repeats", "1", "--layouts", *layouts]
+    record = json.loads(run("load.py", *options)[-1])
     assert set(record) == documented_keys("load.py") | ENVIRONMENT
-    assert all(record[layout].keys() == record["ours"].keys() for layout in ("release", "ours"))
+    assert record["experts"] == 4
+    for layout in layouts:
+        assert record[layout].keys() == {"bytes"} | {
+            f"{state}_{what}" for state in ("cold", "warm") for what in ("read", "load", "memory")
+        }
+    assert record["safetensors"]["bytes"] > record["release"]["bytes"]
 
 
 @pytest.mark.thorough

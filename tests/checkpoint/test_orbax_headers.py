@@ -84,7 +84,12 @@ def test_a_model_is_read_past_the_storage_library(
 
 @pytest.mark.parametrize("dtype", [np.int8, np.float32])
 @pytest.mark.parametrize("chunk", [[4, 8], [4, 3]])
-def test_many_chunks_are_read_as_they_were_written(tmp_path: Path, dtype: type, chunk: list[int]) -> None:
+@pytest.mark.parametrize("block_bytes", [None, 24])
+def test_many_chunks_are_read_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type, chunk: list[int], block_bytes: int | None
+) -> None:
+    if block_bytes is not None:  # one row, or some, but not all of a chunk
+        monkeypatch.setattr(orbax_headers, "BLOCK_BYTES", block_bytes)
     values = np.arange(1, 81).reshape(10, 8).astype(dtype)
     spec = ArraySpec(values.shape, values.dtype)
     metadata = orbax_headers.expected_header(spec, chunk)

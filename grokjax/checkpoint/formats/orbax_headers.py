@@ -22,6 +22,8 @@ from grokjax.checkpoint.stored import Array, ArraySpec, CheckpointError, Index
 WEIGHTS = "weights"
 _METADATA, _HEADER = "_METADATA", "zarr.json"
 _CHUNK_INDEX_BYTES = 20
+# Of a chunk whose rows are cut, so much is read at once: it is still in the processor's cache when it is copied.
+BLOCK_BYTES = 1 << 20
 _LITTLE_ENDIAN = {"endian": "little"}
 _ADVICE = "restore it from a copy or convert again"
 
@@ -120,7 +122,9 @@ def read_chunks(array: Path, spec: ArraySpec, index: Index, out: Array) -> bool:
     ]
     if not out.flags.c_contiguous or any(taken.step != 1 for taken in ranges):
         return False
-    region, scratch = out.reshape([len(taken) for taken in ranges]), np.empty(chunk, out.dtype)
+    region = out.reshape([len(taken) for taken in ranges])
+    rows = max(1, BLOCK_BYTES // (math.prod(chunk[1:]) * out.itemsize))
+    scratch = np.empty((min(rows, chunk[0]), *chunk[1:]), out.dtype)
     numbers = [range(taken.start // step, -(-taken.stop // step)) for taken, step in zip(ranges, chunk, strict=True)]
     for place in itertools.product(*numbers):
         target, within = [], []  # the region's part in this chunk: where it is wanted, and where it is stored
@@ -128,32 +132,34 @@ def read_chunks(array: Path, spec: ArraySpec, index: Index, out: Array) -> bool:
             start, stop = max(taken.start, number * step), min(taken.stop, (number + 1) * step)
             target.append(slice(start - taken.start, stop - taken.start))
             within.append(slice(start - number * step, stop - number * step))
-        if not _read_chunk(array.joinpath("c", *map(str, place)), region[tuple(target)], within, scratch):
+        if not _read_chunk(array.joinpath("c", *map(str, place)), region[tuple(target)], within, chunk, scratch):
             return False
     return True
 
 
-def _read_chunk(file: Path, out: Array, within: Sequence[slice], scratch: Array) -> bool:
+def _read_chunk(file: Path, out: Array, within: Sequence[slice], chunk: Sequence[int], scratch: Array) -> bool:
     """Reads a region of a chunk, if its values are the beginning of the file, as the index behind them says.
 
-    Whole rows are read to where they stay, parts of them by way of `scratch`, which has the chunk's shape.
+    Whole rows are read to where they stay, parts of them by way of `scratch`, which holds some rows of the chunk.
     """
-    rows, index = scratch[within[0]], bytearray(_CHUNK_INDEX_BYTES)
-    is_direct = out.shape == rows.shape and out.flags.c_contiguous
-    into = (out if is_direct else rows).reshape(-1).view(np.uint8).data
+    is_direct = out.shape[1:] == scratch.shape[1:] and out.flags.c_contiguous
+    step, row_bytes = chunk[0] if is_direct else len(scratch), scratch[0].nbytes
+    num_bytes, index = chunk[0] * row_bytes, bytearray(_CHUNK_INDEX_BYTES)
     try:
         with file.open("rb", buffering=0) as stream:
-            # First what lies first: the system reads ahead.
-            has_all = read_bytes(stream, within[0].start * (scratch.nbytes // len(scratch)), into) and read_bytes(
-                stream, scratch.nbytes, memoryview(index)
-            )
-            if not has_all or stream.read(1) or struct.unpack_from("<QQ", index) != (0, scratch.nbytes):
-                return False
+            # In the order of the file: the system reads ahead.
+            for start in range(0, len(out), step):
+                taken = out[start : start + step]
+                rows = taken if is_direct else scratch[: len(taken)]
+                into = rows.reshape(-1).view(np.uint8).data
+                if not read_bytes(stream, (within[0].start + start) * row_bytes, into):
+                    return False
+                if not is_direct:
+                    taken[...] = rows[(slice(None), *within[1:])]
+            has_index = read_bytes(stream, num_bytes, memoryview(index)) and not stream.read(1)
+            return has_index and struct.unpack_from("<QQ", index) == (0, num_bytes)
     except OSError:
         return False
-    if not is_direct:
-        out[...] = rows[(slice(None), *within[1:])]
-    return True
 
 
 def _missing_bytes(state: Path, specs: Mapping[str, ArraySpec]) -> int:

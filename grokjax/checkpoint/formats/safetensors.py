@@ -47,8 +47,11 @@ from grokjax.checkpoint.stored import (
 from grokjax.config import GrokConfig
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# Read at once into the result: little memory, and a transposition that stays inside the processor's cache.
+# Read at once into the result: little memory.
 BLOCK_BYTES = 1 << 20
+# Rows and columns that are read at once to be transposed. They stay in the processor's cache, where the numbers of a
+# column would displace each other if a row were a multiple of 4 KiB long, as whole rows often are.
+TRANSPOSED_BLOCK = (512, 352)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +177,17 @@ def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bo
         return
     # As plain integers: NumPy copies those faster than bfloat16.
     bits = np.dtype(f"u{target.itemsize}")
-    rows, *columns = bounds[::-1] if transposed else bounds
-    step = max(1, BLOCK_BYTES * len(rows) // target.nbytes)
     target = target.view(bits).T if transposed else target.view(bits)
+    bounds = bounds[::-1] if transposed else bounds
+    row_bytes = target.nbytes // len(target)
+    steps = TRANSPOSED_BLOCK if transposed else (max(1, BLOCK_BYTES // row_bytes), *target.shape[1:])
+    blocks = itertools.product(*(range(0, size, step) for size, step in zip(target.shape, steps, strict=True)))
     with unchanged(source.file, source.stamp), opened(source.file) as file:
         stored = file.get_slice(source.name)
-        for start in range(0, len(rows), step):
-            block = (rows[start : start + step], *columns)
-            target[start : start + step] = stored[tuple(slice(bound.start, bound.stop) for bound in block)].view(bits)
+        for starts in blocks:
+            place = [slice(start, start + step) for start, step in zip(starts, steps, strict=True)]
+            taken = [bound[part] for bound, part in zip(bounds, place, strict=True)]
+            target[tuple(place)] = stored[tuple(slice(part.start, part.stop) for part in taken)].view(bits)
 
 
 def _find_scheme(folder: Path, headers: Mapping[str, Header]) -> Scheme:
