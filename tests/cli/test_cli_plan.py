@@ -75,16 +75,12 @@ def keys_of(text: str) -> set[str]:
     return set(re.findall(r"`([a-z_]+)`", text))
 
 
-def test_an_int8_cache_takes_a_byte_a_value_and_its_scales(capsys: pytest.CaptureFixture[str]) -> None:
-    """Keys and values of two layers, 32 tokens, a head of 16 on a device with its float32 scale; the row's length."""
-    record = json.loads(run_plan(capsys, "--target", "cpu:8", "--cache-dtype", "int8", "--json"))
-    assert record["cache_bytes_per_device"] == 2 * 2 * 32 * (16 + 4) + 4
-
-
-def test_given_figures_stand_in_place_of_the_table_s(capsys: pytest.CaptureFixture[str]) -> None:
+def test_given_figures_and_dtypes_stand_in_place_of_the_usual_ones(capsys: pytest.CaptureFixture[str]) -> None:
     # 10 KiB: less than the tiny model's weights, whatever the compiler adds to them.
     figures = ["--hbm-gib", "0.00001", "--bandwidth-gbs", "1", "--tflops", "1", "--link-gbs", "1", "--latency-us", "1"]
-    record = json.loads(run_plan(capsys, "--target", "cpu:8", *figures, "--json"))
+    record = json.loads(run_plan(capsys, "--target", "cpu:8", *figures, "--cache-dtype", "int8", "--json"))
+    # Keys and values of two layers, 32 tokens, a head of 16 on a device with its float32 scale; the row's length.
+    assert record["cache_bytes_per_device"] == 2 * 2 * 32 * (16 + 4) + 4
     assert (record["fits"], record["largest_batch_size"]) == (False, 0)
     assert record["usable_bytes_per_device"] == int(int(0.00001 * 2**30) * 0.95)
     decode = record["decode"]
