@@ -98,7 +98,7 @@ class DecoderLayers(Module):
             layers = nnx.merge(graphdef, parameters)
             if is_pulled:
                 for module in (layers.attention, layers.feed_forward):
-                    module.partitioner = module.partitioner.backwards()
+                    vars(module).update(partitioner=module.partitioner.backwards())  # a view's, too
             x, keys, values = layers(*carry, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 

@@ -31,8 +31,8 @@ def run_stack(
     """Runs new tokens through all layers.
 
     Args:
-      run_layer: (parameters; input and cache; number of the layer, int32 []; place in the cache; by its name
-        `is_pulled`, whether it is run to be differentiated) -> output and cache.
+      run_layer: (parameters; input and cache; number of the layer, int32 []; place in the cache; `is_pulled=`, whether
+        it is run to be differentiated) -> output and cache.
       parameters: a tree of arrays [L, ...], of which the floats have derivatives.
       carry: the first layer's input [P, T, D] in the compute dtype, and the cache's keys and values [L, B, K, S, H]; of
         one layer, which all use in turn, if it is not kept.
@@ -62,7 +62,7 @@ class _Stack:
         """All layers, and nothing kept of them."""
 
         def step(layer: jax.Array, carry: Carry) -> Carry:
-            return self._run_layer(parameters, carry, layer, place)
+            return self._run_forwards(parameters, carry, layer, place)
 
         finished: Carry = lax.fori_loop(0, self.num_layers, step, carry)
         return finished
@@ -71,7 +71,7 @@ class _Stack:
         """All layers, and what each was given, [L, P, T, D]."""
 
         def step(carry: Carry, layer: jax.Array) -> tuple[Carry, jax.Array]:
-            return self._run_layer(parameters, carry, layer, place), carry[0]
+            return self._run_forwards(parameters, carry, layer, place), carry[0]
 
         finished: tuple[Carry, jax.Array] = lax.scan(step, carry, jnp.arange(self.num_layers, dtype=jnp.int32))
         return finished
@@ -109,7 +109,8 @@ class _Stack:
         found = dict.fromkeys(range(len(leaves))) | dict(zip(floats, of_floats, strict=True))
         return tree.unflatten(found.values()), (of_x, *of_entries), None
 
-    def _run_layer(self, parameters: Any, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
+    def _run_forwards(self, parameters: Any, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
+        """One layer, for its result alone."""
         place = _place_of(layer, place, keeps=self.keeps)
         return self.run_layer(parameters, carry, layer, place, is_pulled=False)
 
