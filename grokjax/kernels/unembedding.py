@@ -67,7 +67,7 @@ def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array, *, platform
     of_x = lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
     if scales is None:
         of_weight = product("vm,md->vd", transposed(scaled, platform=platform), x).astype(weight.dtype)
-        return of_x, lax.optimization_barrier(of_weight)  # else it is kept in float32 until all layers are through
+        return of_x, lax.optimization_barrier(of_weight)  # jax 0.12 would keep float32 numbers till the end
     quantized: Any = QuantizedTable
     return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0).astype(scales.dtype))
 
