@@ -59,10 +59,9 @@ def evaluate_experts(
             return experts_gpu.evaluate_in_one_kernel(*routed, layer=layer, num_experts=num_experts)
         return evaluate_in_blocks(*routed, layer, **in_blocks)
 
-    in_blocks_backwards = in_blocks | {"sizes": sizes[::-2][::-1]}  # each is a program of many products
     run = with_rule(
         evaluate,
-        functools.partial(pull_in_blocks, **in_blocks_backwards),
+        functools.partial(pull_in_blocks, **in_blocks),
         saving=functools.partial(evaluate_saving, **in_blocks),
         smooth=functools.partial(evaluate_in_blocks, **in_blocks),
     )

@@ -98,8 +98,8 @@ def pull_in_blocks(
         (x[pairs.tokens], of_factors),
         (activated, out[pairs.tokens] * shares[:, None]),
     )
-    of_weight = functools.partial(_weight_cotangent, pairs=pairs, sizes=sizes, layer=layer, platform=platform)
-    of_weights = tuple(of_weight(*product, w) for product, w in zip(products, weights, strict=True))
+    of_weight = functools.partial(_weight_cotangent, sizes=sizes, platform=platform)
+    of_weights = tuple(of_weight(*product, w, pairs, layer) for product, w in zip(products, weights, strict=True))
     of_probabilities = jnp.where(pairs.is_ours, of_shares[pairs.places.reshape(-1)], 0).reshape(experts.shape)
     return mix(of_x, jnp.ones_like(probabilities), pairs).astype(x.dtype), of_probabilities, None, of_weights, None
 
@@ -108,10 +108,10 @@ def _weight_cotangent(
     x: jax.Array,
     out: jax.Array,
     w: Weight,
-    *,
     pairs: SortedPairs,
-    sizes: tuple[int, ...],
     layer: jax.Array,
+    *,
+    sizes: tuple[int, ...],
     platform: str,
 ) -> Any:
     """The cotangent of a stack of weights, of which one layer multiplied the sorted pairs.
@@ -121,14 +121,40 @@ def _weight_cotangent(
       out: float32 [M * X + block, O], the cotangent of the products.
       w: plain or quantised [L, E, C, O].
       pairs: how they are sorted.
-      sizes: numbers of rows to compute a block with.
       layer: int32 [].
+      sizes: numbers of rows to compute a block with.
       platform: "cpu", "gpu" or "tpu", where it will run.
 
     Returns:
       A tree like the weight in the dtype of its floats, None for the integers.
     """
+    leaf = floats(w)
+    in_floats = functools.partial(_floats_cotangent, sizes=sizes, platform=platform)
+    if platform != "cpu" or leaf.dtype != jnp.bfloat16:
+        return of_floats(in_floats(x, out, w, pairs, layer), w)
+    # As integers: jax 0.10 converts all of what a loop writes bfloat16 numbers into, at every turn.
+    in_bits = jax.custom_jvp(functools.partial(in_floats, as_bits=True))
+    in_bits.defjvp(lambda operands, changes: jax.jvp(in_floats, operands, changes))
+    return of_floats(in_bits(x, out, w, pairs, layer), w)
+
+
+def _floats_cotangent(
+    x: jax.Array,
+    out: jax.Array,
+    w: Weight,
+    pairs: SortedPairs,
+    layer: jax.Array,
+    *,
+    sizes: tuple[int, ...],
+    platform: str,
+    as_bits: bool = False,
+) -> jax.Array:
+    """What `_weight_cotangent` gives for the floats of the weight, in their dtype; as bits it has no derivatives."""
     (contracting, outputs), leaf = w.shape[-2:], floats(w)
+
+    def stored(numbers: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(numbers, jnp.uint16) if as_bits else numbers
+
     if leaf is w:
         out = out.astype(product_dtype(x.dtype) if platform == "cpu" else x.dtype)  # once, not for every part
     # A plain weight's rows are those of its cotangent; the scales of a quantised one need all of them.
@@ -146,8 +172,8 @@ def _weight_cotangent(
             own = lax.dynamic_slice_in_dim(out, first, num_rows)
             return weight_cotangent(factor, own, w, (layer, expert), platform=platform)
 
-        total = sum_blocks(pairs, sizes, expert, evaluate, part_shape)
+        total = stored(sum_blocks(pairs, sizes, expert, evaluate, part_shape).astype(leaf.dtype))
         return lax.dynamic_update_slice(found, total[None, None], (layer, expert, begin, jnp.zeros_like(begin)))
 
-    whole = lax.fori_loop(0, leaf.shape[1] * num_parts, add_part, jnp.zeros(leaf.shape, jnp.float32))
-    return of_floats(whole.astype(leaf.dtype), w)
+    whole = lax.fori_loop(0, leaf.shape[1] * num_parts, add_part, stored(jnp.zeros_like(leaf)))
+    return lax.bitcast_convert_type(whole, leaf.dtype) if as_bits else whole

@@ -13,6 +13,7 @@ from grokjax.kernels.gated_unit import GatedWeights, gated_unit
 from grokjax.kernels.products import matmuls
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SortedPairs:
     """The (token, expert) pairs sorted by expert, and cut into blocks that never mix experts.

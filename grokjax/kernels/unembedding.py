@@ -11,7 +11,7 @@ from jax import lax
 from grokjax.kernels.cpu_features import product_dtype, takes_planes
 from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.planes import multiply_in_parts, to_planes
-from grokjax.kernels.slices import float_precision, pad_rows, transposed
+from grokjax.kernels.slices import float_precision, in_place, pad_rows, transposed
 from grokjax.quantization import QuantizedTable, Table
 
 
@@ -57,14 +57,17 @@ def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array, *, platform
     product = functools.partial(jnp.einsum, precision=float_precision(x.dtype), preferred_element_type=jnp.float32)
 
     def add_block(i: jax.Array, of_x: jax.Array) -> jax.Array:
+        held_out, i = in_place(scaled, i, platform=platform)
+        held_weight, i = in_place(weight, i, platform=platform)
         start = jnp.minimum(i * block, num_rows - block)  # the last block slides left and leaves out what was seen
         is_new = start + jnp.arange(block, dtype=jnp.int32) >= i * block
-        part = jnp.where(is_new[None], lax.dynamic_slice_in_dim(scaled, start, block, axis=1), 0)
-        return of_x + product("mv,vd->md", part, lax.dynamic_slice_in_dim(weight, start, block).astype(x.dtype))
+        part = jnp.where(is_new[None], lax.dynamic_slice_in_dim(held_out, start, block, axis=1), 0)
+        return of_x + product("mv,vd->md", part, lax.dynamic_slice_in_dim(held_weight, start, block).astype(x.dtype))
 
     of_x = lax.fori_loop(0, -(-num_rows // block), add_block, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
     if scales is None:
-        return of_x, product("vm,md->vd", transposed(scaled, platform=platform), x).astype(weight.dtype)
+        of_weight = product("vm,md->vd", transposed(scaled, platform=platform), x).astype(weight.dtype)
+        return of_x, lax.optimization_barrier(of_weight)  # jax 0.12 would keep float32 numbers till the end
     quantized: Any = QuantizedTable
     return of_x, quantized(None, (blocked_unembed(x, weight) * out).sum(axis=0).astype(scales.dtype))
 

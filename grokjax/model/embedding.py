@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from grokjax.config import GrokConfig
-from grokjax.kernels import unembed
+from grokjax.kernels import unembed, with_rule
 from grokjax.model.base import Module, Parameter
 from grokjax.model.contexts import in_any_context
 from grokjax.quantization import QuantizedTable, Table, partition_specs
@@ -45,12 +46,13 @@ class Embedding(Module):
         def lookup(table: Table, tokens: jax.Array) -> jax.Array:
             own = tokens - partitioner.index("vocab") * table.shape[0]
             found = (own >= 0) & (own < table.shape[0])
-            embedded = _table_rows(table, jnp.clip(own, 0, table.shape[0] - 1))
+            embedded = with_rule(_table_rows, _pull_rows)(table, jnp.clip(own, 0, table.shape[0] - 1))
             return partitioner.psum(jnp.where(found[..., None], embedded, 0), "vocab")
 
         table: Table = self.table.get_value()
         in_specs = (partition_specs(table, ("vocab", "embed"), partitioner), rows)
-        embedded = partitioner.shard_map(lookup, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))(table, tokens)
+        run = _on_own_shards(lookup, partitioner, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))
+        embedded = run(table, tokens)
         return (embedded * self.config.embedding_multiplier).astype(self.dtype)
 
     @in_any_context
@@ -62,7 +64,7 @@ class Embedding(Module):
         in_specs = (rows, partition_specs(table, ("vocab", "embed"), partitioner))
         out_spec = PartitionSpec(*rows[:-1], partitioner.spec(("vocab", "embed"), table.shape)[0])
         product = functools.partial(unembed, platform=partitioner.platform)
-        logits = partitioner.shard_map(product, in_specs=in_specs, out_specs=out_spec)(x, table)
+        logits = _on_own_shards(product, partitioner, in_specs=in_specs, out_specs=out_spec)(x, table)
         return logits * self.config.output_multiplier
 
 
@@ -105,3 +107,31 @@ def _table_rows(table: Table, indices: jax.Array) -> jax.Array:
     if isinstance(table, QuantizedTable):
         return table.weight[indices].astype(jnp.float32) * table.scales[indices][..., None]
     return table[indices].astype(jnp.float32)
+
+
+def _pull_rows(operands: tuple[Table, jax.Array], _: Any, rows: jax.Array) -> tuple[Any, None]:
+    """The cotangents of `_table_rows`' operands from that of its result, float32 [*indices, D].
+
+    JAX's own would be added into zeros, float32 [V, D]. Here each token that occurs has a place among the sums of so
+    many rows, and from these is read what each row of the table has: what reads it makes no table of it.
+    """
+    table, indices = operands
+    indices, rows = indices.reshape(-1), rows.reshape(-1, rows.shape[-1])
+    if isinstance(table, QuantizedTable):
+        of_scales = (table.weight[indices].astype(jnp.float32) * rows).sum(axis=1)
+        scales = jnp.zeros(table.scales.shape, jnp.float32).at[indices].add(of_scales)
+        quantized: Any = QuantizedTable
+        return quantized(None, scales.astype(table.scales.dtype)), None
+    nowhere = len(indices)
+    places = jnp.full(len(table), nowhere, jnp.int32).at[indices].set(jnp.arange(nowhere, dtype=jnp.int32))
+    sums = jnp.zeros((nowhere + 1, rows.shape[1]), jnp.float32).at[places[indices]].add(rows)
+    return sums[places].astype(table.dtype), None
+
+
+def _on_own_shards(
+    function: Callable[..., jax.Array], partitioner: Partitioner, *, in_specs: Any, out_specs: Any
+) -> Callable[..., jax.Array]:
+    """`Partitioner.shard_map`, differentiated as `Partitioner.backwards` says."""
+    forms = partitioner, partitioner.backwards()
+    run, again = (form.shard_map(function, in_specs=in_specs, out_specs=out_specs) for form in forms)
+    return with_rule(run, lambda operands, _, out: jax.vjp(again, *operands)[1](out))

@@ -92,8 +92,14 @@ class DecoderLayers(Module):
             return self._run_observed(carry, place, keeps=keeps, probe=probe)
         graphdef, parameters = nnx.split(self)
 
-        def run_layer(parameters: nnx.State, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
-            x, keys, values = nnx.merge(graphdef, parameters)(*carry, layer=layer, place=place)
+        def run_layer(
+            parameters: nnx.State, carry: Carry, layer: jax.Array, place: CachePlace, *, is_pulled: bool
+        ) -> Carry:
+            layers = nnx.merge(graphdef, parameters)
+            if is_pulled:
+                for module in (layers.attention, layers.feed_forward):
+                    vars(module).update(partitioner=module.partitioner.backwards())  # a view's, too
+            x, keys, values = layers(*carry, layer=layer, place=place)
             return self.partitioner.constrain(x, ("batch", None, None)), keys, values
 
         return run_stack(run_layer, parameters, carry, place, keeps=keeps, platform=self.partitioner.platform)

@@ -20,7 +20,7 @@ C = TypeVar("C")
 
 
 def run_stack(
-    run_layer: Callable[[Any, Carry, jax.Array, CachePlace], Carry],
+    run_layer: Callable[..., Carry],
     parameters: Any,
     carry: Carry,
     place: CachePlace,
@@ -31,7 +31,8 @@ def run_stack(
     """Runs new tokens through all layers.
 
     Args:
-      run_layer: (parameters; input and cache; number of the layer, int32 []; place in the cache) -> output and cache.
+      run_layer: (parameters; input and cache; number of the layer, int32 []; place in the cache; `is_pulled=`, whether
+        it is run to be differentiated) -> output and cache.
       parameters: a tree of arrays [L, ...], of which the floats have derivatives.
       carry: the first layer's input [P, T, D] in the compute dtype, and the cache's keys and values [L, B, K, S, H]; of
         one layer, which all use in turn, if it is not kept.
@@ -52,7 +53,7 @@ def run_stack(
 class _Stack:
     """How layers are run one after the other; arguments are those of `run_stack`."""
 
-    run_layer: Callable[[Any, Carry, jax.Array, CachePlace], Carry]
+    run_layer: Callable[..., Carry]
     num_layers: int
     keeps: bool
     platform: str
@@ -61,7 +62,7 @@ class _Stack:
         """All layers, and nothing kept of them."""
 
         def step(layer: jax.Array, carry: Carry) -> Carry:
-            return self.run_layer(parameters, carry, layer, _place_of(layer, place, keeps=self.keeps))
+            return self._run_forwards(parameters, carry, layer, place)
 
         finished: Carry = lax.fori_loop(0, self.num_layers, step, carry)
         return finished
@@ -70,7 +71,7 @@ class _Stack:
         """All layers, and what each was given, [L, P, T, D]."""
 
         def step(carry: Carry, layer: jax.Array) -> tuple[Carry, jax.Array]:
-            return self.run_layer(parameters, carry, layer, _place_of(layer, place, keeps=self.keeps)), carry[0]
+            return self._run_forwards(parameters, carry, layer, place), carry[0]
 
         finished: tuple[Carry, jax.Array] = lax.scan(step, carry, jnp.arange(self.num_layers, dtype=jnp.int32))
         return finished
@@ -93,7 +94,7 @@ class _Stack:
 
             def run_own(values: list[jax.Array], x: jax.Array, entries: tuple[jax.Array, jax.Array]) -> Carry:
                 parameters = tree.unflatten((own | dict(zip(floats, values, strict=True))).values())
-                return self.run_layer(parameters, (x, *entries), first.layer, first)
+                return self.run_layer(parameters, (x, *entries), first.layer, first, is_pulled=True)
 
             _, back = jax.vjp(run_own, [own[i] for i in floats], inputs[layer], own_entries)
             parts, of_x, of_own = back((of_x, *(lax.dynamic_index_in_dim(part, number) for part in of_entries)))
@@ -107,6 +108,11 @@ class _Stack:
         of_floats, of_x, of_entries = lax.fori_loop(0, self.num_layers, pull_layer, (nothing, of_x, of_entries))
         found = dict.fromkeys(range(len(leaves))) | dict(zip(floats, of_floats, strict=True))
         return tree.unflatten(found.values()), (of_x, *of_entries), None
+
+    def _run_forwards(self, parameters: Any, carry: Carry, layer: jax.Array, place: CachePlace) -> Carry:
+        """One layer, for its result alone."""
+        place = _place_of(layer, place, keeps=self.keeps)
+        return self.run_layer(parameters, carry, layer, place, is_pulled=False)
 
     def _one_layer(self, stack: jax.Array, layer: jax.Array) -> jax.Array:
         """What a stack holds of one layer, [1, ...]."""

@@ -1,6 +1,7 @@
 """The one translator from logical axes to `NamedSharding`, and what runs on each device's own shards."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -19,10 +20,17 @@ Axes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """A mesh and its rules: translates logical axes into shardings. Hashable, a static part of the model."""
+    """A mesh and its rules: translates logical axes into shardings. Hashable, a static part of the model.
+
+    Attributes:
+      mesh: whose axes are all Auto.
+      rules: which of its axes splits what.
+      is_backwards: whether it is for derivatives, see `backwards`.
+    """
 
     mesh: Mesh
     rules: ShardingRules
+    is_backwards: bool = False
 
     @classmethod
     def create(
@@ -66,6 +74,15 @@ class Partitioner:
     def without_embed(self) -> "Partitioner":
         """This translator with D of the weights whole, as they are used: gathered where the rule `embed` shards it."""
         return dataclasses.replace(self, rules=self.rules.replace(embed=None))
+
+    def backwards(self) -> "Partitioner":
+        """This translator for what is run to be differentiated: the same numbers, and nothing summed over one device.
+
+        JAX sums a derivative over each mesh axis that the spec of a `shard_map` does not name. Where the axis has one
+        device there is nothing to add, and XLA's CPU backend copies all of it, as float32 numbers. So the specs name
+        such axes, which splits nothing.
+        """
+        return dataclasses.replace(self, is_backwards=True)
 
     @property
     def platform(self) -> str:
@@ -140,6 +157,9 @@ class Partitioner:
         """
         mesh = self.mesh_here()
         names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+        if self.is_backwards:
+            lone = tuple(name for name in mesh.axis_names if name in names and mesh.shape[name] == 1)
+            in_specs = jax.tree.map(functools.partial(_naming, names=lone), in_specs, is_leaf=_is_spec)
         return jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
         )
@@ -171,6 +191,19 @@ class Partitioner:
         if axis == "batch":
             return None
         raise ValueError(indivisible(f"{axis} of size {size}", name, self.mesh))
+
+
+def _naming(spec: PartitionSpec, *, names: tuple[str, ...]) -> PartitionSpec:
+    """The spec, whose first dimension is split over these mesh axes too, unless another is; a scalar's names none."""
+    if not spec:
+        return spec
+    first, *rest = (() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+    used = first + sum(rest, ())
+    return PartitionSpec(first + tuple(name for name in names if name not in used), *rest)
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
 
 
 def _on_default_device(

@@ -35,6 +35,30 @@ def test_the_last_block_counts_no_row_twice(num_blocks: int) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_cotangents_of_bfloat16_experts_are_right_and_have_derivatives() -> None:
+    """On CPUs they are written as integers, which by themselves have none; one expert is chosen by nobody."""
+    random = np.random.default_rng(0)
+    x, mask = (jnp.asarray(random.standard_normal((24, 32)), jnp.float32) for _ in range(2))
+    routes = jnp.asarray(np.stack([random.permutation(3)[:2] for _ in range(24)]), jnp.int32)
+
+    def total(weights: tuple[jax.Array, ...]) -> jax.Array:
+        given = x.astype(weights[0].dtype), jnp.full(routes.shape, 0.5), routes, weights
+        return (evaluate_experts(*given, layer=jnp.int32(0), num_experts=4, platform="cpu") * mask).sum()
+
+    @jax.jit
+    def both(weights: tuple[jax.Array, ...], changes: tuple[jax.Array, ...]) -> Any:
+        return jax.jvp(jax.grad(total), (weights,), (changes,))
+
+    shapes = ((1, 4, 32, 64), (1, 4, 32, 64), (1, 4, 64, 32))
+    given = [[jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes] for _ in range(2)]
+    found = both(*(tuple(leaves) for leaves in given))
+    wanted = both(*(tuple(leaf.astype(jnp.float32) for leaf in leaves) for leaves in given))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=0, atol=0.02 * np.abs(other).max())
+
+
 def cotangent_of_a_product(w: jax.Array, x: jax.Array) -> jax.Array:
     return jax.grad(lambda w: matmul(x, w, at=(jnp.int32(0),), platform="cpu").sum())(w[None])
 
