@@ -219,7 +219,7 @@ def exported_step(model: Grok, cache: KVCache, **options: Any) -> export.Exporte
 
 @pytest.mark.parametrize("extents", [(1, 1), pytest.param((1, 8), marks=pytest.mark.thorough)])
 def test_exported_steps_are_read_back_and_compute_the_same(extents: tuple[int, int]) -> None:
-    model = random_model(EXPERTS, mesh=make_mesh(extents))
+    model = random_model(CONFIG, mesh=make_mesh(extents))
     leaves, tree = jax.tree.flatten(model)
     whole = jax.jit(lambda leaves, tokens: forward(tree.unflatten(leaves), tokens))
     exported = export.export(whole, platforms=PLATFORMS, disabled_checks=[LAYOUT])(leaves, TOKENS)

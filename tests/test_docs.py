@@ -81,8 +81,8 @@ def compile_block(block: Block, document: Path) -> types.CodeType:
 # pyproject.toml says.
 WITH_PYTHON = [document for document in DOCUMENTS if any(block.runs for block in python_blocks(document))]
 WITH_COMMANDS = [document for document in DOCUMENTS if read_commands(document.read_text())]
-# Those that are run as notebooks too, and take as long as all others.
-AS_NOTEBOOKS = [ROOT / "docs" / f"{page}.md" for page in ("walkthrough", "research", "experiments")]
+# They take longer than all others. The first three are run as notebooks, and tests show all that the last two do.
+LONGEST = [ROOT / "docs" / f"{page}.md" for page in ("walkthrough", "research", "experiments", "model", "engine")]
 
 
 def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
@@ -92,7 +92,7 @@ def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    or_thorough([(page,) for page in WITH_PYTHON], [(page,) for page in WITH_PYTHON if page not in AS_NOTEBOOKS]),
+    or_thorough([(page,) for page in WITH_PYTHON], [(page,) for page in WITH_PYTHON if page not in LONGEST]),
     ids=name,
 )
 def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

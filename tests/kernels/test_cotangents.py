@@ -35,6 +35,7 @@ def test_the_last_block_counts_no_row_twice(num_blocks: int) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.thorough
 def test_cotangents_of_bfloat16_experts_are_right_and_have_derivatives() -> None:
     """On CPUs they are written as integers, which by themselves have none; one expert is chosen by nobody."""
     random = np.random.default_rng(0)

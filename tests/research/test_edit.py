@@ -118,14 +118,14 @@ def test_each_row_has_a_head_of_its_own_patched() -> None:
 def test_a_patch_without_positions_is_of_whole_texts() -> None:
     """A value of fewer tokens than the call has is refused where it is used; in steps that follow it does nothing."""
     value = np.tile(VECTOR, (1, 9, 1))
-    whole, named = (edit(make(), patch("stream.out", [0], value, *positions)) for positions in ((), (np.arange(9),)))
+    whole, named = (edit(dense(), patch("stream.out", [0], value, *positions)) for positions in ((), (np.arange(9),)))
     made = [np.asarray(generate(one, TOKENS, LENGTHS, max_new_tokens=3).tokens).tolist() for one in (whole, named)]
     assert made[0] == made[1]
     message = (
         r"values are of 1 positions, and this call has 9 tokens, .* name the positions, as in patch\(\.\.\., positions"
     )
     with pytest.raises(ValueError, match=message):
-        observe(edit(make(), patch("stream.out", [0], value[:, :1])), TOKENS, LENGTHS, {})
+        observe(edit(dense(), patch("stream.out", [0], value[:, :1])), TOKENS, LENGTHS, {})
 
 
 def test_forcing_the_experts_that_were_chosen_changes_no_bit() -> None:
