@@ -368,8 +368,10 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _new_figure(path: Path) -> Any:
-    """An empty figure for a file, made before the plan, which takes long and would be lost without matplotlib."""
+    """An empty figure for a file, made before the plan, which takes long and would be lost without either."""
     check_no_link(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path} cannot be written: there is no folder {path.parent}, make it first.")
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

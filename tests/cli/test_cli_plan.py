@@ -39,12 +39,14 @@ def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_table_says_whether_it_fits_and_how_fast_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """And a picture is drawn."""
     monkeypatch.setattr(Plan, "find_largest_batch_size", lambda _: 4096)
     monkeypatch.setattr(Plan, "find_largest_max_len", lambda _: 128)
     monkeypatch.setattr(Plan, "plan_gradient", lambda _, tokens: GradientPlan(tokens, 1 << 20, 1 << 30, 1 << 40, False))
-    out = run_plan(capsys, "--target", "h100:2", "--gradient", "16")
+    out = run_plan(capsys, "--target", "h100:2", "--gradient", "16", "--plot", str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^gradient of 16 tokens\n  gradients +1\.000 MiB\n  temporaries +1\.000 GiB\n", out, re.MULTILINE)
     assert re.search(r"^  total +1\.000 TiB  does not fit$", out, re.MULTILINE)
     assert "h100-80g:2, mesh 1,2: batch 1, 32 tokens a row, programs by the compiler for cpu" in out
@@ -202,11 +204,11 @@ def test_a_picture_needs_matplotlib(
     assert "--plot needs matplotlib, the extra `plot`: run pip install" in capsys.readouterr().err
 
 
-def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    run_plan(capsys, "--target", "h100:2", "--plot", str(tmp_path / "plan.png"))
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+def test_a_picture_that_cannot_be_written_is_refused_before_the_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["plan", *SMALL, "--plot", str(tmp_path / "missing" / "plan.png")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "plan.png cannot be written: there is no folder" in capsys.readouterr().err
 
 
 def run_alone(*arguments: str) -> tuple[dict[str, Any], resource.struct_rusage]:

@@ -231,6 +231,7 @@ def test_what_cannot_be_compiled_under_another_mesh_is_said(context: str) -> Non
         jax.jit(forward)(model(), TOKENS)
 
 
+@pytest.mark.thorough
 def test_tokens_are_drawn_from_logits_that_lie_on_explicit_axes() -> None:
     def run() -> Any:
         return run_sampling(prefill(model(), TOKENS, LENGTHS, model().new_cache(2, 16))[0])

@@ -225,7 +225,8 @@ def test_a_steered_model_gives_the_same_tokens_everywhere(mesh: tuple[int, int],
         tokens.append(int(forward(model, padded)[0, len(tokens) - 1].argmax()))
     assert tokens[len(prompt) :] == made[0].tolist()
     assert made.tolist() != np.asarray(generate(other, TOKENS, LENGTHS, max_new_tokens=5).tokens).tolist()
-    with Engine(model, ByteTokenizer(CONFIG.vocab_size), slots=4, max_len=16, prefill_buckets=(4,)) as engine:
+    sizes = {"slots": 4, "max_len": 16, "prefill_buckets": (4,), "prefill_rows": 1}
+    with Engine(model, ByteTokenizer(CONFIG.vocab_size), **sizes) as engine:
         others = [TOKENS[1, :5].tolist(), [*prompt[:6], 9], prompt]
         done = engine.generate([prompt, *others], max_new_tokens=5, temperature=0, ignore_eos=True)
     assert [list(one.token_ids) for one in done[:2]] == made.tolist()

@@ -150,7 +150,7 @@ def test_the_release_s_keys_and_noise_can_be_reproduced(partitionable: bool, nam
 # ---- the filters against their definitions ---------------------------------------------------------------------------
 
 # A few lengths only, each of which compiles once; eighths, so that ties happen.
-rows_of_logits = st.sampled_from([1, 2, 5, 16, 40]).flatmap(
+rows_of_logits = st.sampled_from([1, 5, 40]).flatmap(
     lambda size: st.lists(st.integers(-60, 60), min_size=size, max_size=size).map(
         lambda eighths: np.asarray(eighths, np.float32) / 8
     )
