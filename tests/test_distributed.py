@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from builders import ROOT, or_thorough, write_checkpoint
+from builders import ROOT, write_checkpoint
 from flax import nnx
 from goldens import check_logits, load_case
 from member import CASES, ENGINE, FOUR_EXPERTS, GENERATE, MESHES, PROMPT, TINY, answer, show
@@ -151,7 +151,8 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize(("job", "mortal"), or_thorough(list(TOLD), [("prompt", 1)]))
+@pytest.mark.thorough  # each waits for the heartbeat's time
+@pytest.mark.parametrize(("job", "mortal"), TOLD)
 def test_a_death_stops_the_other(tmp_path: Path, job: str, mortal: int) -> None:
     (tmp_path / "config.json").write_text(TINY.replace(max_seq_len=128).to_json())
     (tmp_path / "prompts.txt").write_text("abc\ndef\n")
