@@ -82,9 +82,8 @@ def compile_block(block: Block, document: Path) -> types.CodeType:
 WITH_PYTHON = [document for document in DOCUMENTS if any(block.runs for block in python_blocks(document))]
 WITH_COMMANDS = [document for document in DOCUMENTS if read_commands(document.read_text())]
 # They take longer than all others. The first three are run as notebooks, and tests show all that the rest does.
-LONGEST = [
-    ROOT / "docs" / f"{page}.md" for page in ("walkthrough", "research", "experiments", "model", "engine", "hardware")
-]
+_LONGEST = ("walkthrough", "research", "experiments", "model", "engine", "hardware", "checkpoints")
+LONGEST = [ROOT / "docs" / f"{page}.md" for page in _LONGEST]
 
 
 def test_python_blocks_are_python_even_where_they_are_not_run() -> None:

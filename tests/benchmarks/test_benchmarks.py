@@ -60,6 +60,7 @@ def test_the_documented_keys_are_there(output: list[str]) -> None:
     assert set(json.loads(output[-1])) == documented | ENVIRONMENT
 
 
+@pytest.mark.thorough
 def test_prefill_is_measured_at_every_length() -> None:
     lines = run("prefill.py", "--lengths", "8,300", "--repeats", "1", "--layers", "1")
     record = json.loads(lines[-1])

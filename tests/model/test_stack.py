@@ -188,6 +188,7 @@ def test_flax_takes_the_derivatives_of_plain_parameters() -> None:
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.thorough
 def test_rows_that_are_left_out_have_no_derivative() -> None:
     """Of a cache of three rows two are filled, one by one token, and one of them decodes; each step by itself."""
     model, weights = make(DENSE, (1, 1), TENSOR, None)

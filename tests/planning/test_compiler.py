@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import or_thorough, random_model
+from builders import TINY_DENSE, or_thorough, random_model
 from flax import nnx
 from jax.stages import Compiled, Lowered
 from planned import MIB, REAL, TINY, made_up_step, real_plan
@@ -151,7 +151,7 @@ class TestTraffic:
         self, prompts: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """From 2 and 4 layers to 7: what the compiler says of 7."""
-        steps = compiler_of(TINY.replace(num_layers=7))
+        steps = compiler_of(TINY_DENSE.replace(num_layers=7))
         measured = compile_step(steps, 8, 64, prompts)
         compile_step.cache_clear()  # so that the compiler is asked again
         monkeypatch.setattr(Lowered, "compile", refusing("RESOURCE_EXHAUSTED: 1G", num_layers=7))

@@ -53,6 +53,7 @@ def test_one_by_one_the_texts_are_the_release_s(release_tokenizer_path: Path) ->
 
 
 @pytest.mark.release_tokenizer
+@pytest.mark.thorough
 def test_side_by_side_the_texts_are_the_release_s(release_tokenizer_path: Path) -> None:
     """Three rows and seven requests: what the release could not do without mixing them."""
     runner = InferenceRunner(
