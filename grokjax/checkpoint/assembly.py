@@ -249,7 +249,7 @@ def _put_part(value: Weight, part: Weight, at: jax.Array, *, axes: Axes, partiti
         part = QuantizedArray(part.weight, part.refine(blocks).scales.astype(dtype))
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(value.shape[:skipped] + leaf.shape, leaf.dtype), part)
     as_stacked = partition_specs(stacked, axes, partitioner)
-    whole = jax.tree.map(lambda spec: PartitionSpec(*spec[skipped:]), as_stacked, is_leaf=_is_spec)
+    whole = jax.tree.map(lambda spec: PartitionSpec(*spec[skipped:]), as_stacked)
 
     def write(stack: jax.Array, new: jax.Array) -> jax.Array:
         start = [at[0], *[jnp.zeros((), at.dtype)] * (stack.ndim - 1)]
@@ -269,7 +269,3 @@ def _put_part(value: Weight, part: Weight, at: jax.Array, *, axes: Axes, partiti
 
     written: Weight = partitioner.shard_map(write_all, in_specs=(into, whole), out_specs=into)(value, part)
     return written
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)

@@ -159,7 +159,7 @@ class Partitioner:
         names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
         if self.is_backwards:
             lone = tuple(name for name in mesh.axis_names if name in names and mesh.shape[name] == 1)
-            in_specs = jax.tree.map(functools.partial(_naming, names=lone), in_specs, is_leaf=_is_spec)
+            in_specs = jax.tree.map(functools.partial(_naming, names=lone), in_specs)
         return jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
         )
@@ -200,10 +200,6 @@ def _naming(spec: PartitionSpec, *, names: tuple[str, ...]) -> PartitionSpec:
     first, *rest = (() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in spec)
     used = first + sum(rest, ())
     return PartitionSpec(first + tuple(name for name in names if name not in used), *rest)
-
-
-def _is_spec(value: Any) -> bool:
-    return isinstance(value, PartitionSpec)
 
 
 def _on_default_device(
