@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
-from builders import ROOT, or_thorough
+from builders import ROOT
 
 from grokjax import cli
 
@@ -81,9 +81,15 @@ def compile_block(block: Block, document: Path) -> types.CodeType:
 # pyproject.toml says.
 WITH_PYTHON = [document for document in DOCUMENTS if any(block.runs for block in python_blocks(document))]
 WITH_COMMANDS = [document for document in DOCUMENTS if read_commands(document.read_text())]
-# They take longer than all others. The first three are run as notebooks, and tests show all that the rest does.
-_LONGEST = ("walkthrough", "research", "experiments", "model", "engine", "hardware", "checkpoints")
-LONGEST = [ROOT / "docs" / f"{page}.md" for page in _LONGEST]
+# They take longer than all others, and tests show all that they do. Some are run as notebooks too.
+AS_NOTEBOOKS = [ROOT / "docs" / page for page in make_notebooks.PAGES]
+LONGEST = AS_NOTEBOOKS + [ROOT / "docs" / f"{page}.md" for page in ("model", "engine", "hardware", "checkpoints")]
+
+
+def marks_of(document: Path) -> list[pytest.MarkDecorator]:
+    """When its blocks are run: by everybody, by the thorough tests, or by these where no notebooks are made."""
+    marks = ((pytest.mark.thorough, LONGEST), (pytest.mark.notebook, AS_NOTEBOOKS))
+    return [mark for mark, documents in marks if document in documents]
 
 
 def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
@@ -91,11 +97,7 @@ def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
     assert compiled
 
 
-@pytest.mark.parametrize(
-    "document",
-    or_thorough([(page,) for page in WITH_PYTHON], [(page,) for page in WITH_PYTHON if page not in LONGEST]),
-    ids=name,
-)
+@pytest.mark.parametrize("document", [pytest.param(page, marks=marks_of(page), id=name(page)) for page in WITH_PYTHON])
 def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}

@@ -231,7 +231,7 @@ def test_no_temperature_draws_what_is_not_allowed(temperature: float) -> None:
     [
         ((1, 1), 3, (8,), {}),  # sizes that no other engine here has: what is compiled is compiled for it
         pytest.param(
-            *((2, 4), 3, (4, 8), {"prefill_rows": 4, "cache_dtype": "int8"}), marks=pytest.mark.thorough, id="(2, 4)"
+            (2, 4), 3, (4, 8), {"prefill_rows": 4, "cache_dtype": "int8"}, marks=pytest.mark.thorough, id="(2, 4)"
         ),
     ],
 )

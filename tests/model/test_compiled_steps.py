@@ -92,17 +92,22 @@ def test_decode_step_with_plain_weights_copies_nothing_large(dtype: str) -> None
     assert program.temporary_bytes < 48 * MIB
 
 
-def test_a_gradient_with_plain_weights_holds_one_layer_beside_them() -> None:
-    """Forwards and backwards: jax 0.10 would convert all bfloat16 weights to float32 ahead of the loops."""
-    config = GrokConfig.tiny().replace(num_layers=16, num_experts=8, model_dim=256, ffn_dim=512)
-    model = abstract_model(config, Partitioner.create(config, make_mesh((1, 1))), dtype=jnp.bfloat16, quantized=False)
+def compile_gradient(config: GrokConfig, mesh: tuple[int, int], *, num_tokens: int) -> Program:
+    """The derivative of a sum of logits with respect to every weight of a plain bfloat16 model."""
+    model = abstract_model(config, Partitioner.create(config, make_mesh(mesh)), dtype=jnp.bfloat16, quantized=False)
 
     def loss(parameters: dict[str, jax.Array], model: Grok, tokens: jax.Array) -> jax.Array:
         return forward(with_values(model, parameters), tokens).sum()
 
     parameters = {name: param.get_value() for name, param in named_parameters(model).items()}
-    lowered = jax.jit(jax.grad(loss)).lower(parameters, model, jax.ShapeDtypeStruct((1, 32), jnp.int32))
-    program = read_program(lowered.compile())
+    lowered = jax.jit(jax.grad(loss)).lower(parameters, model, jax.ShapeDtypeStruct((1, num_tokens), jnp.int32))
+    return read_program(lowered.compile())
+
+
+def test_a_gradient_with_plain_weights_holds_one_layer_beside_them() -> None:
+    """Forwards and backwards: jax 0.10 would convert all bfloat16 weights to float32 ahead of the loops."""
+    config = GrokConfig.tiny().replace(num_layers=16, num_experts=8, model_dim=256, ffn_dim=512)
+    program = compile_gradient(config, (1, 1), num_tokens=32)
     experts_of_a_layer = 4 * 3 * 8 * 256 * 512  # in float32, as their gradients are summed
     assert program.temporary_bytes < 2 * experts_of_a_layer  # 16 layers in bfloat16 are 8
     assert_sums_no_weight(program, activations=4 * 32 * config.model_dim)
@@ -118,14 +123,7 @@ def assert_sums_no_weight(program: Program, *, activations: int) -> None:
 def test_a_gradient_sums_no_weight_over_one_device_of_a_mesh() -> None:
     """JAX would sum a weight's derivative over every axis that does not split it, which copies all of it."""
     config = GrokConfig.tiny().replace(model_dim=256, ffn_dim=512)
-    model = abstract_model(config, Partitioner.create(config, make_mesh((1, 8))), dtype=jnp.bfloat16, quantized=False)
-
-    def loss(parameters: dict[str, jax.Array], model: Grok, tokens: jax.Array) -> jax.Array:
-        return forward(with_values(model, parameters), tokens).sum()
-
-    parameters = {name: param.get_value() for name, param in named_parameters(model).items()}
-    lowered = jax.jit(jax.grad(loss)).lower(parameters, model, jax.ShapeDtypeStruct((1, 8), jnp.int32))
-    assert_sums_no_weight(read_program(lowered.compile()), activations=4 * 8 * config.model_dim)
+    assert_sums_no_weight(compile_gradient(config, (1, 8), num_tokens=8), activations=4 * 8 * config.model_dim)
 
 
 def test_the_derivative_of_looking_tokens_up_makes_no_table_beside_its_result() -> None:
