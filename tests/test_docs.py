@@ -106,7 +106,9 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
             exec(compile_block(block, document), namespace)
 
 
-@pytest.mark.parametrize("document", WITH_COMMANDS, ids=name)
+@pytest.mark.parametrize(
+    "document", [pytest.param(page, marks=marks_of(page), id=name(page)) for page in WITH_COMMANDS]
+)
 def test_commands_run(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,7 +59,7 @@ def test_one_that_refuses_does_not_wait_for_ever() -> None:
 @pytest.mark.parametrize("wrong", [{"number": 1, "count": 4}, {"number": 1, "count": 3}, {"number": 3, "count": 3}])
 def test_numbers_that_do_not_fit_are_refused(wrong: dict[str, int]) -> None:
     """Another count, a number twice, a number too large."""
-    found = hold({"number": 0}, {"number": 1}, wrong, timeout=2)
+    found = hold({"number": 0}, {"number": 1}, wrong, timeout=1)
     assert len(set(found)) == 1
     assert "process 0 waits for 3 with numbers of their own: give all the same --num-processes" in found[0]
 

@@ -25,8 +25,8 @@ from grokjax.sampling import SampleSettings, row_keys, sample_token
 
 # Those that do not touch the same thing go together. All tests run with strict promotion of dtypes and ranks.
 SETTINGS = [
-    "JAX_DEFAULT_PRNG_IMPL=unsafe_rbg JAX_NUMPY_RANK_PROMOTION=warn JAX_DEFAULT_MATMUL_PRECISION=BF16_BF16_F32_X3",
-    "JAX_DEBUG_NANS=1 JAX_DEFAULT_MATMUL_PRECISION=highest",
+    "JAX_DEFAULT_PRNG_IMPL=unsafe_rbg JAX_NUMPY_RANK_PROMOTION=warn JAX_DEBUG_NANS=1"
+    " JAX_DEFAULT_MATMUL_PRECISION=highest",
     "JAX_ENABLE_X64=1 JAX_TRANSFER_GUARD=disallow JAX_DEFAULT_PRNG_IMPL=rbg JAX_DEFAULT_MATMUL_PRECISION=bfloat16",
 ]
 

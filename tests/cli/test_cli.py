@@ -365,7 +365,7 @@ def test_a_terminal_may_lack_the_characters(
     assert len((tmp_path / "out.txt").read_text(encoding="ascii")) == len(whole.out)
 
 
-@pytest.mark.parametrize("is_batch", [False, True])
+@pytest.mark.parametrize("is_batch", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_int8_is_passed_on_for_the_cache_and_the_table(
     is_batch: bool, small_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,14 +60,14 @@ def test_the_table_says_whether_it_fits_and_how_fast_it_is(
 def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its keys are those of the table in docs/hardware.md."""
     monkeypatch.setattr(Plan, "plan_gradient", lambda _, tokens: GradientPlan(tokens, 1, 2, 4, None))
-    options = ("--target", "cpu:8", "--mesh", "2,4", "--rules", "expert", "--gradient", "16", "--json")
+    options = ("--target", "cpu:8", "--cache-dtype", "int8", "--gradient", "16", "--json")
     record = json.loads(run_plan(capsys, *options))
     gradient = record.pop("gradient")
     assert all(f"`{key}`" in OF_A_GRADIENT for key in gradient), "docs/hardware.md lists other keys"
     assert list(gradient.values()) == [16, 1, 2, 4, None]
     assert all(isinstance(record[f"{key}_bytes_per_device"], int) for key in KEYS)
     assert record["total_bytes_per_device"] == sum(record[f"{key}_bytes_per_device"] for key in KEYS - {"total"})
-    assert (record["mesh"], record["fits"], record["largest_batch_size"]) == ([2, 4], None, None)
+    assert (record["mesh"], record["fits"], record["largest_batch_size"]) == ([1, 8], None, None)
     step = record["decode"]
     assert step.keys() == record["prefill"].keys()
     assert keys_of(OF_A_PLAN) == {*record, *step, *step["transfers"][0]}

@@ -72,6 +72,7 @@ def test_scores_that_are_no_numbers_are_the_error_of_their_text(tmp_path: Path) 
     assert "the model's logits are not finite" in record["error"]
 
 
+@pytest.mark.thorough
 def test_a_prompt_is_continued_as_by_a_loaded_model(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

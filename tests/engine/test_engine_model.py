@@ -87,11 +87,10 @@ def submit(engine: Engine, what: tuple[int, int, int, float], count: int) -> Han
     return engine.submit(Request(texts()[text, :length].tolist(), seed=seed, ignore_eos=True, **options))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=pytest.mark.thorough), (2, 4)], ids=str)
 @settings(max_examples=12)
 @given(requests=st.lists(one_request(), min_size=1, max_size=7))
-def test_any_company_gives_each_request_its_own_tokens(mesh: tuple[int, int], requests: list) -> None:
-    busy, handles = engine(mesh, EXPERTS), []
+def test_any_company_gives_each_request_its_own_tokens(requests: list) -> None:
+    busy, handles = engine((2, 4), EXPERTS), []
     for what, count, before, cancelled_after in requests:
         for _ in range(before):
             busy.step()
@@ -290,6 +289,7 @@ def test_warm_up_needs_an_idle_engine() -> None:
         busy.warm_up()
 
 
+@pytest.mark.thorough  # of a command everybody sees it
 def test_a_second_process_compiles_nothing_that_the_cache_has(tmp_path: Path) -> None:
     """Nor does a setting of JAX stay changed."""
     script = """

@@ -20,10 +20,10 @@ def generator() -> TextGenerator:
 
 
 @pytest.mark.release_tokenizer
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.thorough)])
-def test_greedy_texts_of_the_release(release_tokenizer_path, dtype: str) -> None:
+@pytest.mark.thorough  # of a command and of the release's script everybody sees one of them
+def test_greedy_texts_of_the_release(release_tokenizer_path) -> None:
     golden = load_e2e()
-    model = load(golden.checkpoint, golden.config, make_mesh((1, 2)), jnp.dtype(dtype))
+    model = load(golden.checkpoint, golden.config, make_mesh((1, 2)), jnp.float32)
     generator = TextGenerator(model, load_tokenizer(release_tokenizer_path))
     # The release gives two tokens where one is asked for; ours gives what is asked for.
     requests = [r for r in golden.requests if r["temperature"] == 0.01 and r["strict_identical"] and r["max_len"] > 1]

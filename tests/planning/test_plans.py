@@ -93,7 +93,7 @@ class TestFits:
 
     @pytest.mark.parametrize(
         ("target", "rows"),
-        or_thorough([("h100:8", 151), ("h200:4", 117), ("v5p:2x2x2", 211)], [("h100:8", 151)]),
+        or_thorough([("h100:8", 151), ("v5p:2x2x2", 211)], [("h100:8", 151)]),
     )
     def test_grok_1_in_int8_fits(self, target: str, rows: int) -> None:
         made = real_plan(target)
@@ -126,6 +126,7 @@ class TestFits:
         assert sizes["tensor"][0] > usable
         assert sizes["fsdp"][1] + 0.4 * GIB < usable < sizes["fsdp"][2]
 
+    @pytest.mark.thorough
     def test_grok_1_does_not_fit_on_two_gpus(self) -> None:
         made = real_plan("h100:2")
         assert made.fits is False

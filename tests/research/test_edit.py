@@ -45,7 +45,7 @@ from grokjax.research import (
 VECTOR = np.random.default_rng(2).standard_normal(CONFIG.model_dim).astype(np.float32)
 OTHERS = np.random.default_rng(3).integers(3, CONFIG.vocab_size, TOKENS.shape)
 EVERY = {site: Tap(site) for site in SITES}
-MESHES = [((1, 1), TENSOR), ((2, 4), TENSOR), ((2, 4), EXPERT)]
+MESHES = [((1, 1), TENSOR), ((2, 4), EXPERT)]
 
 
 def same(x: jax.Array, value: None, at: At) -> jax.Array:

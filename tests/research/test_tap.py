@@ -21,12 +21,10 @@ EVERY = {site: Tap(site) for site in SITES}
 CASES = [
     ((1, 1), TENSOR, False),
     ((1, 1), TENSOR, True),
-    ((1, 8), TENSOR, True),
     ((1, 8), EXPERT, False),
     ((1, 8), FULLY, True),
     ((2, 4), TENSOR, False),
     ((2, 4), EXPERT, True),
-    ((2, 4), FULLY, False),
 ]
 CHOSEN = [((1, 1), TENSOR, False), ((2, 4), EXPERT, True)]
 
