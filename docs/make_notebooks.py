@@ -4,6 +4,7 @@ It needs the extra `notebooks`. A page's Python blocks become cells, which share
 the documents, and its prose stays prose. As in the tests, a CPU is 8 devices. An error in a cell ends the command.
 """
 
+import concurrent.futures
 import importlib.util
 import os
 import re
@@ -39,6 +40,18 @@ def make_notebook(page: str) -> Any:
     return notebook
 
 
+def run_notebook(page: str) -> None:
+    """Makes, runs and writes the notebook of a page, in a process of its own."""
+    import nbclient
+    import nbformat
+
+    notebook = make_notebook(page)
+    with tempfile.TemporaryDirectory() as folder:  # where the cells write their files
+        resources = {"metadata": {"path": folder}}
+        nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
+    nbformat.write(notebook, BUILD / f"{Path(page).stem}.ipynb")
+
+
 def main() -> None:
     """Makes, runs and writes the notebooks.
 
@@ -48,17 +61,10 @@ def main() -> None:
     for package in ("jupytext", "nbclient", "ipykernel"):
         if importlib.util.find_spec(package) is None:
             sys.exit(f"Notebooks need a package that is not installed ({package}): pip install -e '.[notebooks]'")
-    import nbclient
-    import nbformat
-
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     BUILD.mkdir(parents=True, exist_ok=True)
-    for page in PAGES:
-        notebook = make_notebook(page)
-        with tempfile.TemporaryDirectory() as folder:  # where the cells write their files
-            resources = {"metadata": {"path": folder}}
-            nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
-        nbformat.write(notebook, BUILD / f"{Path(page).stem}.ipynb")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run_notebook, PAGES))
 
 
 if __name__ == "__main__":

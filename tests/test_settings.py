@@ -60,12 +60,9 @@ def test_settings_change_no_result(settings: str, expected: Any, tmp_path: Path)
 
 
 @pytest.mark.thorough
-def test_the_older_threefry_draws_other_numbers_and_runs_as_well(expected: Any, tmp_path: Path) -> None:
-    found = run_with({"JAX_THREEFRY_PARTITIONABLE": "0"}, "run", str(tmp_path))
-    for name in ("drawn", "answered"):
-        greedy, *drawn = found[name]
-        assert greedy == expected[name][0]
-        assert drawn != expected[name][1:]
+def test_the_older_threefry_draws_other_numbers_and_runs_as_well() -> None:
+    """Of weights as of tokens."""
+    assert run_with({"JAX_THREEFRY_PARTITIONABLE": "0"}, "steps") != everything.steps()
 
 
 @pytest.mark.thorough

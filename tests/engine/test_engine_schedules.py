@@ -240,4 +240,4 @@ TestSchedules.settings = settings(max_examples=150, stateful_step_count=20)
 
 @pytest.mark.thorough
 class TestManySchedules(Schedules.TestCase):
-    settings = settings(max_examples=600, stateful_step_count=20)
+    settings = settings(max_examples=400, stateful_step_count=20)

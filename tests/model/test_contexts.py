@@ -154,9 +154,9 @@ EAGER: dict[str, Callable[[Path], Any]] = {
 
 # One with which each thing differs: the kind of its axes, its shape, its devices.
 FEW = ("its own, Explicit", "of another shape", "of two devices")
-# Each function under one of these, which take turns; three that show each step under all meshes.
+# Each function under one of these, which take turns; two that show each step under all meshes.
 IN_TURN = [(name, (FEW[number % len(FEW)],)) for number, name in enumerate(EAGER)]
-ALL = [(name, tuple(MESHES)) for name in ("forward", "steps", "engine")]
+ALL = [(name, tuple(MESHES)) for name in ("forward", "steps")]
 # Two are made of others' programs, and the experts, which are no step here, of 100 small ones.
 EVERYBODY_S = [case for case in IN_TURN if case[0] not in ("methods", "text generator", "experts")]
 
