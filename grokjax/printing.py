@@ -53,8 +53,9 @@ def describe_size(num_bytes: float) -> str:
 
 
 def describe_fields(value: Any) -> str:
-    """The `repr` of a dataclass of arrays: each by `describe`, then the bytes of all."""
-    fields = (f"{field.name}={describe(getattr(value, field.name))}" for field in dataclasses.fields(value))
+    """The `repr` of a dataclass of arrays: each by `describe`, but for defaults, then the bytes of all."""
+    held = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    fields = (f"{field.name}={describe(array)}" for field, array in held if array is not field.default)
     return f"{type(value).__name__}({', '.join(fields)}, {describe_bytes(value)})"
 
 

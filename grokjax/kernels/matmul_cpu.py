@@ -13,7 +13,7 @@ from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, 
 from grokjax.quantization import QuantizedArray, Weight
 
 # Most rows for which XLA's CPU backend is asked for sums of products.
-_SUMMED_ROWS = 2
+SUMMED_ROWS = 2
 
 # Fewest rows for which a wide result costs less in blocks of columns, which need no sum, than in blocks of weight rows.
 _COLUMN_ROWS = 32
@@ -73,7 +73,7 @@ def cpu_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Array:
       float32 [M, O].
     """
     x = x.astype(product_dtype(x.dtype))
-    if x.shape[0] <= _SUMMED_ROWS:
+    if x.shape[0] <= SUMMED_ROWS:
         return summed_matmul(x, w, at)
     is_wide = x.shape[0] >= _COLUMN_ROWS and w.shape[-1] > w.shape[-2]
     return column_matmul(x, w, at) if is_wide else blocked_matmul(x, w, at)

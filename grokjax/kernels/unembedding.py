@@ -10,9 +10,10 @@ from jax import lax
 
 from grokjax.kernels.cpu_features import product_dtype, takes_planes
 from grokjax.kernels.derivatives import with_rule
+from grokjax.kernels.matmul_cpu import SUMMED_ROWS, summed_matmul
 from grokjax.kernels.planes import multiply_in_parts, to_planes
 from grokjax.kernels.slices import float_precision, in_place, pad_rows, transposed
-from grokjax.quantization import QuantizedTable, Table
+from grokjax.quantization import QuantizedTable, Table, without_columns
 
 
 def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
@@ -29,6 +30,8 @@ def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
     is_cpu = platform == "cpu"
     plain = padded_unembed if is_cpu else direct_unembed
     int8, smooth = (integer_unembed, blocked_unembed) if is_cpu else (direct_unembed, direct_unembed)
+    if not is_cpu or x.size > SUMMED_ROWS * x.shape[-1]:
+        table = without_columns(table)
     run = with_rule(
         functools.partial(_unembed, int8=int8, plain=plain),
         functools.partial(_pull, platform=platform),
@@ -42,10 +45,11 @@ Form = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def _unembed(x: jax.Array, table: Table, *, int8: Form, plain: Form) -> jax.Array:
-    """`unembed` of rows [M, D], in one form for an int8 table and one for a plain one."""
-    if isinstance(table, QuantizedTable):
-        return int8(x, table.weight) * table.scales[None]
-    return plain(x, table)
+    """`unembed` of rows [M, D]: in columns if the table has them, in one form for an int8 table, or for a plain one."""
+    if not isinstance(table, QuantizedTable):
+        return plain(x, table)
+    product = int8(x, table.weight) if table.columns is None else summed_matmul(x, table.columns, ())
+    return product * table.scales[None]
 
 
 def _pull(operands: tuple[jax.Array, Table], _: Any, out: jax.Array, *, platform: str) -> tuple[jax.Array, Any]:

@@ -75,9 +75,10 @@ def check_weights_fit(num_bytes: int, partitioner: Partitioner) -> None:
 def with_quantized_table(model: Grok) -> Grok:
     """The model with its embedding table in int8, on the same devices; the other arrays are shared."""
     param, partitioner = model.embedding.table, model.partitioner
-    shapes = jax.eval_shape(quantize_table, param.get_value())
+    rounded = functools.partial(quantize_table, with_columns=partitioner.platform == "cpu")
+    shapes = jax.eval_shape(rounded, param.get_value())
     shardings: QuantizedTable = partitioner.shardings(partition_specs(shapes, param.logical_axes, partitioner))
-    table = jax.jit(quantize_table, out_shardings=shardings)(param.get_value())
+    table = jax.jit(rounded, out_shardings=shardings)(param.get_value())
     return with_values(model, {"embedding.table": table})
 
 

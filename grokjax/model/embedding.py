@@ -17,7 +17,7 @@ from grokjax.config import GrokConfig
 from grokjax.kernels import unembed, with_rule
 from grokjax.model.base import Module, Parameter
 from grokjax.model.contexts import in_any_context
-from grokjax.quantization import QuantizedTable, Table, partition_specs
+from grokjax.quantization import QuantizedTable, Table, partition_specs, without_columns
 from grokjax.sharding import Partitioner
 
 
@@ -49,7 +49,7 @@ class Embedding(Module):
             embedded = with_rule(_table_rows, _pull_rows)(table, jnp.clip(own, 0, table.shape[0] - 1))
             return partitioner.psum(jnp.where(found[..., None], embedded, 0), "vocab")
 
-        table: Table = self.table.get_value()
+        table = without_columns(self.table.get_value())
         in_specs = (partition_specs(table, ("vocab", "embed"), partitioner), rows)
         run = _on_own_shards(lookup, partitioner, in_specs=in_specs, out_specs=PartitionSpec(*rows, None))
         embedded = run(table, tokens)

@@ -26,7 +26,7 @@ from grokjax.model.slots import A
 from grokjax.model.steps import check_texts
 from grokjax.model.streamed import Compiled
 from grokjax.printing import describe_fields
-from grokjax.quantization import Table, partition_specs
+from grokjax.quantization import Table, partition_specs, without_columns
 from grokjax.request import check_integer
 
 # Positions, and tokens of the vocabulary, whose logits are there at once: 1 MiB of them.
@@ -160,7 +160,7 @@ def scores_of(model: Grok, hidden: jax.Array, targets: jax.Array, num_top: int =
       num_top: K, most probable tokens that are told of each position; 0 for none, without their fields.
     """
     partitioner = model.partitioner.without_embed()
-    table: Table = model.embedding.table.get_value()
+    table = without_columns(model.embedding.table.get_value())
     rows = partitioner.spec(("batch", None), targets.shape)
     platform, multiplier = partitioner.platform, model.config.output_multiplier
 

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from grokjax.cache import entry_bytes
 from grokjax.model import Grok
+from grokjax.quantization import without_columns
 from grokjax.sharding import device_bytes
 
 
@@ -51,6 +52,7 @@ def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, ca
     rows = batch_size / data if batch_size % data == 0 else batch_size
     attention = layers.attention
     feed_forward = layers.feed_forward
+    table = without_columns(model.embedding.table.get_value())  # rows or columns are read
     # Where `embed` is sharded, a device reads what it has gathered.
     parts = partitioner.shards("embed")
     experts = parts * stored_bytes(feed_forward.gate, feed_forward.up, feed_forward.down)
@@ -60,7 +62,7 @@ def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, ca
     return StepCost(
         attention=parts * stored_bytes(attention.query, attention.key, attention.value, attention.output),
         experts=experts * fraction,
-        unembedding=parts * stored_bytes(model.embedding.table),
+        unembedding=parts * device_bytes(jax.tree.leaves(table)),
         cache=entries * entry_bytes(config.head_dim, cache_dtype),
         operations=_operations(model, rows, num_new, filled - (num_new - 1) / 2),
     )

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grokjax.kernels import unembed
 from grokjax.kernels.unembedding import direct_unembed, integer_unembed, padded_unembed
+from grokjax.quantization import QuantizedTable
+
+
+def unembed_with_columns(x: jax.Array, table: jax.Array) -> jax.Array:
+    """What CPUs do, with scales of 1."""
+    return unembed(x, QuantizedTable(table, jnp.ones(len(table)), table.T), platform="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -19,7 +26,7 @@ def test_every_form_of_the_product_is_its_definition(num_rows: int, dtype: str) 
         .multiply(0)
     )
     expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
-    for form in (integer_unembed, direct_unembed, padded_unembed):
+    for form in (integer_unembed, direct_unembed, padded_unembed, unembed_with_columns):
         out = np.asarray(jax.jit(form)(x, table))
         tolerance = {"float32": 1e-6, "bfloat16": 5e-5}[dtype]
         np.testing.assert_allclose(out, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)

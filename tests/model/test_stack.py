@@ -1,5 +1,6 @@
 """Derivatives through the model: with respect to every float, on any mesh, backwards, forwards and in turn."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ def with_floats(model: Grok, floats: Mapping[str, jax.Array]) -> Grok:
     for name, param in named_parameters(model).items():
         value: Any = param.get_value()
         is_int8 = isinstance(value, QuantizedArray | QuantizedTable)
-        values[name] = type(value)(value.weight, floats[name]) if is_int8 else floats[name]
+        values[name] = dataclasses.replace(value, scales=floats[name]) if is_int8 else floats[name]
     return with_values(model, values)
 
 
