@@ -193,9 +193,6 @@ def commands(
     ("option", "told", "started"),
     [
         (["--temperature", "-1"], "temperature=-1.0 must be", by_slurm),
-        pytest.param(
-            ["--dtype", "float8"], "its options are wrong: see its message", by_hand, marks=pytest.mark.thorough
-        ),
         pytest.param(["--mesh", "1,3"], "2 hosts cannot share a mesh of 1 x 3", by_hand, marks=pytest.mark.thorough),
     ],
 )

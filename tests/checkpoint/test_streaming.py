@@ -39,10 +39,7 @@ from grokjax.research import Tap, edit, observe, steer
 FOUR_LAYERS = SMALL.replace(num_layers=4)
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 LENGTHS = np.array([12, 7], np.int32)
-PLACES = or_thorough(
-    [((1, 1), TENSOR), ((1, 8), TENSOR), ((2, 4), FULLY)],
-    [((1, 1), TENSOR)],
-)
+PLACES = or_thorough([((1, 1), TENSOR), ((2, 4), FULLY)], [((1, 1), TENSOR)])
 
 compiled: collections.Counter[str] = collections.Counter()
 
