@@ -215,8 +215,9 @@ def test_the_first_process_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
         (printed, told), (other, told_other) = [process.communicate(timeout=300) for process in processes]
         assert [process.returncode for process in processes] == [0, 0], told
     assert cli.main([*command, "--mesh", "1,1"]) == 0
-    printed_by = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in (printed, other)]
-    assert printed_by == [capsys.readouterr().out.splitlines(), []]
+    expected = capsys.readouterr().out.strip()
+    assert expected in printed  # among lines of JAX's own
+    assert expected not in other
     assert "grokjax:" in told
     assert "grokjax:" not in told_other
 

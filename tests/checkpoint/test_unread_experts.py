@@ -171,7 +171,6 @@ def test_every_device_reads_of_the_chosen_experts_what_it_holds(
     ("mesh", "rules", "quantized", "dtype"),
     [
         ((1, 1), TENSOR, True, "float32"),
-        ((1, 8), EXPERT, True, "bfloat16"),
         ((2, 4), FULLY, False, "bfloat16"),
     ],
     ids=label,
