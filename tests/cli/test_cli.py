@@ -404,7 +404,7 @@ def test_the_steps_that_guess_are_compiled_before_the_first_token_and_the_right_
     assert main(["generate", "--random", str(small_config), "--mesh", "1,1", *options, "hi"]) == 0
     assert compiled == [len(model.steps.compiled)] * 27  # the tokens, what the decoder held back, the end of the line
     shapes = [shape for name, shape in model.steps.compiled if name == "decode_guesses"]
-    assert shapes == ([(1, 1), (1, 4), (1, 8)] if guesses else [])
+    assert sorted(shapes) == ([(1, 1), (1, 4), (1, 8)] if guesses else [])  # several are compiled at a time
     said = capsys.readouterr().err.splitlines()[-1]
     hits = r"; [1-9]\d* of [1-9]\d* guesses were right" if guesses else ""
     rate = r"25 tokens; the first after [\d.]+ s with compilation, then [\d.]+ tokens/s"
