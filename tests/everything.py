@@ -102,7 +102,9 @@ def steps() -> dict[str, Any]:
     keys = jax.vmap(seed_key)(jax.device_put(np.array([5], np.uint32)))
     token_id = sample_token(row_keys(keys, cache.lengths), logits, settings).token_id
     following, cache = decode(model, token_id, cache)
-    drawn, following = jax.device_get((token_id, following))
+    drawn, logits, following = jax.device_get((token_id, logits, following))
+    whole = jax.device_get(forward(model, np.concatenate([prompt, drawn[None]], axis=1)))
+    np.testing.assert_allclose(whole[0, 2:], np.concatenate([logits, following]), atol=1e-4)
     return {"drawn": drawn.tolist(), "best": following.argmax(axis=-1).tolist()}
 
 

@@ -5,6 +5,7 @@ python member.py JOB PROCESS PORT FOLDER
 
 import contextlib
 import functools
+import io
 import itertools
 import json
 import os
@@ -35,6 +36,7 @@ FOUR_EXPERTS = TINY.replace(num_experts=4, experts_per_token=2)
 MESHES = {"1x8": ((1, 4), (1, 2)), "2x4": ((1, 4), (2, 1))}
 ENGINE: dict[str, Any] = {"slots": 4, "max_len": 64, "prefill_buckets": (8,), "prefill_rows": 1}
 GENERATE = ["generate", "--dtype", "float32", "--ignore-eos", "--random"]
+PROMPT = ["abc", "--max-new-tokens", "4"]
 PREFIX = list(range(5, 16))
 # Chunks, shared prefixes, several samples, every kind of setting; together well over a channel's 64 messages.
 REQUESTS = (
@@ -92,6 +94,14 @@ def work_together(folder: Path) -> dict[str, Any]:
     return found
 
 
+def show(folder: Path) -> str:
+    """What a command that succeeds prints."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert cli.main([*GENERATE, str(folder / "config.json"), *PROMPT, "--mesh", "1,8"]) == 0
+    return shown.getvalue()
+
+
 def lead_or_follow(model: Grok) -> list[dict[str, Any]] | None:
     if jax.process_index():
         follow(model)
@@ -143,7 +153,7 @@ def kill_at(owner: Any, name: str, call: int) -> None:
     setattr(owner, name, counted)
 
 
-JOBS: dict[str, Callable[[Path], Any]] = {"work": work_together} | {
+JOBS: dict[str, Callable[[Path], Any]] = {"work": work_together, "show": show} | {
     f"{job}-{mortal}": functools.partial(die, job, mortal) for job in DEATHS for mortal in range(2)
 }
 
@@ -151,7 +161,7 @@ JOBS: dict[str, Callable[[Path], Any]] = {"work": work_together} | {
 def main() -> None:
     job, process_id, port, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     # Of several devices on CPUs, those with no neighbour in the process that died would wait on, and JAX with them.
-    devices = 4 if job == "work" else 1
+    devices = 4 if job in ("work", "show") else 1
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
     os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     jax.config.update("jax_default_device", None)  # a command without --mesh takes the devices of both processes

@@ -19,7 +19,7 @@ import pytest
 from builders import ROOT, write_checkpoint
 from flax import nnx
 from goldens import check_logits
-from member import ENGINE, FOUR_EXPERTS, GENERATE, GOLDEN, TINY, answer
+from member import ENGINE, FOUR_EXPERTS, GENERATE, GOLDEN, TINY, answer, show
 
 from grokjax import cli
 from grokjax.checkpoint import describe, load, verify
@@ -131,10 +131,12 @@ BY_JAX = "Terminating process because the JAX distributed service detected fatal
 # The job and which process dies -> what the other says.
 TOLD = {
     ("meeting", 0): rf"{BY_JAX}|another process has gone before the reading of the prompts \(",
+    ("batch", 0): rf"{BY_JAX}|a step of all processes failed: .* Another process may have died",
     (
         "batch",
         1,
     ): r"error: the model failed: .* Another process may have died: see its messages\. The results so far are",
+    ("prompt", 0): rf"{BY_JAX}|error in process 1: a step of all processes failed: .* Another process may have died",
     ("prompt", 1): r"error: the model failed: .* Another process may have died: see its messages\. If memory was short",
 }
 
@@ -181,9 +183,7 @@ def commands(
         for number, own in enumerate(options):
             joining, environment = started(number, port)
             command = [sys.executable, "-m", "grokjax", *what, *joining, *own]
-            process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
         yield processes
@@ -193,6 +193,9 @@ def commands(
     ("option", "told", "started"),
     [
         (["--temperature", "-1"], "temperature=-1.0 must be", by_slurm),
+        pytest.param(
+            ["--dtype", "float8"], "its options are wrong: see its message", by_hand, marks=pytest.mark.thorough
+        ),
         pytest.param(["--mesh", "1,3"], "2 hosts cannot share a mesh of 1 x 3", by_hand, marks=pytest.mark.thorough),
     ],
 )
@@ -208,18 +211,15 @@ def test_an_option_that_is_wrong_on_one_process_ends_all(
 
 
 @pytest.mark.thorough
-def test_the_first_process_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_process_prints(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(TINY.to_json())
-    command = [*GENERATE, str(tmp_path / "config.json"), "abc", "--max-new-tokens", "4"]
-    with commands(tmp_path, [], [], started=by_hand, what=command) as processes:
-        (printed, told), (other, told_other) = [process.communicate(timeout=300) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], told
-    assert cli.main([*command, "--mesh", "1,1"]) == 0
-    expected = capsys.readouterr().out.strip()
-    assert expected in printed  # among lines of JAX's own
-    assert expected not in other
-    assert "grokjax:" in told
-    assert "grokjax:" not in told_other
+    expected = show(tmp_path)
+    assert expected
+    with two_processes("show", tmp_path) as processes:
+        logs = [tmp_path / f"show-{number}.log" for number in range(2)]
+        assert [process.wait(300) for process in processes] == [0, 0], [log.read_text() for log in logs]
+    assert [json.loads((tmp_path / f"show-{number}.json").read_text()) for number in range(2)] == [expected, ""]
+    assert ["grokjax:" in log.read_text() for log in logs] == [True, False]
 
 
 @pytest.mark.thorough

@@ -30,14 +30,15 @@ def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
     is_cpu = platform == "cpu"
     plain = padded_unembed if is_cpu else direct_unembed
     int8, smooth = (integer_unembed, blocked_unembed) if is_cpu else (direct_unembed, direct_unembed)
-    if not is_cpu or x.size > SUMMED_ROWS * x.shape[-1]:
+    rows = x.reshape(-1, x.shape[-1])
+    if not is_cpu or len(rows) > SUMMED_ROWS:
         table = without_columns(table)
     run = with_rule(
         functools.partial(_unembed, int8=int8, plain=plain),
         functools.partial(_pull, platform=platform),
         smooth=functools.partial(_unembed, int8=smooth, plain=plain),
     )
-    out: jax.Array = run(x.reshape(-1, x.shape[-1]), table)
+    out: jax.Array = run(rows, table)
     return out.reshape(*x.shape[:-1], table.shape[0])
 
 

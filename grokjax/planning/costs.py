@@ -52,7 +52,6 @@ def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, ca
     rows = batch_size / data if batch_size % data == 0 else batch_size
     attention = layers.attention
     feed_forward = layers.feed_forward
-    table = without_columns(model.embedding.table.get_value())  # rows or columns are read
     # Where `embed` is sharded, a device reads what it has gathered.
     parts = partitioner.shards("embed")
     experts = parts * stored_bytes(feed_forward.gate, feed_forward.up, feed_forward.down)
@@ -62,15 +61,15 @@ def step_cost(model: Grok, *, batch_size: int, num_new: int = 1, filled: int, ca
     return StepCost(
         attention=parts * stored_bytes(attention.query, attention.key, attention.value, attention.output),
         experts=experts * fraction,
-        unembedding=parts * device_bytes(jax.tree.leaves(table)),
+        unembedding=parts * stored_bytes(model.embedding.table),
         cache=entries * entry_bytes(config.head_dim, cache_dtype),
         operations=_operations(model, rows, num_new, filled - (num_new - 1) / 2),
     )
 
 
 def stored_bytes(*params: nnx.Variable) -> int:
-    """Bytes of some parameters on each device, scales included."""
-    return device_bytes(jax.tree.leaves([param.get_value() for param in params]))
+    """Bytes of some parameters on each device, scales included; of a table that is held twice one form is read."""
+    return device_bytes(jax.tree.leaves([without_columns(param.get_value()) for param in params]))
 
 
 def _read_fraction(model: Grok, tokens: float) -> float:

@@ -1,5 +1,7 @@
 """Logits of a plain and an int8 table, in every form of the product."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,3 +42,23 @@ def test_a_row_that_is_not_finite_has_no_finite_logits(value: float) -> None:
     found = np.asarray(jax.jit(integer_unembed)(x.at[3, 5].set(value), table))
     assert not np.isfinite(found[3]).any()
     np.testing.assert_allclose(np.delete(found, 3, axis=0), np.full((7, 32), 1024), rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_derivatives_are_those_without_columns(num_rows: int) -> None:
+    """Backwards and forwards, of the rows and of the scales."""
+    random = np.random.default_rng(num_rows)
+    weight = jnp.asarray(random.integers(-127, 128, (70, 24)), jnp.int8)
+    shapes = (num_rows, 24), (70,), (num_rows, 70)
+    x, scales, of_logits = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
+
+    def derivatives(columns: jax.Array | None) -> tuple[Any, ...]:
+        def logits(x: jax.Array, scales: jax.Array) -> jax.Array:
+            return unembed(x, QuantizedTable(weight, scales, columns), platform="cpu")
+
+        out, pull = jax.vjp(logits, x, scales)
+        return out, pull(of_logits), jax.jvp(logits, (x, scales), (jnp.sin(x), jnp.cos(scales)))[1]
+
+    both = jax.tree.leaves(derivatives(weight.T)), jax.tree.leaves(derivatives(None))
+    for found, expected in zip(*both, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
