@@ -6,13 +6,15 @@ from typing import Any
 import jax
 
 from grokjax.kernels import experts_gpu
+from grokjax.kernels.cpu_features import summed_rows
 from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.experts_backward import evaluate_saving, pull_in_blocks
 from grokjax.kernels.experts_blocks import evaluate_in_blocks
 from grokjax.kernels.gated_unit import GatedWeights
 
-# Numbers of rows for which a CPU has programs of their own; at the largest a product is fastest, a row.
-_CPU_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384)
+# Numbers of rows for which a CPU has programs of their own, beside those that it multiplies as sums; at the largest a
+# product is fastest, a row.
+_CPU_SIZES = (4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384)
 # On TPUs, and on GPUs where there is no kernel: those of a decode step's short blocks, fewest and most rows of a block.
 _FEW_ROWS, _FEWEST_ROWS, _MOST_ROWS = (1, 2), 8, 128
 # On GPUs, where an expert has so many tokens that its weights are cast first: in quarters of a fair share.
@@ -80,7 +82,8 @@ def block_sizes(num_tokens: int, *, per_token: int, num_experts: int, platform: 
     fair_share = max(1, num_tokens * per_token // num_experts)
     if platform == "cpu":
         room = min(num_tokens, _CPU_SIZES[-1])
-        return (*(size for size in _CPU_SIZES if fair_share / 4 <= size < room), room)
+        sizes = {*range(1, summed_rows() + 1), *_CPU_SIZES}
+        return (*(size for size in sorted(sizes) if fair_share / 4 <= size < room), room)
     if platform == "gpu" and not experts_gpu.is_few(num_tokens, per_token=per_token, num_experts=num_experts):
         return tuple(size * (-(-fair_share // 4)) for size in _GPU_SIZES if size * fair_share <= 4 * num_tokens)
     room = min(num_tokens, _MOST_ROWS, max(_FEWEST_ROWS, 1 << (fair_share - 1).bit_length()))

@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grokjax.kernels.cpu_features import product_dtype, takes_planes
+from grokjax.kernels.cpu_features import product_dtype, summed_rows, takes_planes
 from grokjax.kernels.planes import LONGEST_SUM, Planes, multiply_in_parts, to_planes
 from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, pad_rows, select, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
-
-# Most rows for which XLA's CPU backend is asked for sums of products.
-SUMMED_ROWS = 2
 
 # Fewest rows for which a wide result costs less in blocks of columns, which need no sum, than in blocks of weight rows.
 _COLUMN_ROWS = 32
@@ -73,14 +70,14 @@ def cpu_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Array:
       float32 [M, O].
     """
     x = x.astype(product_dtype(x.dtype))
-    if x.shape[0] <= SUMMED_ROWS:
+    if x.shape[0] <= summed_rows():
         return summed_matmul(x, w, at)
     is_wide = x.shape[0] >= _COLUMN_ROWS and w.shape[-1] > w.shape[-2]
     return column_matmul(x, w, at) if is_wide else blocked_matmul(x, w, at)
 
 
 def summed_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Array:
-    """`x @ w[at]` as sums of products, weight row by weight row: for one or two rows of activations on CPUs.
+    """`x @ w[at]` as sums of products, weight row by weight row: for a few rows of activations on CPUs.
 
     XLA's CPU backend makes one vectorised loop of each step, spread over the cores, in which the weight is read where
     it lies, cast in registers and multiplied; before a matmul it would be copied and packed. A step takes some slices

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grokjax.kernels.cpu_features import product_dtype, takes_planes
+from grokjax.kernels.cpu_features import integer_rows, product_dtype, summed_rows, takes_planes
 from grokjax.kernels.derivatives import with_rule
-from grokjax.kernels.matmul_cpu import SUMMED_ROWS, summed_matmul
+from grokjax.kernels.matmul_cpu import summed_matmul
 from grokjax.kernels.planes import multiply_in_parts, to_planes
 from grokjax.kernels.slices import float_precision, in_place, pad_rows, transposed
 from grokjax.quantization import QuantizedTable, Table, without_columns
@@ -31,7 +31,7 @@ def unembed(x: jax.Array, table: Table, *, platform: str) -> jax.Array:
     plain = padded_unembed if is_cpu else direct_unembed
     int8, smooth = (integer_unembed, blocked_unembed) if is_cpu else (direct_unembed, direct_unembed)
     rows = x.reshape(-1, x.shape[-1])
-    if not is_cpu or len(rows) > SUMMED_ROWS:
+    if not is_cpu or len(rows) > summed_rows():
         table = without_columns(table)
     run = with_rule(
         functools.partial(_unembed, int8=int8, plain=plain),
@@ -99,8 +99,8 @@ def padded_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     return direct_unembed(pad_rows(x), table)[: x.shape[0]]
 
 
-# Most rows that any processor multiplies as int8 ones, and the rows of an int8 table that are cast together for more.
-_INTEGER_ROWS, _CAST_ROWS = 16, 1024
+# The rows of an int8 table that are cast together.
+_CAST_ROWS = 1024
 
 
 def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -109,7 +109,7 @@ def integer_unembed(x: jax.Array, table: jax.Array) -> jax.Array:
     A few rows are multiplied as integers, in planes, and more where the processor is faster so; else the table is cast
     block by block. Arguments and result are those of `direct_unembed`.
     """
-    if x.shape[0] > _INTEGER_ROWS and not takes_planes(x.shape[0], x.dtype):
+    if x.shape[0] > integer_rows() and not takes_planes(x.shape[0], x.dtype):
         return blocked_unembed(x.astype(product_dtype(x.dtype)), table)
     planes = to_planes(x)
     product = functools.partial(jnp.einsum, "md,vd->mv", precision=float_precision(table.dtype))

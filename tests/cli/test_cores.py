@@ -1,4 +1,4 @@
-"""How many devices a CPU is: one for each physical core that a process may use, where that is faster."""
+"""All of a CPU: a device for each physical core that a process may use, and wide vectors, where that is faster."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from grokjax.cli import main
-from grokjax.cli.cores import count_cores
+from grokjax.kernels import count_cores
 
-# The devices that JAX would start with, for each of some machines, all in one process.
+# The devices and the flags that JAX would start with, for each of some machines, all in one process.
 IN_A_PROCESS = """
 import json, os, sys
 from pathlib import Path
@@ -23,10 +23,11 @@ for count, before, flags, root in json.loads(sys.argv[1]):
     jax.config.update("jax_num_cpu_devices", before)
     os.environ["XLA_FLAGS"] = flags
     use_every_core(count, root=Path(root))
-    found.append(jax.config.jax_num_cpu_devices)
+    found.append((jax.config.jax_num_cpu_devices, os.environ["XLA_FLAGS"]))
 jax.devices()
-use_every_core(found[-1] + 1)
-print(json.dumps([*found, len(jax.devices())]))
+os.environ["XLA_FLAGS"] = "late"
+use_every_core(found[-1][0] + 1, root=Path(root))
+print(json.dumps([*found, (len(jax.devices()), os.environ["XLA_FLAGS"])]))
 """
 
 
@@ -82,24 +83,35 @@ def test_other_systems_are_asked_for_their_cores(tmp_path: Path, monkeypatch: py
     assert count_cores(tmp_path) == 6
 
 
-def test_a_device_for_each_core_only_where_that_is_faster_and_nobody_says_otherwise(tmp_path: Path) -> None:
+def test_all_of_a_cpu_is_used_only_where_that_is_faster_and_nobody_says_otherwise(tmp_path: Path) -> None:
     usable = len(os.sched_getaffinity(0))
     fast, slow, unknown = (
         str(write_machine(tmp_path / name, features=features))
         for name, features in (("fast", "avx2 avx512f"), ("slow", "avx2"), ("unknown", "asimd"))
     )
+    four, narrow, wide = (
+        f"--xla_{flag}"
+        for flag in (
+            "force_host_platform_device_count=4",
+            "cpu_prefer_vector_width=128",
+            "cpu_prefer_vector_width=512",
+        )
+    )
     cases = [
-        (None, -1, "", fast, min(8, usable)),
-        (None, -1, "", slow, -1),
-        (None, -1, "", unknown, -1),
-        (3, -1, "", slow, 3),
-        (None, 5, "", fast, 5),
-        (None, -1, "--xla_force_host_platform_device_count=4", fast, -1),
-        (2, 5, "--xla_force_host_platform_device_count=4", fast, 2),
+        (None, -1, "", fast, min(8, usable), wide),
+        (None, -1, narrow, fast, min(8, usable), narrow),
+        (None, -1, "", slow, -1, ""),
+        (None, -1, "", unknown, -1, ""),
+        (3, -1, "", slow, 3, ""),
+        (None, 5, "", fast, 5, ""),
+        (None, -1, four, fast, -1, four),
+        (2, 5, four, fast, 2, f"{four} {wide}"),
     ]
     command = [sys.executable, "-c", IN_A_PROCESS, json.dumps([case[:4] for case in cases])]
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    assert json.loads(found.stdout) == [*(case[4] for case in cases), 2], "the last, where JAX runs already"
+    *devices_and_flags, late = json.loads(found.stdout)
+    assert devices_and_flags == [[*case[4:]] for case in cases]
+    assert late == [2, "late"], "where JAX runs already"
 
 
 def test_no_devices_at_all_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

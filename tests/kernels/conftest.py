@@ -1,4 +1,4 @@
-"""Which products a CPU's processor makes of integers, where a test must not depend on the processor."""
+"""Which products a CPU's processor makes, where a test must not depend on the processor."""
 
 from collections.abc import Iterator
 
@@ -24,3 +24,18 @@ def planes_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def planes_nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a processor that multiplies bfloat16 faster than integers."""
     yield from _answer(monkeypatch, answer=False)
+
+
+@pytest.fixture
+def core_for_each_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor with AVX-512 that is a device for each of its cores: four rows are sums, five are cast."""
+    for user, names in (
+        ("matmul_cpu", ("summed_rows",)),
+        ("experts", ("summed_rows",)),
+        ("unembedding", ("summed_rows", "integer_rows")),
+    ):
+        for name in names:
+            monkeypatch.setattr(f"grokjax.kernels.{user}.{name}", lambda: 4)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grokjax.kernels import cpu_features, matmul, product_dtype
-from grokjax.kernels.cpu_features import has_bfloat16, plane_rows
+from grokjax.kernels.cpu_features import has_bfloat16, has_core_for_each_device, integer_rows, plane_rows, summed_rows
 from grokjax.quantization import quantize
 
 
@@ -44,6 +44,43 @@ def test_integers_are_multiplied_where_that_was_faster(tmp_path: Path, line: str
     description = tmp_path / "cpuinfo"
     description.write_text(f"{line}\n")
     assert plane_rows(description) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 amx_tile amx_int8", (2, 16)),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni avx512_bf16", (4, 4)),
+        ("flags\t\t: fpu avx2 avx512f", (4, 16)),
+        ("flags\t\t: fpu avx2", (2, 16)),
+        ("Features\t: fp asimd bf16", (2, 16)),
+    ],
+)
+@pytest.mark.parametrize("has_core", [True, False])
+def test_a_few_rows_more_are_sums_and_a_few_less_integers_where_each_device_has_a_core(
+    tmp_path: Path, line: str, expected: tuple[int, int], has_core: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    description = tmp_path / "cpuinfo"
+    description.write_text(f"{line}\n")
+    monkeypatch.setattr(cpu_features, "has_core_for_each_device", lambda: has_core)
+    assert (summed_rows(description), integer_rows(description)) == (expected if has_core else (2, 16))
+
+
+@pytest.mark.parametrize(("devices", "cores", "expected"), [(2, 2, True), (8, 2, False), (2, 4, False), (1, 1, False)])
+def test_each_device_has_a_core_where_there_are_several_and_as_many(
+    devices: int, cores: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "local_device_count", lambda backend: devices)
+    monkeypatch.setattr(cpu_features, "count_cores", lambda: cores)
+    assert has_core_for_each_device.__wrapped__() is expected
+
+
+def test_no_device_has_a_core_where_jax_must_not_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(backend: str) -> int:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_device_count", refuse)
+    assert not has_core_for_each_device.__wrapped__()
 
 
 def test_without_a_description_there_is_none(tmp_path: Path) -> None:

@@ -72,7 +72,10 @@ def run(
         ("gpu", 2052, (129, 258, 387, 516, 645, 774, 1032)),
     ],
 )
-def test_sizes_of_blocks_suit_the_platform(platform: str, num_tokens: int, sizes: tuple[int, ...]) -> None:
+def test_sizes_of_blocks_suit_the_platform(
+    platform: str, num_tokens: int, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grokjax.kernels.experts.summed_rows", lambda: 2)
     assert block_sizes(num_tokens, per_token=2, num_experts=8, platform=platform) == sizes
 
 
@@ -94,6 +97,14 @@ def test_experts_give_the_definition(platform: str, num_tokens: int, per_token: 
     x, probabilities, experts = routed(num_tokens, per_token, seed=num_tokens)
     out = run(x, probabilities, experts, tuple(map(jnp.asarray, weights())), platform=platform)
     np.testing.assert_allclose(out, definition(x, probabilities, experts, 1), atol=2e-5)
+
+
+@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
+def test_where_each_device_has_a_core_each_of_four_rows_has_a_program() -> None:
+    assert block_sizes(9, per_token=2, num_experts=8, platform="cpu") == (1, 2, 3, 4, 8, 9)
+    x, probabilities, experts = routed(9, 2)
+    found = run(x, probabilities, experts, tuple(map(jnp.asarray, weights())))
+    np.testing.assert_allclose(found, definition(x, probabilities, experts, 1), atol=2e-5)
 
 
 @pytest.mark.usefixtures("planes_nowhere")

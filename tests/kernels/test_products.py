@@ -49,6 +49,15 @@ def test_every_form_of_the_product_is_its_definition(rows: int, num_blocks: int,
         assert_close(out, expected, dtype)
 
 
+@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
+@pytest.mark.parametrize("rows", [4, 5])
+def test_four_rows_are_a_sum_where_each_device_has_a_core(rows: int) -> None:
+    w, x = quantize(jnp.asarray(random(96, 40)), num_blocks=2), jnp.asarray(random(rows, 96))
+    product = jax.jit(matmul)
+    assert ("dot_general" in product.lower(x, w).as_text()) == (rows > 4)
+    assert_close(product(x, w), product_in_float64(x, w))
+
+
 @pytest.mark.parametrize("stack", [(), (3,), (2, 3)], ids=str)
 def test_every_index_of_a_stack_is_multiplied_by_its_own(stack: tuple[int, ...]) -> None:
     w, x = quantize(jnp.asarray(random(*stack, 16, 8)), num_blocks=2), jnp.asarray(random(4, 16))

@@ -34,6 +34,20 @@ def test_every_form_of_the_product_is_its_definition(num_rows: int, dtype: str) 
         np.testing.assert_allclose(out, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
 
 
+@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
+@pytest.mark.parametrize("num_rows", [3, 5])
+def test_where_each_device_has_a_core_no_more_than_four_rows_take_the_columns_and_more_are_cast(num_rows: int) -> None:
+    random = np.random.default_rng(num_rows)
+    table = jnp.asarray(random.integers(-127, 128, (1030, 24)), jnp.int8)
+    x = jnp.asarray(random.standard_normal((num_rows, 24)), jnp.bfloat16)
+    product = jax.jit(unembed_with_columns)
+    products = [line for line in product.lower(x, table).as_text().splitlines() if "dot_general" in line]
+    assert len(products) == (num_rows > 4)
+    assert not any("xi8" in line for line in products)
+    expected = np.asarray(x, np.float64) @ np.asarray(table, np.float64).T
+    np.testing.assert_allclose(product(x, table), expected, rtol=0, atol=5e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_has_no_finite_logits(value: float) -> None:
     """Of which an engine would draw tokens; in a batch large enough for XLA's fast, careless search for the largest."""
