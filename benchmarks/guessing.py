@@ -33,6 +33,8 @@ from grokjax.sampling import SampleOutput
 
 # Of a copied document, every so many tokens one is another.
 _CHANGED_EVERY = 25
+# A row is told by its temperature, which is exact in float32: an engine gives a request any free slot.
+_COOLEST, _WARMER = 1.0, 1 / 64
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,13 +48,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class WritingGrok(Grok):
-    """A model that draws, and then writes what is written in `text`, int32 [B, S]."""
+    """A model that draws, and then writes what is written in `text`, int32 [B, S], in the line of the temperature."""
 
     text: nnx.Variable[jax.Array]
 
     def sample(self, logits: jax.Array, settings: Any, *, positions: jax.Array, **options: Any) -> SampleOutput:
         drawn = super().sample(logits, settings, positions=positions, **options)
-        written = jnp.take_along_axis(self.text[...], positions[:, None], axis=1, mode="clip")[:, 0]
+        lines = ((settings.temperature - _COOLEST) / _WARMER).astype(jnp.int32)
+        written = self.text[...].at[lines, positions].get(mode="clip")
         # What is drawn is never negative, which the compiler does not know: else it would not draw.
         return dataclasses.replace(drawn, token_id=jnp.where(drawn.token_id < 0, drawn.token_id, written))
 
@@ -86,7 +89,7 @@ class Bench:
         """Tokens a second after the first ones, and the part of them that was guessed."""
         self.model.text[...] = jnp.asarray(texts)
         before = engine.metrics()
-        handles = [engine.submit(self.request(text)) for text in texts]
+        handles = [engine.submit(self.request(*line)) for line in enumerate(texts)]
         while not all(handle.pieces for handle in handles):
             engine.step()
         done, start = sum(len(handle.pieces) for handle in handles), time.perf_counter()
@@ -97,8 +100,9 @@ class Bench:
         number = self.slots * self.new
         return (number - done) / seconds, (engine.metrics().accepted_tokens - before.accepted_tokens) / number
 
-    def request(self, text: np.ndarray) -> Request:
-        return Request(text[: self.prompt].tolist(), max_new_tokens=self.new, ignore_eos=True)
+    def request(self, line: int, text: np.ndarray) -> Request:
+        temperature = _COOLEST + line * _WARMER
+        return Request(text[: self.prompt].tolist(), max_new_tokens=self.new, temperature=temperature, ignore_eos=True)
 
     def measure(self, name: str, repeats: int) -> dict[str, float]:
         """In turns, so that a machine whose speed drifts is fair to both."""

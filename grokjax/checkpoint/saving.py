@@ -1,5 +1,7 @@
 """Writes a model as a checkpoint of ours."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ from grokjax.checkpoint.assembly import take_part
 from grokjax.checkpoint.disk import check_room, make_folder
 from grokjax.checkpoint.formats.manifest import UNFINISHED, Manifest
 from grokjax.checkpoint.formats.orbax_units import commit, prepare_units, write_unit
-from grokjax.checkpoint.parameters import Part, parameter_shapes, stack_name, units_of
+from grokjax.checkpoint.parameters import Part, Unit, parameter_shapes, stack_name, units_of
 from grokjax.checkpoint.progress import Report, Tally
 from grokjax.checkpoint.stored import ArraySpec, CheckpointError, TensorSpec, find_misfits, unit_bytes
 from grokjax.context import own_context
@@ -23,8 +25,8 @@ from grokjax.quantization import QuantizedArray, QuantizedTable, Weight
 def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> None:
     """Writes a model as a checkpoint of ours, which `load` restores onto any mesh.
 
-    The host holds one matrix at a time. Until all is written the folder is no checkpoint, and `load` says so. If the
-    model spans processes, all of them call it, and each writes its own shards.
+    The host holds two matrices at a time, one of which is written. Until all is written the folder is no checkpoint,
+    and `load` says so. If the model spans processes, all of them call it, and each writes its own shards.
 
     Args:
       model: on any mesh.
@@ -57,8 +59,8 @@ def save(model: Grok, path: str | Path, *, progress: Report | None = None) -> No
     tally = Tally("saved", sum(spec.num_bytes for spec in specs.values()), progress)
     together = model.partitioner.mesh.is_multi_process
     on_first(f"the beginning of {folder}", lambda: _begin(folder, manifest, tally.total_bytes), together=together)
-    for unit in units_of(model.config):
-        write_unit(folder, unit.name, {part.name: _take(values, part) for part in unit.parts})
+    for unit, arrays in _take_units(values, units_of(model.config)):
+        write_unit(folder, unit.name, arrays)
         tally.add(unit_bytes(specs, unit), unit.name, unit.name)
     on_first(f"the end of {folder}", lambda: commit(folder, manifest), together=together)
 
@@ -100,6 +102,20 @@ def _saved_spec(values: dict[str, nnx.Variable], name: str, shape: tuple[int, ..
         return TensorSpec(ArraySpec(shape, value.dtype), None)
     scales = (*shape[:-2], value.num_blocks, shape[-1])
     return TensorSpec(ArraySpec(shape, value.weight.dtype), ArraySpec(scales, value.scales.dtype))
+
+
+def _take_units(
+    values: dict[str, nnx.Variable], units: Sequence[Unit]
+) -> Iterator[tuple[Unit, dict[str, dict[str, jax.Array]]]]:
+    """The units in order, the arrays of the next one being taken from the model while the caller writes one."""
+
+    def take(unit: Unit) -> dict[str, dict[str, jax.Array]]:
+        return {part.name: _take(values, part) for part in unit.parts}
+
+    coming = take(units[0])
+    for unit, following in itertools.zip_longest(units, units[1:]):
+        arrays, coming = coming, {} if following is None else take(following)  # JAX does not wait for it
+        yield unit, arrays
 
 
 def _take(values: dict[str, nnx.Variable], part: Part) -> dict[str, jax.Array]:
