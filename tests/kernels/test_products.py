@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import check_generation, load_case
 
 from grokjax import kernels
+from grokjax.checkpoint import load
 from grokjax.kernels.matmul_cpu import blocked_matmul, column_matmul, summed_matmul
 from grokjax.kernels.products import direct_matmul
 from grokjax.quantization import Weight, dequantize, partition_specs, quantize
@@ -56,6 +58,14 @@ def test_four_rows_are_a_sum_where_each_device_has_a_core(rows: int) -> None:
     product = jax.jit(matmul)
     assert ("dot_general" in product.lower(x, w).as_text()) == (rows > 4)
     assert_close(product(x, w), product_in_float64(x, w))
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
+def test_goldens_hold_where_each_device_has_a_core() -> None:
+    golden = load_case("tiny-moe-s8")
+    model = load(golden.checkpoint, golden.config, make_mesh((1, 1)), jnp.float32)
+    check_generation(golden, model, rows=range(len(golden.lengths)))
 
 
 @pytest.mark.parametrize("stack", [(), (3,), (2, 3)], ids=str)
