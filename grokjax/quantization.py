@@ -136,7 +136,7 @@ class QuantizedTable:
     Attributes:
       weight: int8 [V, D].
       scales: float32 [V]; row v stands for `weight[v] * scales[v]`.
-      columns: int8 [D, V], `weight` once more, as CPUs make the logits of one or two rows fastest; None elsewhere.
+      columns: int8 [D, V], `weight` once more, as CPUs make the logits of a few rows fastest; None elsewhere.
     """
 
     weight: jax.Array

@@ -5,12 +5,11 @@ every expert, do. XLA by itself keeps to vectors of 256 bits. See benchmarks/not
 """
 
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 import jax
 
-from grokjax.kernels import count_cores, processor_features
+from grokjax.kernels import by_feature, count_cores, processor_features
 
 # Feature of processors, as Linux names it -> whether a device for each core was measured to be faster than one. The
 # first that a processor has decides; what has not been measured keeps one device.
@@ -31,8 +30,8 @@ def use_every_core(count: int | None, *, root: Path = Path("/")) -> None:
         each core, if that is faster on this machine.
       root: where the system's files lie.
     """
-    features = processor_features(root / "proc/cpuinfo")
-    if count is None and not _is_chosen() and is_faster(features):
+    description = root / "proc/cpuinfo"
+    if count is None and not _is_chosen() and by_feature(_GAINS, False, description):
         count = count_cores(root)
     if count is None:
         return
@@ -41,15 +40,10 @@ def use_every_core(count: int | None, *, root: Path = Path("/")) -> None:
     except RuntimeError:  # it runs already
         return
     flags = os.environ.get("XLA_FLAGS", "")
-    if "avx512f" in features and _VECTOR_FLAG not in flags:
+    if "avx512f" in processor_features(description) and _VECTOR_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_VECTOR_FLAG}=512".lstrip()
 
 
 def _is_chosen() -> bool:
     in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     return in_flags or jax.config.values["jax_num_cpu_devices"] >= 0
-
-
-def is_faster(features: Collection[str]) -> bool:
-    """Whether a device for each core was measured to be faster on processors that have these features."""
-    return next((gains for feature, gains in _GAINS.items() if feature in features), False)

@@ -12,7 +12,7 @@ read and written; and `attention` over them, with `attention_blocks`, `attention
 """
 
 from grokjax.kernels.attention import attend
-from grokjax.kernels.cpu_features import count_cores, processor_features, product_dtype
+from grokjax.kernels.cpu_features import by_feature, count_cores, processor_features, product_dtype
 from grokjax.kernels.derivatives import varying_over, with_rule
 from grokjax.kernels.entries import CachePlace, copy_row, own_place, scatter_entries, write
 from grokjax.kernels.experts import evaluate_experts
@@ -26,6 +26,7 @@ __all__ = [
     "GatedWeights",
     "activate",
     "attend",
+    "by_feature",
     "copy_row",
     "count_cores",
     "evaluate_experts",

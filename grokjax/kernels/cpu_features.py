@@ -70,7 +70,7 @@ def takes_planes(num_rows: int, dtype: DTypeLike) -> bool:
 
 def plane_rows(description: Path = _DESCRIPTION) -> range:
     """The numbers of rows of bfloat16 activations that the processors multiply faster in planes."""
-    return _first(_PLANE_ROWS, description, range(0))
+    return by_feature(_PLANE_ROWS, range(0), description)
 
 
 def summed_rows(description: Path = _DESCRIPTION) -> int:
@@ -78,8 +78,7 @@ def summed_rows(description: Path = _DESCRIPTION) -> int:
 
     See benchmarks/notebook/device-per-core.md.
     """
-    few = _FEWEST_SUMMED_ROWS
-    return _first(_SUMMED_ROWS, description, few) if has_core_for_each_device() else few
+    return by_feature(_SUMMED_ROWS if has_core_for_each_device() else {}, _FEWEST_SUMMED_ROWS, description)
 
 
 def integer_rows(description: Path = _DESCRIPTION) -> int:
@@ -87,8 +86,7 @@ def integer_rows(description: Path = _DESCRIPTION) -> int:
 
     See benchmarks/notebook/unembedding.md.
     """
-    most = _MOST_INTEGER_ROWS
-    return _first(_INTEGER_ROWS, description, most) if has_core_for_each_device() else most
+    return by_feature(_INTEGER_ROWS if has_core_for_each_device() else {}, _MOST_INTEGER_ROWS, description)
 
 
 @functools.cache
@@ -101,8 +99,14 @@ def has_core_for_each_device() -> bool:
     return 1 < count == count_cores()
 
 
-def _first(table: Mapping[str, _T], description: Path, otherwise: _T) -> _T:
-    """What a table says of the first of its features that the processors have."""
+def by_feature(table: Mapping[str, _T], otherwise: _T, description: Path = _DESCRIPTION) -> _T:
+    """What a table says of the first of its features that the processors have.
+
+    Args:
+      table: feature, as `processor_features` names it -> what was measured to be best with it.
+      otherwise: where they have none of these.
+      description: the system's of its processors.
+    """
     features = processor_features(description)
     return next((found for feature, found in table.items() if feature in features), otherwise)
 

@@ -99,7 +99,7 @@ def test_experts_give_the_definition(platform: str, num_tokens: int, per_token: 
     np.testing.assert_allclose(out, definition(x, probabilities, experts, 1), atol=2e-5)
 
 
-@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
+@pytest.mark.usefixtures("core_for_each_device")
 def test_where_each_device_has_a_core_each_of_four_rows_has_a_program() -> None:
     assert block_sizes(9, per_token=2, num_experts=8, platform="cpu") == (1, 2, 3, 4, 8, 9)
     x, probabilities, experts = routed(9, 2)

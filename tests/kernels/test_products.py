@@ -51,7 +51,7 @@ def test_every_form_of_the_product_is_its_definition(rows: int, num_blocks: int,
         assert_close(out, expected, dtype)
 
 
-@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
+@pytest.mark.usefixtures("core_for_each_device")
 @pytest.mark.parametrize("rows", [4, 5])
 def test_four_rows_are_a_sum_where_each_device_has_a_core(rows: int) -> None:
     w, x = quantize(jnp.asarray(random(96, 40)), num_blocks=2), jnp.asarray(random(rows, 96))
@@ -61,8 +61,10 @@ def test_four_rows_are_a_sum_where_each_device_has_a_core(rows: int) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
-def test_goldens_hold_where_each_device_has_a_core() -> None:
+@pytest.mark.parametrize("processor", ["planes_everywhere", "core_for_each_device"])
+def test_goldens_hold_in_the_forms_of_other_processors(processor: str, request: pytest.FixtureRequest) -> None:
+    """An int8 model of the release, with every product of a weight in planes or some more as sums."""
+    request.getfixturevalue(processor)
     golden = load_case("tiny-moe-s8")
     model = load(golden.checkpoint, golden.config, make_mesh((1, 1)), jnp.float32)
     check_generation(golden, model, rows=range(len(golden.lengths)))

@@ -34,7 +34,7 @@ def test_every_form_of_the_product_is_its_definition(num_rows: int, dtype: str) 
         np.testing.assert_allclose(out, expected, atol=tolerance * max(1, np.abs(expected).max()), rtol=0)
 
 
-@pytest.mark.usefixtures("core_for_each_device", "planes_nowhere")
+@pytest.mark.usefixtures("core_for_each_device")
 @pytest.mark.parametrize("num_rows", [3, 5])
 def test_where_each_device_has_a_core_no_more_than_four_rows_take_the_columns_and_more_are_cast(num_rows: int) -> None:
     random = np.random.default_rng(num_rows)
