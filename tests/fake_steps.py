@@ -62,10 +62,14 @@ def continuation(
 
 
 def looked_up(text: list[int], count: int) -> list[int]:
-    """The next tokens as a reader would guess them: what came where the end of the text was before; maybe nothing."""
-    for size in (3, 2):
-        for place in range(len(text) - 1, size - 1, -1):
-            if text[place - size : place] == text[-size:]:
+    """The next tokens as a reader would guess them: what came where the end of the text was before; maybe nothing.
+
+    Without its last token, if that came nowhere: it may be what was changed in a copy.
+    """
+    for size, changed in ((3, 0), (2, 0), (3, 1)):
+        end = len(text) - changed
+        for place in range(len(text) - 1, size + changed - 1, -1):
+            if text[place - changed - size : place - changed] == text[:end][-size:]:
                 copied = list(text)
                 for i in range(count):
                     copied.append(copied[place + i])

@@ -25,8 +25,9 @@ Guesser: TypeAlias = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.
 # of what else is to be known of them, each leaf [B, ...].
 Draw: TypeAlias = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-# Tokens in a row that must have come before, the longer first.
-_GRAMS = (3, 2)
+# How many tokens in a row must have come before, and behind how many others: a text that was copied up to there, and in
+# which one token is another, goes on being copied. The first that is found counts.
+_GRAMS = ((3, 0), (2, 0), (3, 1))
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +56,9 @@ class Checked:
 def look_up(texts: jax.Array, lengths: jax.Array, num_guesses: int) -> tuple[jax.Array, jax.Array]:
     """Guesses that what followed the last three tokens, or else the last two, where they came before, comes again.
 
-    The latest such place counts. Where it is so near that the text ends within the guesses, they go on from its own
-    repetition, so a loop of any period is guessed in full.
+    Where neither came before, the last token may be one that was changed in a copy: what followed the three before it,
+    behind another token, is guessed. The latest such place counts. Where it is so near that the text ends within the
+    guesses, they go on from its own repetition, so a loop of any period is guessed in full.
 
     Args:
       texts: int32 [B, S].
@@ -69,8 +71,9 @@ def look_up(texts: jax.Array, lengths: jax.Array, num_guesses: int) -> tuple[jax
     Source: Saxena, "Prompt Lookup Decoding" (2023); the overlapping copy is that of Lempel and Ziv (1977).
     """
     place = jnp.zeros_like(lengths)
-    for count in _GRAMS:
-        place = jnp.where(place > 0, place, _latest(texts, lengths, count))
+    for count, others in _GRAMS:
+        end = _latest(texts, lengths - others, count)
+        place = jnp.where((place > 0) | (end == 0), place, end + others)
     period = jnp.maximum(lengths - place, 1)[:, None]
     offsets = jnp.arange(num_guesses, dtype=jnp.int32)[None] % period
     return _take(texts, place[:, None] + offsets), jnp.where(place > 0, num_guesses, 0)
