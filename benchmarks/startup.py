@@ -3,7 +3,8 @@
 `python benchmarks/startup.py` starts processes that make a model of random weights (`GrokConfig.bench_1b()`, int8) and
 draw one token after a prompt of 128 tokens: with an empty compilation cache, and with the one that this left. In turn
 with them it imports grokjax, and jax with flax alone. It prints medians, and last one JSON line with the keys `config`,
-`cold_seconds`, `warm_seconds`, `import_seconds`, `jax_import_seconds`, `import_ratio` and the environment.
+`cold_seconds`, `warm_seconds`, `cold_programs`, `warm_programs` (compiled by each, once), `import_seconds`,
+`jax_import_seconds`, `import_ratio` and the environment.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import card
 
@@ -41,6 +43,13 @@ def run_seconds(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
+def run_first_token(config: str, folder: str) -> tuple[float, int]:
+    """Wall time to a first token, and how many programs were compiled into the cache in `folder`."""
+    before = len(list(Path(folder).glob("*-cache")))
+    seconds = run_seconds("-c", FIRST_TOKEN, config, folder)
+    return seconds, len(list(Path(folder).glob("*-cache"))) - before
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="bench_1b", help="tiny, bench_1b, grok_1 or a JSON file")
@@ -49,13 +58,8 @@ def main() -> None:
     runs = []
     for _ in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            commands = [
-                ["-c", FIRST_TOKEN, arguments.config, folder],
-                ["-c", FIRST_TOKEN, arguments.config, folder],
-                ["-c", "import grokjax"],
-                ["-c", "import jax, flax.nnx"],
-            ]
-            runs.append([run_seconds(*command) for command in commands])
+            (cold, cold_programs), (warm, warm_programs) = (run_first_token(arguments.config, folder) for _ in range(2))
+        runs.append([cold, warm, *(run_seconds("-c", f"import {names}") for names in ("grokjax", "jax, flax.nnx"))])
     cold, warm, ours, theirs = (statistics.median(column) for column in zip(*runs, strict=True))
     ratio = statistics.median(run[2] / run[3] for run in runs)
     card.print_rows(
@@ -74,6 +78,8 @@ def main() -> None:
             "config": arguments.config,
             "cold_seconds": round(cold, 2),
             "warm_seconds": round(warm, 2),
+            "cold_programs": cold_programs,
+            "warm_programs": warm_programs,
             "import_seconds": round(ours, 3),
             "jax_import_seconds": round(theirs, 3),
             "import_ratio": round(ratio, 2),

@@ -95,10 +95,11 @@ def test_more_filled_than_allocated_is_refused() -> None:
 
 
 @pytest.mark.thorough
-def test_a_warm_start_takes_less_than_a_cold_one() -> None:
+def test_a_warm_start_compiles_nothing() -> None:
+    """Seconds are compared by nobody here: beside other work they tell little."""
     record = json.loads(run("startup.py", "--repeats", "1")[-1])
     assert set(record) == documented_keys("startup.py") | ENVIRONMENT
-    assert record["warm_seconds"] < record["cold_seconds"]
+    assert record["cold_programs"] > record["warm_programs"] == 0
 
 
 @pytest.mark.thorough
