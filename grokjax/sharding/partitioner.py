@@ -150,11 +150,15 @@ class Partitioner:
     def shard_map(self, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """Runs a function on each device's own shards; collectives inside name mesh axes.
 
+        One device has all of it, so there the function is called as it is: less to trace, and to compile.
+
         Args:
           function: of shards, which gives shards.
           in_specs: a `PartitionSpec` for each argument, or a tree of them.
           out_specs: the same for the result.
         """
+        if self.is_alone:
+            return function
         mesh = self.mesh_here()
         names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
         if self.is_backwards:
@@ -167,17 +171,22 @@ class Partitioner:
     def psum(self, x: jax.Array, *axes: str) -> jax.Array:
         """Inside `shard_map`: the sum of shards, of any shape, over the mesh axes that split the logical `axes`."""
         names = {self.rules.axis_of(axis) for axis in axes} - {None}
-        return jax.lax.psum(x, tuple(sorted(names))) if names else x
+        return jax.lax.psum(x, tuple(sorted(names))) if names and not self.is_alone else x
 
     def index(self, axis: str) -> jax.Array | int:
         """Inside `shard_map`: the number of this device's shard, int32 [], along the logical `axis`."""
         name = self.rules.axis_of(axis)
-        return 0 if name is None else jax.lax.axis_index(name)
+        return 0 if name is None or self.is_alone else jax.lax.axis_index(name)
 
     def all_gather(self, x: jax.Array, axis: str, *, dimension: int) -> jax.Array:
         """Inside `shard_map`: the shards along the logical `axis`, joined along `dimension`."""
         name = self.rules.axis_of(axis)
-        return x if name is None else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
+        return x if name is None or self.is_alone else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the mesh is one device."""
+        return self.mesh.size == 1
 
     def mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh as code must name it: inside a caller's `shard_map`, with the axes that are Manual there."""
