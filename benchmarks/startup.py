@@ -3,7 +3,7 @@
 `python benchmarks/startup.py` starts processes that make a model of random weights (`GrokConfig.bench_1b()`, int8) and
 draw one token after a prompt of 128 tokens: with an empty compilation cache, and with the one that this left. In turn
 with them it imports grokjax, and jax with flax alone. It prints medians, and last one JSON line with the keys `config`,
-`cold_seconds`, `warm_seconds`, `cold_programs`, `warm_programs` (compiled by each, once), `import_seconds`,
+`cold_seconds`, `warm_seconds`, `cold_programs`, `warm_programs` (that each compiled), `import_seconds`,
 `jax_import_seconds`, `import_ratio` and the environment.
 """
 

@@ -157,7 +157,7 @@ class Partitioner:
           in_specs: a `PartitionSpec` for each argument, or a tree of them.
           out_specs: the same for the result.
         """
-        if self.is_alone:
+        if self.mesh.size == 1:
             return function
         mesh = self.mesh_here()
         names = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
@@ -170,28 +170,27 @@ class Partitioner:
 
     def psum(self, x: jax.Array, *axes: str) -> jax.Array:
         """Inside `shard_map`: the sum of shards, of any shape, over the mesh axes that split the logical `axes`."""
-        names = {self.rules.axis_of(axis) for axis in axes} - {None}
-        return jax.lax.psum(x, tuple(sorted(names))) if names and not self.is_alone else x
+        names = {self._mapped_axis(axis) for axis in axes} - {None}
+        return jax.lax.psum(x, tuple(sorted(names))) if names else x
 
     def index(self, axis: str) -> jax.Array | int:
         """Inside `shard_map`: the number of this device's shard, int32 [], along the logical `axis`."""
-        name = self.rules.axis_of(axis)
-        return 0 if name is None or self.is_alone else jax.lax.axis_index(name)
+        name = self._mapped_axis(axis)
+        return 0 if name is None else jax.lax.axis_index(name)
 
     def all_gather(self, x: jax.Array, axis: str, *, dimension: int) -> jax.Array:
         """Inside `shard_map`: the shards along the logical `axis`, joined along `dimension`."""
-        name = self.rules.axis_of(axis)
-        return x if name is None or self.is_alone else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether the mesh is one device."""
-        return self.mesh.size == 1
+        name = self._mapped_axis(axis)
+        return x if name is None else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
 
     def mesh_here(self) -> Mesh | AbstractMesh:
         """The mesh as code must name it: inside a caller's `shard_map`, with the axes that are Manual there."""
         context = jax.sharding.get_abstract_mesh()
         return context if context.manual_axes else self.mesh
+
+    def _mapped_axis(self, axis: str) -> str | None:
+        """The mesh axis that `shard_map` maps for the logical `axis`: none on one device, where it maps nothing."""
+        return None if self.mesh.size == 1 else self.rules.axis_of(axis)
 
     def _place(self, axis: str | None, size: int) -> str | None:
         name = None if axis is None else self.rules.axis_of(axis)
