@@ -52,15 +52,20 @@ def run_notebook(page: str) -> None:
     nbformat.write(notebook, BUILD / f"{Path(page).stem}.ipynb")
 
 
+def missing_package() -> str | None:
+    """A package of the extra `notebooks` that is not installed; None if all are."""
+    needed = ("jupytext", "nbclient", "ipykernel")
+    return next((package for package in needed if importlib.util.find_spec(package) is None), None)
+
+
 def main() -> None:
     """Makes, runs and writes the notebooks.
 
     Raises:
       SystemExit: A package of the extra `notebooks` is not installed.
     """
-    for package in ("jupytext", "nbclient", "ipykernel"):
-        if importlib.util.find_spec(package) is None:
-            sys.exit(f"Notebooks need a package that is not installed ({package}): pip install -e '.[notebooks]'")
+    if missing := missing_package():
+        sys.exit(f"Notebooks need a package that is not installed ({missing}): pip install -e '.[notebooks]'")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     BUILD.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:

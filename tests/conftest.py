@@ -114,9 +114,13 @@ def release_tokenizer() -> Path | None:
     return path if path.is_file() else None
 
 
-def has_harness() -> bool:
-    """Whether the package of the extra `eval` is installed."""
-    return importlib.util.find_spec("lm_eval") is not None
+# Of markers whose tests need an extra: the extra, and a package that it alone brings.
+EXTRAS = {"harness": ("eval", "lm_eval"), "notebook": ("notebooks", "nbclient")}
+
+
+def is_installed(marker: str) -> bool:
+    """Whether the extra of a marker's tests is installed."""
+    return importlib.util.find_spec(EXTRAS[marker][1]) is not None
 
 
 def pytest_report_header() -> list[str]:
@@ -125,12 +129,16 @@ def pytest_report_header() -> list[str]:
     return [
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
         f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}",
-        f"evaluation harness: {'installed' if has_harness() else 'none; its tests are deselected, install .[eval]'}",
+        *(
+            f"{marker}: {'installed' if is_installed(marker) else f'none; its tests are deselected, install .[{extra}]'}"
+            for marker, (extra, _) in EXTRAS.items()
+        ),
     ]
 
 
 # Workers take whole files in this order: one that takes long and is begun last would be waited for.
 SLOWEST_FIRST = (
+    "test_notebooks",
     "test_distributed",
     "test_docs",
     "test_contexts",
@@ -160,7 +168,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rank = {name: number for number, name in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     lacking = [] if release_tokenizer() else ["release_tokenizer"]
-    lacking += [] if has_harness() else ["harness"]
+    lacking += [marker for marker in EXTRAS if not is_installed(marker)]
     absent = [item for item in items if any(item.get_closest_marker(name) for name in lacking)]
     config.hook.pytest_deselected(items=absent)
     items[:] = [item for item in items if item not in absent]

@@ -77,19 +77,20 @@ def compile_block(block: Block, document: Path) -> types.CodeType:
     return compile("\n" * (block.line - 1) + block.text, str(document), "exec")
 
 
+# Where notebooks can be made, test_notebooks.py runs the blocks of these pages.
+AS_NOTEBOOKS = [ROOT / "docs" / page for page in make_notebooks.PAGES]
+RUN_HERE = [page for page in DOCUMENTS if page not in AS_NOTEBOOKS or make_notebooks.missing_package()]
 # Only what has something to run: a case that runs nothing could not fail. An empty list fails at collection, as
 # pyproject.toml says.
-WITH_PYTHON = [document for document in DOCUMENTS if any(block.runs for block in python_blocks(document))]
+WITH_PYTHON = [document for document in RUN_HERE if any(block.runs for block in python_blocks(document))]
 WITH_COMMANDS = [document for document in DOCUMENTS if read_commands(document.read_text())]
-# They take longer than all others, and tests show all that they do. Some are run as notebooks too.
-AS_NOTEBOOKS = [ROOT / "docs" / page for page in make_notebooks.PAGES]
+# They take longer than all others, and tests show all that they do.
 LONGEST = AS_NOTEBOOKS + [ROOT / "docs" / f"{page}.md" for page in ("model", "engine", "hardware", "checkpoints")]
 
 
 def marks_of(document: Path) -> list[pytest.MarkDecorator]:
-    """When its blocks are run: by everybody, by the thorough tests, or by these where no notebooks are made."""
-    marks = ((pytest.mark.thorough, LONGEST), (pytest.mark.notebook, AS_NOTEBOOKS))
-    return [mark for mark, documents in marks if document in documents]
+    """When its blocks are run: by everybody, or by the thorough tests."""
+    return [pytest.mark.thorough] if document in LONGEST else []
 
 
 def test_python_blocks_are_python_even_where_they_are_not_run() -> None:
