@@ -11,6 +11,7 @@ environment. What is accepted is the part of all tokens that were guessed.
 
 A model with random weights copies nothing. So the text is written beforehand: everything is computed and drawn as ever,
 and then the token of the written text is taken in place of the drawn one. Both engines serve the same texts in turn.
+The prompts of a run are prefilled together, so that its texts begin and end together.
 """
 
 import argparse
@@ -39,7 +40,7 @@ _COOLEST, _WARMER = 1.0, 1 / 64
 
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--slots", type=int, default=1, help="requests that run at once")
+    parser.add_argument("--slots", type=int, default=1, help="requests that run at once, a power of two")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each document")
     parser.add_argument("--new", type=int, default=192, help="tokens of each text, at most as many")
     parser.add_argument("--guesses", type=int, default=15, help="tokens that a step may guess")
@@ -70,12 +71,15 @@ class Bench:
         model.__class__ = WritingGrok
         model.text = nnx.Variable(jnp.zeros((self.slots, self.max_len), jnp.int32))
         self.model = model
-        options = {"slots": self.slots, "max_len": self.max_len, "prefill_buckets": (64,), "reuse_prefixes": False}
+        together = {"prefill_buckets": (self.prompt,), "prefill_rows": self.slots}
+        options = {"slots": self.slots, "max_len": self.max_len, "reuse_prefixes": False, **together}
         self.engines = [Engine(model, max_guesses=guesses, **options) for guesses in (0, arguments.guesses)]
 
     def warm_up(self) -> None:
+        """Compiles what a lone request needs, and by a first run what the requests need together."""
         for engine in self.engines:
-            engine.warm_up()
+            engine.warm_up(prompt_len=self.prompt)
+            self.run(engine, self.texts("random"))
 
     def texts(self, name: str) -> np.ndarray:
         """Prompts and what follows them, int32 [B, S]."""

@@ -1,6 +1,7 @@
 """int8 weights with blocked scales, and tables with a scale for each row: what they are."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NoReturn, TypeVar
 
@@ -105,9 +106,15 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
     """
     if w.ndim < 2:
         raise ValueError(f"w has shape {w.shape}: give a matrix [C, O], or several [..., C, O].")
-    *lead, rows, outputs = w.shape
+    rows = w.shape[-2]
     if num_blocks < 1 or rows % num_blocks:
         raise ValueError(f"num_blocks={num_blocks} does not divide the {rows} rows of the contracting axis.")
+    return _quantize(w, num_blocks, jnp.dtype(scale_dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("num_blocks", "scale_dtype"), inline=True)
+def _quantize(w: jax.Array, num_blocks: int, scale_dtype: jnp.dtype) -> QuantizedArray:
+    *lead, rows, outputs = w.shape
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
     scales = (largest_magnitude(blocks, axis=-2) / 127).astype(scale_dtype)
     return QuantizedArray(_round_to_int8(blocks, scales[..., None, :]).reshape(w.shape), scales)
@@ -184,8 +191,11 @@ def quantize_table(table: jax.Array, *, with_columns: bool = False) -> Quantized
 @in_own_context
 def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """The plain weight [..., C, O] in `dtype`; a plain weight is only cast."""
-    if not isinstance(w, QuantizedArray):
-        return w.astype(dtype)
+    return _dequantize(w, jnp.dtype(dtype)) if isinstance(w, QuantizedArray) else w.astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+def _dequantize(w: QuantizedArray, dtype: jnp.dtype) -> jax.Array:
     *lead, rows, outputs = w.shape
     blocks = w.weight.astype(jnp.float32).reshape(*lead, w.num_blocks, rows // w.num_blocks, outputs)
     return (blocks * w.scales.astype(jnp.float32)[..., None, :]).reshape(w.shape).astype(dtype)

@@ -130,7 +130,7 @@ def pytest_report_header() -> list[str]:
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
         f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}",
         *(
-            f"{marker}: {'installed' if is_installed(marker) else f'none; its tests are deselected, install .[{extra}]'}"
+            f"extra {extra}: {'installed' if is_installed(marker) else 'none; its tests are deselected, install it'}"
             for marker, (extra, _) in EXTRAS.items()
         ),
     ]

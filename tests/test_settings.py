@@ -23,14 +23,15 @@ from grokjax.cli import main
 from grokjax.kernels import unembed
 from grokjax.sampling import SampleSettings, row_keys, sample_token
 
-# Those that do not touch the same thing go together. All tests run with strict promotion of dtypes and ranks.
-SETTINGS = dict(
-    setting.split("=")
-    for setting in (
-        "JAX_ENABLE_X64=1 JAX_TRANSFER_GUARD=disallow JAX_NUMPY_RANK_PROMOTION=warn JAX_DEBUG_NANS=1"
-        " JAX_DEFAULT_PRNG_IMPL=rbg JAX_DEFAULT_MATMUL_PRECISION=bfloat16"
-    ).split()
-)
+# All that change nothing, at once. The tests themselves run with strict promotion of dtypes and ranks.
+SETTINGS = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "JAX_NUMPY_RANK_PROMOTION": "warn",
+    "JAX_DEBUG_NANS": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+}
 # The older threefry draws other numbers; the rest of these changes nothing.
 OTHER_DRAWS = {
     "JAX_THREEFRY_PARTITIONABLE": "0",

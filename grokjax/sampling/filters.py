@@ -3,6 +3,8 @@
 Every filter is a threshold on the logits: values below it become -1e10, ties with it stay.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -96,6 +98,7 @@ def _rank_limit(logits: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Arr
     return jnp.ones(logits.shape, jnp.float32), others[..., None].astype(jnp.float32) + 1  # exact: V < 2^24
 
 
+@functools.partial(jax.jit, inline=True)
 def find_threshold(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
     """The largest logit below which all together weigh less than a limit; the smallest logit if there is none.
 
