@@ -310,8 +310,9 @@ class Grok(Module):
           positions: int32 [B], of the drawn tokens; the draw at position p uses `fold_in(key, p)`.
           num_top: how many of the most probable tokens to report as well; static.
         """
-        whole = self.partitioner.sharding(("batch", None), logits.shape)  # no row is divided over devices
-        return sample_token(row_keys(keys, positions), logits, settings, num_top=num_top, whole=whole)
+        divided, whole = (self.partitioner.sharding(("batch", axis), logits.shape) for axis in ("vocab", None))
+        keys = row_keys(keys, positions)
+        return sample_token(keys, logits, settings, num_top=num_top, divided=divided, whole=whole)
 
 
 def check_dtype(dtype: DTypeLike) -> jnp.dtype:

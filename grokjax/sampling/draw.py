@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from grokjax.context import in_own_context
-from grokjax.sampling.filters import EXCLUDED, filter_logits
+from grokjax.sampling.filters import EXCLUDED, LogitsPlaces, filter_logits
 from grokjax.sampling.keys import each_key, typed_keys
 from grokjax.sampling.settings import SampleSettings
 
@@ -47,6 +47,7 @@ def sample_token(
     settings: SampleSettings,
     *,
     num_top: int = 0,
+    divided: jax.sharding.Sharding | None = None,
     whole: jax.sharding.Sharding | None = None,
 ) -> SampleOutput:
     """Draws one token per row: temperature, mask, top-k, min-p, top-p, then one categorical draw in float32.
@@ -61,28 +62,29 @@ def sample_token(
       logits: [B, V] of any float dtype.
       settings: for the same B rows.
       num_top: how many of the most probable tokens to report as well, at most V; static.
-      whole: where logits whose vocabulary lies on several devices are brought together before ranks are looked for,
-        which else takes an exchange for each step of the search; static.
+      divided: how the logits lie where their vocabulary is on several devices: each draws for its own part; static.
+      whole: where such logits are brought together before ranks are looked for, which else takes an exchange for each
+        step of the search; static.
 
     Raises:
       ValueError: Shapes disagree, raw keys are of another generator, or `num_top` is outside 0 to V.
     """
     _check_shapes(keys, logits, settings, num_top)
-    return _sample_token(keys, logits, settings, num_top, whole)
+    return _sample_token(keys, logits, settings, num_top, LogitsPlaces(divided, whole))
 
 
 # Outside a caller's `jax.jit` each call of `lax.cond` would be compiled anew.
-@functools.partial(jax.jit, static_argnames=("num_top", "whole"), inline=True)
+@functools.partial(jax.jit, static_argnames=("num_top", "places"), inline=True)
 def _sample_token(
-    keys: jax.Array, logits: jax.Array, settings: SampleSettings, num_top: int, whole: jax.sharding.Sharding | None
+    keys: jax.Array, logits: jax.Array, settings: SampleSettings, num_top: int, places: LogitsPlaces
 ) -> SampleOutput:
-    logits = logits.astype(jnp.float32)
+    logits = places.divide(logits.astype(jnp.float32))
     greedy = settings.temperature < _SMALLEST_TEMPERATURE
     with jax.named_scope("filter"):
-        scaled = _scale(logits, settings.mask, jnp.where(greedy, 1.0, settings.temperature))
-        filtered = filter_logits(scaled, settings, whole)
+        scaled = places.divide(_scale(logits, settings.mask, jnp.where(greedy, 1.0, settings.temperature)))
+        filtered = filter_logits(scaled, settings, places)
     with jax.named_scope("draw"):
-        token_id = _draw(keys, filtered, greedy, needs_draw=jnp.any(settings.active & ~greedy))
+        token_id = _draw(keys, filtered, greedy, places, needs_draw=jnp.any(settings.active & ~greedy))
     top_k_token_ids, top_k_probs = _top(filtered, num_top)
     output = SampleOutput(
         token_id=token_id,
@@ -119,12 +121,31 @@ def _scale(logits: jax.Array, mask: jax.Array | None, temperature: jax.Array) ->
     return jnp.where(allowed <= EXCLUDED, EXCLUDED, scaled)
 
 
-def _draw(keys: jax.Array, filtered: jax.Array, greedy: jax.Array, needs_draw: jax.Array) -> jax.Array:
+def _draw(
+    keys: jax.Array, filtered: jax.Array, greedy: jax.Array, places: LogitsPlaces, needs_draw: jax.Array
+) -> jax.Array:
     """One token per row [B] int32: the best one if greedy, else drawn; no random numbers if no row needs them."""
     noise_of = functools.partial(jax.random.gumbel, shape=filtered.shape[1:], dtype=filtered.dtype)
-    draw = functools.partial(each_key, noise_of)
-    noise = lax.cond(needs_draw, draw, lambda keys: jnp.zeros_like(filtered), typed_keys(keys))
-    return jnp.argmax(jnp.where(greedy[:, None], 0.0, noise) + filtered, axis=-1).astype(jnp.int32)
+
+    def draw(keys: jax.Array) -> jax.Array:
+        return places.divide(each_key(noise_of, keys))
+
+    noise = lax.cond(needs_draw, draw, lambda keys: places.divide(jnp.zeros_like(filtered)), typed_keys(keys))
+    return _best(jnp.where(greedy[:, None], 0.0, noise) + filtered)
+
+
+def _best(scores: jax.Array) -> jax.Array:
+    """The first of the largest scores [B, V] of each row, [B] int32."""
+
+    def in_two_passes(scores: jax.Array) -> jax.Array:
+        """XLA's CPU backend takes one number after the other for `argmax`, and many at once for either of these."""
+        is_best = (scores >= scores.max(axis=-1, keepdims=True)) | jnp.isnan(scores)
+        places = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        return jnp.where(is_best, places, scores.shape[1] - 1).min(axis=-1)
+
+    return lax.platform_dependent(
+        scores, cpu=in_two_passes, default=lambda scores: jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    )
 
 
 def _top(filtered: jax.Array, num_top: int) -> tuple[jax.Array | None, jax.Array | None]:

@@ -3,6 +3,7 @@
 Every filter is a threshold on the logits: values below it become -1e10, ties with it stay.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -57,13 +58,38 @@ def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
     return _keep_from(logits, _min_p_threshold(logits, _per_row(min_p, logits, jnp.float32)))
 
 
-def filter_logits(scaled: jax.Array, settings: SampleSettings, whole: jax.sharding.Sharding | None) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class LogitsPlaces:
+    """Where logits [B, V] lie whose vocabulary is on several devices; None where it is nobody's business.
+
+    It is said again behind each step and in each branch: from one that brings the logits together JAX would else
+    conclude that all of them want so.
+
+    Attributes:
+      divided: each device has a part of the vocabulary.
+      whole: each device has all of it.
+    """
+
+    divided: jax.sharding.Sharding | None = None
+    whole: jax.sharding.Sharding | None = None
+
+    def divide(self, logits: jax.Array) -> jax.Array:
+        """The same, of which each device makes or keeps its part."""
+        return logits if self.divided is None else lax.with_sharding_constraint(logits, self.divided)
+
+    def gather(self, logits: jax.Array) -> jax.Array:
+        """The same, brought together."""
+        divided = self.divide(logits)
+        return divided if self.whole is None else lax.with_sharding_constraint(divided, self.whole)
+
+
+def filter_logits(scaled: jax.Array, settings: SampleSettings, places: LogitsPlaces) -> jax.Array:
     """All filters on [B, V] float32; looks for ranks, or for a nucleus, only if an active row asks for one."""
     needs_rank = jnp.any(settings.active & (settings.top_k > 0))
     needs_nucleus = jnp.any(settings.active & (settings.top_p < 1.0))
 
     def raised(least: jax.Array) -> jax.Array:
-        gathered = scaled if whole is None else lax.with_sharding_constraint(scaled, whole)
+        gathered = places.gather(scaled)
 
         def search(kind: jax.Array, threshold: jax.Array) -> jax.Array:
             kept = _keep_from(gathered, threshold)
