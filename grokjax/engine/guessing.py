@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 # Guesses for which a step is compiled, as far as they are allowed: few, for each takes a compilation.
 _COUNTS = (3, 7, 15)
-# What the guesses of a row weigh, each against the next one.
-_MEMORY = 0.9
+# What the guesses of a row weigh, each against the next one; and those of all rows, by which a new one is judged.
+_MEMORY, _MEMORY_OF_ALL = 0.9, 0.99
 # Guesses of which less is expected are not tried, nor does a step guess that gains less over one that does not.
 _LEAST_GAIN = 0.05
 # Steps of each kind whose time is remembered, and steps after which the oldest of each kind is forgotten, so that one
@@ -22,6 +22,9 @@ class HitRate:
 
     The two differ: where a text repeats, right guesses come in long runs.
 
+    Args:
+      memory: what a guess weighs against the next one, above 0 and below 1.
+
     Example:
       >>> hits = HitRate()
       >>> for right in (0, 0, 7, 7):
@@ -30,35 +33,49 @@ class HitRate:
       True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: float = _MEMORY) -> None:
+        self._memory = memory
         self._right, self._seen = [0.0, 0.0], [0.0, 0.0]  # after a wrong one, after a right one
         self._was_right = False
 
-    def note(self, *, looked: int, right: int) -> None:
+    def note(self, *, looked: int, right: int, others: "HitRate | None" = None) -> None:
         """Notes a step: how many guesses were looked at, and how many of them, from the first on, were right.
 
         That there was none to look at, because nothing like the end of the text came before, counts as a wrong one.
-        """
-        for _ in range(right):
-            self._add(True)
-        if right < looked or not looked:
-            self._add(False)
 
-    def expected(self, count: int) -> float:
-        """How many of the next `count` guesses are right, from the first on, as far as this can be known."""
-        after_wrong, after_right = map(self._rate, (0, 1))
+        Args:
+          looked: guesses.
+          right: guesses.
+          others: the rate of all rows, which notes the same.
+        """
+        for is_right in [True] * right + [False] * (right < looked or not looked):
+            for rate in (self,) if others is None else (self, others):
+                rate.add(is_right, after_right=self._was_right)
+            self._was_right = is_right
+
+    def expected(self, count: int, others: "HitRate | None" = None) -> float:
+        """How many of the next `count` guesses are right, from the first on, as far as this can be known.
+
+        Args:
+          count: guesses.
+          others: what the row is like as long as little is known of it; by default half of its guesses would be right.
+        """
+        after_wrong, after_right = (self.rate(after_right=kind, others=others) for kind in (False, True))
         first = after_right if self._was_right else after_wrong
         return first * (1 - after_right**count) / (1 - after_right)
 
-    def _rate(self, kind: int) -> float:
-        """With a quarter of a right guess and of a wrong one that nobody saw, so that it is never 0 or 1."""
-        return (self._right[kind] + 0.25) / (self._seen[kind] + 0.5)
+    def rate(self, *, after_right: bool, others: "HitRate | None" = None) -> float:
+        """How many of the guesses after one that was right, or was not, are right: of 1, and never all or none.
 
-    def _add(self, is_right: bool) -> None:
-        kind = int(self._was_right)
-        self._right[kind] = _MEMORY * self._right[kind] + is_right
-        self._seen[kind] = _MEMORY * self._seen[kind] + 1
-        self._was_right = is_right
+        Half of a guess that nobody saw is added, as right as those of `others`.
+        """
+        unseen = 0.5 if others is None else others.rate(after_right=after_right)
+        return (self._right[after_right] + 0.5 * unseen) / (self._seen[after_right] + 0.5)
+
+    def add(self, is_right: bool, *, after_right: bool) -> None:
+        """Notes one guess, and whether the one before it was right."""
+        self._right[after_right] = self._memory * self._right[after_right] + is_right
+        self._seen[after_right] = self._memory * self._seen[after_right] + 1
 
 
 class Guessing:
@@ -76,7 +93,7 @@ class Guessing:
 
     def __init__(self, max_guesses: int, experts_per_token: float):
         self.counts = (0, *(count for count in _COUNTS if count < max_guesses), max_guesses)
-        self._read = experts_per_token
+        self._read, self._all = experts_per_token, HitRate(_MEMORY_OF_ALL)
         self._times: dict[tuple[int, int], collections.deque[float]] = {}
         self._noted = 0
 
@@ -88,7 +105,7 @@ class Guessing:
         """
         best, chosen, best_rate = 0, frozenset[int](), (1 + _LEAST_GAIN) * len(rows) / self._seconds(0, len(rows))
         for count in self.counts[1:]:
-            gains = [hits.expected(min(count, most)) for hits, most in rows]
+            gains = [hits.expected(min(count, most), self._all) for hits, most in rows]
             order = sorted((row for row, gain in enumerate(gains) if gain > _LEAST_GAIN), key=lambda row: -gains[row])
             made, computed = float(len(rows)), len(rows)
             for place, row in enumerate(order):
@@ -97,6 +114,10 @@ class Guessing:
                 if rate > best_rate:
                     best, chosen, best_rate = count, frozenset(order[: place + 1]), rate
         return best, [min(best, most) if row in chosen else 0 for row, (_, most) in enumerate(rows)]
+
+    def note_guesses(self, hits: HitRate, *, looked: int, right: int) -> None:
+        """Notes what a row had right in a step, as `HitRate.note` says, for it and for those that come."""
+        hits.note(looked=looked, right=right, others=self._all)
 
     def note_seconds(self, count: int, computed: int, seconds: float) -> None:
         """Notes what a step took that computed so many tokens: those of its rows, and the guesses that they tried."""

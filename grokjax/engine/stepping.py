@@ -199,7 +199,7 @@ class Stepper:
             self._counts_run.add(count)
             self._last_read = None
         took = functools.partial(guessing.note_seconds, count, len(rows) + sum(tried)) if is_timed else None
-        self._in_flight.append(functools.partial(self._take_runs, pending, rows, took))
+        self._in_flight.append(functools.partial(self._take_runs, guessing, pending, rows, took))
         self._note_dispatched(rows)
         return True
 
@@ -232,7 +232,9 @@ class Stepper:
             if not sample.ended:
                 self._push(sample, drawn.of(slot), now)
 
-    def _take_runs(self, pending: PendingRuns, rows: _Rows, took: Callable[[float], None] | None) -> None:
+    def _take_runs(
+        self, guessing: Guessing, pending: PendingRuns, rows: _Rows, took: Callable[[float], None] | None
+    ) -> None:
         runs, now = pending.read(), self._clock()
         if took is not None and self._last_read is not None:
             took(now - self._last_read)
@@ -241,7 +243,7 @@ class Stepper:
             if sample.ended:
                 continue
             run = runs.of(slot)
-            sample.hits.note(looked=run.looked, right=run.right)
+            guessing.note_guesses(sample.hits, looked=run.looked, right=run.right)
             further = len(run.tokens) - 1  # one was counted when the step was dispatched
             self._meter.note_guesses(run.tried, further)
             self._scheduler.note_draws([sample], count=further)

@@ -38,6 +38,13 @@ class TestHitRate:
 
 
 class TestChoice:
+    def test_a_new_row_is_judged_by_those_before_it(self) -> None:
+        guessing, before = Guessing(7, 0.25), hits()
+        assert guessing.choose([(hits(), 7)]) == (0, [0])
+        for _ in range(9):
+            guessing.note_guesses(before, looked=7, right=7)
+        assert guessing.choose([(hits(), 7)]) == (7, [7])
+
     def test_nothing_is_guessed_before_anything_was_right(self) -> None:
         assert Guessing(7, 0.25).choose([(hits(), 7), (hits(0, 0), 7)]) == (0, [0, 0])
 
