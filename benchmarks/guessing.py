@@ -128,6 +128,8 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.new > arguments.prompt:
         raise SystemExit(f"--new {arguments.new} must be at most --prompt {arguments.prompt}: the text copies it.")
+    if arguments.slots & (arguments.slots - 1):
+        raise SystemExit(f"--slots {arguments.slots} must be a power of two: so many prompts are prefilled together.")
     config = read_config(arguments, longest=arguments.prompt + arguments.new)
     model = init(config, mesh=read_mesh(arguments), dtype=jnp.dtype(arguments.dtype), quantized=not arguments.plain)
     bench = Bench(model, arguments)

@@ -112,11 +112,15 @@ def quantize(w: jax.Array, *, num_blocks: int = 1, scale_dtype: DTypeLike = jnp.
     return _quantize(w, num_blocks, jnp.dtype(scale_dtype))
 
 
+# One program, not one for each operation, where nothing is traced.
 @functools.partial(jax.jit, static_argnames=("num_blocks", "scale_dtype"), inline=True)
 def _quantize(w: jax.Array, num_blocks: int, scale_dtype: jnp.dtype) -> QuantizedArray:
     *lead, rows, outputs = w.shape
     blocks = w.astype(jnp.float32).reshape(*lead, num_blocks, rows // num_blocks, outputs)
-    scales = (largest_magnitude(blocks, axis=-2) / 127).astype(scale_dtype)
+    # XLA may leave out a cast and the one back, and would divide by what was not rounded.
+    limits = jnp.finfo(scale_dtype)
+    scales = lax.reduce_precision(largest_magnitude(blocks, axis=-2) / 127, limits.nexp, limits.nmant)
+    scales = scales.astype(scale_dtype)
     return QuantizedArray(_round_to_int8(blocks, scales[..., None, :]).reshape(w.shape), scales)
 
 
@@ -194,6 +198,7 @@ def dequantize(w: Weight, dtype: DTypeLike = jnp.float32) -> jax.Array:
     return _dequantize(w, jnp.dtype(dtype)) if isinstance(w, QuantizedArray) else w.astype(dtype)
 
 
+# One program, too.
 @functools.partial(jax.jit, static_argnames="dtype", inline=True)
 def _dequantize(w: QuantizedArray, dtype: jnp.dtype) -> jax.Array:
     *lead, rows, outputs = w.shape

@@ -114,13 +114,13 @@ def release_tokenizer() -> Path | None:
     return path if path.is_file() else None
 
 
-# Of markers whose tests need an extra: the extra, and a package that it alone brings.
-EXTRAS = {"harness": ("eval", "lm_eval"), "notebook": ("notebooks", "nbclient")}
+# Of markers whose tests need an extra: the extra, and packages that it brings.
+EXTRAS = {"harness": ("eval", ("lm_eval",)), "notebook": ("notebooks", ("jupytext", "nbclient", "ipykernel"))}
 
 
 def is_installed(marker: str) -> bool:
     """Whether the extra of a marker's tests is installed."""
-    return importlib.util.find_spec(EXTRAS[marker][1]) is not None
+    return all(importlib.util.find_spec(package) for package in EXTRAS[marker][1])
 
 
 def pytest_report_header() -> list[str]:
@@ -130,7 +130,7 @@ def pytest_report_header() -> list[str]:
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
         f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}",
         *(
-            f"extra {extra}: {'installed' if is_installed(marker) else 'none; its tests are deselected, install it'}"
+            f"extra {extra}: " + ("installed" if is_installed(marker) else f"none; for its tests install .[{extra}]")
             for marker, (extra, _) in EXTRAS.items()
         ),
     ]

@@ -38,6 +38,7 @@ def test_rounding_error_is_half_a_step(num_blocks: int, scale_dtype: str) -> Non
     # A bfloat16 scale may round down by 2 ** -9, which cuts the largest weight by that of 127.
     slack = 0.5 if scale_dtype == "float32" else 0.5 + 127 * 2**-8
     assert (np.abs(np.asarray(dequantize(quantized)) - w) <= slack * step + 1e-6).all()
+    np.testing.assert_array_equal(quantized.weight, np.clip(np.round(w / step), -127, 127))
 
 
 def test_blocks_are_consecutive_rows() -> None:

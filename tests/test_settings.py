@@ -1,6 +1,6 @@
 """JAX's own settings: whichever a user has chosen, the results are those of the default ones.
 
-Each setting is tried in a process of its own, `everything.py`, as a user's program chooses it: in the environment.
+They are tried in processes of their own, `everything.py`, as a user's program chooses them: in the environment.
 """
 
 import functools
@@ -32,12 +32,8 @@ SETTINGS = {
     "JAX_DEFAULT_PRNG_IMPL": "rbg",
     "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
 }
-# The older threefry draws other numbers; the rest of these changes nothing.
-OTHER_DRAWS = {
-    "JAX_THREEFRY_PARTITIONABLE": "0",
-    "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
-    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-}
+# Those of which there may be but one at a time, once more.
+OTHERS = {"JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 
 
 def run_with(settings: dict[str, str], *arguments: str) -> Any:
@@ -53,8 +49,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(json.dumps(everything.run(tmp_path_factory.mktemp("here"))))
 
 
-def test_several_settings_at_once_change_no_step() -> None:
-    assert run_with(SETTINGS, "steps") == everything.steps()
+@pytest.mark.parametrize("settings", or_thorough([SETTINGS, OTHERS], [SETTINGS]), ids=["all", "others"])
+def test_several_settings_at_once_change_no_step(settings: dict[str, str]) -> None:
+    assert run_with(settings, "steps") == everything.steps()
 
 
 @pytest.mark.thorough
@@ -64,8 +61,10 @@ def test_settings_change_no_result(expected: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_the_older_threefry_draws_other_numbers_and_nothing_else_changes(expected: Any, tmp_path: Path) -> None:
-    found = run_with(OTHER_DRAWS, "run", str(tmp_path))
+def test_the_older_threefry_draws_other_numbers_and_the_same_greedy_tokens(expected: Any, tmp_path: Path) -> None:
+    """Beside one more precision of a user's own products."""
+    settings = {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "BF16_BF16_F32_X3"}
+    found = run_with(settings, "run", str(tmp_path))
     for name in ("drawn", "answered"):
         greedy, *drawn = found[name]
         assert greedy == expected[name][0]

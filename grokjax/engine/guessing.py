@@ -44,8 +44,8 @@ class HitRate:
         That there was none to look at, because nothing like the end of the text came before, counts as a wrong one.
 
         Args:
-          looked: guesses.
-          right: guesses.
+          looked: guesses that were looked at.
+          right: of them, from the first on, those that were right.
           others: the rate of all rows, which notes the same.
         """
         for is_right in [True] * right + [False] * (right < looked or not looked):

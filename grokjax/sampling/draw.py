@@ -135,13 +135,13 @@ def _draw(
 
 
 def _best(scores: jax.Array) -> jax.Array:
-    """The first of the largest scores [B, V] of each row, [B] int32."""
+    """The first of the largest scores [B, V] of each row, [B] int32; some token where a score is NaN."""
 
     def in_two_passes(scores: jax.Array) -> jax.Array:
         """XLA's CPU backend takes one number after the other for `argmax`, and many at once for either of these."""
         is_best = (scores >= scores.max(axis=-1, keepdims=True)) | jnp.isnan(scores)
-        places = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        return jnp.where(is_best, places, scores.shape[1] - 1).min(axis=-1)
+        token_ids = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        return jnp.where(is_best, token_ids, scores.shape[1] - 1).min(axis=-1)
 
     return lax.platform_dependent(
         scores, cpu=in_two_passes, default=lambda scores: jnp.argmax(scores, axis=-1).astype(jnp.int32)

@@ -60,10 +60,9 @@ def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class LogitsPlaces:
-    """Where logits [B, V] lie whose vocabulary is on several devices; None where it is nobody's business.
+    """Where logits [B, V] lie whose vocabulary is on several devices; None for logits on one device.
 
-    It is said again behind each step and in each branch: from one that brings the logits together JAX would else
-    conclude that all of them want so.
+    Each step and each branch says it anew. Else XLA takes the branch that brings logits together as a wish for all.
 
     Attributes:
       divided: each device has a part of the vocabulary.
@@ -74,11 +73,11 @@ class LogitsPlaces:
     whole: jax.sharding.Sharding | None = None
 
     def divide(self, logits: jax.Array) -> jax.Array:
-        """The same, of which each device makes or keeps its part."""
+        """Logits of which each device keeps its own part."""
         return logits if self.divided is None else lax.with_sharding_constraint(logits, self.divided)
 
     def gather(self, logits: jax.Array) -> jax.Array:
-        """The same, brought together."""
+        """Logits of which each device has all."""
         divided = self.divide(logits)
         return divided if self.whole is None else lax.with_sharding_constraint(divided, self.whole)
 
@@ -124,7 +123,7 @@ def _rank_limit(logits: jax.Array, top_k: jax.Array) -> tuple[jax.Array, jax.Arr
     return jnp.ones(logits.shape, jnp.float32), others[..., None].astype(jnp.float32) + 1  # exact: V < 2^24
 
 
-@functools.partial(jax.jit, inline=True)
+@functools.partial(jax.jit, inline=True)  # one program also outside a caller's `jax.jit`
 def find_threshold(logits: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
     """The largest logit below which all together weigh less than a limit; the smallest logit if there is none.
 

@@ -13,11 +13,11 @@ SCRIPT = ROOT / "benchmarks" / "engine.py"
 
 @pytest.mark.thorough
 def test_the_record_of_a_small_model_has_the_documented_keys() -> None:
-    command = [sys.executable, str(SCRIPT), "--config", "tiny", "--layers", "1", "--prompt", "8"]
+    command = [sys.executable, str(SCRIPT), "--config", "tiny", "--layers", "1", "--prompt", "8", "--mesh", "1,2"]
     command += ["--new", "12", "--slots", "2", "--chunk", "8", "--requests", "4", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert lines[0] == "tiny, int8 weights, bfloat16, 2 slots, mesh 1,1"
+    assert lines[0] == "tiny, int8 weights, bfloat16, 2 slots, mesh 1,2"
     assert "medians" in lines
     record = json.loads(lines[-1])
     keys = SCRIPT.read_text().split('"""')[1].partition("with the keys")[2].partition("and the environment")[0]

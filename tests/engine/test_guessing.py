@@ -102,6 +102,16 @@ class TestEngine:
         assert metrics.new_tokens == 180
         assert 90 < metrics.accepted_tokens <= metrics.guessed_tokens
 
+    def test_a_request_after_one_that_repeats_is_guessed_for_from_its_first_step_on(self) -> None:
+        model, ticks = FakeModel(repeats=True), itertools.count()
+        engine = make_engine(model=model, max_guesses=7, slots=1, clock=lambda: next(ticks))
+        first = []
+        for prompt in ([5], [6]):
+            before = len(steps_that_guess(model)) if first else 0
+            engine.generate([prompt], max_new_tokens=60, ignore_eos=True)
+            first.append(steps_that_guess(model)[before][1])
+        assert first[0] == 0 < first[1]
+
     def test_a_text_that_does_not_repeat_is_not_guessed(self) -> None:
         engine = make_engine(max_guesses=7, max_len=200)
         engine.generate(PROMPTS, max_new_tokens=190, ignore_eos=True)

@@ -219,7 +219,8 @@ def test_an_engine_moves_no_rows_between_replicas(step: str) -> None:
     assert program.temporary_bytes < half / 4
     # Each device draws for its part of the vocabulary; what brings all together for ranks stands in a condition.
     always = compiled.as_text().partition("\nENTRY ")[2]
-    assert f"[4,{REAL.vocab_size // 4}]" in always or step != "decode"
+    if step == "decode":
+        assert f"[4,{REAL.vocab_size // 4}]" in always
     assert f"[4,{REAL.vocab_size}]" not in always
 
 

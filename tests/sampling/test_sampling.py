@@ -1,6 +1,7 @@
 """The sampler against the release's recorded results, against a NumPy definition, and at its edges."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -353,7 +354,7 @@ def unconditional_primitives(jaxpr: Any) -> set[str]:
 
 def test_ranks_and_random_numbers_only_inside_a_condition_and_nothing_is_sorted() -> None:
     traced = jax.make_jaxpr(sample_token)(keys_of(2), normal(2, 32), SampleSettings.create(2))
-    assert "reduce_max" in unconditional_primitives(traced.jaxpr)
+    assert "reduce_max" in unconditional_primitives(traced.jaxpr)  # as of what the temperature divides
     assert not {"scan", "while", "random_bits"} & unconditional_primitives(traced.jaxpr)
     assert " = random_bits[" in str(traced)
     assert " = scan[" in str(traced)
@@ -397,6 +398,22 @@ def test_sharded_logits_give_the_same_tokens(spec: tuple[str | None, str | None]
     np.testing.assert_array_equal(output.token_id, expected.token_id)
     np.testing.assert_array_equal(output.top_k_token_ids, expected.top_k_token_ids)
     np.testing.assert_allclose(output.prob, expected.prob, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", ["rows", None])
+def test_each_device_draws_for_its_part_of_the_vocabulary_as_one_does_for_all(rows: str | None) -> None:
+    """A greedy row, one drawn from all, and two with filters."""
+    logits, keys = normal(4, 64), keys_of(4)
+    controls = SampleSettings.create(4, temperature=[0, 1, 1, 2], top_k=[0, 0, 5, 0], top_p=[1, 1, 0.8, 0.9])
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("rows", "vocab"))
+    divided, whole = (NamedSharding(mesh, PartitionSpec(rows, vocab)) for vocab in ("vocab", None))
+    on_parts = jax.jit(functools.partial(sample_token, num_top=4, divided=divided, whole=whole))
+    for settings in (SampleSettings.create(4), controls):
+        expected = sample(keys, logits, settings, num_top=4)
+        found = on_parts(keys, jax.device_put(logits, divided), settings)
+        np.testing.assert_array_equal(found.token_id, expected.token_id)
+        np.testing.assert_array_equal(found.top_k_token_ids, expected.top_k_token_ids)
+        np.testing.assert_allclose(found.prob, expected.prob, rtol=1e-5)
 
 
 def test_row_keys_fold_the_position_into_the_request_s_key() -> None:
