@@ -1,5 +1,7 @@
 """The embedding table, plain and in int8: what it takes, lookup and logits on a mesh, its error, what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from builders import FULLY, TENSOR, TINY_DENSE, random_model
 from goldens import load_case
 
 from grokjax import load, make_mesh, save
-from grokjax.model import forward
+from grokjax.model import forward, with_values
 from grokjax.quantization import QuantizedTable
 from grokjax.sharding import ShardingRules
 
@@ -38,6 +40,22 @@ def test_error_of_a_quantised_table_is_as_documented() -> None:
     error = (np.asarray(forward(model, golden.tokens)) - golden.arrays["float32"]["full_logits"])[real]
     assert np.sqrt(np.mean(error**2)) < 0.07
     assert np.abs(error).max() < 0.6
+
+
+def test_scales_of_a_quantised_table_have_a_derivative_of_looking_tokens_up() -> None:
+    """A token that occurs twice counts twice, one that does not occur has none."""
+    model = random_model(TINY_DENSE, dtype=jnp.float32, quantized_table=True)
+    table, tokens = model.embedding.table.get_value(), np.array([[5, 7, 5]])
+    cotangents = np.random.default_rng(0).standard_normal((1, 3, TINY_DENSE.model_dim)).astype(np.float32)
+
+    def total(scales: jax.Array) -> jax.Array:
+        moved = with_values(model, {"embedding.table": dataclasses.replace(table, scales=scales)})
+        return jnp.sum(moved.embedding.embed(tokens) * cotangents)
+
+    expected = np.zeros(table.shape[0])
+    for token, cotangent in zip(tokens[0], cotangents[0], strict=True):
+        expected[token] += TINY_DENSE.embedding_multiplier * np.vdot(table.weight[token], cotangent)
+    np.testing.assert_allclose(jax.grad(total)(table.scales), expected, rtol=1e-5)
 
 
 def test_tokens_are_lists_of_integers_too() -> None:
