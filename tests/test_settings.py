@@ -49,7 +49,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(json.dumps(everything.run(tmp_path_factory.mktemp("here"))))
 
 
-@pytest.mark.parametrize("settings", or_thorough([SETTINGS, OTHERS], [SETTINGS]), ids=["all", "others"])
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, pytest.param(OTHERS, marks=pytest.mark.thorough)], ids=["all", "others"]
+)
 def test_several_settings_at_once_change_no_step(settings: dict[str, str]) -> None:
     assert run_with(settings, "steps") == everything.steps()
 
