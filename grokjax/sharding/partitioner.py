@@ -170,17 +170,17 @@ class Partitioner:
 
     def psum(self, x: jax.Array, *axes: str) -> jax.Array:
         """Inside `shard_map`: the sum of shards, of any shape, over the mesh axes that split the logical `axes`."""
-        names = {self._mapped_axis(axis) for axis in axes} - {None}
+        names = {self._split_axis(axis) for axis in axes} - {None}
         return jax.lax.psum(x, tuple(sorted(names))) if names else x
 
     def index(self, axis: str) -> jax.Array | int:
         """Inside `shard_map`: the number of this device's shard, int32 [], along the logical `axis`."""
-        name = self._mapped_axis(axis)
+        name = self._split_axis(axis)
         return 0 if name is None else jax.lax.axis_index(name)
 
     def all_gather(self, x: jax.Array, axis: str, *, dimension: int) -> jax.Array:
         """Inside `shard_map`: the shards along the logical `axis`, joined along `dimension`."""
-        name = self._mapped_axis(axis)
+        name = self._split_axis(axis)
         return x if name is None else jax.lax.all_gather(x, name, axis=dimension, tiled=True)
 
     def mesh_here(self) -> Mesh | AbstractMesh:
@@ -188,9 +188,10 @@ class Partitioner:
         context = jax.sharding.get_abstract_mesh()
         return context if context.manual_axes else self.mesh
 
-    def _mapped_axis(self, axis: str) -> str | None:
-        """The mesh axis that `shard_map` maps for the logical `axis`: none on one device, where it maps nothing."""
-        return None if self.mesh.size == 1 else self.rules.axis_of(axis)
+    def _split_axis(self, axis: str) -> str | None:
+        """The mesh axis over which the shards of the logical `axis` lie; None if one device has all of it."""
+        name = self.rules.axis_of(axis)
+        return None if name is None or self.mesh.shape[name] == 1 else name
 
     def _place(self, axis: str | None, size: int) -> str | None:
         name = None if axis is None else self.rules.axis_of(axis)
