@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ os.environ.setdefault("JAX_DEFAULT_DEVICE", "cpu")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The checkout's own package and the modules beside this file, also where another grokjax is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+sys.path.append(str(ROOT / "docs"))  # the commands that make pages, some of which are tested
 # What one process has compiled, no other compiles again. A folder that is named outlives the run, and the next one is
 # faster.
 _own_cache = None
@@ -42,6 +44,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
+import make_notebooks
 import pytest
 import sentencepiece
 from builders import write_full_release
@@ -114,13 +117,11 @@ def release_tokenizer() -> Path | None:
     return path if path.is_file() else None
 
 
-# Of markers whose tests need an extra: the extra, and packages that it brings.
-EXTRAS = {"harness": ("eval", ("lm_eval",)), "notebook": ("notebooks", ("jupytext", "nbclient", "ipykernel"))}
-
-
-def is_installed(marker: str) -> bool:
-    """Whether the extra of a marker's tests is installed."""
-    return all(importlib.util.find_spec(package) for package in EXTRAS[marker][1])
+# Of markers whose tests need an extra: the extra, and whether it is installed.
+EXTRAS = {
+    "harness": ("eval", importlib.util.find_spec("lm_eval") is not None),
+    "notebook": ("notebooks", make_notebooks.missing_package() is None),
+}
 
 
 def pytest_report_header() -> list[str]:
@@ -130,8 +131,8 @@ def pytest_report_header() -> list[str]:
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
         f"release tokenizer: {found or 'none; its tests are deselected, set GROKJAX_TOKENIZER to run them'}",
         *(
-            f"extra {extra}: " + ("installed" if is_installed(marker) else f"none; for its tests install .[{extra}]")
-            for marker, (extra, _) in EXTRAS.items()
+            f"extra {extra}: {'installed' if is_installed else f'none; for its tests install .[{extra}]'}"
+            for extra, is_installed in EXTRAS.values()
         ),
     ]
 
@@ -168,7 +169,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rank = {name: number for number, name in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     lacking = [] if release_tokenizer() else ["release_tokenizer"]
-    lacking += [marker for marker in EXTRAS if not is_installed(marker)]
+    lacking += [marker for marker, (_, is_installed) in EXTRAS.items() if not is_installed]
     absent = [item for item in items if any(item.get_closest_marker(name) for name in lacking)]
     config.hook.pytest_deselected(items=absent)
     items[:] = [item for item in items if item not in absent]

@@ -13,15 +13,13 @@ import sys
 import types
 from pathlib import Path
 
+import draw
+import make_notebooks
+import make_site
 import pytest
 from builders import ROOT
 
 from grokjax import cli
-
-sys.path.append(str(ROOT / "docs"))
-import draw
-import make_notebooks
-import make_site
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks" / "notebook").glob("*.md"))]
 DOCUMENTS = [ROOT / "README.md", *PAGES]

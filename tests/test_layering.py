@@ -6,11 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+import draw
 import pytest
 from builders import ROOT
-
-sys.path.append(str(ROOT / "docs"))
-import draw
 from draw import NOUNS, PACKAGE, find_module, module_name, read_imports, read_names
 
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
