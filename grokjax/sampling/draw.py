@@ -126,8 +126,11 @@ def _draw(
 ) -> jax.Array:
     """One token per row [B] int32: the best one if greedy, else drawn; no random numbers if no row needs them."""
     noise_of = functools.partial(jax.random.gumbel, shape=filtered.shape[1:], dtype=filtered.dtype)
-    draw = functools.partial(each_key, noise_of)
-    noise = places.divide(lax.cond(needs_draw, draw, lambda keys: jnp.zeros_like(filtered), typed_keys(keys)))
+
+    def draw(keys: jax.Array) -> jax.Array:
+        return places.divide(each_key(noise_of, keys))
+
+    noise = lax.cond(needs_draw, draw, lambda keys: places.divide(jnp.zeros_like(filtered)), typed_keys(keys))
     return _best(jnp.where(greedy[:, None], 0.0, noise) + filtered)
 
 

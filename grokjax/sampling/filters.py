@@ -62,8 +62,7 @@ def min_p_filter(logits: jax.Array, min_p: ArrayLike) -> jax.Array:
 class LogitsPlaces:
     """Where logits [B, V] lie whose vocabulary is on several devices; None for logits on one device.
 
-    The logits, the noise and the branch that brings logits together each say it. Else XLA takes that branch as a wish
-    for all.
+    Each step and each branch says it anew. Else XLA takes the branch that brings logits together as a wish for all.
 
     Attributes:
       divided: each device has a part of the vocabulary.
