@@ -175,6 +175,12 @@ def test_the_cache_costs_no_collective_on_a_data_axis() -> None:
     assert large_matrices(program, cache=(4, 4, 2, 8192, 128)) == []
 
 
+def test_replicas_of_one_device_exchange_nothing() -> None:
+    """Neither with each other nor along the mesh's axis of one device."""
+    program = compile_step((8, 1), ShardingRules(), config=GrokConfig.tiny(), batch_size=8, max_len=32)
+    assert program.transfers == ()
+
+
 def test_fully_sharded_weights_are_gathered_layer_by_layer() -> None:
     """A device holds one gathered layer at a time: no gather makes all of them, before the loop or in it."""
     config = REAL.replace(num_layers=4)
