@@ -112,7 +112,10 @@ class FakeSteps:
       log: what was dispatched and read, in order; kept short.
       unread: numbers of the steps whose tokens or scores the engine has not read.
       error: raised by the next step, if set.
+      has_decoded: see `Steps`; from the start, so that all steps are dispatched as by an engine that is warm.
     """
+
+    has_decoded = True
 
     def __init__(self, model: FakeModel, options: SlotOptions):
         model.steps = self

@@ -42,6 +42,10 @@ class Steps(Protocol):
     vocab_size: int
     num_top: int
 
+    @property
+    def has_decoded(self) -> bool:
+        """Whether a step of `decode` or `decode_guesses` was dispatched; the first may have to be compiled."""
+
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """Cuts some rows back to `starts` and adds chunks of prompts; keeps the logits at each chunk's end.
 

@@ -47,6 +47,11 @@ class SharedSteps:
         dtype = "" if options.cache_dtype is None else jnp.dtype(options.cache_dtype).name
         self._channel.send("start", dtype, options.slots, options.max_len, options.num_top, options.max_guesses)
 
+    @property
+    def has_decoded(self) -> bool:
+        """See `Steps`."""
+        return self._steps.has_decoded
+
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         """See `Steps`."""
         self._channel.send("prefill", tokens, counts, starts, rows)

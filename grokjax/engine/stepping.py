@@ -104,8 +104,10 @@ class Stepper:
             self.finish(sample, "deadline")
         ready = self._admit()
         prefilled = self._prefill()
-        self._begin(ready + [sample for sample in prefilled if not sample.chunks])
-        decoded = self._decode(alone=not ready and not prefilled)
+        begun = self._begin(ready + [sample for sample in prefilled if not sample.chunks])
+        # First tokens are given out before the first step that decodes, which may have to be compiled.
+        is_first = begun and not self._steps.has_decoded
+        decoded = not is_first and self._decode(alone=not ready and not prefilled)
         # While chunks of prompts wait nothing is dispatched ahead: whoever comes now waits for this chunk alone.
         is_ahead = decoded and not self._scheduler.has_chunks
         while len(self._in_flight) > is_ahead:
@@ -155,13 +157,13 @@ class Stepper:
             for other in self.samples_of(sample.handle):
                 self.finish(other, "error", error)
 
-    def _begin(self, samples: list[LiveSample]) -> None:
-        """Draws the first tokens of samples whose prompts are prefilled."""
+    def _begin(self, samples: list[LiveSample]) -> bool:
+        """Draws the first tokens of samples whose prompts are prefilled; says whether there are any."""
         for sample in samples:
             if not sample.limit:
                 self._scheduler.release(sample)
                 self._in_flight.append(functools.partial(self.finish, sample, "length"))
-        self._dispatch(self._steps.begin, [sample for sample in samples if sample.limit])
+        return self._dispatch(self._steps.begin, [sample for sample in samples if sample.limit])
 
     def _decode(self, *, alone: bool) -> bool:
         """Dispatches a decode step for the running samples that have another token to come, if there are any.

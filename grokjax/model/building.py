@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,18 +124,32 @@ def init_parameters(
     key = seed_key(np.uint32(seed % 2**32))
     abstract = named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
     for group in _groups({name: value for name, value in abstract.items() if names is None or name in names}):
-        maker = parameter_maker(config, partitioner, group, dtype=jnp.dtype(dtype), quantized=quantized)
+        # Under `jit` it is a part of another program, which is compiled in its own way.
+        is_quick = group.is_small and not isinstance(key, jax.core.Tracer) and partitioner.platform == "cpu"
+        maker = parameter_maker(
+            config, partitioner, group.names, dtype=jnp.dtype(dtype), quantized=quantized, is_quick=is_quick
+        )
         made |= jax.block_until_ready(maker(key))
     return made
 
 
-# Bytes on each device that parameters may take and be made by one program.
+# Bytes that parameters may take and be made by one program.
 _TOGETHER = 32 << 20
 
 
-def _groups(abstract: Mapping[str, nnx.Variable]) -> list[tuple[str, ...]]:
-    """Names of parameters that are made together: each large one alone."""
-    sizes = {name: device_bytes(jax.tree.leaves(param.get_value())) for name, param in abstract.items()}
+class _Group(NamedTuple):
+    """Parameters that are made together: one large one, or small ones."""
+
+    names: tuple[str, ...]
+    is_small: bool
+
+
+def _groups(abstract: Mapping[str, nnx.Variable]) -> list[_Group]:
+    """The groups, the same on every mesh: how one is compiled may change the last bit of a float32 number."""
+    sizes = {
+        name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(param))
+        for name, param in abstract.items()
+    }
     groups: list[tuple[str, ...]] = []
     left = 0
     for name in sorted(sizes, key=lambda name: sizes[name]):
@@ -143,16 +158,23 @@ def _groups(abstract: Mapping[str, nnx.Variable]) -> list[tuple[str, ...]]:
             left = _TOGETHER
         groups[-1] += (name,)
         left -= sizes[name]
-    return groups
+    return [_Group(names, sum(sizes[name] for name in names) <= _TOGETHER) for names in groups]
 
 
 @functools.cache
 def parameter_maker(
-    config: GrokConfig, partitioner: Partitioner, names: tuple[str, ...], *, dtype: jnp.dtype, quantized: bool
+    config: GrokConfig,
+    partitioner: Partitioner,
+    names: tuple[str, ...],
+    *,
+    dtype: jnp.dtype,
+    quantized: bool,
+    is_quick: bool = False,
 ) -> jax.stages.Wrapped:
     """The compiled function that makes parameters of `init`, by path, from a key, in their shards.
 
-    A second model reuses it.
+    A second model reuses it. One of small parameters takes longer to compile than to run: on CPUs, outside of `jit`,
+    one that `is_quick` is compiled in half the time, with the first of LLVM's levels.
     """
     abstract = named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
     shardings = {name: jax.tree.map(lambda leaf: leaf.sharding, abstract[name].get_value()) for name in names}
@@ -162,7 +184,8 @@ def parameter_maker(
         params = named_parameters(model)
         return {name: params[name].get_value() for name in names}
 
-    return jax.jit(make, out_shardings=shardings)
+    options: dict[str, str | bool] | None = {"xla_backend_optimization_level": "1"} if is_quick else None
+    return jax.jit(make, out_shardings=shardings, compiler_options=options)
 
 
 @own_context()
@@ -179,6 +202,15 @@ def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DType
       ValueError: The dtype is not a compute dtype.
     """
     check_dtype(dtype)
+    graphdef, state = _abstract_parts(config, partitioner, jnp.dtype(dtype), quantized)
+    return nnx.merge(graphdef, state, copy=True)
+
+
+@functools.cache
+def _abstract_parts(
+    config: GrokConfig, partitioner: Partitioner, dtype: jnp.dtype, quantized: bool
+) -> tuple[nnx.GraphDef[Grok], nnx.State]:
+    """An abstract model, split: what starts a process asks for it several times, and each takes 50 ms to trace."""
 
     def build() -> Grok:
         return Grok(config, dtype=dtype, quantized=quantized, partitioner=partitioner, rngs=nnx.Rngs(seed_key(0)))
@@ -189,4 +221,4 @@ def abstract_model(config: GrokConfig, partitioner: Partitioner, *, dtype: DType
         return param.replace(with_shardings(value, shardings))
 
     graphdef, state = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graphdef, jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+    return graphdef, jax.tree.map(place, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -1,7 +1,6 @@
 """The embedding table, plain or int8: tokens in, logits out."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -17,6 +15,7 @@ from grokjax.config import GrokConfig
 from grokjax.kernels import unembed, with_rule
 from grokjax.model.base import Module, Parameter
 from grokjax.model.contexts import in_any_context
+from grokjax.model.weights import random_normal
 from grokjax.quantization import QuantizedTable, Table, partition_specs, without_columns
 from grokjax.sharding import Partitioner
 
@@ -26,7 +25,9 @@ class Embedding(Module):
 
     def __init__(self, config: GrokConfig, *, dtype: DTypeLike, partitioner: Partitioner, rngs: nnx.Rngs):
         self.config, self.dtype, self.partitioner = config, jnp.dtype(dtype), partitioner
-        self.table = Parameter(_random_table(rngs, config, dtype), logical_axes=("vocab", "embed"))
+        shape = config.vocab_size, config.model_dim
+        table = random_normal(rngs.params(), shape=shape, dtype=dtype, deviation=config.model_dim**-0.5)
+        self.table = Parameter(table, logical_axes=("vocab", "embed"))
 
     @in_any_context
     def embed(self, tokens: ArrayLike) -> jax.Array:
@@ -84,22 +85,6 @@ def as_integers(name: str, values: ArrayLike) -> jax.Array:
         found = type(values).__name__ if array.dtype == object else array.dtype
         raise ValueError(f"{name} must be integers, not {found}.")
     return array
-
-
-# Parts in which a random table is drawn: whole, it would take eight times its memory.
-_PARTS = 16
-
-
-def _random_table(rngs: nnx.Rngs, config: GrokConfig, dtype: DTypeLike) -> jax.Array:
-    """Normal numbers [V, D] of deviation `D ** -0.5`; every part has rows of each device."""
-    num_parts = math.gcd(config.vocab_size, _PARTS)
-    shape = (config.vocab_size // num_parts, config.model_dim)
-
-    def draw(key: jax.Array) -> jax.Array:
-        return jax.random.normal(key, shape, dtype) * jnp.asarray(config.model_dim**-0.5, dtype)
-
-    parts = lax.map(draw, jax.random.split(rngs.params(), num_parts))
-    return parts.swapaxes(0, 1).reshape(config.vocab_size, config.model_dim)
 
 
 def _table_rows(table: Table, indices: jax.Array) -> jax.Array:

@@ -34,6 +34,9 @@ class ModelSteps:
       model: the model.
       options: of its slots.
 
+    Attributes:
+      has_decoded: see `Steps`.
+
     Raises:
       ValueError: The devices have too little memory left.
     """
@@ -41,7 +44,7 @@ class ModelSteps:
     @own_context()
     def __init__(self, model: Grok, options: SlotOptions):
         self.slots, self.vocab_size, self.num_top = options.slots, model.config.vocab_size, options.num_top
-        self._model = model
+        self._model, self.has_decoded = model, False
         guesses = options.max_guesses > 0
         if not options.allow_oom:
             cache = model.abstract_cache(options.slots, options.max_len, dtype=options.cache_dtype)
@@ -93,12 +96,14 @@ class ModelSteps:
     @own_context()
     def decode(self, settings: SlotSettings) -> "DeviceResult[DrawnTokens]":
         """See `Steps`."""
+        self.has_decoded = True
         packed, self._state = _decode(self._model, self._state, settings.packed, num_top=self.num_top)
         return DeviceResult(packed, DrawnTokens.unpack)
 
     @own_context()
     def decode_guesses(self, settings: SlotSettings, limits: np.ndarray, num_guesses: int) -> "DeviceResult[DrawnRuns]":
         """See `Steps`; compiled for each number of guesses."""
+        self.has_decoded = True
         packed, self._state = _decode_guesses(
             self._model,
             self._state,

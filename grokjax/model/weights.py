@@ -1,7 +1,9 @@
 """Stacked weights: random ones, and those of one layer as it uses them, gathered where they are split."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -26,23 +28,60 @@ def weight_param(
     """
     deviation = shape[-2] ** -0.5
     if not quantized:
-
-        def draw(key: jax.Array) -> jax.Array:
-            return jax.random.normal(key, shape[1:], dtype) * jnp.asarray(deviation, dtype)
-
+        draw = functools.partial(random_normal, shape=shape[1:], dtype=dtype, deviation=deviation)
         return Parameter(lax.map(draw, jax.random.split(rngs.params(), shape[0])), logical_axes=axes)
-    weight = lax.map(lambda key: _random_int8(key, shape[1:]), jax.random.split(rngs.params(), shape[0]))
+    draw = functools.partial(_in_parts, _random_int8, shape=shape[1:])
+    weight = lax.map(draw, jax.random.split(rngs.params(), shape[0]))
     uniform_deviation = (127 * 128 / 3) ** 0.5  # of the integers -127 ... 127
     scales = jnp.full((*shape[:-2], 1, shape[-1]), deviation / uniform_deviation, jnp.bfloat16)
     return Parameter(QuantizedArray(weight, scales), logical_axes=axes)
 
 
+def random_normal(key: jax.Array, *, shape: tuple[int, ...], dtype: DTypeLike, deviation: float) -> jax.Array:
+    """Normal numbers [..., C, O] of a deviation, in bfloat16 of 256 values, as many as one random byte tells apart."""
+    draw = _normal_of_bytes if jnp.dtype(dtype) == jnp.bfloat16 else functools.partial(jax.random.normal, dtype=dtype)
+    return _in_parts(draw, key, shape=shape) * jnp.asarray(deviation, dtype)
+
+
+# Parts in which large arrays are drawn, and from how many numbers on: so the random words stay in a processor's cache,
+# and take little memory beside the result.
+_PARTS, _LARGE = 16, 1 << 20
+
+
+def _in_parts(draw: Callable[..., jax.Array], key: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    """`draw(key, shape)` for an array [..., C, O], if it is large in parts, of which each has rows of every device."""
+    *lead, rows, columns = shape
+    num_parts = math.gcd(rows, _PARTS) if math.prod(shape) >= _LARGE else 1
+    if num_parts == 1:
+        return draw(key, shape)
+    part = (*lead, rows // num_parts, columns)
+    parts = lax.map(lambda key: draw(key, part), jax.random.split(key, num_parts))
+    return jnp.moveaxis(parts, 0, -2).reshape(shape)
+
+
+def _normal_of_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Normal bfloat16 numbers, each the middle of one of 256 parts that are as likely as each other."""
+
+    def normal(numbers: jax.Array) -> jax.Array:
+        uniform = (numbers.astype(jnp.float32) - 127.5) / 128
+        return (lax.erf_inv(uniform) * math.sqrt(2)).astype(jnp.bfloat16)
+
+    def looked_up(numbers: jax.Array) -> jax.Array:
+        return normal(jnp.arange(256, dtype=jnp.uint8))[numbers]
+
+    return lax.platform_dependent(_random_bytes(key, shape, jnp.uint8), cpu=looked_up, default=normal)
+
+
 def _random_int8(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform integers -127 ... 127, four from each random word: large models are made of many."""
+    """Uniform integers -127 ... 127."""
+    return jnp.maximum(_random_bytes(key, shape, jnp.int8), -127)
+
+
+def _random_bytes(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Random bytes, four from each random word: large models are made of many."""
     *lead, last = shape
     words = jax.random.bits(key, (*lead, -(-last // 4)), jnp.uint32)
-    weight = lax.bitcast_convert_type(words, jnp.int8).reshape(*lead, -1)[..., :last]
-    return jnp.maximum(weight, -127)
+    return lax.bitcast_convert_type(words, dtype).reshape(*lead, -1)[..., :last]
 
 
 @dataclasses.dataclass(frozen=True)
