@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from grokjax import cli, distributed
 from grokjax.checkpoint import CheckpointError, convert, describe, load, save
-from grokjax.checkpoint.formats import release
+from grokjax.checkpoint.formats.payload import Payload
 from grokjax.cli import batch
 from grokjax.engine import Engine, follow
 from grokjax.model import Grok, ModelSteps, forward
@@ -115,15 +115,15 @@ def lead_or_follow(model: Grok) -> list[dict[str, Any]] | None:
 def counted_bytes() -> Iterator[list[int]]:
     """Sizes of what is read of the release's files meanwhile."""
     sizes: list[int] = []
-    read_into = release.Payload.read_into
+    read_into = Payload.read_into
 
-    def counted(payload: release.Payload, out: np.ndarray, index: Any = ()) -> None:
+    def counted(payload: Payload, out: np.ndarray, index: Any = ()) -> None:
         read_into(payload, out, index)
         sizes.append(out.nbytes)
 
-    release.Payload.read_into = counted
+    Payload.read_into = counted
     yield sizes
-    release.Payload.read_into = read_into
+    Payload.read_into = read_into
 
 
 # Job -> whose function it is and at which of its calls a process dies: before all meet, or between steps.

@@ -11,7 +11,7 @@ from grokjax.checkpoint.assembly import Builder
 from grokjax.checkpoint.in_place import Allocate
 from grokjax.checkpoint.progress import Progress, Tally
 from grokjax.checkpoint.stacks import Stack, stack_shapes
-from grokjax.checkpoint.stored import CheckpointError, TensorSpec, aligned_empty
+from grokjax.checkpoint.stored import CheckpointError, TensorSpec, UnreadableError, aligned_empty
 from grokjax.model import state_with_values
 from grokjax.quantization import Weight
 
@@ -83,9 +83,9 @@ class LayerReader:
         """The values of some stacks by their names in a layer, whose number an error tells."""
         try:
             values = self.read_stacks(stacks, stop, allocate, experts)
-        except OSError as error:
+        except UnreadableError as error:
             raise CheckpointError(
-                f"{self._builder.checkpoint.path}: layer {number} cannot be read ({error.strerror or error}). Look "
+                f"{self._builder.checkpoint.path}: layer {number} cannot be read ({error.reason}). Look "
                 "after the disk; the model stays as it is, and its next pass reads all layers again."
             ) from error
         return {name.removeprefix("layers."): value for name, value in values.items()}

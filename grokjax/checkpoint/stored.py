@@ -29,6 +29,21 @@ class DamageError(CheckpointError):
     """Files of a checkpoint are damaged: no configuration would fit them."""
 
 
+class UnreadableError(CheckpointError):
+    """The disk of a checkpoint fails while it is read.
+
+    Args:
+      path: the file.
+      error: what the system says.
+    """
+
+    def __init__(self, path: Path, error: OSError):
+        self.reason = error.strerror or str(error)
+        super().__init__(
+            f"{path}: cannot be read ({self.reason}): look after the disk, or put the file back from a copy."
+        )
+
+
 # The arrays of a part by name, `weight` and where there are any `scales`: as what to read each, and what was read.
 Targets = Mapping[str, jax.ShapeDtypeStruct]
 Shards = Mapping[str, jax.Array]

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from builders import WrittenCheckpoint
 
-from grokjax import CheckpointError
+from grokjax import CheckpointError, convert, export, load, load_parameters
+from grokjax.checkpoint import open_checkpoint
 from grokjax.checkpoint.disk import check_name, lock_file, write_json
 
 ANOTHER = "model: another process is writing it: wait until it has finished, or choose another path"
@@ -126,3 +128,29 @@ def test_paths_that_the_storage_library_would_read_otherwise_are_refused(path: s
 
 def test_other_unusual_paths_are_taken() -> None:
     check_name(Path("/disk/D:/x y/é|?#%20/gs/file:/a\nb/__lock"))
+
+
+@pytest.mark.parametrize("layout", ["release", "safetensors"])
+def test_a_disk_that_fails_while_it_is_read_is_named(
+    layout: str, source: WrittenCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = source.path
+    if layout == "safetensors":
+        path = tmp_path / layout
+        export(source.path, path, source.config)
+    checkpoint = open_checkpoint(path, source.config)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    uses: list[Callable[[], object]] = [
+        lambda: load(checkpoint),
+        lambda: load_parameters(path, ["final_norm.scale"], source.config),
+        lambda: convert(path, tmp_path / "converted", source.config),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("grokjax.checkpoint.formats.payload.read_bytes", fail)
+        for use in uses:
+            with pytest.raises(CheckpointError, match=r"cannot be read \(Input/output error\): look after the disk"):
+                use()
+    assert load(checkpoint).config == source.config

@@ -126,18 +126,20 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 class TestSlices:
     @pytest.mark.parametrize(("parameter", "index"), [(name, index) for name in INDICES for index in INDICES[name]])
-    @pytest.mark.parametrize(("block_bytes", "transposed"), [(1 << 20, (512, 352)), (100, (3, 5)), (1, (1, 1))])
+    @pytest.mark.parametrize(
+        ("stripe", "columns"), [((512, 8 << 20), 352), ((3, 1 << 20), 5), ((512, 100), 7), ((1, 1), 1)]
+    )
     def test_slices_are_numpys(
         self,
         written: tuple[Path, Any],
         parameter: str,
         index: Any,
-        block_bytes: int,
-        transposed: tuple[int, int],
+        stripe: tuple[int, int],
+        columns: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("grokjax.checkpoint.formats.safetensors.BLOCK_BYTES", block_bytes)
-        monkeypatch.setattr("grokjax.checkpoint.formats.safetensors.TRANSPOSED_BLOCK", transposed)
+        for name, value in zip(("STRIPE_ROWS", "STRIPE_BYTES", "BLOCK_COLUMNS"), (*stripe, columns), strict=True):
+            monkeypatch.setattr(f"grokjax.checkpoint.formats.safetensors.{name}", value)
         folder, weights = written
         found = open_safetensors(folder, SMALL).tensors[parameter].weight.read(index)
         expected = weights[parameter][index]

@@ -233,7 +233,7 @@ def test_a_disk_that_fails_in_a_pass_is_named(release: WrittenCheckpoint, monkey
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr("grokjax.checkpoint.formats.release.Payload.read_into", fail)
+        patch.setattr("grokjax.checkpoint.formats.payload.read_bytes", fail)
         with pytest.raises(
             CheckpointError, match=r"layer 0 cannot be read \(Input/output error\). Look after the disk"
         ):

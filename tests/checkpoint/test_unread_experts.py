@@ -17,9 +17,9 @@ from builders import DENSE, EXPERT, FULLY, SMALL, TENSOR, WrittenCheckpoint, lab
 from grokjax import CheckpointError, Grok, GrokConfig, Progress, convert, decode, export, load, make_mesh, stream
 from grokjax.checkpoint import passes
 from grokjax.checkpoint.formats.orbax import OrbaxArray
-from grokjax.checkpoint.formats.release import Payload
+from grokjax.checkpoint.formats.payload import Payload
 from grokjax.checkpoint.formats.safetensors import SafetensorsArray
-from grokjax.checkpoint.stored import aligned_empty
+from grokjax.checkpoint.stored import UnreadableError, aligned_empty
 from grokjax.model import share_of_experts
 from grokjax.research import Tap, bias_router, drop_experts, edit, force_experts, observe, unedited
 from grokjax.sharding import ShardingRules
@@ -136,7 +136,7 @@ def test_a_disk_that_fails_while_experts_are_read_is_named(
 
     def fail(payload: Payload, out: np.ndarray, index: Any = ()) -> None:
         if index and isinstance(index[0], int):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise UnreadableError(payload.path, OSError(errno.EIO, os.strerror(errno.EIO)))
         read_into(payload, out, index)
 
     with monkeypatch.context() as patch:

@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from grokjax.checkpoint.disk import unchanged
-from grokjax.checkpoint.formats.safetensors_headers import Header, find_safetensors, opened, read_headers
+from grokjax.checkpoint.formats.payload import Payload
+from grokjax.checkpoint.formats.safetensors_headers import Header, find_safetensors, read_headers
 from grokjax.checkpoint.formats.safetensors_names import (
     CONFIG,
     HPCAI,
@@ -47,11 +47,11 @@ from grokjax.checkpoint.stored import (
 from grokjax.config import GrokConfig
 
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# Read at once into the result: little memory.
-BLOCK_BYTES = 1 << 20
-# Rows and columns that are read at once to be transposed. They stay in the processor's cache, where the numbers of a
-# column would displace each other if a row were a multiple of 4 KiB long, as whole rows often are.
-TRANSPOSED_BLOCK = (512, 352)
+# Of a matrix that is stored the other way round, so much is read at once: from a disk in one go.
+STRIPE_ROWS, STRIPE_BYTES = 512, 8 << 20
+# Columns that are transposed at once. With the rows of a stripe they stay in the processor's cache, where the numbers
+# of a column would displace each other if a row were a multiple of 4 KiB long, as whole rows often are.
+BLOCK_COLUMNS = 352
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SafetensorsArray:
       is_transposed: whether the matrices are stored [O, C].
     """
 
-    sources: tuple[Header, ...]
+    sources: tuple[Payload, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     is_transposed: bool
@@ -75,7 +75,11 @@ class SafetensorsArray:
         return read_region(self, index)
 
     def read_into(self, out: Array, index: Index = ()) -> None:
-        """Reads a region of the array into `out`; besides it, 1 MiB or one stored row is held."""
+        """Reads a region of the array into `out`; besides it, 8 MiB or one stored row is held.
+
+        Raises:
+          CheckpointError: A file is no longer the one that was opened.
+        """
         entries = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         bounds = [_bounds(entry, size) for entry, size in zip(entries, self.shape, strict=True)]
         target = out.reshape([len(bound) for bound in bounds])
@@ -153,13 +157,20 @@ def open_safetensors(path: str | Path, config: GrokConfig | None = None) -> Safe
         faults += _faults(sources, parameter, shape)
         problems += faults
         if not faults:
-            array = SafetensorsArray(sources, shape, _DTYPES[sources[0].dtype], is_transposed(parameter))
+            array = _array(sources, shape, is_transposed(parameter))
             tensors[parameter] = SafetensorsTensor(array)
     problems += [f"{name}: surplus" for name in headers if name not in used]
     problems += _tied_faults(headers, tensors.get("embedding.table"), (config.vocab_size, config.model_dim))
     if problems:
         raise CheckpointError(list_problems(folder, problems, ANOTHER_CONFIG))
     return SafetensorsCheckpoint(folder, config, types.MappingProxyType(tensors))
+
+
+def _array(sources: Sequence[Header], shape: tuple[int, ...], transposed: bool) -> SafetensorsArray:
+    """An array of our `shape` that is stored in one dtype."""
+    dtype = _DTYPES[sources[0].dtype]
+    payloads = (Payload(source.file, source.start, source.shape, dtype, source.stamp) for source in sources)
+    return SafetensorsArray(tuple(payloads), shape, dtype, transposed)
 
 
 def _bounds(entry: int | slice, size: int) -> range:
@@ -171,23 +182,30 @@ def _bounds(entry: int | slice, size: int) -> range:
     return range(number, number + 1)
 
 
-def _fill(target: Array, source: Header, bounds: Sequence[range], transposed: bool) -> None:
-    """Reads a region of one stored tensor into `target`, block by block."""
+def _fill(target: Array, source: Payload, bounds: Sequence[range], transposed: bool) -> None:
+    """Reads a region of one stored tensor into `target`; one to be transposed in stripes of whole stored rows."""
     if not target.size:
         return
+    if not transposed:
+        source.read_into(target, _slices(bounds))
+        return
+    columns, rows = bounds
+    num_rows = max(1, min(STRIPE_ROWS, STRIPE_BYTES // (len(columns) * target.itemsize)))
+    stripe = np.empty((min(num_rows, len(rows)), len(columns)), source.dtype)
     # As plain integers: NumPy copies those faster than bfloat16.
     bits = np.dtype(f"u{target.itemsize}")
-    target = target.view(bits).T if transposed else target.view(bits)
-    bounds = bounds[::-1] if transposed else bounds
-    row_bytes = target.nbytes // len(target)
-    steps = TRANSPOSED_BLOCK if transposed else (max(1, BLOCK_BYTES // row_bytes), *target.shape[1:])
-    blocks = itertools.product(*(range(0, size, step) for size, step in zip(target.shape, steps, strict=True)))
-    with unchanged(source.file, source.stamp), opened(source.file) as file:
-        stored = file.get_slice(source.name)
-        for starts in blocks:
-            place = [slice(start, start + step) for start, step in zip(starts, steps, strict=True)]
-            taken = [bound[part] for bound, part in zip(bounds, place, strict=True)]
-            target[tuple(place)] = stored[tuple(slice(part.start, part.stop) for part in taken)].view(bits)
+    target = target.view(bits)
+    for start in range(0, len(rows), num_rows):
+        taken = rows[start : start + num_rows]
+        source.read_into(stripe[: len(taken)], _slices((taken, columns)))
+        numbers = stripe[: len(taken)].view(bits)
+        for column in range(0, len(columns), BLOCK_COLUMNS):
+            block = numbers[:, column : column + BLOCK_COLUMNS].copy()
+            target[column : column + BLOCK_COLUMNS, start : start + num_rows] = block.T
+
+
+def _slices(bounds: Sequence[range]) -> tuple[slice, ...]:
+    return tuple(slice(bound.start, bound.stop) for bound in bounds)
 
 
 def _find_scheme(folder: Path, headers: Mapping[str, Header]) -> Scheme:
@@ -225,7 +243,7 @@ def _tied_faults(
     if head.shape != shape:
         yield f"{TIED}: the weight has the shape {list(head.shape)}, the embedding {list(shape)}; Grok ties them"
     elif table is not None and head.dtype in _DTYPES:
-        copy = SafetensorsArray((head,), shape, _DTYPES[head.dtype], is_transposed=False)
+        copy = _array((head,), shape, transposed=False)
         narrow = min(copy.dtype, table.weight.dtype, key=lambda dtype: dtype.itemsize)
         for row in (0, shape[0] // 2, shape[0] - 1):
             ours, theirs = (array.read((row,)).astype(narrow) for array in (table.weight, copy))

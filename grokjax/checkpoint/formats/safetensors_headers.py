@@ -3,12 +3,10 @@
 The package `safetensors` is optional, and is imported when a file is opened.
 """
 
-import contextlib
 import dataclasses
+import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from grokjax.checkpoint.disk import Stamp, entries, stamp_of
 from grokjax.checkpoint.formats.safetensors_names import INDEX, INSTALL, read_object
@@ -24,6 +22,7 @@ class Header:
     Attributes:
       file: the file.
       name: of the tensor.
+      start: the place of its first byte in the file.
       shape: as stored.
       dtype: the format's name of it, such as `BF16`.
       stamp: of the file when this was read.
@@ -31,6 +30,7 @@ class Header:
 
     file: Path
     name: str
+    start: int
     shape: tuple[int, ...]
     dtype: str
     stamp: Stamp
@@ -40,25 +40,6 @@ def find_safetensors(path: str | Path) -> Path | None:
     """`path` if it is a folder with an index or any `*.safetensors` file, else None."""
     folder = Path(path)
     return folder if folder.is_dir() and ((folder / INDEX).exists() or _file_names(folder)) else None
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The file, mapped.
-
-    Raises:
-      CheckpointError: The package `safetensors` is absent, or the file cannot be read.
-    """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise CheckpointError(f"{path}: {INSTALL}") from error
-    try:
-        # Mapped: the package's other way of reading takes the whole tensor for every slice of it.
-        with safe_open(path, framework="np", backend="mmap") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): download it again.") from error
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
@@ -107,13 +88,34 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 
 
 def _read_file(path: Path) -> dict[str, Header]:
+    """What a file says about its tensors.
+
+    Raises:
+      CheckpointError: The package `safetensors` is absent, or the file cannot be read.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise CheckpointError(f"{path}: {INSTALL}") from error
     stamp = stamp_of(path)
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        return {
-            name: Header(path, name, tuple(stored.get_shape()), stored.get_dtype(), stamp)
-            for name, stored in slices.items()
-        }
+    try:
+        with safe_open(path, framework="np") as file:  # checks all that the header says
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+        starts = _read_starts(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): download it again.") from error
+    return {
+        name: Header(path, name, starts[name], tuple(stored.get_shape()), stored.get_dtype(), stamp)
+        for name, stored in slices.items()
+    }
+
+
+def _read_starts(path: Path) -> dict[str, int]:
+    """Where in a file each of its tensors begins: the package, which has checked it, does not tell."""
+    with path.open("rb") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(num_bytes))
+    return {name: 8 + num_bytes + said["data_offsets"][0] for name, said in header.items() if name != "__metadata__"}
 
 
 def _file_names(folder: Path) -> set[str]:
