@@ -112,10 +112,8 @@ class FakeSteps:
       log: what was dispatched and read, in order; kept short.
       unread: numbers of the steps whose tokens or scores the engine has not read.
       error: raised by the next step, if set.
-      has_decoded: see `Steps`; from the start, so that all steps are dispatched as by an engine that is warm.
+      has_decoded: see `Steps`.
     """
-
-    has_decoded = True
 
     def __init__(self, model: FakeModel, options: SlotOptions):
         model.steps = self
@@ -132,7 +130,7 @@ class FakeSteps:
         self.error: Exception | None = None
         self.programs = 0
         self.compiled: list[tuple[str, tuple[int, ...]]] = []
-        self.is_closed = False
+        self.is_closed = self.has_decoded = False
 
     def prefill(self, tokens: np.ndarray, counts: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> None:
         self._dispatch("prefill", tokens.shape)
@@ -229,6 +227,7 @@ class FakeSteps:
         if self.error is not None:
             raise self.error
         self.programs += 1
+        self.has_decoded |= name.startswith("decode")
         self.log.append((name, self.programs, what))
         del self.log[:-50]
         return self.programs

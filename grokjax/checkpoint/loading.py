@@ -45,7 +45,7 @@ def load(
 
     Every device is given its own slice of one matrix at a time: the host needs no more memory than that, and no device
     ever holds another's. CPUs use the memory that a slice was read into, without a copy; those that hold the same
-    slice share it. Files of the release are mapped, never unpickled. Where the mesh spans processes, all of them first
+    slice share it. Files of the release are never unpickled. Where the mesh spans processes, all of them first
     compare samples of every array of theirs.
 
     Args:

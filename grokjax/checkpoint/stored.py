@@ -30,18 +30,24 @@ class DamageError(CheckpointError):
 
 
 class UnreadableError(CheckpointError):
-    """The disk of a checkpoint fails while it is read.
+    """The system cannot read a file of a checkpoint that was opened before.
 
-    Args:
-      path: the file.
-      error: what the system says.
+    Attributes:
+      reason: what the system says.
     """
 
-    def __init__(self, path: Path, error: OSError):
-        self.reason = error.strerror or str(error)
-        super().__init__(
-            f"{path}: cannot be read ({self.reason}): look after the disk, or put the file back from a copy."
+    reason = ""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> "UnreadableError":
+        """The error of a file."""
+        reason = error.strerror or str(error)
+        found = cls(
+            f"{path}: cannot be read ({reason}): look after the disk and the file's permissions, or put the file back "
+            "from a copy."
         )
+        found.reason = reason
+        return found
 
 
 # The arrays of a part by name, `weight` and where there are any `scales`: as what to read each, and what was read.

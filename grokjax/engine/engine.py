@@ -259,6 +259,8 @@ class Engine(OneThread):
     def stream(self, handle: Handle) -> Iterator[Piece]:
         """The pieces of a request as they come, from its first; steps the engine, and the other requests, on the way.
 
+        In an engine that was not warmed up the first piece comes before the step that makes the next is compiled.
+
         Raises:
           ValueError: The request is not of this engine, or this is no `Handle`.
         """
@@ -270,7 +272,7 @@ class Engine(OneThread):
                 if handle.is_done:
                     self._stepper.forget([handle])
                     return
-                self._advance()
+                self._advance(first_alone=not number)
             yield handle.pieces[number]
 
     def as_completed(self, requests: Iterable[Request]) -> Iterator[Handle]:
@@ -324,11 +326,11 @@ class Engine(OneThread):
         return self._meter.snapshot()
 
     @by_one_thread
-    def _advance(self) -> None:
-        """Makes one step, and leaves it to its callers to tell which requests have ended."""
+    def _advance(self, *, first_alone: bool = False) -> None:
+        """Makes one step, as the stepper's `advance`; leaves it to its callers to tell which requests have ended."""
         self._check_open()
         with self._failing():
-            self._stepper.advance()
+            self._stepper.advance(first_alone=first_alone)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

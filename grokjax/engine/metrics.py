@@ -166,11 +166,14 @@ class Meter:
         self._finished[reason] += 1
         self._total.add(seconds)
 
-    def note_step(self, seconds: float, *, prefilled: bool, decoded: bool) -> None:
-        """Counts a step, its time, and whether it dispatched a prefill and a decode step."""
+    def note_step(self, seconds: float, *, prefilled: bool, decoded: bool, is_first: bool = False) -> None:
+        """Counts a step, its time, and whether it dispatched a prefill and a decode step.
+
+        The first decode step of all may have been compiled, so the others are not measured by it.
+        """
         self.steps += 1
         self._busy += seconds
-        if decoded and not prefilled:
+        if decoded and not prefilled and not is_first:
             self._decode += seconds
             self._decode_steps += 1
         elif prefilled:

@@ -97,24 +97,30 @@ class Stepper:
         self._in_flight.clear()
         self.ended.clear()
 
-    def advance(self) -> None:
-        """Makes one step, after it has ended the requests whose deadline has come."""
-        start = self._clock()
+    def advance(self, *, first_alone: bool = False) -> None:
+        """Makes one step, after it has ended the requests whose deadline has come.
+
+        Args:
+          first_alone: somebody waits for a first token. If the step that makes the next has never run, and so may have
+            to be compiled, it is left to the next step of the engine, unless another sample waits for it.
+        """
+        start, has_decoded = self._clock(), self._steps.has_decoded
         for sample in self._scheduler.late(start):
             self.finish(sample, "deadline")
         ready = self._admit()
         prefilled = self._prefill()
+        others = any(sample.dispatched for sample in self._scheduler.running)
         begun = self._begin(ready + [sample for sample in prefilled if not sample.chunks])
-        # First tokens are given out before the first step that decodes, which may have to be compiled.
-        is_first = begun and not self._steps.has_decoded
-        decoded = not is_first and self._decode(alone=not ready and not prefilled)
+        is_put_off = first_alone and begun and not has_decoded and not others
+        decoded = not is_put_off and self._decode(alone=not ready and not prefilled)
         # While chunks of prompts wait nothing is dispatched ahead: whoever comes now waits for this chunk alone.
         is_ahead = decoded and not self._scheduler.has_chunks
         while len(self._in_flight) > is_ahead:
             self._in_flight.popleft()()
         if prefilled and not is_ahead:
             self._steps.wait()
-        self._meter.note_step(self._clock() - start, prefilled=bool(prefilled), decoded=decoded)
+        seconds = self._clock() - start
+        self._meter.note_step(seconds, prefilled=bool(prefilled), decoded=decoded, is_first=decoded and not has_decoded)
 
     def _admit(self) -> list[LiveSample]:
         """Fills free slots; returns the samples whose prompts need no prefill."""

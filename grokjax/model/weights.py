@@ -43,20 +43,26 @@ def random_normal(key: jax.Array, *, shape: tuple[int, ...], dtype: DTypeLike, d
     return _in_parts(draw, key, shape=shape) * jnp.asarray(deviation, dtype)
 
 
-# Parts in which large arrays are drawn, and from how many numbers on: so the random words stay in a processor's cache,
-# and take little memory beside the result.
-_PARTS, _LARGE = 16, 1 << 20
+# Numbers that are drawn at once: their words stay in a processor's cache, and take little memory beside the result.
+_PART = 1 << 22
+# Devices over which an axis of a part is split evenly, and over any number that divides it.
+_DEVICES = 8
 
 
 def _in_parts(draw: Callable[..., jax.Array], key: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    """`draw(key, shape)` for an array [..., C, O], if it is large in parts, of which each has rows of every device."""
-    *lead, rows, columns = shape
-    num_parts = math.gcd(rows, _PARTS) if math.prod(shape) >= _LARGE else 1
-    if num_parts == 1:
-        return draw(key, shape)
-    part = (*lead, rows // num_parts, columns)
-    parts = lax.map(lambda key: draw(key, part), jax.random.split(key, num_parts))
-    return jnp.moveaxis(parts, 0, -2).reshape(shape)
+    """`draw(key, shape)` for an array [..., C, O], if it is large in parts, of which each has numbers of every device.
+
+    Of n parts each is every n-th row, or column where the rows give no even share to every device.
+    """
+    wanted = 1 << (max(1, math.prod(shape) // _PART) - 1).bit_length()
+    for axis in (-2, -1):
+        num_parts = math.gcd(wanted, shape[axis] // _DEVICES)
+        if num_parts > 1 and shape[axis] % _DEVICES == 0:
+            part = list(shape)
+            part[axis] //= num_parts
+            parts = lax.map(functools.partial(draw, shape=tuple(part)), jax.random.split(key, num_parts))
+            return jnp.moveaxis(parts, 0, axis).reshape(shape)
+    return draw(key, shape)
 
 
 def _normal_of_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

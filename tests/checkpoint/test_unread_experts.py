@@ -136,7 +136,7 @@ def test_a_disk_that_fails_while_experts_are_read_is_named(
 
     def fail(payload: Payload, out: np.ndarray, index: Any = ()) -> None:
         if index and isinstance(index[0], int):
-            raise UnreadableError(payload.path, OSError(errno.EIO, os.strerror(errno.EIO)))
+            raise UnreadableError.of(payload.path, OSError(errno.EIO, os.strerror(errno.EIO)))
         read_into(payload, out, index)
 
     with monkeypatch.context() as patch:

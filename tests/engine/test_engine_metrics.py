@@ -57,6 +57,7 @@ class TestMetrics:
         meter = Meter(scheduler())
         meter.note_prompt(10, 0, 0.5)
         meter.note_prompt(10, 4, 0.5)
+        meter.note_step(12.0, prefilled=False, decoded=True, is_first=True)  # it was compiled, as no other is
         for seconds, prefilled, decoded in (
             (1.0, False, True),
             (2.0, True, False),
@@ -66,8 +67,8 @@ class TestMetrics:
             meter.note_step(seconds, prefilled=prefilled, decoded=decoded)
         now = meter.snapshot()
         assert (now.prefix_hits, now.prefix_hit_rate, now.reused_tokens) == (1, 0.5, 4)
-        assert now.prefill_share == (2 + 4 - 1) / 8  # of a step with both, what a decode step usually takes is not
-        assert now.decode_share == pytest.approx(3 / 8)
+        assert now.prefill_share == (2 + 4 - 1) / 20  # of a step with both, what a decode step usually takes is not
+        assert now.decode_share == pytest.approx(15 / 20)
 
     def found(self, times: Histogram) -> dict[float, int]:
         """Bound -> how many times are at most that long, and longer than the bound before; where there are any."""

@@ -29,6 +29,28 @@ class TestSchedule:
         assert numbers["read"] == [*numbers["begin"], *numbers["decode"]]
         assert len(numbers["decode"]) == 4  # not one more than is returned
 
+    @pytest.mark.parametrize("options", [{}, {"max_guesses": 2}], ids=["plain", "guessing"])
+    def test_a_first_piece_does_not_wait_for_what_may_be_compiled(self, options: dict[str, int]) -> None:
+        engine = make_engine(model=(model := FakeModel()), **options)
+        first, then = (Request([3 + i], max_new_tokens=4, ignore_eos=True) for i in range(2))
+        pieces = engine.stream(engine.submit(first))
+        next(pieces)
+        assert [entry[0] for entry in model.steps.log] == ["prefill", "begin", "read", "wait"]
+        assert len([piece for piece in pieces if piece.token_id is not None]) == 3
+        model.steps.log.clear()
+        next(engine.stream(engine.submit(then)))
+        assert [entry[0].partition("_")[0] for entry in model.steps.log] == ["prefill", "begin", "decode", "read"]
+
+    def test_a_first_piece_keeps_nobody_waiting(self) -> None:
+        """Of two requests that are prefilled one after the other, the one that is streamed is the second."""
+        engine = make_engine(prefill_rows=1)
+        other, streamed = (engine.submit(Request([3 + i], max_new_tokens=4, ignore_eos=True)) for i in range(2))
+        next(engine.stream(streamed))
+        assert len(streamed.pieces) == 1
+        assert len(other.pieces) == 1
+        engine.step()
+        assert (len(other.pieces), len(streamed.pieces)) == (2, 2)
+
     def test_a_finished_slot_is_filled_at_the_next_step(self) -> None:
         engine = make_engine(model=(model := FakeModel()), slots=2, reuse_prefixes=False)
         engine.submit(Request([3], max_new_tokens=30, ignore_eos=True))

@@ -1,17 +1,25 @@
 """Random weights: their distribution, and that the mesh does not change them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import FULLY, SMALL
 
-from grokjax.model import Grok, init, named_parameters
+from grokjax.model import Grok, abstract_model, init, named_parameters
 from grokjax.model.weights import random_normal
-from grokjax.sharding import make_mesh
+from grokjax.sharding import Partitioner, make_mesh
 
-# Its table and its experts are large enough to be drawn in parts.
-LARGE = SMALL.replace(vocab_size=32768, num_layers=1, ffn_dim=8192)
+# The rows of its gate are cut into parts, and the columns of its down, of whose 40 rows no part has some for 8 devices.
+CONFIG = SMALL.replace(vocab_size=512, ffn_dim=40)
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of more than 256 numbers are drawn in parts."""
+    monkeypatch.setattr("grokjax.model.weights._PART", 1 << 8)
 
 
 def arrays_of(model: Grok) -> dict[str, np.ndarray]:
@@ -21,7 +29,8 @@ def arrays_of(model: Grok) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(64, 96), (2, 2048, 512)], ids=["whole", "in parts"])
+@pytest.mark.parametrize("shape", [(64, 96), (2, 256, 512), (2, 40, 4096)], ids=["few", "in rows", "in columns"])
+@pytest.mark.usefixtures("in_parts")
 def test_normal_numbers_are_normal(shape: tuple[int, ...], dtype: jnp.dtype) -> None:
     drawn = jax.jit(lambda key: random_normal(key, shape=shape, dtype=dtype, deviation=0.25))(jax.random.key(3))
     assert (drawn.shape, drawn.dtype) == (shape, dtype)
@@ -36,9 +45,19 @@ def test_normal_numbers_are_normal(shape: tuple[int, ...], dtype: jnp.dtype) -> 
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
-def test_large_weights_are_the_same_on_every_mesh() -> None:
-    alone = arrays_of(init(LARGE, seed=5, mesh=make_mesh((1, 1))))
-    split = arrays_of(init(LARGE, seed=5, mesh=make_mesh((2, 4)), rules=FULLY))
+@pytest.mark.usefixtures("in_parts")
+def test_weights_in_parts_are_the_same_on_every_mesh() -> None:
+    alone = arrays_of(init(CONFIG, seed=5, mesh=make_mesh((1, 1))))
+    split = arrays_of(init(CONFIG, seed=5, mesh=make_mesh((2, 4)), rules=FULLY))
     assert alone.keys() == split.keys()
     for name, array in alone.items():
         np.testing.assert_array_equal(array, split[name], err_msg=name)
+
+
+def test_abstract_models_share_nothing() -> None:
+    make = functools.partial(abstract_model, SMALL, Partitioner.create(SMALL), dtype=jnp.float32, quantized=False)
+    changed, other = make(), make()
+    named_parameters(changed)["final_norm.scale"].set_value(jnp.full(SMALL.model_dim, 3.0))
+    assert isinstance(named_parameters(changed)["final_norm.scale"].get_value(), jax.Array)
+    for model in (other, make()):
+        assert isinstance(named_parameters(model)["final_norm.scale"].get_value(), jax.ShapeDtypeStruct)

@@ -1,7 +1,7 @@
 """Reads the released checkpoint `ckpt-0`: which file is which parameter, and where its bytes lie.
 
 Nothing is unpickled (see `release_pickle`) and nothing is loaded: a checkpoint is opened by reading a few hundred bytes
-of each file, and the arrays are memory maps that a caller slices.
+of each file, and what a caller wants of an array is read later, as `payload` does.
 """
 
 import dataclasses

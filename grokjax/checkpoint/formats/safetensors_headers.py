@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from grokjax.checkpoint.disk import Stamp, entries, stamp_of
 from grokjax.checkpoint.formats.safetensors_names import INDEX, INSTALL, read_object
@@ -99,23 +100,23 @@ def _read_file(path: Path) -> dict[str, Header]:
         raise CheckpointError(f"{path}: {INSTALL}") from error
     stamp = stamp_of(path)
     try:
-        with safe_open(path, framework="np") as file:  # checks all that the header says
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        starts = _read_starts(path)
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="np"):  # checks all that the header says
+            start, tensors = _read_header(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): download it again.") from error
     return {
-        name: Header(path, name, starts[name], tuple(stored.get_shape()), stored.get_dtype(), stamp)
-        for name, stored in slices.items()
+        name: Header(path, name, start + said["data_offsets"][0], tuple(said["shape"]), said["dtype"], stamp)
+        for name, said in tensors.items()
     }
 
 
-def _read_starts(path: Path) -> dict[str, int]:
-    """Where in a file each of its tensors begins: the package, which has checked it, does not tell."""
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the numbers of a file begin, and what it says of each tensor; the package does not tell where they lie."""
     with path.open("rb") as file:
         num_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(num_bytes))
-    return {name: 8 + num_bytes + said["data_offsets"][0] for name, said in header.items() if name != "__metadata__"}
+        tensors: dict[str, Any] = json.loads(file.read(num_bytes))
+    tensors.pop("__metadata__", None)
+    return 8 + num_bytes, tensors
 
 
 def _file_names(folder: Path) -> set[str]:
