@@ -45,8 +45,8 @@ def random_normal(key: jax.Array, *, shape: tuple[int, ...], dtype: DTypeLike, d
 
 # Numbers that are drawn at once: their words stay in a processor's cache, and take little memory beside the result.
 _PART = 1 << 22
-# Devices over which an axis of a part is split evenly, and over any number that divides it.
-_DEVICES = 8
+# An axis of a part can be split evenly over so many devices, and over any number that divides it.
+_DEVICES = 64
 
 
 def _in_parts(draw: Callable[..., jax.Array], key: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:

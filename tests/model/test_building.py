@@ -18,8 +18,9 @@ CONFIG = SMALL.replace(vocab_size=512, ffn_dim=40)
 
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays of more than 256 numbers are drawn in parts."""
+    """Arrays of more than 256 numbers are drawn in parts, each with an even share for 8 devices."""
     monkeypatch.setattr("grokjax.model.weights._PART", 1 << 8)
+    monkeypatch.setattr("grokjax.model.weights._DEVICES", 8)
 
 
 def arrays_of(model: Grok) -> dict[str, np.ndarray]:

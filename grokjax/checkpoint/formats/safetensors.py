@@ -78,7 +78,7 @@ class SafetensorsArray:
         """Reads a region of the array into `out`; besides it, 8 MiB or one stored row is held.
 
         Raises:
-          CheckpointError: A file is no longer the one that was opened.
+          CheckpointError: A file is no longer the one that was opened, or cannot be read.
         """
         entries = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         bounds = [_bounds(entry, size) for entry, size in zip(entries, self.shape, strict=True)]
