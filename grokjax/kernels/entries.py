@@ -195,12 +195,13 @@ def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Arra
         first = jnp.minimum(place.start[i], stack.shape[3] - num_new)
         shift = place.start[i] - first
         index = (place.layer, i if place.rows is None else place.rows[i], zero, first) + (zero,) * len(rest)
-        old = lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest))
+        # All in the layout that the stack has outside of loops: XLA:TPU would copy all of it into another one.
+        stack = row_major(stack)
+        old = row_major(lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest)))
         number = jnp.arange(num_new, dtype=jnp.int32) - shift
         fresh = (number >= 0) & (number < place.count[i])
         moved = jnp.roll(lax.dynamic_index_in_dim(new, i, keepdims=False), shift, axis=1)
         window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])
-        # In the layout that the stack has outside of loops: XLA:TPU would copy all of it into another one.
-        return row_major(lax.dynamic_update_slice(row_major(stack), window[None, None], index))
+        return row_major(lax.dynamic_update_slice(stack, window[None, None], index))
 
     return lax.fori_loop(0, num_rows, write_row, stack)

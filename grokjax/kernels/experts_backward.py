@@ -40,8 +40,8 @@ def evaluate_saving(
     gate, up, down = weights
     pairs = sort_pairs(experts, gate.shape[1], sizes[-1])
 
-    def evaluate(rows: jax.Array, expert: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
-        multiply = functools.partial(matmuls, at=(layer, expert), platform=platform)
+    def evaluate(rows: jax.Array, at: tuple[jax.Array, ...], *_: jax.Array) -> tuple[jax.Array, ...]:
+        multiply = functools.partial(matmuls, at=at, platform=platform)
         inputs, factors = multiply(x[rows], (gate, up))
         out = multiply(activate(inputs, factors).astype(x.dtype), (down,))[0]
         return out, inputs, factors
@@ -49,8 +49,8 @@ def evaluate_saving(
     # In float32: jax 0.10 converts all of what a loop writes bfloat16 numbers into, at every turn.
     num_rows, widths = experts.size + sizes[-1], (x.shape[1], gate.shape[-1], up.shape[-1])
     empty = tuple(jnp.zeros((num_rows, width), jnp.float32) for width in widths)
-    out, inputs, factors = run_blocks(pairs, sizes, evaluate, empty)
-    return mix(out, probabilities, pairs), (inputs, factors)
+    out, inputs, factors = run_blocks(pairs, sizes, evaluate, empty, layer)
+    return mix(out, probabilities, pairs, platform=platform), (inputs, factors)
 
 
 def pull_in_blocks(
@@ -75,13 +75,15 @@ def pull_in_blocks(
     num_rows = experts.size + sizes[-1]
     shares = jnp.zeros(num_rows, jnp.float32).at[pairs.places.reshape(-1)].set(probabilities.reshape(-1))
 
-    def evaluate(rows: jax.Array, expert: jax.Array, first: jax.Array, left: jax.Array) -> tuple[jax.Array, ...]:
+    def evaluate(
+        rows: jax.Array, at: tuple[jax.Array, ...], first: jax.Array, left: jax.Array
+    ) -> tuple[jax.Array, ...]:
         size = len(rows)
         inputs, factors = (lax.dynamic_slice_in_dim(part, first, size) for part in saved)
         share = jnp.where(jnp.arange(size, dtype=jnp.int32) < left, lax.dynamic_slice_in_dim(shares, first, size), 0)[
             :, None
         ]
-        back = functools.partial(operand_cotangent, at=(layer, expert), dtype=x.dtype, platform=platform)
+        back = functools.partial(operand_cotangent, at=at, dtype=x.dtype, platform=platform)
         activated, pull = jax.vjp(activate, inputs, factors)
         unweighted = back(out[rows], weights[2])
         of_inputs, of_factors = pull(unweighted * share)
@@ -91,7 +93,7 @@ def pull_in_blocks(
     widths = (x.shape[1], *(part.shape[1] for part in saved))
     of_x, of_inputs, of_factors = (jnp.zeros((num_rows, width), jnp.float32) for width in widths)
     empty = of_x, jnp.zeros(num_rows, jnp.float32), of_inputs, of_factors
-    of_x, of_shares, of_inputs, of_factors = run_blocks(pairs, sizes, evaluate, empty)
+    of_x, of_shares, of_inputs, of_factors = run_blocks(pairs, sizes, evaluate, empty, layer)
     activated = activate(*saved).astype(x.dtype)
     products = (
         (x[pairs.tokens], of_inputs),
@@ -101,7 +103,8 @@ def pull_in_blocks(
     of_weight = functools.partial(_weight_cotangent, sizes=sizes, platform=platform)
     of_weights = tuple(of_weight(*product, w, pairs, layer) for product, w in zip(products, weights, strict=True))
     of_probabilities = jnp.where(pairs.is_ours, of_shares[pairs.places.reshape(-1)], 0).reshape(experts.shape)
-    return mix(of_x, jnp.ones_like(probabilities), pairs).astype(x.dtype), of_probabilities, None, of_weights, None
+    of_x = mix(of_x, jnp.ones_like(probabilities), pairs, platform=platform).astype(x.dtype)
+    return of_x, of_probabilities, None, of_weights, None
 
 
 def _weight_cotangent(

@@ -12,6 +12,9 @@ from jax import lax
 from grokjax.kernels.gated_unit import GatedWeights, gated_unit
 from grokjax.kernels.products import matmuls
 
+# Tokens whose results are added up at a time on TPUs, which write down what each addend reads.
+_TPU_TOKENS = 256
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -69,28 +72,31 @@ def evaluate_in_blocks(
     (num_tokens, per_token), block = experts.shape, sizes[-1]
     pairs = sort_pairs(experts, weights[0].shape[1], block)
 
-    def evaluate(rows: jax.Array, expert: jax.Array, *_: jax.Array) -> jax.Array:
-        multiply = functools.partial(matmuls, at=(layer, expert), platform=platform)
+    def evaluate(rows: jax.Array, at: tuple[jax.Array, ...], *_: jax.Array) -> jax.Array:
+        multiply = functools.partial(matmuls, at=at, platform=platform)
         return gated_unit(x[rows], weights, multiply)
 
-    out = run_blocks(pairs, sizes, evaluate, jnp.zeros((num_tokens * per_token + block, x.shape[1]), jnp.float32))
-    return mix(out, probabilities, pairs)
+    empty = jnp.zeros((num_tokens * per_token + block, x.shape[1]), jnp.float32)
+    out = run_blocks(pairs, sizes, evaluate, empty, layer)
+    return mix(out, probabilities, pairs, platform=platform)
 
 
 def run_blocks(
     pairs: SortedPairs,
     sizes: tuple[int, ...],
-    evaluate: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Any],
+    evaluate: Callable[[jax.Array, tuple[jax.Array, jax.Array], jax.Array, jax.Array], Any],
     out: Any,
+    layer: jax.Array,
 ) -> Any:
     """Runs one block after the other, each with the smallest of `sizes` that holds the tokens that its expert has left.
 
     Args:
       pairs: sorted for blocks of `sizes[-1]` rows.
       sizes: ascending.
-      evaluate: (tokens of the block's rows, int32 [size]; their expert, int32 []; the number of the first pair; how
-        many of the rows are real, which may be more than there are) -> a tree of [size, ...].
+      evaluate: (tokens of the block's rows, int32 [size]; the layer and their expert, two int32 []; the number of the
+        first pair; how many of the rows are real, which may be more than there are) -> a tree of [size, ...].
       out: a tree of [M * X + sizes[-1], ...], into which the rows are written where their pairs stand.
+      layer: int32 [].
 
     Returns:
       `out`.
@@ -99,13 +105,15 @@ def run_blocks(
 
     def run_block(i: jax.Array, out: Any) -> Any:
         expert = jnp.searchsorted(pairs.block_ends, i, side="right").astype(jnp.int32)
+        # Where one expert is held, XLA would copy its weights out of their stack ahead of the loop.
+        at = (lax.optimization_barrier((layer, i))[0] if len(pairs.counts) == 1 else layer, expert)
         done = (i - jnp.where(expert > 0, pairs.block_ends[expert - 1], 0)) * block
         first = pairs.starts[expert] + done
         rows = lax.dynamic_slice_in_dim(pairs.tokens, first, block)
         left = pairs.counts[expert] - done
 
         def evaluate_padded(size: int) -> Any:
-            found = evaluate(rows[:size], expert, first, left)
+            found = evaluate(rows[:size], at, first, left)
             missing = block - size
             return jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), found)
 
@@ -152,8 +160,12 @@ def _in_smallest(sizes: tuple[int, ...], left: jax.Array, evaluate: Callable[[in
     return lax.switch(choice, [functools.partial(evaluate, size) for size in sizes])
 
 
-def mix(out: jax.Array, probabilities: jax.Array, pairs: SortedPairs) -> jax.Array:
+def mix(out: jax.Array, probabilities: jax.Array, pairs: SortedPairs, *, platform: str) -> jax.Array:
     """The sum over each token's experts [M, D] of what they gave its pairs, weighted by the probabilities [M, X]."""
     shares = jnp.where(pairs.is_ours, probabilities.reshape(-1), 0).reshape(probabilities.shape)
-    parts = [out[pairs.places[:, choice]] * shares[:, choice, None] for choice in range(shares.shape[1])]
-    return sum(parts[1:], parts[0])
+
+    def add_up(token: tuple[jax.Array, jax.Array]) -> jax.Array:
+        parts = [out[place] * share for place, share in zip(*token, strict=True)]
+        return sum(parts[1:], parts[0])
+
+    return lax.map(add_up, (pairs.places, shares), batch_size=_TPU_TOKENS if platform == "tpu" else 0)

@@ -11,7 +11,7 @@ from grokjax.kernels import matmul_gpu
 from grokjax.kernels.cotangents import operand_cotangent, placed, weight_cotangent
 from grokjax.kernels.derivatives import with_rule
 from grokjax.kernels.matmul_cpu import cpu_matmul, cpu_matmuls
-from grokjax.kernels.slices import float_precision, select, weight_and_scales
+from grokjax.kernels.slices import float_precision, select, select_scales, weight_and_scales
 from grokjax.quantization import QuantizedArray, Weight
 
 
@@ -109,7 +109,7 @@ def direct_matmul(x: jax.Array, w: Weight, at: tuple[jax.Array, ...]) -> jax.Arr
     """
     weight, scales = weight_and_scales(w)
     matrix = select(weight, at, 0, weight.shape[-2]).astype(x.dtype)
-    return _scaled_product(x, matrix, None if scales is None else select(scales, at, 0, scales.shape[-2]))
+    return _scaled_product(x, matrix, None if scales is None else select_scales(scales, at))
 
 
 def _scaled_product(x: jax.Array, w: jax.Array, scales: jax.Array | None) -> jax.Array:
@@ -150,4 +150,4 @@ def _product_after_cast(x: jax.Array, w: Weight, at: tuple[jax.Array, ...], inde
     """`x @ w[at]` after a kernel that casts an int8 weight; `index` is `at` as one array."""
     if not isinstance(w, QuantizedArray):
         return direct_matmul(x, w, at)
-    return _scaled_product(x, matmul_gpu.cast(w.weight, index), select(w.scales, at, 0, w.num_blocks))
+    return _scaled_product(x, matmul_gpu.cast(w.weight, index), select_scales(w.scales, at))

@@ -62,6 +62,18 @@ def select(
     return lax.dynamic_slice(stack, index, sizes, allow_negative_indices=False).reshape(size, width)
 
 
+def select_scales(scales: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    """The scales [Q, O] of one matrix of a stack, [*stack, Q, O], in the dtype of the stack."""
+    *sizes, num_blocks, width = scales.shape
+    if num_blocks > 1 or len(at) < 2:
+        return select(scales, at, 0, num_blocks)
+    # As rows of one matrix: to slice them otherwise, the compiler for TPUs copies all of them first, at every step.
+    row = at[0]
+    for size, index in zip(sizes[1:], at[1:], strict=True):
+        row = row * size + index
+    return select(scales.reshape(-1, width), (), row, 1)
+
+
 def in_place(stack: jax.Array, index: jax.Array, *, platform: str) -> tuple[jax.Array, jax.Array]:
     """A stack, and an index of a loop at which it is about to be read, such that the stack is read where it lies.
 

@@ -49,7 +49,8 @@ def run(
     x: np.ndarray, probabilities: np.ndarray, experts: np.ndarray, stacks, layer: int = 1, platform="cpu"
 ) -> np.ndarray:
     sizes = block_sizes(len(x), per_token=experts.shape[1], num_experts=EXPERTS, platform=platform)
-    compiled = jax.jit(functools.partial(evaluate_in_blocks, sizes=sizes, platform="cpu"))
+    runs_as = "tpu" if platform == "tpu" else "cpu"  # the kernels of GPUs do not run here
+    compiled = jax.jit(functools.partial(evaluate_in_blocks, sizes=sizes, platform=runs_as))
     return np.asarray(compiled(x, probabilities, experts, stacks, layer=jnp.int32(layer)))
 
 
@@ -91,12 +92,25 @@ def test_sizes_of_blocks_suit_the_platform(
         ("gpu", 30, 2),
         ("gpu", 383, 2),
         ("gpu", 2052, 2),
+        ("tpu", 8, 2),
+        ("tpu", 256, 3),
+        ("tpu", 600, 2),
     ],
 )
 def test_experts_give_the_definition(platform: str, num_tokens: int, per_token: int) -> None:
     x, probabilities, experts = routed(num_tokens, per_token, seed=num_tokens)
     out = run(x, probabilities, experts, tuple(map(jnp.asarray, weights())), platform=platform)
     np.testing.assert_allclose(out, definition(x, probabilities, experts, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_device_with_one_expert_gives_its_share(layer: int, platform: str) -> None:
+    x, probabilities, experts = routed(300, 2)
+    one = tuple(jnp.asarray(stack[:, :1]) for stack in weights())
+    out = run(x, probabilities, experts, one, layer=layer, platform=platform)
+    of_others = np.where(experts == 0, 0, -1)
+    np.testing.assert_allclose(out, definition(x, probabilities, of_others, layer), atol=2e-5)
 
 
 @pytest.mark.usefixtures("core_for_each_device")
