@@ -14,7 +14,7 @@ from grokjax.kernels.slices import float_precision, in_place, num_scale_blocks, 
 from grokjax.quantization import QuantizedArray, Weight
 
 # Bytes of a weight that are cast at once: on CPUs they should stay in a core's cache, elsewhere each step has a price.
-_BLOCK_BYTES = {"cpu": 1 << 20, "gpu": 1 << 25, "tpu": 1 << 25}
+_BLOCK_BYTES = {"cpu": 1 << 21, "gpu": 1 << 25, "tpu": 1 << 25}
 
 
 def operand_cotangent(

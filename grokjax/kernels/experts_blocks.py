@@ -129,7 +129,6 @@ def sum_blocks(
     sizes: tuple[int, ...],
     expert: jax.Array,
     evaluate: Callable[[jax.Array, jax.Array, int], jax.Array],
-    shape: tuple[int, ...],
 ) -> jax.Array:
     """Sums what is found for the blocks of one expert.
 
@@ -138,20 +137,22 @@ def sum_blocks(
       sizes: ascending.
       expert: int32 [].
       evaluate: (the number of the block's first pair; how many of its rows are real, which may be more than there are;
-        how many there are) -> float32 of the shape.
-      shape: of the sum.
+        how many there are) -> float32 of any shape, zeros where none of the rows is real.
 
     Returns:
-      float32 of the shape, zeros for an expert that nobody chose.
+      float32 of that shape.
     """
     start, count = pairs.starts[expert], pairs.counts[expert]
 
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
         done = jnp.asarray(i, jnp.int32) * sizes[-1]  # a loop's index is of 64 bits under x64
-        left = count - done
-        return total + _in_smallest(sizes, left, lambda size: evaluate(start + done, left, size))
+        return total + evaluate(start + done, count - done, sizes[-1])
 
-    return lax.fori_loop(0, -(-count // sizes[-1]), add_block, jnp.zeros(shape, jnp.float32))
+    # Most experts have one block: its sum is written, not added to zeros.
+    first = _in_smallest(sizes, count, lambda size: evaluate(start, count, size))
+    if pairs.places.size <= sizes[-1]:
+        return first
+    return lax.fori_loop(1, -(-count // sizes[-1]), add_block, first)
 
 
 def _in_smallest(sizes: tuple[int, ...], left: jax.Array, evaluate: Callable[[int], Any]) -> Any:

@@ -15,9 +15,9 @@ from grokjax.quantization import QuantizedArray, quantize
 def test_the_last_block_counts_no_row_twice(num_blocks: int) -> None:
     """A block has 512 rows of this weight in int8, and 128 in float32; a scale block has 1400 or 700."""
     random = np.random.default_rng(0)
-    plain = jnp.asarray(random.standard_normal((1, 1400, 2048)), jnp.float32)
+    plain = jnp.asarray(random.standard_normal((1, 1400, 4096)), jnp.float32)
     w: Any = quantize(plain, num_blocks=num_blocks) if num_blocks else plain
-    x, out = (jnp.asarray(random.standard_normal((3, size)), jnp.float32) for size in (1400, 2048))
+    x, out = (jnp.asarray(random.standard_normal((3, size)), jnp.float32) for size in (1400, 4096))
 
     def product(x: jax.Array, floats: jax.Array) -> jax.Array:
         own = QuantizedArray(w.weight, floats) if num_blocks else floats
@@ -27,12 +27,47 @@ def test_the_last_block_counts_no_row_twice(num_blocks: int) -> None:
     of_x, of_floats = jax.jit(lambda *given: jax.vjp(product, *given)[1](out))(x, floats)
 
     scales = np.asarray(floats[0], np.float64)
-    numbers = np.asarray(w.weight[0], np.float64).reshape(num_blocks, -1, 2048) if num_blocks else None
+    numbers = np.asarray(w.weight[0], np.float64).reshape(num_blocks, -1, 4096) if num_blocks else None
     matrix = scales if numbers is None else (numbers * scales[:, None]).reshape(plain.shape[1:])
     of_matrix = np.asarray(x, np.float64).T @ np.asarray(out, np.float64)
     wanted = of_matrix if numbers is None else (of_matrix.reshape(numbers.shape) * numbers).sum(axis=1)
     for found, expected in ((of_x, np.asarray(out, np.float64) @ matrix.T), (of_floats[0], wanted)):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["plain", "int8"])
+def test_weights_of_an_expert_with_several_blocks_and_of_one_that_nobody_chose(*, is_quantized: bool) -> None:
+    """Of 900 tokens expert 0 has three blocks of 384 rows at most, expert 1 two, expert 2 one, expert 3 none."""
+    random = np.random.default_rng(0)
+    x, mask = (jnp.asarray(random.standard_normal((900, 8)), jnp.float32) for _ in range(2))
+    second = np.where(np.arange(900) < 600, 1, np.where(np.arange(900) < 650, 2, -1))
+    routes = jnp.asarray(np.stack([np.zeros(900, int), second], axis=1), jnp.int32)
+    plain = tuple(
+        jnp.asarray(random.standard_normal((1, 4, *shape)) / 4, jnp.float32) for shape in ((8, 16), (8, 16), (16, 8))
+    )
+    whole = tuple(quantize(w) for w in plain) if is_quantized else plain
+
+    def total(floats: tuple[jax.Array, ...]) -> jax.Array:
+        weights: Any = floats
+        if is_quantized:
+            weights = tuple(QuantizedArray(w.weight, scales) for w, scales in zip(whole, floats, strict=True))
+        shares = jnp.full(routes.shape, 0.5)
+        out = evaluate_experts(x, shares, routes, weights, layer=jnp.int32(0), num_experts=4, platform="cpu")
+        return (out * mask).sum()
+
+    def dense(floats: tuple[jax.Array, ...]) -> jax.Array:
+        factors = [w.weight.astype(jnp.float32) if is_quantized else jnp.ones_like(w) for w in whole]
+        gate, up, down = (scales[0] * factor[0] for scales, factor in zip(floats, factors, strict=True))
+        hidden = jax.nn.gelu(jnp.einsum("md,edf->mef", x, gate)) * jnp.einsum("md,edf->mef", x, up)
+        shares = 0.5 * (np.asarray(routes)[:, :, None] == np.arange(4)).sum(axis=1, dtype=np.float32)
+        return (jnp.einsum("mef,efd,me->md", hidden, down, shares) * mask).sum()
+
+    floats = tuple(w.scales for w in whole) if is_quantized else whole
+    found, wanted = jax.jit(jax.grad(total))(floats), jax.grad(dense)(floats)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+        np.testing.assert_array_equal(one[0, 3], np.zeros_like(one[0, 3]))
+        assert (np.abs(np.asarray(one[0, :3])).max(axis=(1, 2)) > 0).all()
 
 
 @pytest.mark.thorough
