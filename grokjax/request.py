@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike
 
+from grokjax.printing import describe
 from grokjax.sampling import EXCLUDED
 
 FinishReason = Literal["stop", "length", "deadline", "cancelled", "error"]
@@ -326,7 +327,8 @@ def check_integer(name: str, value: object, least: int | None = None, most: int 
     if is_integer(value) and (least is None or value >= least) and (most is None or value <= most):
         return int(value)
     limits = "" if least is None else f", {least} or more" if most is None else f" between {least} and {most}"
-    raise ValueError(f"{name}={reprlib.repr(value)} must be an integer{limits}.")
+    shown = describe(value) if hasattr(value, "dtype") else reprlib.repr(value)
+    raise ValueError(f"{name}={shown} must be an integer{limits}.")
 
 
 def is_integer(value: object) -> TypeGuard[int]:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ from grokjax.request import Request, bias_row, check_prompt, check_stop_ids
         ({"top_k": -1}, "top_k=-1 must be an integer between 0 and 2147483647"),
         ({"top_k": 2**31}, "top_k=2147483648 must be an integer between"),
         ({"seed": -1}, "seed=-1 must be an integer between 0 and 4294967295"),
+        ({"seed": jax.random.key(0)}, r"seed=key<.*>\[\] must be an integer between 0 and 4294967295"),
         ({"seed": 2**32}, "seed=4294967296 must be an integer between"),
         ({"n": 0}, "n=0 must be an integer between 1 and 1024"),
         ({"n": 10**9}, "n=1000000000 must be an integer between"),

@@ -1,8 +1,9 @@
 """Models made: with random weights, and of shapes alone, to load into or to compile for."""
 
 import functools
+import operator
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from grokjax.context import own_context
 from grokjax.memory import check_fits
 from grokjax.model.base import named_parameters, parameter_name
 from grokjax.model.grok import Grok, check_dtype
+from grokjax.printing import describe
 from grokjax.quantization import QuantizedTable, Weight, partition_specs, quantize_table
 from grokjax.sampling import seed_key
 from grokjax.sharding import Partitioner, ShardingRules, check_has_devices, device_bytes, with_shardings
@@ -37,7 +39,7 @@ def init(
 
     Args:
       config: the sizes.
-      seed: of the weights; its low 32 bits count.
+      seed: of the weights; its low 32 bits count. With another dtype it gives another model.
       mesh: from `make_mesh`; by default all devices along the model axis that divide the sizes, see `default_mesh`.
       rules: sharding rules; tensor parallel by default.
       dtype: compute dtype and dtype of plain weights, float32 or bfloat16.
@@ -46,8 +48,8 @@ def init(
       allow_oom: try it even where the devices have too little memory left.
 
     Raises:
-      ValueError: The mesh or the rules do not fit the configuration, the dtype is not a compute dtype, or the devices
-        have too little memory left.
+      ValueError: The mesh or the rules do not fit the configuration, the dtype is not a compute dtype, the seed is no
+        integer, or the devices have too little memory left.
     """
     partitioner = Partitioner.create(config, mesh, rules)
     abstract = abstract_model(config, partitioner, dtype=dtype, quantized=quantized)
@@ -121,7 +123,7 @@ def init_parameters(
     """
     check_has_devices(partitioner.mesh)
     made: dict[str, Weight] = {}
-    key = seed_key(np.uint32(seed % 2**32))
+    key = seed_key(np.uint32(_as_integer(seed) % 2**32))
     abstract = named_parameters(abstract_model(config, partitioner, dtype=dtype, quantized=quantized))
     for group in _groups({name: value for name, value in abstract.items() if names is None or name in names}):
         # Under `jit` it is a part of another program, which is compiled in its own way.
@@ -131,6 +133,16 @@ def init_parameters(
         )
         made |= jax.block_until_ready(maker(key))
     return made
+
+
+def _as_integer(seed: object) -> int:
+    try:
+        return operator.index(cast(SupportsIndex, seed))
+    except TypeError as error:
+        raise ValueError(
+            f"seed must be an integer, such as 0, and {describe(seed)} is given; the key is made of it by "
+            "jax.random.key."
+        ) from error
 
 
 # Bytes that parameters may take and be made by one program.

@@ -62,3 +62,9 @@ def test_abstract_models_share_nothing() -> None:
     assert isinstance(named_parameters(changed)["final_norm.scale"].get_value(), jax.Array)
     for model in (other, make()):
         assert isinstance(named_parameters(model)["final_norm.scale"].get_value(), jax.ShapeDtypeStruct)
+
+
+@pytest.mark.parametrize(("seed", "shown"), [(jax.random.key(0), r"key<.*>\[\]"), (1.5, "1.5"), (None, "None")])
+def test_a_seed_that_is_no_integer_is_refused(seed: object, shown: str) -> None:
+    with pytest.raises(ValueError, match=f"seed must be an integer, such as 0, and {shown} is given"):
+        init(CONFIG, seed=seed)
