@@ -25,8 +25,8 @@ from grokjax.model import abstract_model
 from grokjax.planning import Program, Target, Value, read_program
 from grokjax.sharding import RULES, Partitioner
 
-# Options of a step, and MiB of temporaries that it may take on a device: a copied cache has 256 and more, a weight 24,
-# or 192 where it is not cut, all scales of the experts 5.
+# Options of a step, and MiB of temporaries that it may take on a device. A copied cache of keys or values has 128, in
+# int8 64, a weight 24, or 192 where a device holds whole experts, and all scales of the experts 3.5.
 # On 2 x 4 devices of a GPU's kind 8 layers of experts would be a stack that no kernel takes (`has_safe_offsets`).
 CHECKS = (
     ("--target h200:8 --batch 8", 8),

@@ -195,7 +195,7 @@ def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Arra
         first = jnp.minimum(place.start[i], stack.shape[3] - num_new)
         shift = place.start[i] - first
         index = (place.layer, i if place.rows is None else place.rows[i], zero, first) + (zero,) * len(rest)
-        # All in the layout that the stack has outside of loops: XLA:TPU would copy all of it into another one.
+        # Both read and written in the layout that the stack has outside of loops: XLA:TPU would copy it into another.
         stack = row_major(stack)
         old = row_major(lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest)))
         number = jnp.arange(num_new, dtype=jnp.int32) - shift

@@ -163,6 +163,7 @@ def _floats_cotangent(
     # A plain weight's rows are those of its cotangent; the scales of a quantised one need all of them.
     num_parts = -(-contracting * outputs * 4 // _PART_BYTES[platform]) if leaf is w else 1
     size = -(-contracting // num_parts)
+    part_shape = (size if leaf is w else leaf.shape[-2], outputs)
 
     def add_part(i: jax.Array, found: jax.Array) -> jax.Array:
         expert, part = jnp.divmod(jnp.asarray(i, jnp.int32), num_parts)
@@ -174,7 +175,7 @@ def _floats_cotangent(
             own = lax.dynamic_slice_in_dim(out, first, num_rows)
             return weight_cotangent(factor, own, w, (layer, expert), platform=platform)
 
-        total = stored(sum_blocks(pairs, sizes, expert, evaluate).astype(leaf.dtype))
+        total = stored(sum_blocks(pairs, sizes, expert, evaluate, part_shape).astype(leaf.dtype))
         return lax.dynamic_update_slice(found, total[None, None], (layer, expert, begin, jnp.zeros_like(begin)))
 
     whole = lax.fori_loop(0, leaf.shape[1] * num_parts, add_part, stored(jnp.zeros_like(leaf)))

@@ -12,7 +12,7 @@ from jax import lax
 from grokjax.kernels.gated_unit import GatedWeights, gated_unit
 from grokjax.kernels.products import matmuls
 
-# Tokens whose results are added up at a time on TPUs, which write down what each addend reads.
+# Tokens whose results are added up at a time on TPUs: there XLA writes out the rows that each addend gathers.
 _TPU_TOKENS = 256
 
 
@@ -105,7 +105,8 @@ def run_blocks(
 
     def run_block(i: jax.Array, out: Any) -> Any:
         expert = jnp.searchsorted(pairs.block_ends, i, side="right").astype(jnp.int32)
-        # Where one expert is held, XLA would copy its weights out of their stack ahead of the loop.
+        # Where one expert is held, its weights would be the same at every turn, and XLA:TPU would copy them out of
+        # their stack ahead of the loop: so the layer's number depends on the turn.
         at = (lax.optimization_barrier((layer, i))[0] if len(pairs.counts) == 1 else layer, expert)
         done = (i - jnp.where(expert > 0, pairs.block_ends[expert - 1], 0)) * block
         first = pairs.starts[expert] + done
@@ -129,6 +130,7 @@ def sum_blocks(
     sizes: tuple[int, ...],
     expert: jax.Array,
     evaluate: Callable[[jax.Array, jax.Array, int], jax.Array],
+    shape: tuple[int, ...],
 ) -> jax.Array:
     """Sums what is found for the blocks of one expert.
 
@@ -137,19 +139,23 @@ def sum_blocks(
       sizes: ascending.
       expert: int32 [].
       evaluate: (the number of the block's first pair; how many of its rows are real, which may be more than there are;
-        how many there are) -> float32 of any shape, zeros where none of the rows is real.
+        how many there are) -> float32 of the shape.
+      shape: of the sum.
 
     Returns:
-      float32 of that shape.
+      float32 of the shape, zeros for an expert that nobody chose.
     """
     start, count = pairs.starts[expert], pairs.counts[expert]
 
+    def evaluate_block(done: jax.Array) -> jax.Array:
+        left = count - done
+        return _in_smallest(sizes, left, lambda size: evaluate(start + done, left, size))
+
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
-        done = jnp.asarray(i, jnp.int32) * sizes[-1]  # a loop's index is of 64 bits under x64
-        return total + evaluate(start + done, count - done, sizes[-1])
+        return total + evaluate_block(jnp.asarray(i, jnp.int32) * sizes[-1])  # a loop's index is of 64 bits under x64
 
     # Most experts have one block: its sum is written, not added to zeros.
-    first = _in_smallest(sizes, count, lambda size: evaluate(start, count, size))
+    first = lax.cond(count > 0, lambda: evaluate_block(jnp.zeros_like(count)), lambda: jnp.zeros(shape, jnp.float32))
     if pairs.places.size <= sizes[-1]:
         return first
     return lax.fori_loop(1, -(-count // sizes[-1]), add_block, first)
@@ -165,8 +171,13 @@ def mix(out: jax.Array, probabilities: jax.Array, pairs: SortedPairs, *, platfor
     """The sum over each token's experts [M, D] of what they gave its pairs, weighted by the probabilities [M, X]."""
     shares = jnp.where(pairs.is_ours, probabilities.reshape(-1), 0).reshape(probabilities.shape)
 
-    def add_up(token: tuple[jax.Array, jax.Array]) -> jax.Array:
-        parts = [out[place] * share for place, share in zip(*token, strict=True)]
+    def add_up(places: jax.Array, shares: jax.Array) -> jax.Array:
+        parts = [out[places[:, choice]] * shares[:, choice, None] for choice in range(shares.shape[1])]
         return sum(parts[1:], parts[0])
 
-    return lax.map(add_up, (pairs.places, shares), batch_size=_TPU_TOKENS if platform == "tpu" else 0)
+    def add_up_one(token: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return add_up(*(part[None] for part in token))[0]
+
+    if platform != "tpu":
+        return add_up(pairs.places, shares)
+    return lax.map(add_up_one, (pairs.places, shares), batch_size=_TPU_TOKENS)

@@ -70,6 +70,25 @@ def test_weights_of_an_expert_with_several_blocks_and_of_one_that_nobody_chose(*
         assert (np.abs(np.asarray(one[0, :3])).max(axis=(1, 2)) > 0).all()
 
 
+def test_what_is_not_a_number_stays_with_the_experts_of_its_token() -> None:
+    """Nobody chose experts 0 and 3; what stands beside their empty blocks is expert 1's and 2's."""
+    random = np.random.default_rng(0)
+    x, mask = (jnp.asarray(random.standard_normal((4, 8)), jnp.float32) for _ in range(2))
+    routes = jnp.asarray([[1], [2], [2], [2]], jnp.int32)
+    weights = tuple(
+        jnp.asarray(random.standard_normal((1, 4, *shape)), jnp.float32) for shape in ((8, 16), (8, 16), (16, 8))
+    )
+
+    def total(weights: tuple[jax.Array, ...], x: jax.Array, mask: jax.Array) -> jax.Array:
+        given = x, jnp.ones(routes.shape), routes, weights
+        return (evaluate_experts(*given, layer=jnp.int32(0), num_experts=4, platform="cpu") * mask).sum()
+
+    for poisoned in ((x.at[:2].set(jnp.nan), mask), (x, mask.at[:2].set(jnp.nan))):
+        for found in jax.jit(jax.grad(total))(weights, *poisoned):
+            assert np.isnan(found[0, 1:3]).any(axis=(1, 2)).all()
+            np.testing.assert_array_equal(found[0, [0, 3]], np.zeros_like(found[0, :2]))
+
+
 @pytest.mark.thorough
 def test_cotangents_of_bfloat16_experts_are_right_and_have_derivatives() -> None:
     """On CPUs they are written as integers, which by themselves have none; one expert is chosen by nobody."""
