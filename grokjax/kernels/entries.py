@@ -1,6 +1,7 @@
 """Reads, writes and copies entries of the cache: rows of one layer, in place, on any device."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def write(stack: Entries, new: jax.Array, place: CachePlace, *, platform: str) -
       The stack [L, B, K, S, H].
     """
     parts = _rounded(new) if isinstance(stack, QuantizedEntries) else new
-    form = scatter_entries if platform == "gpu" else _write_rows
+    form = scatter_entries if platform == "gpu" else functools.partial(_write_rows, platform=platform)
     return jax.tree.map(lambda stack, new: form(stack, new, place), stack, parts)
 
 
@@ -184,7 +185,7 @@ def scatter_entries(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.
     return stack.at[place.layer, rows[:, None], :, position].set(moved, mode="drop", unique_indices=True)
 
 
-def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Array:
+def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace, *, platform: str) -> jax.Array:
     """Writes what `scatter_entries` writes, row by row."""
     num_rows, heads, num_new, *rest = new.shape
     zero = jnp.zeros((), jnp.int32)
@@ -195,13 +196,14 @@ def _write_rows(stack: jax.Array, new: jax.Array, place: CachePlace) -> jax.Arra
         first = jnp.minimum(place.start[i], stack.shape[3] - num_new)
         shift = place.start[i] - first
         index = (place.layer, i if place.rows is None else place.rows[i], zero, first) + (zero,) * len(rest)
-        # Both read and written in the layout that the stack has outside of loops: XLA:TPU would copy it into another.
-        stack = row_major(stack)
-        old = row_major(lax.dynamic_slice(stack, index, (1, 1, heads, num_new, *rest)))
+        # Read and written in the layout that the stack has outside of loops: XLA:TPU would copy all of it into another.
+        # On CPUs to state it for reading would only cost a kernel.
+        held = row_major(stack)
+        old = lax.dynamic_slice(held if platform == "tpu" else stack, index, (1, 1, heads, num_new, *rest))
         number = jnp.arange(num_new, dtype=jnp.int32) - shift
         fresh = (number >= 0) & (number < place.count[i])
         moved = jnp.roll(lax.dynamic_index_in_dim(new, i, keepdims=False), shift, axis=1)
         window = jnp.where(fresh.reshape(-1, *[1] * len(rest)), moved.astype(stack.dtype), old[0, 0])
-        return row_major(lax.dynamic_update_slice(stack, window[None, None], index))
+        return row_major(lax.dynamic_update_slice(held, window[None, None], index))
 
     return lax.fori_loop(0, num_rows, write_row, stack)

@@ -156,7 +156,7 @@ def sum_blocks(
 
     # Most experts have one block: its sum is written, not added to zeros.
     first = lax.cond(count > 0, lambda: evaluate_block(jnp.zeros_like(count)), lambda: jnp.zeros(shape, jnp.float32))
-    if pairs.places.size <= sizes[-1]:
+    if pairs.places.size <= sizes[-1]:  # there is no second one
         return first
     return lax.fori_loop(1, -(-count // sizes[-1]), add_block, first)
 

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Collection, Mapping
-from typing import NamedTuple, SupportsIndex, cast
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +135,9 @@ def init_parameters(
     return made
 
 
-def _as_integer(seed: object) -> int:
+def _as_integer(seed: SupportsIndex) -> int:
     try:
-        return operator.index(cast(SupportsIndex, seed))
+        return operator.index(seed)
     except TypeError as error:
         raise ValueError(
             f"seed must be an integer, such as 0, and {describe(seed)} is given; the key is made of it by "
